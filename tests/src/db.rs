@@ -1,0 +1,122 @@
+//! One database of a server, with the extension in it.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use postgres::error::DbError;
+use postgres::{Client, SimpleQueryMessage};
+
+use crate::{Lsn, Pg};
+
+/// A database and a connection to it.
+pub struct Db {
+    client: Mutex<Client>,
+    /// The name, also used for the slot.
+    pub name: String,
+    /// The server.
+    pub pg: Arc<Pg>,
+}
+
+/// A result row as text.
+pub type Row = Vec<Option<String>>;
+
+impl Db {
+    /// Makes a database with the extension.
+    pub fn create(pg: Arc<Pg>) -> Db {
+        Db::create_with(pg, "")
+    }
+
+    /// Makes a database with options of CREATE DATABASE, for example an encoding.
+    pub fn create_with(pg: Arc<Pg>, options: &str) -> Db {
+        static COUNT: AtomicU32 = AtomicU32::new(1);
+        let name = format!("db{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        pg.connect("postgres")
+            .batch_execute(&format!("CREATE DATABASE {name} TEMPLATE template0 {options}"))
+            .unwrap_or_else(|e| panic!("create database: {e:?}"));
+        let client = Mutex::new(pg.connect(&name));
+        let db = Db { client, name, pg };
+        db.sql("CREATE EXTENSION walmirror");
+        db
+    }
+
+    /// A further connection.
+    pub fn connect(&self) -> Client {
+        self.pg.connect(&self.name)
+    }
+
+    /// Connects again, after the server was restarted.
+    pub fn reconnect(&self) {
+        *self.client.lock().unwrap_or_else(|e| e.into_inner()) = self.connect();
+    }
+
+    /// Runs statements as one implicit transaction, unless they contain BEGIN and COMMIT.
+    #[track_caller]
+    pub fn sql(&self, statements: &str) {
+        if let Err(error) = self.client().batch_execute(statements) {
+            panic!("{statements}\n{}", explain(&error));
+        }
+    }
+
+    /// Runs statements that must fail, and returns the error.
+    #[track_caller]
+    pub fn error(&self, statements: &str) -> DbError {
+        let mut client = self.client();
+        let result = client.batch_execute(statements);
+        match result {
+            Ok(()) => panic!("succeeded: {statements}"),
+            Err(error) => {
+                let _ = client.batch_execute("ROLLBACK");
+                error.as_db_error().unwrap_or_else(|| panic!("{statements}: {error}")).clone()
+            }
+        }
+    }
+
+    /// The rows of a query.
+    #[track_caller]
+    pub fn rows(&self, query: &str) -> Vec<Row> {
+        rows(&mut self.client(), query)
+    }
+
+    /// The first value of a query.
+    #[track_caller]
+    pub fn value(&self, query: &str) -> String {
+        let rows = self.rows(query);
+        rows.first().and_then(|row| row.first().cloned().flatten()).unwrap_or_default()
+    }
+
+    /// Where the WAL ends that is on disk: everything this session committed is before it.
+    pub fn lsn(&self) -> Lsn {
+        self.value("SELECT pg_current_wal_flush_lsn()").parse().unwrap()
+    }
+
+    fn client(&self) -> std::sync::MutexGuard<'_, Client> {
+        self.client.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// The rows of a query as text.
+#[track_caller]
+pub(crate) fn rows(client: &mut Client, query: &str) -> Vec<Row> {
+    let messages = client.simple_query(query).unwrap_or_else(|e| panic!("{query}\n{}", explain(&e)));
+    let mut rows = Vec::new();
+    for message in messages {
+        if let SimpleQueryMessage::Row(row) = message {
+            rows.push((0..row.len()).map(|i| row.get(i).map(str::to_owned)).collect());
+        }
+    }
+    rows
+}
+
+fn explain(error: &postgres::Error) -> String {
+    match error.as_db_error() {
+        Some(db) => format!(
+            "{}: {} {}\n{}\n{}",
+            db.severity(),
+            db.code().code(),
+            db.message(),
+            db.detail().unwrap_or_default(),
+            db.hint().unwrap_or_default()
+        ),
+        None => format!("{error:?}"),
+    }
+}

@@ -1,0 +1,28 @@
+//! Private Postgres and Redis servers and a running sink, for the end-to-end tests, the demo and the benchmark.
+//!
+//! A test asks for a [`Mirror`], which is a database of a (shared) server, a Redis of its own and the sink between
+//! them, changes the database with [`Mirror::sql`], and ends with [`Mirror::check`]: every key of Redis
+//! is compared with what Postgres says it must be. Nothing sleeps: whatever takes time is waited for with a deadline.
+//! Dropping a handle ends the processes it started and removes their files.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod compare;
+mod db;
+mod mirror;
+mod pg;
+mod process;
+mod redis_server;
+mod seed;
+mod sink;
+mod wait;
+
+pub use compare::{Report, compare};
+pub use db::Db;
+pub use mirror::Mirror;
+pub use pg::Pg;
+pub use process::{Dir, Process, Signal};
+pub use redis_server::Redis;
+pub use seed::rng;
+pub use sink::Sink;
+pub use wait::{DEADLINE, Lsn, wait_for};

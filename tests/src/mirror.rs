@@ -1,0 +1,142 @@
+//! A database, a Redis, and the sink between them: what most tests want.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use crate::compare::{Report, compare};
+use crate::{DEADLINE, Db, Lsn, Pg, Redis, Sink, wait_for};
+
+/// The whole way of a row. Fields are dropped in this order: the sink goes first.
+pub struct Mirror {
+    sink: Mutex<Option<Sink>>,
+    /// The Redis.
+    pub redis: Redis,
+    /// The database.
+    pub db: Db,
+}
+
+impl Mirror {
+    /// A new database of the shared server, an empty Redis, no sink yet.
+    pub fn new() -> Mirror {
+        Mirror::on(Pg::shared())
+    }
+
+    /// The same on a server of the test's own, for settings or a load that others should not meet.
+    pub fn alone(settings: &str) -> Mirror {
+        Mirror::on(Arc::new(Pg::start(settings)))
+    }
+
+    /// The same on a given server.
+    pub fn on(pg: Arc<Pg>) -> Mirror {
+        Mirror::of(Db::create(pg))
+    }
+
+    /// The same for a given database.
+    pub fn of(db: Db) -> Mirror {
+        Mirror { sink: Mutex::new(None), redis: Redis::start(), db }
+    }
+
+    /// A mirror with these statements executed and the sink started after them.
+    #[track_caller]
+    pub fn with(setup: &str) -> Mirror {
+        let mirror = Mirror::new();
+        mirror.sql(setup);
+        mirror.start();
+        mirror.settle();
+        mirror
+    }
+
+    /// Starts the sink.
+    pub fn start(&self) {
+        self.start_with(&[]);
+    }
+
+    /// Starts the sink with further arguments.
+    pub fn start_with(&self, args: &[&str]) {
+        let (conninfo, url) = (self.db.pg.conninfo(&self.db.name), self.redis.url());
+        let mut all = vec!["run", "--postgres", &conninfo, "--redis", &url, "--slot", &self.db.name];
+        all.extend(args);
+        *self.slot() = Some(Sink::start(&all));
+    }
+
+    /// The running sink.
+    pub fn sink<T>(&self, f: impl FnOnce(&mut Sink) -> T) -> T {
+        f(self.slot().as_mut().expect("the sink was started"))
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Option<Sink>> {
+        self.sink.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// [`Db::sql`].
+    #[track_caller]
+    pub fn sql(&self, statements: &str) {
+        self.db.sql(statements);
+    }
+
+    /// The position that Redis stands at, if it has one.
+    pub fn progress(&self) -> Option<Lsn> {
+        let key = format!("walmirror:{{{}}}:progress", self.db.name);
+        let lsn: Option<String> =
+            redis::cmd("HGET").arg(key).arg("lsn").query(&mut self.redis.connect()).unwrap_or(None);
+        lsn.map(|lsn| lsn.parse().unwrap())
+    }
+
+    /// Waits until everything that is committed now has been applied.
+    #[track_caller]
+    pub fn sync(&self) {
+        self.sync_within(DEADLINE);
+    }
+
+    /// [`Mirror::sync`] for a load that takes longer.
+    #[track_caller]
+    pub fn sync_within(&self, deadline: Duration) {
+        let target = self.db.lsn();
+        wait_for(deadline, format!("progress to reach {target}"), || {
+            self.sink(Sink::assert_running);
+            self.progress().filter(|&lsn| lsn >= target)
+        });
+    }
+
+    /// Waits until everything committed was applied; from then on Redis must equal Postgres.
+    #[track_caller]
+    pub fn check(&self) -> Report {
+        self.sync();
+        let report = self.compare();
+        assert!(report.equal(), "{report}");
+        report
+    }
+
+    /// Like [`Mirror::check`], but gives backfills and refreshes, which the LSN does not speak of, time to end.
+    #[track_caller]
+    pub fn settle(&self) -> Report {
+        self.settle_within(DEADLINE)
+    }
+
+    /// [`Mirror::settle`] for a backfill that takes longer.
+    #[track_caller]
+    pub fn settle_within(&self, deadline: Duration) -> Report {
+        self.sync_within(deadline);
+        let start = Instant::now();
+        loop {
+            self.sink(Sink::assert_running);
+            let report = self.compare();
+            if report.equal() {
+                return report;
+            }
+            assert!(start.elapsed() < deadline, "still different after {deadline:?}: {report}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Compares without waiting for anything.
+    pub fn compare(&self) -> Report {
+        compare(&mut self.db.connect(), &mut self.redis.connect())
+    }
+}
+
+impl Default for Mirror {
+    fn default() -> Self {
+        Mirror::new()
+    }
+}

@@ -1,0 +1,225 @@
+//! A private Postgres server.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use postgres::{Client, NoTls};
+
+use crate::{DEADLINE, Dir, Process, Signal, wait_for};
+
+/// What every server gets. The output settings are chosen to be wrong for the value contract: nothing in Redis may
+/// depend on them. Losing data in a crash of the machine does not matter here, so fsync is off.
+const SETTINGS: &str = "
+listen_addresses = ''
+port = 5432
+fsync = off
+full_page_writes = off
+wal_level = logical
+max_wal_senders = 50
+max_replication_slots = 100
+max_prepared_transactions = 10
+max_connections = 120
+max_wal_size = 4GB
+shared_buffers = 128MB
+shared_preload_libraries = 'walmirror'
+log_line_prefix = '%m [%p] %q%d '
+TimeZone = 'Asia/Kathmandu'
+DateStyle = 'SQL, DMY'
+IntervalStyle = 'sql_standard'
+extra_float_digits = 0
+bytea_output = 'escape'
+";
+
+/// A server in a directory of its own, reachable over a Unix socket only.
+pub struct Pg {
+    process: Mutex<Option<Process>>,
+    dir: Dir,
+    bin: PathBuf,
+    version: u32,
+}
+
+impl Pg {
+    /// The server that the tests running at this moment share; the last one to drop it stops it.
+    pub fn shared() -> Arc<Pg> {
+        static SHARED: Mutex<Weak<Pg>> = Mutex::new(Weak::new());
+        let mut shared = SHARED.lock().unwrap_or_else(|e| e.into_inner());
+        shared.upgrade().unwrap_or_else(|| {
+            let pg = Arc::new(Pg::start(""));
+            *shared = Arc::downgrade(&pg);
+            pg
+        })
+    }
+
+    /// Starts a server with these lines added to its configuration.
+    pub fn start(settings: &str) -> Pg {
+        let pg = Pg::create(settings);
+        pg.resume();
+        pg
+    }
+
+    /// Makes the data directory only.
+    pub fn create(settings: &str) -> Pg {
+        let bin = PathBuf::from(env("WALMIRROR_PG_BIN"));
+        let dir = Dir::new("pg");
+        let data = dir.path().join("data");
+        // As root, -p keeps the owner of the template, who will run the server.
+        run(Command::new("cp").arg("-a").arg(env("WALMIRROR_PG_TEMPLATE")).arg(&data));
+        let owner = fs::metadata(&data).expect("the copied template");
+        std::os::unix::fs::chown(dir.path(), Some(owner.uid()), Some(owner.gid())).unwrap();
+        let version = fs::read_to_string(data.join("PG_VERSION")).unwrap().trim().parse().unwrap();
+        let pg = Pg { process: Mutex::new(None), dir, bin, version };
+        pg.configure(SETTINGS);
+        pg.configure(&format!("unix_socket_directories = '{}'", pg.host()));
+        if pg.knows("output_plugin_libraries") {
+            pg.configure("output_plugin_libraries = 'pgoutput, test_decoding, walmirror'");
+        }
+        pg.configure(settings);
+        pg
+    }
+
+    /// Adds lines to postgresql.conf; they take effect with [`Pg::reload`] or the next start.
+    pub fn configure(&self, settings: &str) {
+        let file = self.data().join("postgresql.conf");
+        let mut text = fs::read_to_string(&file).unwrap();
+        text.push('\n');
+        text.push_str(settings);
+        text.push('\n');
+        fs::write(file, text).unwrap();
+    }
+
+    /// Replaces pg_hba.conf.
+    pub fn set_hba(&self, lines: &str) {
+        fs::write(self.data().join("pg_hba.conf"), lines).unwrap();
+    }
+
+    /// Makes the server read its configuration again.
+    pub fn reload(&self) {
+        self.process.lock().unwrap().as_mut().expect("running").signal(Signal::HUP);
+    }
+
+    /// Whether this minor version has the parameter (setting an unknown one keeps a server from starting).
+    pub fn knows(&self, parameter: &str) -> bool {
+        let mut command = Command::new("setpriv");
+        if let Some(user) = server_user() {
+            let data = fs::metadata(self.data()).unwrap();
+            command.arg(format!("--reuid={user}")).arg(format!("--regid={}", data.gid())).arg("--clear-groups");
+        }
+        command.arg(self.bin.join("postgres")).arg("-C").arg(parameter).arg("-D").arg(self.data());
+        command.current_dir("/").output().expect("run postgres -C").status.success()
+    }
+
+    /// Starts the server (again) and waits until it answers.
+    pub fn resume(&self) {
+        let mut process = self.process.lock().unwrap();
+        assert!(process.is_none(), "already running");
+        let mut command = Command::new(self.bin.join("postgres"));
+        command.arg("-D").arg(self.data()).env_remove("LANG").env("LC_ALL", "C");
+        let mut server =
+            Process::start("postgres", &self.dir.path().join("log"), server_user().as_deref(), &command);
+        wait_for(DEADLINE, "Postgres to start", || {
+            assert!(server.exited().is_none(), "Postgres ended:\n{}", server.output());
+            self.config("postgres").connect(NoTls).ok()
+        });
+        *process = Some(server);
+    }
+
+    /// Stops the server: `INT` is the fast, `QUIT` the immediate shutdown, `KILL` a crash.
+    pub fn stop(&self, signal: Signal) {
+        let mut process = self.process.lock().unwrap().take().expect("running");
+        process.signal(signal);
+        process.wait(DEADLINE);
+        // Its children notice within a moment, and a new postmaster refuses to start before that.
+        drop(process);
+    }
+
+    /// Stops and starts the server.
+    pub fn restart(&self, signal: Signal) {
+        self.stop(signal);
+        self.resume();
+    }
+
+    /// The major version.
+    pub fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// The directory of the Unix socket.
+    pub fn host(&self) -> String {
+        self.dir.path().display().to_string()
+    }
+
+    /// The data directory.
+    pub fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    /// What the server logged.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.dir.path().join("log")).unwrap_or_default()).into_owned()
+    }
+
+    /// A libpq connection string for a database.
+    pub fn conninfo(&self, database: &str) -> String {
+        format!("host={} port=5432 user=postgres dbname={database}", self.host())
+    }
+
+    /// The same for the `postgres` crate.
+    pub fn config(&self, database: &str) -> postgres::Config {
+        let mut config = Client::configure();
+        config.host_path(self.dir.path()).port(5432).user("postgres").dbname(database);
+        config.connect_timeout(Duration::from_secs(10));
+        config
+    }
+
+    /// A connection.
+    pub fn connect(&self, database: &str) -> Client {
+        self.config(database).connect(NoTls).unwrap_or_else(|e| panic!("connect to {database}: {e}"))
+    }
+
+    /// One of the server's own programs (psql, pgbench, pg_recvlogical), set up to connect to it.
+    pub fn program(&self, name: &str, database: &str) -> Command {
+        let mut command = Command::new(self.bin.join(name));
+        command.env("PGHOST", self.host()).env("PGPORT", "5432").env("PGUSER", "postgres");
+        command.env("PGDATABASE", database).env_remove("PGSERVICE");
+        command
+    }
+
+    /// Whether the server has this extension to offer.
+    pub fn offers(&self, extension: &str) -> bool {
+        let query = "SELECT FROM pg_available_extensions WHERE name = $1";
+        !self.connect("postgres").query(query, &[&extension]).unwrap().is_empty()
+    }
+
+    /// Where its programs are.
+    pub fn bin(&self) -> &Path {
+        &self.bin
+    }
+}
+
+impl Drop for Pg {
+    fn drop(&mut self) {
+        let process = self.process.get_mut().unwrap_or_else(|e| e.into_inner());
+        if let Some(server) = process {
+            server.signal(Signal::QUIT);
+            server.wait(DEADLINE);
+        }
+    }
+}
+
+/// The user to run the server as; none when the tests themselves are unprivileged.
+fn server_user() -> Option<String> {
+    rustix::process::getuid().is_root().then(|| env("WALMIRROR_PG_USER"))
+}
+
+fn env(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run the tests with `make test`"))
+}
+
+fn run(command: &mut Command) {
+    let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}

@@ -1,0 +1,109 @@
+//! A private Redis server.
+
+use std::net::TcpListener;
+use std::process::Command;
+
+use redis::{Connection, FromRedisValue};
+
+use crate::{DEADLINE, Dir, Process, Signal, wait_for};
+
+/// A Redis on a free port of the loopback interface, that persists nothing unless told.
+pub struct Redis {
+    process: Option<Process>,
+    dir: Dir,
+    port: u16,
+    options: Vec<String>,
+}
+
+impl Redis {
+    /// Starts a server.
+    pub fn start() -> Redis {
+        Redis::start_with(&[])
+    }
+
+    /// Starts a server with further options, such as `&["--requirepass", "x"]`.
+    pub fn start_with(options: &[&str]) -> Redis {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let options = options.iter().map(|&o| o.to_owned()).collect();
+        let mut redis = Redis { process: None, dir: Dir::new("redis"), port, options };
+        redis.resume();
+        redis
+    }
+
+    /// Starts the server (again), on the same port.
+    pub fn resume(&mut self) {
+        let mut command = Command::new("redis-server");
+        command.args(["--port", &self.port.to_string(), "--bind", "127.0.0.1", "--save", ""]);
+        command.arg("--dir").arg(self.dir.path()).args(&self.options);
+        let mut server = Process::start("redis", &self.dir.path().join("log"), None, &command);
+        wait_for(DEADLINE, "Redis to start", || {
+            assert!(server.exited().is_none(), "Redis ended:\n{}", server.output());
+            let mut connection = self.client().get_connection().ok()?;
+            // With a password set the answer is an error, but it is an answer.
+            match redis::cmd("PING").query::<String>(&mut connection) {
+                Err(e) if e.is_io_error() || e.code() == Some("LOADING") => None,
+                _ => Some(()),
+            }
+        });
+        self.process = Some(server);
+    }
+
+    /// Ends the server with a signal: `TERM` saves what its options say, `KILL` does not.
+    pub fn stop(&mut self, signal: Signal) {
+        let mut server = self.process.take().expect("running");
+        server.signal(signal);
+        server.wait(DEADLINE);
+    }
+
+    /// The URL of its database 0.
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}/0", self.port)
+    }
+
+    /// The port.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// A client for a connection with options of its own.
+    pub fn client(&self) -> redis::Client {
+        redis::Client::open(self.url()).unwrap()
+    }
+
+    /// A connection.
+    pub fn connect(&self) -> Connection {
+        self.client().get_connection().unwrap_or_else(|e| panic!("connect to Redis: {e}"))
+    }
+
+    /// Runs one command; its words are separated by blanks.
+    #[track_caller]
+    pub fn command<T: FromRedisValue>(&self, words: &str) -> T {
+        let mut words = words.split_whitespace();
+        let mut command = redis::cmd(words.next().expect("a command"));
+        for word in words {
+            command.arg(word);
+        }
+        command.query(&mut self.connect()).unwrap_or_else(|e| panic!("Redis: {e}"))
+    }
+
+    /// The fields of a hash, sorted.
+    pub fn hash(&self, key: &str) -> Vec<(String, String)> {
+        let mut fields: Vec<(String, String)> =
+            redis::cmd("HGETALL").arg(key).query(&mut self.connect()).unwrap_or_else(|e| panic!("{key}: {e}"));
+        fields.sort();
+        fields
+    }
+
+    /// A string value.
+    pub fn get(&self, key: &str) -> Option<String> {
+        redis::cmd("GET").arg(key).query(&mut self.connect()).unwrap_or_else(|e| panic!("{key}: {e}"))
+    }
+
+    /// All keys but the mirror's own, sorted.
+    pub fn keys(&self) -> Vec<String> {
+        let mut keys: Vec<String> = redis::cmd("KEYS").arg("*").query(&mut self.connect()).unwrap();
+        keys.retain(|key| !key.starts_with("walmirror:{"));
+        keys.sort();
+        keys
+    }
+}

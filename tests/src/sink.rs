@@ -1,0 +1,86 @@
+//! The sink under test, as a process.
+
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus};
+use std::time::Duration;
+
+use crate::{DEADLINE, Dir, Process, Signal};
+
+/// A `walmirror` process.
+pub struct Sink {
+    process: Process,
+    dir: Dir,
+    command: Command,
+}
+
+impl Sink {
+    /// Starts `walmirror` with these arguments.
+    pub fn start(args: &[&str]) -> Sink {
+        let dir = Dir::new("sink");
+        let command = Sink::command(args);
+        let process = Process::start("walmirror", &dir.path().join("log"), None, &command);
+        Sink { process, dir, command }
+    }
+
+    /// The command itself, for a test that wants to run it to its end.
+    pub fn command(args: &[&str]) -> Command {
+        let mut command = Command::new(binary());
+        command.args(args);
+        command
+    }
+
+    /// Runs it to its end and returns its exit code and what it printed.
+    pub fn run(args: &[&str], deadline: Duration) -> (Option<i32>, String) {
+        let mut sink = Sink::start(args);
+        let status = sink.process.wait(deadline);
+        (status.code(), sink.output())
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Starts it again with the same arguments.
+    pub fn restart(&mut self) {
+        assert!(self.process.exited().is_some(), "the sink still runs");
+        self.process = Process::start("walmirror", &self.dir.path().join("log"), None, &self.command);
+    }
+
+    /// SIGTERM, and the exit status.
+    pub fn terminate(&mut self) -> ExitStatus {
+        self.process.signal(Signal::TERM);
+        self.process.wait(DEADLINE)
+    }
+
+    /// Any signal.
+    pub fn signal(&mut self, signal: Signal) {
+        self.process.signal(signal);
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self, deadline: Duration) -> ExitStatus {
+        self.process.wait(deadline)
+    }
+
+    /// Fails the test when the sink has ended.
+    pub fn assert_running(&mut self) {
+        if let Some(status) = self.process.exited() {
+            panic!("the sink ended with {status}:\n{}", self.output());
+        }
+    }
+
+    /// Everything it printed.
+    pub fn output(&self) -> String {
+        self.process.output()
+    }
+
+    /// Resident memory now and at its highest, in bytes.
+    pub fn memory(&self) -> (u64, u64) {
+        self.process.memory()
+    }
+}
+
+fn binary() -> PathBuf {
+    std::env::var_os("WALMIRROR_BIN").expect("WALMIRROR_BIN is not set: run the tests with `make test`").into()
+}
