@@ -1,0 +1,156 @@
+//! The gate: decides whether a row that SQL read (backfill, capture, a read by key) may still be written, now that newer
+//! commits may have been applied since. Called by the planner for every change (`record`) and every read row (`admit`).
+//! Pure: no clock, no I/O. docs/gate.md has the rule, why it holds and its corner cases.
+//!
+//! INVARIANT I10: a row is admitted only if no transaction applied so far that changed its key (or truncated its table)
+//! is invisible to the snapshot that the row was read in.
+
+#[cfg(test)]
+mod model;
+mod snapshot;
+mod table;
+
+use std::collections::HashMap;
+
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+pub use snapshot::{ParseSnapshotError, Snapshot};
+use table::ChangerTable;
+
+/// What the gate says about a row that was read in a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Nothing newer was applied: write it.
+    Admit,
+    /// A change that the snapshot does not see was applied: what that change wrote stands.
+    Changed,
+    /// The gate no longer knows whether such a change was applied: read the row again in a newer snapshot.
+    Forgotten,
+}
+
+/// The last changers of recently changed keys, in fixed memory.
+#[derive(Debug)]
+pub struct Gate {
+    changers: ChangerTable,
+    /// Relation oid -> the last transaction that truncated it.
+    truncations: HashMap<u32, u64>,
+    /// Makes the hash differ from run to run, so that no data can be made to collide.
+    seed: u64,
+}
+
+impl Gate {
+    /// A gate whose table takes about `memory_bytes`. Every transaction applied before it existed (by an earlier session)
+    /// must have an id below `horizon`: the planner takes a freshly assigned xid, which is above all of them, while a
+    /// snapshot's xmax may be below one that is committed in the WAL and still in progress for snapshots.
+    pub fn new(memory_bytes: usize, horizon: u64, seed: u64) -> Self {
+        Self { changers: ChangerTable::new(memory_bytes, horizon), truncations: HashMap::new(), seed }
+    }
+
+    /// The hash that `record` and `admit` know a key by.
+    #[inline]
+    pub fn hash(&self, key: &[u8]) -> u64 {
+        xxh3_64_with_seed(key, self.seed)
+    }
+
+    /// A change of this key by this top-level transaction was applied (or is in the batch being built).
+    #[inline]
+    pub fn record(&mut self, key_hash: u64, xid: u64) {
+        self.changers.set(key_hash, xid);
+    }
+
+    /// Every row of the relation was removed by this transaction.
+    pub fn record_truncate(&mut self, relation: u32, xid: u64) {
+        self.truncations.insert(relation, xid);
+    }
+
+    /// The relation was dropped or is no longer mirrored. If it comes back, its backfill starts from a snapshot that sees
+    /// everything from before, so the fence may go.
+    pub fn forget_relation(&mut self, relation: u32) {
+        self.truncations.remove(&relation);
+    }
+
+    /// Whether a row of `relation` with this key, read in `snapshot`, may be written at this point of the stream.
+    pub fn admit(&self, relation: u32, key_hash: u64, snapshot: &Snapshot) -> Verdict {
+        if self.truncations.get(&relation).is_some_and(|&xid| !snapshot.sees(xid)) {
+            return Verdict::Changed;
+        }
+        match self.changers.get(key_hash) {
+            // Writers of one row wait for each other, so a snapshot that sees the last one sees all before it.
+            Some(xid) if snapshot.sees(xid) => Verdict::Admit,
+            Some(_) => Verdict::Changed,
+            None if snapshot.may_miss_below(self.horizon()) => Verdict::Forgotten,
+            None => Verdict::Admit,
+        }
+    }
+
+    /// Transactions below this id may have changed keys that the gate does not remember. Only ever rises. A reader that
+    /// finds `snapshot.may_miss_below(horizon)` need not bother to read.
+    pub fn horizon(&self) -> u64 {
+        self.changers.horizon()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn gate() -> Gate {
+        Gate::new(1 << 12, 100, 7)
+    }
+
+    fn snapshot(text: &str) -> Snapshot {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn an_unchanged_key_is_admitted_from_a_snapshot_above_the_horizon() {
+        assert_eq!(gate().admit(1, 5, &snapshot("100:100:")), Verdict::Admit);
+        assert_eq!(gate().admit(1, 5, &snapshot("90:99:")), Verdict::Forgotten);
+    }
+
+    #[test]
+    fn a_low_xmin_alone_does_not_make_a_snapshot_forgotten() {
+        // xmin below the horizon with nothing in progress below it cannot be, but the rule must not lean on xmin.
+        assert_eq!(gate().admit(1, 5, &snapshot("50:120:110")), Verdict::Admit);
+        assert_eq!(gate().admit(1, 5, &snapshot("50:120:50")), Verdict::Forgotten);
+    }
+
+    #[test]
+    fn a_changer_decides_by_visibility() {
+        let mut gate = gate();
+        gate.record(5, 110);
+        assert_eq!(gate.admit(1, 5, &snapshot("110:110:")), Verdict::Changed);
+        assert_eq!(gate.admit(1, 5, &snapshot("110:112:110")), Verdict::Changed);
+        assert_eq!(gate.admit(1, 5, &snapshot("111:111:")), Verdict::Admit);
+    }
+
+    #[test]
+    fn a_known_changer_needs_no_horizon() {
+        let mut gate = gate();
+        gate.record(5, 110);
+        assert_eq!(gate.admit(1, 5, &snapshot("60:120:60")), Verdict::Admit);
+    }
+
+    #[test]
+    fn a_truncation_shuts_out_rows_of_its_relation_only() {
+        let mut gate = gate();
+        gate.record_truncate(1, 110);
+        assert_eq!(gate.admit(1, 5, &snapshot("110:110:")), Verdict::Changed);
+        assert_eq!(gate.admit(2, 5, &snapshot("110:110:")), Verdict::Admit);
+        assert_eq!(gate.admit(1, 5, &snapshot("111:111:")), Verdict::Admit);
+        gate.forget_relation(1);
+        assert_eq!(gate.admit(1, 5, &snapshot("110:110:")), Verdict::Admit);
+    }
+
+    #[test]
+    fn what_is_evicted_raises_the_horizon() {
+        let mut gate = Gate::new(0, 100, 7);
+        for key in 0..1_000u64 {
+            gate.record(gate.hash(&key.to_le_bytes()), 200 + key);
+        }
+        assert!(gate.horizon() > 1_000, "{}", gate.horizon());
+        assert_eq!(gate.admit(1, 5, &snapshot("300:300:")), Verdict::Forgotten);
+        assert_eq!(gate.admit(1, 5, &snapshot("1200:1200:")), Verdict::Admit);
+    }
+}
