@@ -48,7 +48,7 @@ impl Decimal {
 
     /// Without trailing zeros.
     fn trimmed(mut self) -> Self {
-        while self.digits % 10 == 0 && self.digits != 0 {
+        while self.digits.is_multiple_of(10) && self.digits != 0 {
             self.digits /= 10;
             self.exponent += 1;
         }

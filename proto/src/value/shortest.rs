@@ -37,7 +37,7 @@ struct Interval {
 /// 2^exponent ≥ 1: divides by a power of ten that leaves all digits that matter.
 fn whole(low: u64, value: u64, high: u64, exponent: u32) -> Interval {
     // floor(log10(2^exponent)), less one so that one digit more is there to round by.
-    let q = (exponent * 78_913 >> 18).saturating_sub(u32::from(exponent > 3));
+    let q = ((exponent * 78_913) >> 18).saturating_sub(u32::from(exponent > 3));
     let shift = INVERSE_BITS + pow5_bits(q) - 1 + q - exponent;
     let factor = POW5_INVERSE.get(q as usize).copied().unwrap_or_default();
     let scale = |n: u64| mul_shift(n, factor, shift);
@@ -58,7 +58,7 @@ fn whole(low: u64, value: u64, high: u64, exponent: u32) -> Interval {
 fn fractional(low: u64, value: u64, high: u64, exponent: i32) -> Interval {
     let negative = exponent.unsigned_abs();
     // floor(log10(5^-exponent)), less one.
-    let q = (negative * 732_923 >> 20).saturating_sub(u32::from(negative > 1));
+    let q = ((negative * 732_923) >> 20).saturating_sub(u32::from(negative > 1));
     let i = negative - q;
     let shift = q + POW5_TABLE_BITS - pow5_bits(i);
     let factor = POW5.get(i as usize).copied().unwrap_or_default();
@@ -108,7 +108,7 @@ const POW5_TABLE_BITS: u32 = 121;
 
 /// Bits of 5^n, for n up to 3528.
 fn pow5_bits(n: u32) -> u32 {
-    (n * 1_217_359 >> 19) + 1
+    ((n * 1_217_359) >> 19) + 1
 }
 
 /// n × factor / 2^shift, rounded down; shift is above 64.
@@ -121,7 +121,7 @@ fn mul_shift(n: u64, factor: u128, shift: u32) -> u64 {
 }
 
 fn multiple_of_pow5(mut n: u64, mut power: u32) -> bool {
-    while power > 0 && n % 5 == 0 {
+    while power > 0 && n.is_multiple_of(5) {
         n /= 5;
         power -= 1;
     }
