@@ -1,0 +1,331 @@
+//! Connection strings, with their passwords kept out of everything that is printed.
+
+use std::fmt;
+use std::str::FromStr;
+
+const MASK: &str = "***";
+
+/// A libpq connection string. `Display` and `Debug` hide the passwords in it.
+#[derive(Clone, PartialEq, Eq, Default)]
+pub struct Conninfo(String);
+
+impl Conninfo {
+    /// The string itself, for libpq only.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for Conninfo {
+    type Err = std::convert::Infallible;
+
+    /// Takes anything: libpq alone decides what a connection string is.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl fmt::Display for Conninfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&redact_conninfo(&self.0))
+    }
+}
+
+impl fmt::Debug for Conninfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.to_string())
+    }
+}
+
+/// A Redis URL. `Display` and `Debug` hide the password in it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct RedisUrl(String);
+
+impl RedisUrl {
+    /// The string itself, for the Redis client only.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for RedisUrl {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const SCHEMES: [&str; 4] = ["redis", "rediss", "redis+unix", "unix"];
+        let right = "write redis://host:6379/0, rediss://host:6379 for TLS, or redis+unix:///path/to/socket";
+        // The URL itself is not repeated: it may hold a password.
+        let url =
+            url::Url::parse(text).map_err(|error| format!("this is no Redis URL ({error}): {right}"))?;
+        if !SCHEMES.contains(&url.scheme()) {
+            return Err(format!("{:?} is no scheme of a Redis URL: {right}", url.scheme()));
+        }
+        if url.scheme().starts_with("redis")
+            && !url.scheme().ends_with("unix")
+            && url.host_str().is_none_or(str::is_empty)
+        {
+            return Err(format!("this Redis URL has no host: {right}"));
+        }
+        redis::IntoConnectionInfo::into_connection_info(text).map_err(|error| {
+            format!(
+                "the Redis client does not understand this URL ({}): {right}",
+                error.category()
+            )
+        })?;
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl fmt::Display for RedisUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&redact_uri(&self.0))
+    }
+}
+
+impl fmt::Debug for RedisUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.to_string())
+    }
+}
+
+/// Hides a secret in a text that another library made (an error message that repeats the connection string).
+pub fn scrub(text: &str, secret_holder: &str) -> String {
+    secrets_of(secret_holder)
+        .iter()
+        .fold(text.to_owned(), |text, secret| text.replace(secret, MASK))
+}
+
+/// The passwords in a connection string or URL, the longest first.
+fn secrets_of(text: &str) -> Vec<String> {
+    let mut secrets: Vec<String> = if text.contains("://") {
+        uri_secrets(text)
+            .into_iter()
+            .filter_map(|(from, to)| text.get(from..to))
+            .map(str::to_owned)
+            .collect()
+    } else {
+        pairs(text)
+            .into_iter()
+            .filter(|pair| is_secret(pair.keyword))
+            .filter_map(|pair| text.get(pair.from..pair.to))
+            .map(|value| value.trim_matches('\'').to_owned())
+            .collect()
+    };
+    // Hiding a very short one would hide half of every message and tell nothing.
+    secrets.retain(|secret| secret.len() >= 3);
+    secrets.sort_by_key(|secret| std::cmp::Reverse(secret.len()));
+    secrets
+}
+
+fn redact_conninfo(text: &str) -> String {
+    if text.contains("://") {
+        return redact_uri(text);
+    }
+    let mut out = String::with_capacity(text.len());
+    let mut copied = 0;
+    for pair in pairs(text).iter().filter(|pair| is_secret(pair.keyword)) {
+        out.push_str(text.get(copied..pair.from).unwrap_or_default());
+        out.push_str(MASK);
+        copied = pair.to;
+    }
+    out.push_str(text.get(copied..).unwrap_or_default());
+    out
+}
+
+fn redact_uri(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut copied = 0;
+    for (from, to) in uri_secrets(text) {
+        out.push_str(text.get(copied..from).unwrap_or_default());
+        out.push_str(MASK);
+        copied = to;
+    }
+    out.push_str(text.get(copied..).unwrap_or_default());
+    out
+}
+
+fn is_secret(keyword: &str) -> bool {
+    let keyword = keyword.to_ascii_lowercase();
+    ["password", "secret", "token", "passphrase"]
+        .iter()
+        .any(|sign| keyword.contains(sign))
+        || keyword == "pass"
+}
+
+/// The byte ranges of the passwords in a URI: behind the user, and in the query.
+fn uri_secrets(text: &str) -> Vec<(usize, usize)> {
+    let mut ranges = Vec::new();
+    let Some(start) = text.find("://").map(|at| at + 3) else {
+        return ranges;
+    };
+    let end_of = |from: usize, stops: &[char]| {
+        text.get(from..)
+            .and_then(|rest| rest.find(stops))
+            .map_or(text.len(), |at| from + at)
+    };
+    // A password with an unescaped slash or at-sign is wrong, but people write it: take the last at-sign before the query.
+    let query = end_of(start, &['?']);
+    if let Some(at) = text
+        .get(start..query)
+        .and_then(|authority| authority.rfind('@'))
+        .map(|at| start + at)
+        && let Some(colon) = text
+            .get(start..at)
+            .and_then(|user| user.find(':'))
+            .map(|colon| start + colon + 1)
+    {
+        ranges.push((colon, at));
+    }
+    let mut at = query + 1;
+    while at < text.len() {
+        let end = end_of(at, &['&', '#']);
+        if let Some((keyword, _)) = text.get(at..end).and_then(|pair| pair.split_once('='))
+            && is_secret(keyword)
+        {
+            ranges.push((at + keyword.len() + 1, end));
+        }
+        at = end + 1;
+    }
+    ranges
+}
+
+/// A `keyword=value` of a connection string; the range is that of the value, quotes included.
+struct Pair<'a> {
+    keyword: &'a str,
+    from: usize,
+    to: usize,
+}
+
+/// Cuts a connection string the way libpq does: spaces around `=`, quotes, backslashes.
+fn pairs(text: &str) -> Vec<Pair<'_>> {
+    let bytes = text.as_bytes();
+    let at = |index: usize| bytes.get(index).copied();
+    let space = |index: usize| at(index).is_some_and(|byte| byte.is_ascii_whitespace());
+    let mut found = Vec::new();
+    let mut index = 0;
+    loop {
+        while space(index) {
+            index += 1;
+        }
+        let start = index;
+        while at(index).is_some_and(|byte| byte != b'=') && !space(index) {
+            index += 1;
+        }
+        let keyword = text.get(start..index).unwrap_or_default();
+        while space(index) {
+            index += 1;
+        }
+        match at(index) {
+            None => return found,
+            Some(b'=') => index += 1,
+            // Not what libpq takes; go on with the next word.
+            Some(_) => continue,
+        }
+        while space(index) {
+            index += 1;
+        }
+        let from = index;
+        let quoted = at(index) == Some(b'\'');
+        index += usize::from(quoted);
+        while let Some(byte) = at(index) {
+            if byte == b'\\' {
+                index += 1;
+            } else if quoted && byte == b'\'' {
+                index += 1;
+                break;
+            } else if !quoted && byte.is_ascii_whitespace() {
+                break;
+            }
+            index += 1;
+        }
+        index = index.min(text.len());
+        found.push(Pair {
+            keyword,
+            from,
+            to: index,
+        });
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn shown(conninfo: &str) -> String {
+        conninfo.parse::<Conninfo>().unwrap().to_string()
+    }
+
+    #[test]
+    fn passwords_of_connection_strings_are_hidden() {
+        for (given, want) in [
+            ("host=a password=geheim dbname=b", "host=a password=*** dbname=b"),
+            ("password = 'ge\\'h eim' user=x", "password = *** user=x"),
+            ("password='unterminated secret", "password=***"),
+            ("sslpassword=geheim host=a", "sslpassword=*** host=a"),
+            (
+                "postgresql://u:geheim@h/db?sslmode=require",
+                "postgresql://u:***@h/db?sslmode=require",
+            ),
+            ("postgresql://u:ge/h@eim@h/db", "postgresql://u:***@h/db"),
+            (
+                "postgres://h/db?user=u&password=geheim&x=1",
+                "postgres://h/db?user=u&password=***&x=1",
+            ),
+            ("service=prod", "service=prod"),
+            ("mydb", "mydb"),
+            ("", ""),
+        ] {
+            assert_eq!(shown(given), want);
+        }
+    }
+
+    #[test]
+    fn passwords_of_redis_urls_are_hidden_and_wrong_urls_explained() {
+        let url: RedisUrl = "redis://:geheim@localhost:6379/1".parse().unwrap();
+        assert_eq!(url.to_string(), "redis://:***@localhost:6379/1");
+        assert!(!format!("{url:?}").contains("geheim"));
+        for wrong in [
+            "localhost:6379",
+            "http://localhost",
+            "redis://",
+            "not a url",
+            "redis://h:99999",
+        ] {
+            let message = wrong.parse::<RedisUrl>().unwrap_err();
+            assert!(message.contains("redis://host:6379/0"), "{wrong}: {message}");
+        }
+        assert!(
+            !"redis//:geheim@h"
+                .parse::<RedisUrl>()
+                .unwrap_err()
+                .contains("geheim")
+        );
+    }
+
+    #[test]
+    fn messages_of_other_libraries_are_scrubbed() {
+        assert_eq!(
+            scrub("bad \"u:geheim@h\"", "postgresql://u:geheim@h"),
+            "bad \"u:***@h\""
+        );
+        assert_eq!(scrub("near geheim", "host=x password='geheim'"), "near ***");
+    }
+
+    proptest! {
+        #[test]
+        fn no_password_is_shown_whatever_surrounds_it(before in "[a-z= ']{0,12}", after in "[a-z=\\\\ ']{0,12}") {
+            let _ = shown(&format!("{before}{after}"));
+            prop_assert!(!shown(&format!("host=x password=GEHEIM {after}")).contains("GEHEIM"));
+            prop_assert!(!shown(&format!("postgresql://{}:GEHEIM@h/{}", before.replace(' ', ""), after)).contains("GEHEIM"));
+        }
+
+        #[test]
+        fn no_text_makes_it_panic(text in ".{0,40}") {
+            let _ = shown(&text);
+            let _ = scrub(&text, &text);
+            let _ = text.parse::<RedisUrl>();
+        }
+    }
+}

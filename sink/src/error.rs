@@ -1,0 +1,290 @@
+//! Errors of the whole sink: what failed, on which object, at which LSN, and the next command to type.
+//!
+//! Callers branch on [`Error::class`] (try again, or stop), `main` on [`Error::exit_code`].
+
+use std::fmt;
+use std::time::Duration;
+
+use walmirror_proto::lsn::Lsn;
+
+use crate::pq::PqError;
+
+/// What can be done about an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// It may heal by itself: wait, connect again, and go on from the progress key.
+    Retry,
+    /// A person has to change something: stop with the next command.
+    Operator,
+    /// It should not be possible: stop, so that nobody builds on a wrong state.
+    Bug,
+}
+
+/// The exit codes of the `walmirror` binary; docs/operations.md explains them.
+pub mod exit {
+    /// Done.
+    pub const OK: u8 = 0;
+    /// A bug or an internal error.
+    pub const INTERNAL: u8 = 1;
+    /// The command line, an environment variable or the configuration file is wrong.
+    pub const USAGE: u8 = 2;
+    /// PostgreSQL refuses: something has to be changed there.
+    pub const POSTGRES: u8 = 3;
+    /// Redis refuses: something has to be changed there.
+    pub const REDIS: u8 = 4;
+    /// PostgreSQL or Redis could not be reached within `--connect-timeout`, or `--once` was given and a connection broke.
+    pub const UNREACHABLE: u8 = 5;
+    /// Redis and the slot do not fit together (a gap), and `--on-gap fail` forbids the resync.
+    pub const GAP: u8 = 6;
+    /// `wait` gave up.
+    pub const TIMEOUT: u8 = 7;
+}
+
+/// The part of the message that all errors share.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// What failed, and on which object: `cannot create the slot "walmirror"`.
+    pub what: String,
+    /// Where in the stream it happened.
+    pub lsn: Option<Lsn>,
+    /// The next command to type.
+    pub next: Option<String>,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)?;
+        match self.lsn {
+            Some(lsn) => write!(f, ", at LSN {lsn}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The source of an error, kept so that a caller can look at it.
+pub type Source = Box<dyn std::error::Error + Send + Sync>;
+
+/// An error of the sink. `Display` is one line that ends with the cause; the next command is [`Error::next_command`].
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A flag, environment variable or configuration file is wrong.
+    #[error("{0}")]
+    Config(Report),
+    /// libpq or the PostgreSQL server.
+    #[error("{0}: {1}")]
+    Postgres(Report, #[source] PqError),
+    /// PostgreSQL works, but is not set up for what was asked.
+    #[error("{0}")]
+    Setup(Report),
+    /// Redis, with what can be done about it.
+    #[error("{0}: {2}")]
+    Redis(Report, Class, #[source] Source),
+    /// A bug of the decoder or a broken stream: bytes that are no frames, records in an impossible order.
+    #[error("{0}: {1}")]
+    Stream(Report, #[source] Source),
+    /// Redis holds another history than the slot (another system, another timeline, lost progress).
+    #[error("{0}")]
+    Gap(Report),
+    /// A server that could not be reached in time.
+    #[error("{0} (gave up after {1:?}): {2}")]
+    Unreachable(Report, Duration, #[source] Box<Error>),
+    /// `wait` gave up.
+    #[error("{0}")]
+    Timeout(Report),
+    /// Reading or writing a local file, standard output, a signal handler.
+    #[error("{0}: {1}")]
+    Io(Report, #[source] std::io::Error),
+    /// A state that the code holds to be impossible.
+    #[error("internal error: {0}")]
+    Bug(Report),
+}
+
+fn report(what: impl Into<String>) -> Report {
+    Report {
+        what: what.into(),
+        lsn: None,
+        next: None,
+    }
+}
+
+impl Error {
+    /// A wrong flag, variable or file.
+    pub fn config(what: impl Into<String>) -> Self {
+        Self::Config(report(what))
+    }
+
+    /// An error of libpq or the server, with what was tried: `cannot create the slot "x"`.
+    pub fn postgres(what: impl Into<String>, source: PqError) -> Self {
+        Self::Postgres(report(what), source)
+    }
+
+    /// PostgreSQL is not set up for what was asked.
+    pub fn setup(what: impl Into<String>) -> Self {
+        Self::Setup(report(what))
+    }
+
+    /// An error of Redis, with what was tried.
+    pub fn redis(what: impl Into<String>, class: Class, source: impl Into<Source>) -> Self {
+        Self::Redis(report(what), class, source.into())
+    }
+
+    /// A stream that cannot be read.
+    pub fn stream(what: impl Into<String>, source: impl Into<Source>) -> Self {
+        Self::Stream(report(what), source.into())
+    }
+
+    /// Redis and the slot do not fit together.
+    pub fn gap(what: impl Into<String>) -> Self {
+        Self::Gap(report(what))
+    }
+
+    /// `wait` gave up.
+    pub fn timeout(what: impl Into<String>) -> Self {
+        Self::Timeout(report(what))
+    }
+
+    /// A local file, standard output, a signal handler.
+    pub fn io(what: impl Into<String>, source: std::io::Error) -> Self {
+        Self::Io(report(what), source)
+    }
+
+    /// A state that should be impossible.
+    pub fn bug(what: impl Into<String>) -> Self {
+        Self::Bug(report(what))
+    }
+
+    /// A retried error that lasted too long.
+    pub fn unreachable(what: impl Into<String>, after: Duration, last: Error) -> Self {
+        let next = last.next_command().map(str::to_owned);
+        Self::Unreachable(Report { next, ..report(what) }, after, Box::new(last))
+    }
+
+    /// Adds where in the stream it happened.
+    #[must_use]
+    pub fn at(mut self, lsn: Lsn) -> Self {
+        self.report_mut().lsn = Some(lsn);
+        self
+    }
+
+    /// Adds the next command to type, unless a more specific one is there already.
+    #[must_use]
+    pub fn next(mut self, command: impl Into<String>) -> Self {
+        self.report_mut().next.get_or_insert_with(|| command.into());
+        self
+    }
+
+    /// The next command to type.
+    pub fn next_command(&self) -> Option<&str> {
+        self.report().next.as_deref()
+    }
+
+    /// What can be done about it.
+    pub fn class(&self) -> Class {
+        match self {
+            Self::Postgres(_, source) => source.class(),
+            Self::Redis(_, class, _) => *class,
+            Self::Config(_)
+            | Self::Setup(_)
+            | Self::Gap(_)
+            | Self::Unreachable(..)
+            | Self::Timeout(_)
+            | Self::Io(..) => Class::Operator,
+            Self::Stream(..) | Self::Bug(_) => Class::Bug,
+        }
+    }
+
+    /// The exit code of a process that ends with this error. See [`exit`].
+    pub fn exit_code(&self) -> u8 {
+        match (self, self.class()) {
+            (Self::Config(_), _) => exit::USAGE,
+            (Self::Setup(_), _) => exit::POSTGRES,
+            (Self::Gap(_), _) => exit::GAP,
+            (Self::Timeout(_), _) => exit::TIMEOUT,
+            (Self::Unreachable(..), _) | (_, Class::Retry) => exit::UNREACHABLE,
+            (Self::Postgres(_, source), Class::Operator) if source.kind == crate::pq::ErrorKind::Settings => {
+                exit::USAGE
+            }
+            (Self::Postgres(..), Class::Operator) => exit::POSTGRES,
+            (Self::Redis(..), Class::Operator) => exit::REDIS,
+            _ => exit::INTERNAL,
+        }
+    }
+
+    fn report(&self) -> &Report {
+        match self {
+            Self::Config(report)
+            | Self::Postgres(report, _)
+            | Self::Setup(report)
+            | Self::Redis(report, ..)
+            | Self::Stream(report, _)
+            | Self::Gap(report)
+            | Self::Unreachable(report, ..)
+            | Self::Timeout(report)
+            | Self::Io(report, _)
+            | Self::Bug(report) => report,
+        }
+    }
+
+    fn report_mut(&mut self) -> &mut Report {
+        match self {
+            Self::Config(report)
+            | Self::Postgres(report, _)
+            | Self::Setup(report)
+            | Self::Redis(report, ..)
+            | Self::Stream(report, _)
+            | Self::Gap(report)
+            | Self::Unreachable(report, ..)
+            | Self::Timeout(report)
+            | Self::Io(report, _)
+            | Self::Bug(report) => report,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pq::ErrorKind;
+
+    #[test]
+    fn a_message_names_object_lsn_and_next_command() {
+        let error = Error::postgres(
+            "cannot start the slot \"x\"",
+            PqError::new(ErrorKind::Server, "no such slot"),
+        )
+        .at(Lsn(0x16_0000_0010))
+        .next("walmirror init --slot x")
+        .next("something less specific");
+        assert_eq!(
+            error.to_string(),
+            "cannot start the slot \"x\", at LSN 16/10: no such slot"
+        );
+        assert_eq!(error.next_command(), Some("walmirror init --slot x"));
+    }
+
+    #[test]
+    fn exit_codes_follow_the_class() {
+        let connection = || PqError::new(ErrorKind::Connection, "refused");
+        assert_eq!(Error::config("x").exit_code(), exit::USAGE);
+        assert_eq!(Error::postgres("x", connection()).exit_code(), exit::UNREACHABLE);
+        assert_eq!(
+            Error::postgres("x", PqError::new(ErrorKind::Settings, "y")).exit_code(),
+            exit::USAGE
+        );
+        assert_eq!(Error::setup("x").exit_code(), exit::POSTGRES);
+        assert_eq!(
+            Error::redis("x", Class::Operator, "NOAUTH").exit_code(),
+            exit::REDIS
+        );
+        assert_eq!(
+            Error::redis("x", Class::Retry, "LOADING").exit_code(),
+            exit::UNREACHABLE
+        );
+        assert_eq!(Error::bug("x").exit_code(), exit::INTERNAL);
+        let last = Error::postgres("x", connection());
+        assert_eq!(
+            Error::unreachable("Postgres", Duration::from_secs(1), last).exit_code(),
+            exit::UNREACHABLE
+        );
+    }
+}

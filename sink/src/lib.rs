@@ -1,0 +1,18 @@
+//! The walmirror sink: reads the change stream of PostgreSQL and keeps Redis equal to it.
+//!
+//! Modules in the order in which a row meets them. The binary (`main.rs`) only calls [`cli::main`]; everything else is
+//! in this library, so that tests, fuzz targets and benchmarks reach it.
+
+// The edge to Postgres.
+pub mod pq;
+pub mod replication;
+
+// What a process needs.
+pub mod cli;
+pub mod config;
+pub mod error;
+pub mod logging;
+pub mod shutdown;
+pub mod tail;
+
+pub use error::{Class, Error};

@@ -1,0 +1,265 @@
+//! What libpq and the server say when something fails, and what to do about it.
+
+use std::fmt;
+
+use crate::error::Class;
+
+/// Where a [`PqError`] comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The connection string, a service file or a TLS file is wrong: no server was asked.
+    Settings,
+    /// The server could not be reached, or the connection was lost.
+    Connection,
+    /// The server answered with an error.
+    Server,
+    /// The server or libpq did what this code does not expect.
+    Protocol,
+}
+
+/// An error of libpq or of the server, with the fields that the server sent.
+///
+/// `Display` shows message, hint and SQLSTATE. It leaves out the server's detail, which can hold values of rows
+/// (INVARIANT I8).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PqError {
+    /// Where the error comes from.
+    pub kind: ErrorKind,
+    /// The five characters of the SQLSTATE, where the server sent one.
+    pub sqlstate: Option<String>,
+    /// ERROR, FATAL or PANIC (never translated).
+    pub severity: Option<String>,
+    /// The primary message.
+    pub message: String,
+    /// The server's DETAIL. May hold row values: never log it.
+    pub detail: Option<String>,
+    /// The server's HINT.
+    pub hint: Option<String>,
+}
+
+impl PqError {
+    /// An error that has no more than a message.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self {
+            kind,
+            sqlstate: None,
+            severity: None,
+            message: message.into(),
+            detail: None,
+            hint: None,
+        }
+    }
+
+    /// Whether the SQLSTATE is this one.
+    pub fn is(&self, sqlstate: &str) -> bool {
+        self.sqlstate.as_deref() == Some(sqlstate)
+    }
+
+    /// Makes an error of what `PQerrorMessage` says after a failed connection attempt in verbose mode.
+    ///
+    /// libpq has no other way to tell the SQLSTATE of a refused connection: in verbose mode the text reads
+    /// `… failed: FATAL:  28P01: password authentication failed for user "x"`.
+    pub fn from_connection_attempt(text: &str) -> Self {
+        let mut error = Self::new(ErrorKind::Connection, String::new());
+        let mut message: Vec<String> = Vec::new();
+        for line in text.lines().map(str::trim_end).filter(|line| !line.is_empty()) {
+            if line.starts_with("LOCATION:") {
+                continue;
+            }
+            if let Some(hint) = line.strip_prefix("HINT:") {
+                error.hint = Some(hint.trim().to_owned());
+                continue;
+            }
+            if let Some(detail) = line.strip_prefix("DETAIL:") {
+                error.detail = Some(detail.trim().to_owned());
+                continue;
+            }
+            match split_sqlstate(line) {
+                Some((before, sqlstate, after)) => {
+                    error.kind = ErrorKind::Server;
+                    error.sqlstate = Some(sqlstate.to_owned());
+                    error.severity = Some("FATAL".to_owned());
+                    message.push(format!("{before} {after}"));
+                }
+                None => message.push(line.trim().to_owned()),
+            }
+        }
+        error.message = if message.is_empty() {
+            "libpq gave no reason".to_owned()
+        } else {
+            message.join(" ")
+        };
+        if error.kind == ErrorKind::Connection && is_wrong_setting(&error.message) {
+            error.kind = ErrorKind::Settings;
+        }
+        error
+    }
+
+    /// What the caller can do: try again, tell the operator, or report a bug.
+    pub fn class(&self) -> Class {
+        match self.kind {
+            ErrorKind::Settings => Class::Operator,
+            ErrorKind::Connection => Class::Retry,
+            ErrorKind::Protocol => Class::Bug,
+            ErrorKind::Server => self.sqlstate.as_deref().map_or(Class::Bug, class_of_sqlstate),
+        }
+    }
+}
+
+fn class_of_sqlstate(sqlstate: &str) -> Class {
+    match sqlstate {
+        // The slot is in use by another sink, or by the walsender of a connection that has just been lost.
+        "55006" => Class::Retry,
+        // Serialisation failures, deadlocks, lock and statement timeouts, cancelled queries.
+        "40001" | "40P01" | "55P03" | "57014" => Class::Retry,
+        // 08: connection lost. 53: out of connections, memory or disk. 57P: shutting down, crashed, starting up.
+        // 58030: an I/O error. 25006: a read-only server, which a failover may heal.
+        "58030" | "25006" => Class::Retry,
+        // The slot's WAL is gone, or the database was dropped.
+        "57P04" => Class::Operator,
+        _ => match sqlstate.get(..2) {
+            Some("08" | "53" | "57") => Class::Retry,
+            // 28: who may log in. 3D, 3F: no such database, schema. 42: rights and missing objects. 0A, 55: the server is
+            // not set up for this. 58, F0: missing files, wrong configuration. 22, 23: what an operator's mapping asks
+            // of the data. XX: corrupted data and the like.
+            Some(
+                "28" | "3D" | "3F" | "42" | "0A" | "55" | "58" | "F0" | "22" | "23" | "XX" | "54" | "P0",
+            ) => Class::Operator,
+            _ => Class::Bug,
+        },
+    }
+}
+
+/// libpq is never told about a locale, so its own messages are always these English ones.
+fn is_wrong_setting(message: &str) -> bool {
+    const SIGNS: [&str; 15] = [
+        "invalid ",
+        "missing \"=\"",
+        "definition of service",
+        "service file",
+        "syntax error",
+        "no password supplied",
+        "certificate",
+        "private key",
+        "server does not support SSL",
+        "SSL is not supported",
+        "could not match",
+        "unterminated quoted string",
+        "requires a password",
+        "requested but not compiled",
+        "unrecognized",
+    ];
+    SIGNS.iter().any(|sign| message.contains(sign))
+}
+
+/// Splits `FATAL:  28P01: text` into what is before the code, the code, and what is behind it.
+fn split_sqlstate(line: &str) -> Option<(&str, &str, &str)> {
+    let mut from = 0;
+    while let Some(found) = line.get(from..)?.find(":  ") {
+        let start = from + found + 3;
+        let code = line.get(start..start + 5);
+        let rest = line.get(start + 5..).and_then(|rest| rest.strip_prefix(": "));
+        if let (Some(code), Some(rest)) = (code, rest)
+            && code
+                .bytes()
+                .all(|byte| byte.is_ascii_digit() || byte.is_ascii_uppercase())
+        {
+            return Some((line.get(..start)?.trim_end(), code, rest));
+        }
+        from = start;
+    }
+    None
+}
+
+impl fmt::Display for PqError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        if let Some(sqlstate) = &self.sqlstate {
+            write!(f, " (SQLSTATE {sqlstate})")?;
+        }
+        if let Some(hint) = &self.hint {
+            write!(f, " Hint: {hint}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for PqError {}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_sqlstate_of_a_refused_connection_is_found() {
+        let error = PqError::from_connection_attempt(
+            "connection to server at \"localhost\" (::1), port 5432 failed: FATAL:  28P01: password authentication failed for user \"x\"\nLOCATION:  auth_failed, auth.c:326\n",
+        );
+        assert!(error.is("28P01"));
+        assert_eq!(error.class(), Class::Operator);
+        assert!(
+            error
+                .message
+                .ends_with("FATAL: password authentication failed for user \"x\""),
+            "{}",
+            error.message
+        );
+        assert!(!error.message.contains("auth.c"));
+    }
+
+    #[test]
+    fn an_unreachable_server_is_worth_another_try() {
+        let error = PqError::from_connection_attempt(
+            "connection to server on socket \"/nowhere/.s.PGSQL.5432\" failed: No such file or directory\n\tIs the server running locally and accepting connections on that socket?\n",
+        );
+        assert_eq!((error.kind, error.class()), (ErrorKind::Connection, Class::Retry));
+    }
+
+    #[test]
+    fn a_wrong_connection_string_is_the_operators() {
+        for text in [
+            "invalid sslmode value: \"maybe\"\n",
+            "definition of service \"x\" not found\n",
+        ] {
+            let error = PqError::from_connection_attempt(text);
+            assert_eq!(
+                (error.kind, error.class()),
+                (ErrorKind::Settings, Class::Operator),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_server_that_starts_up_or_a_busy_slot_is_retried_and_a_missing_slot_is_not() {
+        for (sqlstate, class) in [
+            ("57P01", Class::Retry),
+            ("57P03", Class::Retry),
+            ("55006", Class::Retry),
+            ("53300", Class::Retry),
+            ("42704", Class::Operator),
+            ("42501", Class::Operator),
+            ("55000", Class::Operator),
+            ("0A000", Class::Operator),
+            ("3D000", Class::Operator),
+            ("58P01", Class::Operator),
+            ("2F000", Class::Bug),
+        ] {
+            let error = PqError {
+                sqlstate: Some(sqlstate.into()),
+                ..PqError::new(ErrorKind::Server, "x")
+            };
+            assert_eq!(error.class(), class, "{sqlstate}");
+        }
+    }
+
+    #[test]
+    fn the_detail_is_not_shown() {
+        let error = PqError {
+            detail: Some("Key (id)=(secret)".into()),
+            ..PqError::new(ErrorKind::Server, "duplicate key")
+        };
+        assert!(!error.to_string().contains("secret"));
+    }
+}

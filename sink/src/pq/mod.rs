@@ -1,0 +1,17 @@
+//! PostgreSQL through libpq, behind safe types.
+//!
+//! libpq rather than a Rust client, because then every connection string, service file, password file, TLS mode,
+//! Kerberos set-up and multi-host failover that works with psql works here, and because it speaks CopyBoth, which the
+//! replication stream needs. All `unsafe` of this crate is in `ffi`; nothing outside this folder sees a raw pointer.
+
+mod connection;
+mod copy;
+mod error;
+mod ffi;
+mod wake;
+
+pub use connection::{CancelHandle, Connection, QueryResult, Row, Rows, quote_identifier, quote_literal};
+pub use copy::{BinaryFields, Copied, CopyOut, binary_fields};
+pub use error::{ErrorKind, PqError};
+pub use ffi::CopyBuffer;
+pub use wake::Waker;

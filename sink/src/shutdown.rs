@@ -1,0 +1,138 @@
+//! Stopping in good order: SIGTERM and SIGINT set a flag and wake whoever waits.
+//!
+//! `main` installs it; `run` looks at it between steps; `pq` and `replication` are woken by it in the middle of a wait.
+//! A second signal ends the process at once.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::error::Error;
+use crate::pq::Waker;
+
+#[derive(Debug, Default)]
+struct Inner {
+    requested: Arc<AtomicBool>,
+    wakers: Mutex<Vec<Waker>>,
+    changed: Condvar,
+}
+
+/// Whether the process should stop. Clones share the same state.
+#[derive(Clone, Debug, Default)]
+pub struct Shutdown {
+    inner: Arc<Inner>,
+}
+
+impl Shutdown {
+    /// One that only [`Shutdown::request`] raises: for tests.
+    pub fn manual() -> Self {
+        Self::default()
+    }
+
+    /// One that SIGTERM and SIGINT raise. Starts a thread that waits for the signals.
+    pub fn install() -> Result<Self, Error> {
+        let failed = |error| Error::io("cannot install the signal handlers", error);
+        let shutdown = Self::default();
+        for signal in [SIGTERM, SIGINT] {
+            // Acts only when the flag is up already: the second signal, for somebody who does not want to wait.
+            let flag = Arc::clone(&shutdown.inner.requested);
+            signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, flag).map_err(failed)?;
+            signal_hook::flag::register(signal, Arc::clone(&shutdown.inner.requested)).map_err(failed)?;
+        }
+        let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT]).map_err(failed)?;
+        let for_thread = shutdown.clone();
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || {
+                for signal in signals.forever() {
+                    tracing::info!(signal, "stopping: a second signal ends the process at once");
+                    for_thread.request();
+                }
+            })
+            .map_err(failed)?;
+        Ok(shutdown)
+    }
+
+    /// Asks everybody to stop.
+    pub fn request(&self) {
+        self.inner.requested.store(true, Ordering::Release);
+        let wakers = self.inner.wakers.lock().unwrap_or_else(PoisonError::into_inner);
+        for waker in wakers.iter() {
+            waker.wake();
+        }
+        drop(wakers);
+        self.inner.changed.notify_all();
+    }
+
+    /// Whether somebody has asked to stop.
+    pub fn requested(&self) -> bool {
+        self.inner.requested.load(Ordering::Acquire)
+    }
+
+    /// Raises `waker`, too, when the time has come (at once, if it has come already).
+    pub fn subscribe(&self, waker: &Waker) {
+        let mut wakers = self.inner.wakers.lock().unwrap_or_else(PoisonError::into_inner);
+        wakers.retain(|other| !other.is_abandoned());
+        wakers.push(waker.clone());
+        drop(wakers);
+        if self.requested() {
+            waker.wake();
+        }
+    }
+
+    /// A new waker that is raised when the time has come: for `Connection::interrupt_with`.
+    pub fn waker(&self) -> Result<Waker, Error> {
+        let waker = Waker::new().map_err(|error| Error::io("cannot make a waker", error))?;
+        self.subscribe(&waker);
+        Ok(waker)
+    }
+
+    /// Sleeps, for at most `time`. True: ended early, because somebody has asked to stop.
+    pub fn sleep(&self, time: Duration) -> bool {
+        let deadline = Instant::now() + time;
+        let mut guard = self.inner.wakers.lock().unwrap_or_else(PoisonError::into_inner);
+        while !self.requested() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            // The flag may also be set by the signal handler itself, a moment before the thread tells: the step bounds
+            // how long that can go unseen.
+            let step = left.min(Duration::from_millis(200));
+            guard = self
+                .inner
+                .changed
+                .wait_timeout(guard, step)
+                .map_or_else(|error| error.into_inner().0, |(guard, _)| guard);
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_ends_a_sleep_and_raises_the_wakers() {
+        let shutdown = Shutdown::manual();
+        assert!(!shutdown.sleep(Duration::from_millis(1)));
+        let other = shutdown.clone();
+        let thread = std::thread::spawn(move || other.request());
+        assert!(shutdown.sleep(Duration::from_secs(60)));
+        thread.join().unwrap();
+        assert!(shutdown.requested());
+    }
+
+    #[test]
+    fn wakers_that_nobody_waits_on_are_forgotten() {
+        let shutdown = Shutdown::manual();
+        for _ in 0..100 {
+            drop(shutdown.waker().unwrap());
+        }
+        assert!(shutdown.inner.wakers.lock().unwrap().len() <= 1);
+    }
+}

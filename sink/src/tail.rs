@@ -1,0 +1,1 @@
+//! `walmirror tail`: the stream, printed for people.
