@@ -1,0 +1,182 @@
+//! Whether a label fits its table. Everything that would make the mirror wrong is refused here, with what to do instead.
+
+use pgrx::pg_sys;
+use pgrx::prelude::*;
+use walmirror_proto::key::KeyTemplate;
+
+use crate::error::Refusal;
+use crate::ffi::memory::Context;
+use crate::ffi::relation::Rel;
+use crate::label::{Label, Mode};
+use crate::plan::Plan;
+
+/// Checks a label against the table's kind, columns, unique keys and replica identity, and against the other labels.
+pub fn validate(table: pg_sys::Oid, label: &Label) -> Result<(), Refusal> {
+    check_kind(table)?;
+    let relation = Rel::open(table).ok_or_else(|| Refusal::object(format!("there is no table with oid {}", u32::from(table)), "Name an existing table."))?;
+    let name = relation.name();
+    // Column names, the template's syntax and the value kind are the plan's to judge.
+    let plan = Plan::for_label(&relation, label, Context::top())?;
+    let key = plan.relation.key.clone();
+    plan.release();
+    let template = KeyTemplate::parse(&key).map_err(|error| Refusal::invalid(error.to_string(), "user:{id}"))?;
+    check_options(label)?;
+    check_unique(table, &name, template.placeholders())?;
+    check_replica_identity(table, template.placeholders())?;
+    check_other_templates(table, &key, &template)
+}
+
+fn check_options(label: &Label) -> Result<(), Refusal> {
+    if label.ttl_ms == Some(0) {
+        return Err(Refusal::invalid("ttl has to be longer than zero", "Leave ttl out for keys that never expire, or write ttl => '1 day'."));
+    }
+    if label.mode == Mode::Mirror && label.on_write != crate::label::OnWrite::Refresh {
+        return Err(Refusal::invalid("on_write is an option of cached tables", "A mirror always writes. SELECT walmirror.cache(…, on_write => …) caches on demand."));
+    }
+    Ok(())
+}
+
+/// Only ordinary and partitioned tables whose changes are in the WAL can be mirrored.
+fn check_kind(table: pg_sys::Oid) -> Result<(), Refusal> {
+    let row = query(
+        "SELECT c.oid::regclass::text, c.relkind::text, c.relpersistence::text, c.oid < 16384 OR n.nspname IN ('pg_catalog', 'information_schema'),
+                c.relispartition
+         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1",
+        table,
+    )?;
+    let Some(row) = row.into_iter().next() else {
+        return Err(Refusal::object(format!("there is no table with oid {}", u32::from(table)), "Name an existing table."));
+    };
+    let text = |at: usize| row.get(at).cloned().flatten().unwrap_or_default();
+    let (name, kind, persistence) = (text(0), text(1), text(2));
+    if text(3) == "t" {
+        return Err(Refusal::object(format!("\"{name}\" is a system table"), "Mirror a table of your own."));
+    }
+    match kind.as_str() {
+        "r" | "p" => {}
+        "v" => return Err(Refusal::object(format!("\"{name}\" is a view"), "A view has no changes of its own in the WAL: mirror the tables under it.")),
+        "m" => return Err(Refusal::object(format!("\"{name}\" is a materialized view"), "Its refreshes are not in the logical stream: mirror the tables under it.")),
+        "f" => return Err(Refusal::object(format!("\"{name}\" is a foreign table"), "Its rows are not in this server's WAL: mirror the table on the server that holds it.")),
+        _ => return Err(Refusal::object(format!("\"{name}\" is not a table"), "Name an ordinary or a partitioned table.")),
+    }
+    match persistence.as_str() {
+        "u" => Err(Refusal::object(format!("\"{name}\" is an unlogged table"), format!("Its changes are not in the WAL. ALTER TABLE {name} SET LOGGED; and try again."))),
+        "t" => Err(Refusal::object(format!("\"{name}\" is a temporary table"), "Its changes are not in the WAL: mirror a permanent table.")),
+        _ if text(4) == "t" => Err(Refusal::object(
+            format!("\"{name}\" is a partition"),
+            "Mirror the partitioned table that it belongs to: rows appear under the parent, whichever partition they live in.",
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// The key has to tell rows apart: it must name all columns of some unique index that is checked at once.
+fn check_unique(table: pg_sys::Oid, name: &str, key: &[String]) -> Result<(), Refusal> {
+    let indexes = query(
+        "SELECT (SELECT string_agg(a.attname, E'\\x01' ORDER BY k.ord) FROM unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
+                 JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum WHERE k.ord <= i.indnkeyatts)
+         FROM pg_catalog.pg_index i
+         WHERE i.indrelid = $1 AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL AND i.indexprs IS NULL",
+        table,
+    )?;
+    let unique = indexes.iter().filter_map(|row| row.first().cloned().flatten()).any(|columns| columns.split('\u{1}').all(|column| key.iter().any(|named| named == column)));
+    if unique {
+        return Ok(());
+    }
+    Err(Refusal::object(
+        format!("the key of table \"{name}\" is not unique: no unique index consists of the columns that the key template names ({})", key.join(", ")),
+        "Name all columns of the primary key, or of a unique index that is not deferrable, partial or on expressions; add one if there is none.",
+    ))
+}
+
+/// The old row in the WAL of an UPDATE or DELETE has to hold the key's columns, in each partition.
+fn check_replica_identity(table: pg_sys::Oid, key: &[String]) -> Result<(), Refusal> {
+    let leaves = query(
+        "SELECT l.oid::regclass::text, c.relreplident::text,
+                (SELECT string_agg(a.attname, E'\\x01') FROM pg_catalog.pg_index i
+                 JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::int2[])
+                 WHERE i.indrelid = l.oid AND i.indisvalid AND i.indimmediate
+                   AND CASE c.relreplident WHEN 'd' THEN i.indisprimary ELSE i.indisreplident END),
+                c.relkind::text, c.relpersistence::text
+         FROM (SELECT $1::oid AS oid WHERE NOT EXISTS (SELECT 1 FROM pg_catalog.pg_class WHERE oid = $1 AND relkind = 'p')
+               UNION ALL SELECT relid::oid FROM pg_catalog.pg_partition_tree($1::oid::regclass) WHERE isleaf AND relid::oid <> $1) l
+         JOIN pg_catalog.pg_class c ON c.oid = l.oid",
+        table,
+    )?;
+    for leaf in leaves {
+        let text = |at: usize| leaf.get(at).cloned().flatten().unwrap_or_default();
+        let name = text(0);
+        if text(3) == "f" {
+            return Err(Refusal::object(format!("partition \"{name}\" is a foreign table"), "Its rows are not in this server's WAL: detach it."));
+        }
+        if text(4) == "u" {
+            return Err(Refusal::object(format!("partition \"{name}\" is unlogged"), format!("Its changes are not in the WAL. ALTER TABLE {name} SET LOGGED;")));
+        }
+        let columns = text(2);
+        let missing = key.iter().find(|column| !columns.split('\u{1}').any(|known| known == column.as_str()));
+        match (text(1).as_str(), missing) {
+            ("f", _) | ("d" | "i", None) => {}
+            (_, missing) => {
+                let column = missing.or_else(|| key.first()).cloned().unwrap_or_default();
+                return Err(Refusal::object(
+                    format!("column \"{column}\" of the key is not in the replica identity of table \"{name}\""),
+                    format!(
+                        "Without it the WAL of an UPDATE or DELETE does not tell which key was meant. Use the primary key's columns in the key, or \
+                         ALTER TABLE {name} REPLICA IDENTITY USING INDEX … (or FULL)."
+                    ),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Two tables may not write the same keys.
+fn check_other_templates(table: pg_sys::Oid, key: &str, template: &KeyTemplate) -> Result<(), Refusal> {
+    let others = query(
+        "SELECT l.objoid::text, l.objoid::regclass::text FROM pg_catalog.pg_seclabel l
+         WHERE l.provider = 'walmirror' AND l.classoid = 'pg_catalog.pg_class'::regclass AND l.objsubid = 0 AND l.objoid <> $1",
+        table,
+    )?;
+    for other in others {
+        let text = |at: usize| other.get(at).cloned().flatten().unwrap_or_default();
+        let Some(relation) = text(0).parse().ok().and_then(|oid: u32| Rel::open(pg_sys::Oid::from(oid))) else { continue };
+        // A label that no longer fits its table writes no keys.
+        let Ok(Some(plan)) = Plan::build(&relation, false, Context::top()) else { continue };
+        let taken = KeyTemplate::parse(&plan.relation.key).is_ok_and(|theirs| theirs.skeleton() == template.skeleton());
+        let theirs = plan.relation.key.clone();
+        plan.release();
+        if taken {
+            return Err(Refusal::new(
+                PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT,
+                format!("key template \"{key}\" would write the same keys as \"{theirs}\" of table \"{}\"", text(1)),
+                "Choose another prefix: key => 'schema.table:{id}'.",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// A row of text columns.
+type Texts = Vec<Option<String>>;
+
+/// Runs a catalog query whose only parameter is an oid, and returns its columns as text.
+fn query(sql: &str, table: pg_sys::Oid) -> Result<Vec<Texts>, Refusal> {
+    let failed = |error: spi::Error| Refusal::new(PgSqlErrorCode::ERRCODE_INTERNAL_ERROR, format!("walmirror could not read the catalogs: {error}"), "Report this.");
+    Spi::connect(|client| {
+        let rows = client.select(sql, None, &[table.into()]).map_err(failed)?;
+        let mut texts = Vec::new();
+        for row in rows {
+            let mut values = Vec::with_capacity(row.columns());
+            for column in 1..=row.columns() {
+                let value = match row.get_datum_by_ordinal(column).map_err(failed)?.oid() {
+                    pg_sys::BOOLOID => row.get::<bool>(column).map_err(failed)?.map(|value| if value { "t" } else { "f" }.to_owned()),
+                    _ => row.get::<String>(column).map_err(failed)?,
+                };
+                values.push(value);
+            }
+            texts.push(values);
+        }
+        Ok(texts)
+    })
+}

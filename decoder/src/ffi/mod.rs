@@ -1,0 +1,20 @@
+//! All that touches PostgreSQL's C interface, behind safe types. Nothing outside this folder is `unsafe`.
+//!
+//! Calls into `pg_sys` go through pgrx's guard: an `ereport(ERROR)` in them becomes a Rust unwind that the callback's
+//! `#[pg_guard]` turns back into an ERROR of this backend, so destructors run. What Postgres may free by itself at such
+//! a moment (memory contexts) is never freed by a destructor.
+
+pub mod catalog_types;
+pub mod datum;
+pub mod function;
+pub mod hooks;
+pub mod memory;
+pub mod output_plugin;
+pub mod pack;
+pub mod relation;
+pub mod session;
+pub mod text;
+pub mod value;
+
+#[cfg(not(all(target_endian = "little", target_pointer_width = "64")))]
+compile_error!("the row encoder reads little-endian varlena headers and 8-byte datums");

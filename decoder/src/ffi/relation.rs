@@ -1,0 +1,233 @@
+//! Relations and what the catalogs say of them. In a decoding callback every look-up happens under the historic
+//! snapshot, so it answers as of the WAL position that is being decoded.
+
+use std::marker::PhantomData;
+
+use pgrx::{PgTupleDesc, pg_sys};
+
+use super::text;
+
+/// The name under which labels are set: `SECURITY LABEL FOR walmirror`.
+pub const PROVIDER: &std::ffi::CStr = c"walmirror";
+
+/// An open relation of the relation cache.
+pub struct Rel {
+    raw: pg_sys::Relation,
+    close: Close,
+}
+
+enum Close {
+    /// Somebody else holds it open.
+    No,
+    Reference,
+    Lock,
+}
+
+/// A table's column. Dropped ones do not appear.
+#[derive(Debug, Clone)]
+pub struct Column {
+    /// 0-based position in tuples.
+    pub position: usize,
+    pub name: String,
+    pub type_oid: pg_sys::Oid,
+    /// PostgreSQL 18: computed when read, so that no tuple holds it.
+    pub is_virtual: bool,
+}
+
+impl Rel {
+    /// Wraps a relation that a callback was given.
+    ///
+    /// # Safety
+    /// `raw` must stay open while the result is used.
+    pub unsafe fn borrowed(raw: pg_sys::Relation) -> Self {
+        Self { raw, close: Close::No }
+    }
+
+    /// Opens a relation as the decoder does: from the relation cache, without a lock (`RelationIdGetRelation`). `None` if
+    /// there is none.
+    pub fn open_historic(oid: pg_sys::Oid) -> Option<Self> {
+        // SAFETY: allowed wherever there is a snapshot for catalog look-ups, as there is in change callbacks.
+        let raw = unsafe { pg_sys::RelationIdGetRelation(oid) };
+        (!raw.is_null()).then_some(Self { raw, close: Close::Reference })
+    }
+
+    /// Opens a relation with an AccessShareLock (`try_relation_open`), as SQL functions do. `None` if there is none.
+    pub fn open(oid: pg_sys::Oid) -> Option<Self> {
+        // SAFETY: within a transaction, as every SQL function is.
+        let raw = unsafe { pg_sys::try_relation_open(oid, pg_sys::AccessShareLock as pg_sys::LOCKMODE) };
+        (!raw.is_null()).then_some(Self { raw, close: Close::Lock })
+    }
+
+    /// `pg_class.oid`.
+    pub fn oid(&self) -> pg_sys::Oid {
+        // SAFETY: raw is an open relation.
+        unsafe { (*self.raw).rd_id }
+    }
+
+    fn form(&self) -> &pg_sys::FormData_pg_class {
+        // SAFETY: rd_rel of an open relation is never NULL.
+        unsafe { &*(*self.raw).rd_rel }
+    }
+
+    /// `pg_class.relname`.
+    pub fn name(&self) -> String {
+        // SAFETY: a NameData is NUL-terminated.
+        unsafe { text::string(self.form().relname.data.as_ptr()) }.unwrap_or_default()
+    }
+
+    /// The schema's name (`get_namespace_name`).
+    pub fn schema(&self) -> String {
+        // SAFETY: returns NULL or a palloc'd C string.
+        unsafe { text::string(pg_sys::get_namespace_name(self.form().relnamespace)) }.unwrap_or_default()
+    }
+
+    /// `pg_class.relispartition`.
+    pub fn is_partition(&self) -> bool {
+        self.form().relispartition
+    }
+
+    /// Whether it can have rows of its own or partitions that do: `relkind` r or p.
+    pub fn is_table(&self) -> bool {
+        matches!(self.form().relkind as u8, b'r' | b'p')
+    }
+
+    /// The type of its rows.
+    pub fn descriptor(&self) -> TupleDesc<'_> {
+        // SAFETY: rd_att of an open relation is never NULL and lives as long as the relation stays open.
+        TupleDesc { raw: unsafe { (*self.raw).rd_att }, _relation: PhantomData }
+    }
+
+    /// The columns, in order.
+    pub fn columns(&self) -> Vec<Column> {
+        // SAFETY: the descriptor is valid; the wrapper only reads it and does not take over its reference count.
+        let descriptor = unsafe { PgTupleDesc::from_pg_unchecked(self.descriptor().raw) };
+        let mut columns = Vec::with_capacity(descriptor.len());
+        for position in 0..descriptor.len() {
+            let Some(attribute) = descriptor.get(position).filter(|attribute| !attribute.attisdropped) else { continue };
+            columns.push(Column {
+                position,
+                // SAFETY: a NameData is NUL-terminated.
+                name: unsafe { text::string(attribute.attname.data.as_ptr()) }.unwrap_or_default(),
+                type_oid: attribute.atttypid,
+                is_virtual: attribute.attgenerated as u8 == b'v',
+            });
+        }
+        columns
+    }
+
+    /// The names of the primary key's columns, in the key's order; empty if there is none.
+    pub fn primary_key(&self) -> Vec<String> {
+        // SAFETY: raw is open; RelationGetIndexList fills rd_pkindex in, and its list is palloc'd.
+        let index = unsafe {
+            pg_sys::RelationGetIndexList(self.raw);
+            (*self.raw).rd_pkindex
+        };
+        if index == pg_sys::InvalidOid {
+            return Vec::new();
+        }
+        let Some(index) = Self::open_historic(index) else { return Vec::new() };
+        let columns = self.columns();
+        // SAFETY: rd_index of an open index is never NULL, and indkey holds indnatts items.
+        let numbers = unsafe {
+            let form = (*index.raw).rd_index;
+            let keys = usize::try_from((*form).indnkeyatts).unwrap_or(0);
+            (*form).indkey.values.as_slice(keys).to_vec()
+        };
+        numbers
+            .into_iter()
+            .filter_map(|number| {
+                let position = usize::try_from(number).ok()?.checked_sub(1)?;
+                columns.iter().find(|column| column.position == position).map(|column| column.name.clone())
+            })
+            .collect()
+    }
+
+    /// The table's own label.
+    pub fn label(&self) -> Option<String> {
+        label_of(self.oid())
+    }
+}
+
+impl Drop for Rel {
+    fn drop(&mut self) {
+        // SAFETY: raw was opened by the call that matches this one. After an ERROR Postgres releases it by itself
+        // (resource owner), and unwinding through this frame releases it first, which is as good.
+        unsafe {
+            match self.close {
+                Close::No => {}
+                Close::Reference => pg_sys::RelationClose(self.raw),
+                Close::Lock => pg_sys::relation_close(self.raw, pg_sys::AccessShareLock as pg_sys::LOCKMODE),
+            }
+        }
+    }
+}
+
+/// The descriptor of a relation's rows.
+pub struct TupleDesc<'a> {
+    raw: pg_sys::TupleDesc,
+    _relation: PhantomData<&'a Rel>,
+}
+
+impl TupleDesc<'_> {
+    /// How many columns tuples have, dropped ones included.
+    pub fn len(&self) -> usize {
+        // SAFETY: the descriptor is valid while the relation is open.
+        usize::try_from(unsafe { (*self.raw).natts }).unwrap_or(0)
+    }
+
+    pub(super) fn raw(&self) -> pg_sys::TupleDesc {
+        self.raw
+    }
+}
+
+/// The label of a table (`GetSecurityLabel`).
+pub fn label_of(table: pg_sys::Oid) -> Option<String> {
+    let address = pg_sys::ObjectAddress { classId: pg_sys::RelationRelationId, objectId: table, objectSubId: 0 };
+    // SAFETY: a catalog scan; returns NULL or a palloc'd C string.
+    unsafe { text::string(pg_sys::GetSecurityLabel(&address, PROVIDER.as_ptr())) }
+}
+
+/// The partitioned tables that a partition belongs to, the nearest first (`get_partition_ancestors`).
+pub fn ancestors(partition: pg_sys::Oid) -> Vec<pg_sys::Oid> {
+    oid_list(|| {
+        // SAFETY: catalog scans; returns a palloc'd list of oids.
+        unsafe { pg_sys::submodules::ffi::pg_guard_ffi_boundary(|| get_partition_ancestors(partition)) }
+    })
+}
+
+/// A partitioned table with all its partitions, at any depth; a plain table with nothing else (`find_all_inheritors`).
+pub fn with_partitions(table: pg_sys::Oid) -> Vec<pg_sys::Oid> {
+    oid_list(|| {
+        // SAFETY: catalog scans without locks, which is enough to invalidate; returns a palloc'd list of oids.
+        unsafe {
+            pg_sys::submodules::ffi::pg_guard_ffi_boundary(|| {
+                find_all_inheritors(table, pg_sys::NoLock as pg_sys::LOCKMODE, std::ptr::null_mut())
+            })
+        }
+    })
+}
+
+/// Makes every session, and every decoder at this point of the WAL, look at the table anew
+/// (`CacheInvalidateRelcacheByRelid`).
+pub fn invalidate(table: pg_sys::Oid) {
+    // SAFETY: within a transaction; a table that does not exist is an error that Postgres reports.
+    unsafe { pg_sys::CacheInvalidateRelcacheByRelid(table) }
+}
+
+fn oid_list(list: impl FnOnce() -> *mut pg_sys::List) -> Vec<pg_sys::Oid> {
+    let list = list();
+    if list.is_null() {
+        return Vec::new();
+    }
+    // SAFETY: a List of oids holds `length` cells whose oid_value is set.
+    unsafe {
+        let length = usize::try_from((*list).length).unwrap_or(0);
+        std::slice::from_raw_parts((*list).elements, length).iter().map(|cell| cell.oid_value).collect()
+    }
+}
+
+unsafe extern "C-unwind" {
+    // catalog/partition.h and catalog/pg_inherits.h; pgrx has no bindings for them.
+    fn get_partition_ancestors(relid: pg_sys::Oid) -> *mut pg_sys::List;
+    fn find_all_inheritors(parent: pg_sys::Oid, lockmode: pg_sys::LOCKMODE, parents: *mut *mut pg_sys::List) -> *mut pg_sys::List;
+}

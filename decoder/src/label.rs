@@ -1,0 +1,103 @@
+//! The security label of a table: the configuration of its mirror, as a JSON object.
+//!
+//! `SECURITY LABEL FOR walmirror ON TABLE users IS '{"mode":"mirror","key":"user:{id}"}'`. Labels stand in a catalog, so
+//! the decoder reads them as of the WAL position that it decodes.
+
+use serde::Deserialize;
+use walmirror_proto::pb;
+
+use crate::error::Refusal;
+
+/// The options of a label. Unknown ones are errors.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Label {
+    /// Whether Redis holds every row, or only those that somebody reads.
+    pub mode: Mode,
+    /// The key template; `<table>:{pk}` when absent.
+    pub key: Option<String>,
+    /// What a Redis value looks like.
+    #[serde(default)]
+    pub value: Value,
+    /// The columns of the value; all when absent.
+    pub columns: Option<Vec<String>>,
+    /// Expiry in milliseconds; none when absent.
+    pub ttl_ms: Option<u64>,
+    /// What a write does to a cached key.
+    #[serde(default)]
+    pub on_write: OnWrite,
+    /// Whether SELECTs bring back expired rows of a mirror.
+    #[serde(default)]
+    pub capture: bool,
+}
+
+/// See [`pb::Mode`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    Mirror,
+    Cache,
+}
+
+/// See [`pb::ValueKind`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Value {
+    #[default]
+    Hash,
+    String,
+    Json,
+}
+
+/// See [`pb::OnWrite`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnWrite {
+    #[default]
+    Refresh,
+    Populate,
+    Invalidate,
+}
+
+impl Label {
+    /// Reads the JSON of a label.
+    pub fn parse(json: &str) -> Result<Self, Refusal> {
+        serde_json::from_str(json).map_err(|error| {
+            Refusal::invalid(
+                format!("invalid walmirror label: {error}"),
+                "A label is a JSON object like {\"mode\":\"mirror\",\"key\":\"user:{id}\",\"value\":\"hash\"}; its options \
+                 are mode (mirror, cache), key, value (hash, string, json), columns, ttl_ms, on_write (refresh, populate, \
+                 invalidate) and capture. SELECT walmirror.mirror('table') writes it for you.",
+            )
+        })
+    }
+}
+
+impl From<Mode> for pb::Mode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Mirror => Self::Mirror,
+            Mode::Cache => Self::Cache,
+        }
+    }
+}
+
+impl From<Value> for pb::ValueKind {
+    fn from(value: Value) -> Self {
+        match value {
+            Value::Hash => Self::Hash,
+            Value::String => Self::String,
+            Value::Json => Self::Json,
+        }
+    }
+}
+
+impl From<OnWrite> for pb::OnWrite {
+    fn from(on_write: OnWrite) -> Self {
+        match on_write {
+            OnWrite::Refresh => Self::Refresh,
+            OnWrite::Populate => Self::Populate,
+            OnWrite::Invalidate => Self::Invalidate,
+        }
+    }
+}

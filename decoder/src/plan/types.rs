@@ -1,0 +1,101 @@
+//! Which types are sent how. Two forms of a value exist: its text (`column::text`) and, in tables with JSON values, its
+//! JSON (`to_jsonb(column)`). Natively encoded types have one encoding for both.
+
+use pgrx::pg_sys;
+use walmirror_proto::pb::Encoding;
+
+use super::Read;
+use crate::ffi::catalog_types as catalog;
+use crate::ffi::function::Function;
+use crate::ffi::memory::Context;
+
+/// Which form of a value is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    Text,
+    Json,
+}
+
+/// Whether the JSON of a type cannot be made from its text form.
+pub fn json_differs(type_oid: pg_sys::Oid) -> bool {
+    let base = catalog::base_type(type_oid);
+    native(base).is_none()
+}
+
+/// How values of a type are read and encoded.
+pub fn reading(type_oid: pg_sys::Oid, form: Form, context: Context) -> (Encoding, Read) {
+    let base = catalog::base_type(type_oid);
+    if let Some(encoding) = native(base) {
+        return (encoding, native_read(base, context));
+    }
+    match form {
+        Form::Text => (Encoding::Text, text_read(base, context)),
+        Form::Json => json_read(type_oid, base, context),
+    }
+}
+
+/// The natively encoded types, whose text and JSON the reader of the stream makes.
+fn native(base: pg_sys::Oid) -> Option<Encoding> {
+    Some(match base {
+        pg_sys::BOOLOID => Encoding::Bool,
+        pg_sys::INT2OID | pg_sys::INT4OID | pg_sys::INT8OID => Encoding::Int,
+        pg_sys::OIDOID => Encoding::Oid,
+        pg_sys::FLOAT4OID => Encoding::Float4,
+        pg_sys::FLOAT8OID => Encoding::Float8,
+        pg_sys::NUMERICOID => Encoding::Numeric,
+        pg_sys::DATEOID => Encoding::Date,
+        pg_sys::TIMESTAMPOID => Encoding::Timestamp,
+        pg_sys::TIMESTAMPTZOID => Encoding::Timestamptz,
+        pg_sys::UUIDOID => Encoding::Uuid,
+        pg_sys::BYTEAOID => Encoding::Bytea,
+        pg_sys::TEXTOID | pg_sys::VARCHAROID | pg_sys::NAMEOID => Encoding::Text,
+        _ => return None,
+    })
+}
+
+fn native_read(base: pg_sys::Oid, context: Context) -> Read {
+    match base {
+        pg_sys::BOOLOID => Read::Bool,
+        pg_sys::INT2OID => Read::Int2,
+        pg_sys::INT4OID => Read::Int4,
+        pg_sys::INT8OID => Read::Int8,
+        pg_sys::OIDOID => Read::Oid,
+        pg_sys::FLOAT4OID => Read::Float4,
+        pg_sys::FLOAT8OID => Read::Float8,
+        pg_sys::NUMERICOID => Read::Numeric(Function::lookup(catalog::output_function(base).0, context)),
+        pg_sys::DATEOID => Read::Date,
+        pg_sys::TIMESTAMPOID | pg_sys::TIMESTAMPTZOID => Read::Timestamp,
+        pg_sys::UUIDOID => Read::Uuid,
+        pg_sys::BYTEAOID => Read::Bytea,
+        pg_sys::NAMEOID => Read::Name,
+        _ => Read::Text,
+    }
+}
+
+/// `column::text`: a cast if there is one to run inside the decoder, else the output function, as Postgres' I/O
+/// conversion does.
+fn text_read(base: pg_sys::Oid, context: Context) -> Read {
+    if base == pg_sys::BPCHAROID {
+        return Read::Blanked;
+    }
+    let (output, varlena) = catalog::output_function(base);
+    match catalog::cast_to(pg_sys::TEXTOID, base) {
+        catalog::Cast::Binary if varlena => Read::Text,
+        catalog::Cast::Function(function) => Read::Cast { function: Function::lookup(function, context), varlena },
+        catalog::Cast::Binary | catalog::Cast::InputOutput => Read::Output { function: Function::lookup(output, context), varlena },
+    }
+}
+
+/// What `to_jsonb` makes of a column (json_categorize_type): arrays, rows, json and types with a cast to json keep their
+/// structure, everything else is a string of the output function's text.
+fn json_read(type_oid: pg_sys::Oid, base: pg_sys::Oid, context: Context) -> (Encoding, Read) {
+    let (output, varlena) = catalog::output_function(base);
+    if catalog::is_structured_json(base) {
+        let out = Function::lookup(catalog::output_function(pg_sys::JSONBOID).0, context);
+        return (Encoding::Jsonb, Read::Json { to_jsonb: Function::to_jsonb(type_oid, context), out, varlena });
+    }
+    if base == pg_sys::BPCHAROID {
+        return (Encoding::Text, Read::Text);
+    }
+    (Encoding::Text, Read::Output { function: Function::lookup(output, context), varlena })
+}

@@ -1,0 +1,252 @@
+-- walmirror 0.1.0. Everything here is a thin face on security labels: the label of a table is its configuration.
+
+\echo Use "CREATE EXTENSION walmirror" to load this file. \quit
+
+GRANT USAGE ON SCHEMA walmirror TO PUBLIC;
+
+-- What is written in Rust -------------------------------------------------------------------------------------------
+
+CREATE FUNCTION walmirror.pack(record) RETURNS bytea
+    LANGUAGE c STABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'walmirror_pack';
+COMMENT ON FUNCTION walmirror.pack(record) IS
+    'a row of a mirrored table as the stream carries it: 8 bytes of fingerprint, then a Tuple message';
+
+CREATE FUNCTION walmirror.relation(tbl oid) RETURNS bytea
+    LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'relation_wrapper';
+COMMENT ON FUNCTION walmirror.relation(oid) IS
+    'the definition of a mirrored table as the stream carries it: a Relation message; NULL if it is not mirrored';
+
+CREATE FUNCTION walmirror.check_label(tbl oid) RETURNS void
+    LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'check_label_wrapper';
+COMMENT ON FUNCTION walmirror.check_label(oid) IS
+    'raises an error if the label of a table no longer fits it';
+
+-- Looking at labels -------------------------------------------------------------------------------------------------
+
+CREATE VIEW walmirror.mirrors AS
+SELECT l.objoid::regclass AS relation,
+       l.objoid AS oid,
+       j.label ->> 'mode' AS mode,
+       j.label ->> 'key' AS key,
+       coalesce(j.label ->> 'value', 'hash') AS value,
+       CASE WHEN j.label ? 'columns' THEN ARRAY(SELECT jsonb_array_elements_text(j.label -> 'columns')) END AS columns,
+       make_interval(secs => (j.label ->> 'ttl_ms')::float8 / 1000) AS ttl,
+       CASE WHEN j.label ->> 'mode' = 'cache' THEN coalesce(j.label ->> 'on_write', 'refresh') END AS on_write,
+       coalesce((j.label ->> 'capture')::boolean, j.label ->> 'mode' = 'cache') AS capture
+FROM pg_catalog.pg_seclabel l
+JOIN pg_catalog.pg_class c ON c.oid = l.objoid
+CROSS JOIN LATERAL (SELECT l.label::jsonb AS label) j
+WHERE l.provider = 'walmirror' AND l.classoid = 'pg_catalog.pg_class'::regclass AND l.objsubid = 0;
+COMMENT ON VIEW walmirror.mirrors IS 'the tables that are mirrored or cached, and how';
+GRANT SELECT ON walmirror.mirrors TO PUBLIC;
+
+CREATE FUNCTION walmirror.relations(OUT oid oid, OUT relation bytea) RETURNS SETOF record
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS
+$$ SELECT m.oid, walmirror.relation(m.oid) FROM walmirror.mirrors m ORDER BY m.oid $$;
+COMMENT ON FUNCTION walmirror.relations() IS 'the definitions of all labelled tables';
+
+CREATE FUNCTION walmirror.leaves(tbl oid) RETURNS SETOF oid
+    LANGUAGE sql STABLE STRICT SET search_path = pg_catalog, pg_temp AS
+$$
+    SELECT tbl WHERE EXISTS (SELECT 1 FROM pg_class c WHERE c.oid = tbl AND c.relkind = 'r')
+    UNION
+    SELECT t.relid::oid FROM pg_partition_tree(tbl::regclass) t WHERE t.isleaf
+        AND EXISTS (SELECT 1 FROM pg_class c WHERE c.oid = t.relid AND c.relkind = 'r')
+    ORDER BY 1
+$$;
+COMMENT ON FUNCTION walmirror.leaves(oid) IS 'the tables that hold the rows of a table: itself, or its leaf partitions';
+
+-- The labelled table that a table's rows appear under: itself or an ancestor; NULL if there is none.
+CREATE FUNCTION walmirror.root(tbl oid) RETURNS oid
+    LANGUAGE sql STABLE STRICT SET search_path = pg_catalog, pg_temp AS
+$$
+    SELECT l.objoid FROM pg_seclabel l
+    WHERE l.provider = 'walmirror' AND l.classoid = 'pg_class'::regclass AND l.objsubid = 0
+      AND (l.objoid = tbl OR l.objoid IN (SELECT a.relid::oid FROM pg_partition_ancestors(tbl::regclass) a))
+    LIMIT 1
+$$;
+
+-- Setting labels ----------------------------------------------------------------------------------------------------
+
+-- pg_catalog's text of the setting, because ALTER SYSTEM and postgresql.conf may name the library with a path.
+CREATE FUNCTION walmirror.require_preload() RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS
+$$
+BEGIN
+    IF current_setting('shared_preload_libraries') !~ '(^|[,/"\s])walmirror($|[,"\s.])' THEN
+        RAISE EXCEPTION 'walmirror is not in shared_preload_libraries'
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  HINT = 'Add walmirror to shared_preload_libraries in postgresql.conf and restart PostgreSQL: drops of mirrored tables are noticed only then.';
+    END IF;
+END
+$$;
+
+-- `<table>:{pk1}:{pk2}`; NULL without a primary key.
+CREATE FUNCTION walmirror.default_key(tbl oid) RETURNS text
+    LANGUAGE sql STABLE STRICT SET search_path = pg_catalog, pg_temp AS
+$$
+    SELECT replace(replace(c.relname, '{', '{{'), '}', '}}') || string_agg(':{' || a.attname || '}', '' ORDER BY k.ord)
+    FROM pg_class c
+    JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary
+    CROSS JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
+    JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.attnum
+    WHERE c.oid = tbl AND k.ord <= i.indnkeyatts
+    GROUP BY c.relname
+$$;
+
+CREATE FUNCTION walmirror.set_label(rel regclass, label jsonb) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS
+$$
+BEGIN
+    PERFORM walmirror.require_preload();
+    EXECUTE format('SECURITY LABEL FOR walmirror ON TABLE %s IS %L', rel, jsonb_strip_nulls(label)::text);
+END
+$$;
+
+CREATE FUNCTION walmirror.mirror(rel regclass, key text DEFAULT NULL, value text DEFAULT 'hash', columns text[] DEFAULT NULL,
+                                 ttl interval DEFAULT NULL, capture boolean DEFAULT NULL) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS
+$$
+DECLARE
+    virtual text;
+BEGIN
+    PERFORM walmirror.set_label(rel, jsonb_build_object(
+        'mode', 'mirror', 'key', coalesce(mirror.key, walmirror.default_key(rel)), 'value', mirror.value, 'columns', mirror.columns,
+        'ttl_ms', round(extract(epoch FROM mirror.ttl) * 1000)::bigint, 'capture', mirror.capture));
+    SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) INTO virtual
+    FROM pg_attribute a WHERE a.attrelid = rel AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = 'v';
+    IF virtual IS NOT NULL AND mirror.columns IS NULL THEN
+        RAISE NOTICE 'virtual generated columns are not mirrored, as no row holds them: %', virtual
+            USING HINT = 'Make them STORED to have them in Redis.';
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION walmirror.mirror(regclass, text, text, text[], interval, boolean) IS
+    'keeps every row of a table in Redis';
+
+CREATE FUNCTION walmirror.unmirror(rel regclass, keep_keys boolean DEFAULT false) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS
+$$
+BEGIN
+    IF NOT EXISTS (SELECT 1 FROM walmirror.mirrors m WHERE m.oid = rel) THEN
+        RAISE EXCEPTION 'table "%" is not mirrored', rel
+            USING ERRCODE = 'undefined_object', HINT = 'TABLE walmirror.mirrors; shows what is.';
+    END IF;
+    -- Told before the label goes: the event trigger tells of that too, but by then the table is unknown to the sink.
+    IF keep_keys THEN
+        PERFORM walmirror.announce(rel, keep_keys => true);
+    END IF;
+    EXECUTE format('SECURITY LABEL FOR walmirror ON TABLE %s IS NULL', rel);
+END
+$$;
+COMMENT ON FUNCTION walmirror.unmirror(regclass, boolean) IS
+    'takes a table out of Redis; its keys go too, unless keep_keys';
+
+-- Telling the stream of DDL -----------------------------------------------------------------------------------------
+
+-- The decoder reads this message where the transaction did its DDL, and then looks the table up in the catalogs.
+CREATE FUNCTION walmirror.announce(tbl oid, refresh boolean DEFAULT false, keep_keys boolean DEFAULT false) RETURNS void
+    LANGUAGE sql SET search_path = pg_catalog, pg_temp AS
+$$
+    SELECT pg_logical_emit_message(true, 'walmirror.ddl',
+        jsonb_build_object('oid', tbl::bigint, 'refresh', refresh, 'keep_keys', keep_keys)::text)
+$$;
+
+-- The labelled tables with a column of a type, or of an array, domain, range or row type made of it.
+CREATE FUNCTION walmirror.tables_of_type(typ oid) RETURNS SETOF oid
+    LANGUAGE sql STABLE STRICT SET search_path = pg_catalog, pg_temp AS
+$$
+    WITH RECURSIVE types(oid) AS (
+        SELECT typ
+        UNION
+        SELECT t.oid FROM types s, pg_type t
+        WHERE t.typelem = s.oid OR t.typbasetype = s.oid
+           OR t.typrelid IN (SELECT a.attrelid FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid AND c.relkind = 'c' WHERE a.atttypid = s.oid)
+           OR t.oid IN (SELECT r.rngtypid FROM pg_range r WHERE r.rngsubtype = s.oid)
+    )
+    SELECT DISTINCT walmirror.root(a.attrelid)
+    FROM types s JOIN pg_attribute a ON a.atttypid = s.oid AND a.attnum > 0 AND NOT a.attisdropped
+    JOIN pg_class c ON c.oid = a.attrelid AND c.relkind IN ('r', 'p')
+    WHERE walmirror.root(a.attrelid) IS NOT NULL
+$$;
+
+CREATE FUNCTION walmirror.on_ddl_command_end() RETURNS event_trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS
+$$
+DECLARE
+    command record;
+    root oid;
+BEGIN
+    FOR command IN SELECT DISTINCT c.classid, c.objid, c.command_tag, c.object_type FROM pg_event_trigger_ddl_commands() c
+                   WHERE c.classid IN ('pg_class'::regclass, 'pg_type'::regclass)
+    LOOP
+        IF command.command_tag LIKE 'ALTER TYPE' THEN
+            FOR root IN SELECT walmirror.tables_of_type(
+                    CASE WHEN command.classid = 'pg_type'::regclass THEN command.objid
+                         ELSE (SELECT t.oid FROM pg_type t WHERE t.typrelid = command.objid) END)
+            LOOP
+                PERFORM walmirror.check_label(root);
+                PERFORM walmirror.announce(root, refresh => true);
+            END LOOP;
+        ELSIF command.classid = 'pg_class'::regclass AND command.object_type IN ('table', 'table column') THEN
+            root := walmirror.root(command.objid);
+            IF root IS NOT NULL THEN
+                PERFORM walmirror.check_label(root);
+                -- An ALTER of a partitioned table may attach or detach a partition with its rows.
+                PERFORM walmirror.announce(root, refresh => command.command_tag = 'ALTER TABLE' AND
+                    (SELECT c.relkind = 'p' FROM pg_class c WHERE c.oid = root));
+            ELSIF command.command_tag = 'SECURITY LABEL' THEN
+                PERFORM walmirror.announce(command.objid);
+            END IF;
+        END IF;
+    END LOOP;
+END
+$$;
+
+-- ALTER TABLE is about to rewrite a table: every row may change, without a change in the stream.
+CREATE FUNCTION walmirror.on_table_rewrite() RETURNS event_trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS
+$$
+DECLARE
+    root oid := walmirror.root(pg_event_trigger_table_rewrite_oid());
+BEGIN
+    IF root IS NOT NULL THEN
+        PERFORM walmirror.announce(root, refresh => true);
+    END IF;
+END
+$$;
+
+-- A dropped index, constraint or column may be what a label rests on.
+CREATE FUNCTION walmirror.on_sql_drop() RETURNS event_trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS
+$$
+DECLARE
+    mirrored oid;
+BEGIN
+    IF EXISTS (SELECT 1 FROM pg_event_trigger_dropped_objects() d
+               WHERE NOT d.is_temporary AND d.object_type IN ('index', 'table column', 'table constraint'))
+    THEN
+        FOR mirrored IN SELECT m.oid FROM walmirror.mirrors m
+        LOOP
+            PERFORM walmirror.check_label(mirrored);
+        END LOOP;
+    END IF;
+    -- Columns can also go with their type, which is no ALTER TABLE of their table.
+    FOR mirrored IN SELECT DISTINCT walmirror.root(d.objid) FROM pg_event_trigger_dropped_objects() d
+                    WHERE NOT d.is_temporary AND d.object_type = 'table column' AND NOT d.original
+                      AND EXISTS (SELECT 1 FROM pg_class c WHERE c.oid = d.objid)
+    LOOP
+        IF mirrored IS NOT NULL THEN
+            PERFORM walmirror.announce(mirrored);
+        END IF;
+    END LOOP;
+END
+$$;
+
+CREATE EVENT TRIGGER walmirror_ddl_command_end ON ddl_command_end EXECUTE FUNCTION walmirror.on_ddl_command_end();
+CREATE EVENT TRIGGER walmirror_table_rewrite ON table_rewrite EXECUTE FUNCTION walmirror.on_table_rewrite();
+CREATE EVENT TRIGGER walmirror_sql_drop ON sql_drop EXECUTE FUNCTION walmirror.on_sql_drop();
+-- Also in sessions with session_replication_role = replica: the mirror follows whoever does the DDL.
+ALTER EVENT TRIGGER walmirror_ddl_command_end ENABLE ALWAYS;
+ALTER EVENT TRIGGER walmirror_table_rewrite ENABLE ALWAYS;
+ALTER EVENT TRIGGER walmirror_sql_drop ENABLE ALWAYS;
