@@ -52,10 +52,15 @@ impl Connection {
             Some(result) => {
                 let error = match result.status() {
                     ExecStatusType::PGRES_FATAL_ERROR | ExecStatusType::PGRES_BAD_RESPONSE => result.error(),
-                    _ => PqError::new(ErrorKind::Protocol, "the statement did not start a COPY"),
+                    _ => PqError::new(
+                        ErrorKind::Protocol,
+                        "the statement did not start a COPY of the wanted kind",
+                    ),
                 };
-                drop(result);
-                while !error.sqlstate.is_none() && self.wait_result()?.is_some() {}
+                // The connection can be used again, unless another kind of COPY is running now.
+                if !is_copy(result.status()) {
+                    while self.wait_result()?.is_some() {}
+                }
                 Err(error)
             }
             None => Err(PqError::new(ErrorKind::Protocol, "the statement gave no result")),
@@ -142,7 +147,7 @@ impl Connection {
             match result.status() {
                 ExecStatusType::PGRES_FATAL_ERROR | ExecStatusType::PGRES_BAD_RESPONSE => {
                     let error = result.error();
-                    while !error.sqlstate.is_none() && self.wait_result()?.is_some() {}
+                    while self.wait_result()?.is_some() {}
                     return Err(error);
                 }
                 // After CopyBoth the server waits for our end of it.
@@ -173,6 +178,11 @@ impl Connection {
         self.flush_pending = !self.raw.flush()?;
         Ok(())
     }
+}
+
+fn is_copy(status: ExecStatusType) -> bool {
+    use ExecStatusType::{PGRES_COPY_BOTH, PGRES_COPY_IN, PGRES_COPY_OUT};
+    matches!(status, PGRES_COPY_BOTH | PGRES_COPY_IN | PGRES_COPY_OUT)
 }
 
 /// The messages of a running `COPY … TO STDOUT`.

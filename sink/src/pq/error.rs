@@ -91,6 +91,7 @@ impl PqError {
         };
         if error.kind == ErrorKind::Connection && is_wrong_setting(&error.message) {
             error.kind = ErrorKind::Settings;
+            error.message = without_quotation(error.message);
         }
         error
     }
@@ -132,7 +133,9 @@ fn class_of_sqlstate(sqlstate: &str) -> Class {
 
 /// libpq is never told about a locale, so its own messages are always these English ones.
 fn is_wrong_setting(message: &str) -> bool {
-    const SIGNS: [&str; 15] = [
+    const SIGNS: [&str; 17] = [
+        "URI",
+        "percent-encoded",
         "invalid ",
         "missing \"=\"",
         "definition of service",
@@ -150,6 +153,31 @@ fn is_wrong_setting(message: &str) -> bool {
         "unrecognized",
     ];
     SIGNS.iter().any(|sign| message.contains(sign))
+}
+
+/// libpq's complaints about the form of a connection string repeat it, or the word that it stumbled over. Either may
+/// hold a password with a space or a slash in it, so that the quotation goes.
+fn without_quotation(mut message: String) -> String {
+    const REPEATING: [&str; 5] = [
+        "URI",
+        "percent-encoded",
+        "missing \"=\" after",
+        "connection option",
+        "service file",
+    ];
+    if REPEATING.iter().any(|sign| message.contains(sign)) {
+        // The quotation comes last, or before "in connection info string".
+        let from = if message.starts_with("missing") { 12 } else { 0 };
+        if let Some(at) = message
+            .get(from..)
+            .and_then(|rest| rest.find(" \""))
+            .map(|at| from + at)
+        {
+            message.truncate(at);
+            message.push_str(" (the text is not shown, because it may hold a password)");
+        }
+    }
+    message
 }
 
 /// Splits `FATAL:  28P01: text` into what is before the code, the code, and what is behind it.
@@ -228,6 +256,19 @@ mod tests {
                 (ErrorKind::Settings, Class::Operator),
                 "{text}"
             );
+        }
+    }
+
+    #[test]
+    fn a_wrong_connection_string_is_not_repeated() {
+        for text in [
+            "missing \"=\" after \"geheim\" in connection info string\n",
+            "invalid connection option \"geheim\"\n",
+            "unexpected character \"g\" in position 5 in URI (expected \":\" or \"/\"): \"postgresql://geheim\"\n",
+        ] {
+            let error = PqError::from_connection_attempt(text);
+            assert_eq!(error.kind, ErrorKind::Settings, "{text}");
+            assert!(!error.message.contains("geheim"), "{}", error.message);
         }
     }
 
