@@ -97,11 +97,8 @@ fn key_object(columns: &[(&str, bool, Datum<'_>)]) -> Value {
 fn to_json(value: &Datum<'_>) -> Value {
     let mut text = Vec::new();
     value.write_json(&mut text);
-    // A numeric with more digits than a double holds stays a string rather than losing them.
-    match serde_json::from_slice::<Value>(&text) {
-        Ok(parsed) if parsed.to_string().as_bytes() == text || !parsed.is_number() => parsed,
-        _ => Value::String(String::from_utf8_lossy(&text).into_owned()),
-    }
+    // serde_json's arbitrary_precision keeps every digit of a number.
+    serde_json::from_slice(&text).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&text).into_owned()))
 }
 
 fn timestamp(microseconds: i64) -> String {
