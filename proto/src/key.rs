@@ -195,3 +195,6 @@ fn escape(out: &mut Vec<u8>, from: usize) {
     out.truncate(from);
     out.extend_from_slice(&escaped);
 }
+
+#[cfg(test)]
+mod tests;

@@ -23,7 +23,7 @@ mod tag {
 
 /// One row under construction. Each call appends the next column; the calls must follow the encodings of the
 /// Relation's columns.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TupleBuilder {
     /// The groups as they will stand in the message, without their tag and length.
     ints: Vec<u8>,

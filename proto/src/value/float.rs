@@ -61,7 +61,7 @@ fn small_integer(mantissa: u64, exponent: i32, fraction_bits: u32) -> Option<u64
     let shift = exponent
         .checked_neg()
         .and_then(|shift| u32::try_from(shift).ok())?;
-    (shift <= fraction_bits && mantissa.trailing_zeros() >= shift).then_some(mantissa >> shift)
+    (shift <= fraction_bits && mantissa.trailing_zeros() >= shift).then(|| mantissa >> shift)
 }
 
 /// Appends `value`, whose digits are `decimal`, as `::text` does.

@@ -95,3 +95,6 @@ fn write_uuid(out: &mut Vec<u8>, bytes: &[u8]) {
         out.extend_from_slice(&[hex_digit(byte >> 4), hex_digit(byte & 15)]);
     }
 }
+
+#[cfg(test)]
+mod tests;

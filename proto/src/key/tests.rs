@@ -1,0 +1,188 @@
+//! Templates: what is one, what keys it makes, and that a key gives back its values.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
+use super::*;
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+fn render(template: &KeyTemplate, values: &[Vec<u8>]) -> Vec<u8> {
+    let mut out = b"kept".to_vec();
+    template
+        .render(|i, out| out.extend_from_slice(&values[i]), &mut out)
+        .unwrap();
+    out.strip_prefix(b"kept").unwrap().to_vec()
+}
+
+fn key(template: &str, values: &[&str]) -> String {
+    let values: Vec<_> = values.iter().map(|value| value.as_bytes().to_vec()).collect();
+    String::from_utf8(render(&KeyTemplate::parse(template).unwrap(), &values)).unwrap()
+}
+
+fn matched(template: &str, key: &str) -> Option<Vec<String>> {
+    let values = KeyTemplate::parse(template).unwrap().match_key(key.as_bytes())?;
+    Some(
+        values
+            .into_iter()
+            .map(|value| String::from_utf8(value).unwrap())
+            .collect(),
+    )
+}
+
+#[test]
+fn templates_render() {
+    assert_eq!(key("user:{id}", &["7"]), "user:7");
+    assert_eq!(key("{id}", &["a:b%"]), "a:b%", "one placeholder is not escaped");
+    assert_eq!(key("p:{a}:{b}", &["x:y", "100%"]), "p:x%3Ay:100%25");
+    assert_eq!(key("{{{a}}}:x", &["1"]), "{1}:x");
+    assert_eq!(key("{a}:{a}:{b}", &["1", "2"]), "1:1:2");
+    assert_eq!(key("Ünï:{Größe \"x\"}", &["1"]), "Ünï:1");
+}
+
+#[test]
+fn no_two_rows_share_a_key() {
+    assert_ne!(key("t:{a}:{b}", &["a:b", "c"]), key("t:{a}:{b}", &["a", "b:c"]));
+    assert_ne!(key("t:{a}:{b}", &["a%3A", "b"]), key("t:{a}:{b}", &["a:", "b"]));
+}
+
+#[test]
+fn placeholders_are_columns_each_once() {
+    let template = KeyTemplate::parse("x{b}:{a}:{b}{{").unwrap();
+    assert_eq!(template.placeholders(), ["b", "a"]);
+    assert_eq!(template.skeleton(), "x{}:{}:{}{{");
+}
+
+#[test]
+fn errors_say_what_and_where() {
+    for (template, error, message) in [
+        ("", KeyError::NoPlaceholder, "no {column} placeholder"),
+        ("users{{}}", KeyError::NoPlaceholder, "no {column} placeholder"),
+        (
+            "user:{id",
+            KeyError::Unclosed(6),
+            "\"{\" at position 6 is not closed",
+        ),
+        ("user:{", KeyError::Unclosed(6), "position 6"),
+        ("é:}", KeyError::Unopened(4), "\"}\" at position 4 closes nothing"),
+        ("{id}}", KeyError::Unopened(5), "position 5"),
+        ("{a{b}", KeyError::Nested(3), "\"{\" at position 3 inside"),
+        ("{a{{b}}}", KeyError::Nested(3), "position 3"),
+        ("x{}", KeyError::Empty(2), "position 2 names no column"),
+    ] {
+        let found = KeyTemplate::parse(template).unwrap_err();
+        assert_eq!(found, error, "{template}");
+        assert!(found.to_string().contains(message), "{found}");
+    }
+}
+
+#[test]
+fn a_key_that_redis_would_refuse_is_an_error() {
+    let template = KeyTemplate::parse("t:{a}").unwrap();
+    let mut out = b"kept".to_vec();
+    let result = template.render(|_, out| out.resize(out.len() + MAX_KEY_BYTES - 1, b'x'), &mut out);
+    assert_eq!(result, Err(KeyError::TooLong(MAX_KEY_BYTES + 1)));
+    assert_eq!(out, b"kept");
+}
+
+#[test]
+fn keys_of_one_placeholder_match_by_prefix_and_suffix() {
+    assert_eq!(matched("u:{id}:x", "u:7:x"), Some(vec!["7".into()]));
+    assert_eq!(matched("u:{id}:x", "u:a:b%:x"), Some(vec!["a:b%".into()]));
+    assert_eq!(matched("u:{id}:x", "u::x"), Some(vec![String::new()]));
+    assert_eq!(
+        matched("u:{id}:x", "u:x"),
+        None,
+        "prefix and suffix do not overlap"
+    );
+    assert_eq!(matched("u:{id}:x", "v:7:x"), None);
+}
+
+#[test]
+fn keys_of_several_placeholders_match_exactly() {
+    assert_eq!(
+        matched("t:{a}:{b}", "t:x%3Ay:100%25"),
+        Some(vec!["x:y".into(), "100%".into()])
+    );
+    assert_eq!(matched("t:{a}:{b}", "t:x:y:z"), None, "a raw colon");
+    assert_eq!(matched("t:{a}:{b}", "t:x"), None);
+    for broken in ["t:%:b", "t:%2:b", "t:%3a:b", "t:%41:b", "t:a:b%"] {
+        assert_eq!(matched("t:{a}:{b}", broken), None, "{broken}");
+    }
+    assert_eq!(
+        matched("{a}:{b}-end", "1:x-end-end"),
+        Some(vec!["1".into(), "x-end".into()])
+    );
+    assert_eq!(matched("{a}-:{b}", "1--:2"), Some(vec!["1-".into(), "2".into()]));
+}
+
+#[test]
+fn a_column_named_twice_has_one_value() {
+    assert_eq!(
+        matched("{a}:{a}:{b}", "1:1:2"),
+        Some(vec!["1".into(), "2".into()])
+    );
+    assert_eq!(matched("{a}:{a}:{b}", "1:3:2"), None);
+    assert_eq!(
+        matched("{a}{b}{a}", "xyzx"),
+        Some(vec![String::new(), "xyzx".into()])
+    );
+    assert_eq!(
+        matched("{a}{b}{a}!", "x%3Ayx%3A!"),
+        Some(vec![String::new(), "x:yx:".into()])
+    );
+}
+
+#[test]
+fn ambiguous_templates_match_leftmost_shortest() {
+    assert_eq!(matched("{a}{b}", "xy"), Some(vec![String::new(), "xy".into()]));
+    assert_eq!(matched("{a}-{b}", "1-2-3"), Some(vec!["1".into(), "2-3".into()]));
+    // The first "%2" would leave "5y%2b" for b, which no value is written as.
+    assert_eq!(
+        matched("{a}%2{b}", "x%25y%2b"),
+        Some(vec!["x%y".into(), "b".into()])
+    );
+}
+
+#[test]
+fn a_hostile_key_does_not_take_for_ever() {
+    let template = KeyTemplate::parse("{a}{b}{c}{d}{e}{f}{g}{h}!").unwrap();
+    assert_eq!(template.match_key(&[b'x'; 300]), None);
+}
+
+#[test]
+fn scan_patterns_escape_what_globs_mean() {
+    let pattern =
+        |template: &str| String::from_utf8(KeyTemplate::parse(template).unwrap().scan_pattern()).unwrap();
+    assert_eq!(pattern("user:{id}"), "user:*");
+    assert_eq!(pattern("{a}{b}:x"), "*:x");
+    assert_eq!(pattern(r"{{a*b}}?[c]\:{id}*"), r"{a\*b}\?\[c\]\\:*\*");
+}
+
+proptest! {
+    #[test]
+    fn a_key_gives_back_its_values(
+        first in "[a-z:%*{}]{0,4}",
+        separators in vec("[a-z0-9%*{}]{0,3}:[a-z0-9%:*{}]{0,3}", 0..4),
+        last in "[a-z0-9%{}]{0,3}",
+        values in vec(vec(prop_oneof![Just(b':'), Just(b'%'), Just(b'2'), Just(b'a'), any::<u8>()], 0..12), 5),
+    ) {
+        let literal = |text: &str| text.replace('{', "{{").replace('}', "}}");
+        let mut text = literal(&first) + "{c0}";
+        for (i, separator) in separators.iter().enumerate() {
+            text += &format!("{}{{c{}}}", literal(separator), i + 1);
+        }
+        text += &literal(&last);
+        let template = KeyTemplate::parse(&text).unwrap();
+        let values = &values[..=separators.len()];
+        let matched = template.match_key(&render(&template, values));
+        prop_assert_eq!(matched.as_deref(), Some(values));
+    }
+
+    #[test]
+    fn no_template_and_no_key_panics(text in "[{}a:%]{0,12}", key: Vec<u8>) {
+        if let Ok(template) = KeyTemplate::parse(&text) {
+            let _ = template.match_key(&key);
+            prop_assert!(KeyTemplate::parse(&template.skeleton()).is_err(), "a skeleton names no column");
+        }
+    }
+}
