@@ -78,18 +78,20 @@ struct Table {
     key: String,
     value: String,
     ttl: bool,
-    /// The columns of the value, and whether these are all columns.
+    /// The columns of the value, and whether these are all columns. Virtual generated columns (Postgres 18) never are
+    /// part of it: no row holds them.
     columns: Vec<String>,
     whole: bool,
 }
 
 fn mirrors(client: &mut Client) -> Vec<Table> {
-    let query = "SELECT relation, key, value, ttl IS NOT NULL, columns IS NULL, c.names, relation::oid \
+    let query = "SELECT relation, key, value, ttl IS NOT NULL, columns IS NULL AND NOT c.virtual, c.names \
          FROM walmirror.mirrors m, LATERAL ( \
-           SELECT string_agg(encode(convert_to(attname, 'UTF8'), 'hex'), ',' ORDER BY attnum) AS names \
+           SELECT string_agg(encode(convert_to(attname, 'UTF8'), 'hex'), ',' ORDER BY attnum) \
+                    FILTER (WHERE attgenerated <> 'v' AND (m.columns IS NULL OR attname::text = ANY (m.columns))) AS names, \
+                  coalesce(bool_or(attgenerated = 'v'), false) AS virtual \
              FROM pg_catalog.pg_attribute \
-            WHERE attrelid = m.relation AND attnum > 0 AND NOT attisdropped \
-              AND (m.columns IS NULL OR attname::text = ANY (m.columns))) c \
+            WHERE attrelid = m.relation AND attnum > 0 AND NOT attisdropped) c \
          WHERE mode = 'mirror' ORDER BY relation::text";
     let parse = |row: Row| {
         let text = |i: usize| row[i].clone().unwrap_or_default();
@@ -121,26 +123,36 @@ fn compare_table(
 ) {
     let template = parse_template(&table.key);
     let placeholders: Vec<&str> = template.iter().filter_map(Part::column).collect();
-    let mut select: Vec<String> = placeholders.iter().map(|c| format!("t.{}::text", quote(c))).collect();
+    let mut select: Vec<String> = placeholders
+        .iter()
+        .map(|c| format!("t.{}::text", quote(c)))
+        .collect();
     if table.value == "json" {
         let columns: Vec<String> = table.columns.iter().map(|c| format!("t.{}", quote(c))).collect();
         select.push(if table.whole {
             "to_jsonb(t)::text".to_owned()
         } else {
-            format!("(SELECT to_jsonb(s)::text FROM (SELECT {}) s)", columns.join(", "))
+            format!(
+                "(SELECT to_jsonb(s)::text FROM (SELECT {}) s)",
+                columns.join(", ")
+            )
         });
     } else {
         select.extend(table.columns.iter().map(|c| format!("t.{}::text", quote(c))));
     }
     let query = format!("SELECT {} FROM {} t", select.join(", "), table.table);
-    client.batch_execute(&format!("BEGIN; DECLARE c NO SCROLL CURSOR FOR {query}")).expect("cursor");
+    client
+        .batch_execute(&format!("BEGIN; DECLARE c NO SCROLL CURSOR FOR {query}"))
+        .expect("cursor");
     loop {
         let chunk = rows(client, &format!("FETCH {CHUNK} FROM c"));
         if chunk.is_empty() {
             break;
         }
-        let wanted: Vec<(Vec<u8>, Expected)> =
-            chunk.into_iter().filter_map(|row| row_in_redis(table, &template, placeholders.len(), row)).collect();
+        let wanted: Vec<(Vec<u8>, Expected)> = chunk
+            .into_iter()
+            .filter_map(|row| row_in_redis(table, &template, placeholders.len(), row))
+            .collect();
         report.rows += wanted.len();
         compare_rows(redis, table, &wanted, report);
         for (key, value) in wanted {
@@ -172,12 +184,22 @@ fn row_in_redis(table: &Table, template: &[Part], keys: usize, mut row: Row) -> 
     }
     let value = if table.value == "hash" {
         let fields = table.columns.iter().zip(values);
-        let mut fields: Vec<_> = fields.filter_map(|(name, value)| Some((name.clone(), value?))).collect();
+        let mut fields: Vec<_> = fields
+            .filter_map(|(name, value)| Some((name.clone(), value?)))
+            .collect();
         fields.sort();
         // Redis has no empty hash.
-        if fields.is_empty() { Expected::Absent } else { Expected::Hash(fields) }
+        if fields.is_empty() {
+            Expected::Absent
+        } else {
+            Expected::Hash(fields)
+        }
     } else {
-        values.into_iter().next().flatten().map_or(Expected::Absent, Expected::Text)
+        values
+            .into_iter()
+            .next()
+            .flatten()
+            .map_or(Expected::Absent, Expected::Text)
     };
     Some((key.into_bytes(), value))
 }
@@ -195,7 +217,9 @@ fn compare_rows(redis: &mut Connection, table: &Table, rows: &[(Vec<u8>, Expecte
     pipe.ignore_errors();
     let replies: Vec<redis::RedisResult<Value>> = pipe.query(redis).expect("read the keys");
     for ((key, value), reply) in rows.iter().zip(replies.chunks(2)) {
-        let [got, ttl] = reply else { unreachable!("two replies a key") };
+        let [got, ttl] = reply else {
+            unreachable!("two replies a key")
+        };
         let problem = match got {
             Ok(got) => value_problem(value, got),
             Err(e) => Some(e.to_string()),
@@ -204,7 +228,12 @@ fn compare_rows(redis: &mut Connection, table: &Table, rows: &[(Vec<u8>, Expecte
         if let Some(problem) = problem {
             report.differ(format!("{} {}: {problem}", table.table, show(key)));
         } else if !matches!(value, Expected::Absent) && expires != table.ttl {
-            report.differ(format!("{} {}: expires is {expires}, should be {}", table.table, show(key), table.ttl));
+            report.differ(format!(
+                "{} {}: expires is {expires}, should be {}",
+                table.table,
+                show(key),
+                table.ttl
+            ));
         }
     }
 }
@@ -214,9 +243,11 @@ fn value_problem(expected: &Expected, got: &Value) -> Option<String> {
         (Expected::Absent, Value::SimpleString(kind)) if kind == "none" => None,
         (Expected::Absent, other) => Some(format!("should be absent, is {other:?}")),
         (Expected::Text(text), Value::BulkString(bytes)) if bytes == text.as_bytes() => None,
-        (Expected::Text(text), Value::BulkString(bytes)) => {
-            Some(format!("Postgres {} Redis {}", show(text.as_bytes()), show(bytes)))
-        }
+        (Expected::Text(text), Value::BulkString(bytes)) => Some(format!(
+            "Postgres {} Redis {}",
+            show(text.as_bytes()),
+            show(bytes)
+        )),
         (Expected::Text(_), Value::Nil) => Some("missing".to_owned()),
         (Expected::Hash(fields), got) => {
             let mut pairs: Vec<(String, String)> = match redis::from_redis_value_ref(got) {
@@ -246,14 +277,22 @@ fn hash_problem(expected: &[(String, String)], got: &[(String, String)]) -> Opti
             .collect();
         only.join(" ")
     };
-    Some(format!("Postgres [{}] Redis [{}]", only(expected, got), only(got, expected)))
+    Some(format!(
+        "Postgres [{}] Redis [{}]",
+        only(expected, got),
+        only(got, expected)
+    ))
 }
 
 fn find_extra_keys(redis: &mut Connection, expected: &HashSet<Vec<u8>>, report: &mut Report) {
     let mut cursor = 0u64;
     loop {
-        let (next, keys): (u64, Vec<Vec<u8>>) =
-            redis::cmd("SCAN").arg(cursor).arg("COUNT").arg(5_000).query(redis).expect("scan");
+        let (next, keys): (u64, Vec<Vec<u8>>) = redis::cmd("SCAN")
+            .arg(cursor)
+            .arg("COUNT")
+            .arg(5_000)
+            .query(redis)
+            .expect("scan");
         for key in keys {
             if !key.starts_with(b"walmirror:{") && !expected.contains(&key) {
                 report.differ(format!("no row has the key {}", show(&key)));
@@ -308,7 +347,10 @@ fn quote(identifier: &str) -> String {
 }
 
 fn unhex(hex: &str) -> String {
-    let bytes = (0..hex.len()).step_by(2).map(|i| u8::from_str_radix(&hex[i..i + 2], 16).unwrap()).collect();
+    let bytes = (0..hex.len())
+        .step_by(2)
+        .map(|i| u8::from_str_radix(&hex[i..i + 2], 16).unwrap())
+        .collect();
     String::from_utf8(bytes).unwrap()
 }
 

@@ -66,7 +66,10 @@ impl Db {
             Ok(()) => panic!("succeeded: {statements}"),
             Err(error) => {
                 let _ = client.batch_execute("ROLLBACK");
-                error.as_db_error().unwrap_or_else(|| panic!("{statements}: {error}")).clone()
+                error
+                    .as_db_error()
+                    .unwrap_or_else(|| panic!("{statements}: {error}"))
+                    .clone()
             }
         }
     }
@@ -81,7 +84,9 @@ impl Db {
     #[track_caller]
     pub fn value(&self, query: &str) -> String {
         let rows = self.rows(query);
-        rows.first().and_then(|row| row.first().cloned().flatten()).unwrap_or_default()
+        rows.first()
+            .and_then(|row| row.first().cloned().flatten())
+            .unwrap_or_default()
     }
 
     /// Where the WAL ends that is on disk: everything this session committed is before it.
@@ -97,7 +102,9 @@ impl Db {
 /// The rows of a query as text.
 #[track_caller]
 pub(crate) fn rows(client: &mut Client, query: &str) -> Vec<Row> {
-    let messages = client.simple_query(query).unwrap_or_else(|e| panic!("{query}\n{}", explain(&e)));
+    let messages = client
+        .simple_query(query)
+        .unwrap_or_else(|e| panic!("{query}\n{}", explain(&e)));
     let mut rows = Vec::new();
     for message in messages {
         if let SimpleQueryMessage::Row(row) = message {

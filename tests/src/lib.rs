@@ -5,7 +5,12 @@
 //! is compared with what Postgres says it must be. Nothing sleeps: whatever takes time is waited for with a deadline.
 //! Dropping a handle ends the processes it started and removes their files.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
 
 mod compare;
 mod db;

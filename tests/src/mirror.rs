@@ -33,7 +33,11 @@ impl Mirror {
 
     /// The same for a given database.
     pub fn of(db: Db) -> Mirror {
-        Mirror { sink: Mutex::new(None), redis: Redis::start(), db }
+        Mirror {
+            sink: Mutex::new(None),
+            redis: Redis::start(),
+            db,
+        }
     }
 
     /// A mirror with these statements executed and the sink started after them.
@@ -54,7 +58,15 @@ impl Mirror {
     /// Starts the sink with further arguments.
     pub fn start_with(&self, args: &[&str]) {
         let (conninfo, url) = (self.db.pg.conninfo(&self.db.name), self.redis.url());
-        let mut all = vec!["run", "--postgres", &conninfo, "--redis", &url, "--slot", &self.db.name];
+        let mut all = vec![
+            "run",
+            "--postgres",
+            &conninfo,
+            "--redis",
+            &url,
+            "--slot",
+            &self.db.name,
+        ];
         all.extend(args);
         *self.slot() = Some(Sink::start(&all));
     }
@@ -77,8 +89,11 @@ impl Mirror {
     /// The position that Redis stands at, if it has one.
     pub fn progress(&self) -> Option<Lsn> {
         let key = format!("walmirror:{{{}}}:progress", self.db.name);
-        let lsn: Option<String> =
-            redis::cmd("HGET").arg(key).arg("lsn").query(&mut self.redis.connect()).unwrap_or(None);
+        let lsn: Option<String> = redis::cmd("HGET")
+            .arg(key)
+            .arg("lsn")
+            .query(&mut self.redis.connect())
+            .unwrap_or(None);
         lsn.map(|lsn| lsn.parse().unwrap())
     }
 
@@ -124,7 +139,10 @@ impl Mirror {
             if report.equal() {
                 return report;
             }
-            assert!(start.elapsed() < deadline, "still different after {deadline:?}: {report}");
+            assert!(
+                start.elapsed() < deadline,
+                "still different after {deadline:?}: {report}"
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }

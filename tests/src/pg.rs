@@ -67,11 +67,23 @@ impl Pg {
         let dir = Dir::new("pg");
         let data = dir.path().join("data");
         // As root, -p keeps the owner of the template, who will run the server.
-        run(Command::new("cp").arg("-a").arg(env("WALMIRROR_PG_TEMPLATE")).arg(&data));
+        run(Command::new("cp")
+            .arg("-a")
+            .arg(env("WALMIRROR_PG_TEMPLATE"))
+            .arg(&data));
         let owner = fs::metadata(&data).expect("the copied template");
         std::os::unix::fs::chown(dir.path(), Some(owner.uid()), Some(owner.gid())).unwrap();
-        let version = fs::read_to_string(data.join("PG_VERSION")).unwrap().trim().parse().unwrap();
-        let pg = Pg { process: Mutex::new(None), dir, bin, version };
+        let version = fs::read_to_string(data.join("PG_VERSION"))
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap();
+        let pg = Pg {
+            process: Mutex::new(None),
+            dir,
+            bin,
+            version,
+        };
         pg.configure(SETTINGS);
         pg.configure(&format!("unix_socket_directories = '{}'", pg.host()));
         if pg.knows("output_plugin_libraries") {
@@ -98,7 +110,12 @@ impl Pg {
 
     /// Makes the server read its configuration again.
     pub fn reload(&self) {
-        self.process.lock().unwrap().as_mut().expect("running").signal(Signal::HUP);
+        self.process
+            .lock()
+            .unwrap()
+            .as_mut()
+            .expect("running")
+            .signal(Signal::HUP);
     }
 
     /// Whether this minor version has the parameter (setting an unknown one keeps a server from starting).
@@ -106,10 +123,23 @@ impl Pg {
         let mut command = Command::new("setpriv");
         if let Some(user) = server_user() {
             let data = fs::metadata(self.data()).unwrap();
-            command.arg(format!("--reuid={user}")).arg(format!("--regid={}", data.gid())).arg("--clear-groups");
+            command
+                .arg(format!("--reuid={user}"))
+                .arg(format!("--regid={}", data.gid()))
+                .arg("--clear-groups");
         }
-        command.arg(self.bin.join("postgres")).arg("-C").arg(parameter).arg("-D").arg(self.data());
-        command.current_dir("/").output().expect("run postgres -C").status.success()
+        command
+            .arg(self.bin.join("postgres"))
+            .arg("-C")
+            .arg(parameter)
+            .arg("-D")
+            .arg(self.data());
+        command
+            .current_dir("/")
+            .output()
+            .expect("run postgres -C")
+            .status
+            .success()
     }
 
     /// Starts the server (again) and waits until it answers.
@@ -117,9 +147,17 @@ impl Pg {
         let mut process = self.process.lock().unwrap();
         assert!(process.is_none(), "already running");
         let mut command = Command::new(self.bin.join("postgres"));
-        command.arg("-D").arg(self.data()).env_remove("LANG").env("LC_ALL", "C");
-        let mut server =
-            Process::start("postgres", &self.dir.path().join("log"), server_user().as_deref(), &command);
+        command
+            .arg("-D")
+            .arg(self.data())
+            .env_remove("LANG")
+            .env("LC_ALL", "C");
+        let mut server = Process::start(
+            "postgres",
+            &self.dir.path().join("log"),
+            server_user().as_deref(),
+            &command,
+        );
         wait_for(DEADLINE, "Postgres to start", || {
             assert!(server.exited().is_none(), "Postgres ended:\n{}", server.output());
             self.config("postgres").connect(NoTls).ok()
@@ -170,20 +208,29 @@ impl Pg {
     /// The same for the `postgres` crate.
     pub fn config(&self, database: &str) -> postgres::Config {
         let mut config = Client::configure();
-        config.host_path(self.dir.path()).port(5432).user("postgres").dbname(database);
+        config
+            .host_path(self.dir.path())
+            .port(5432)
+            .user("postgres")
+            .dbname(database);
         config.connect_timeout(Duration::from_secs(10));
         config
     }
 
     /// A connection.
     pub fn connect(&self, database: &str) -> Client {
-        self.config(database).connect(NoTls).unwrap_or_else(|e| panic!("connect to {database}: {e}"))
+        self.config(database)
+            .connect(NoTls)
+            .unwrap_or_else(|e| panic!("connect to {database}: {e}"))
     }
 
     /// One of the server's own programs (psql, pgbench, pg_recvlogical), set up to connect to it.
     pub fn program(&self, name: &str, database: &str) -> Command {
         let mut command = Command::new(self.bin.join(name));
-        command.env("PGHOST", self.host()).env("PGPORT", "5432").env("PGUSER", "postgres");
+        command
+            .env("PGHOST", self.host())
+            .env("PGPORT", "5432")
+            .env("PGUSER", "postgres");
         command.env("PGDATABASE", database).env_remove("PGSERVICE");
         command
     }
@@ -191,7 +238,11 @@ impl Pg {
     /// Whether the server has this extension to offer.
     pub fn offers(&self, extension: &str) -> bool {
         let query = "SELECT FROM pg_available_extensions WHERE name = $1";
-        !self.connect("postgres").query(query, &[&extension]).unwrap().is_empty()
+        !self
+            .connect("postgres")
+            .query(query, &[&extension])
+            .unwrap()
+            .is_empty()
     }
 
     /// Where its programs are.
@@ -212,7 +263,9 @@ impl Drop for Pg {
 
 /// The user to run the server as; none when the tests themselves are unprivileged.
 fn server_user() -> Option<String> {
-    rustix::process::getuid().is_root().then(|| env("WALMIRROR_PG_USER"))
+    rustix::process::getuid()
+        .is_root()
+        .then(|| env("WALMIRROR_PG_USER"))
 }
 
 fn env(name: &str) -> String {
@@ -221,5 +274,9 @@ fn env(name: &str) -> String {
 
 fn run(command: &mut Command) {
     let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
-    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{command:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }

@@ -27,19 +27,38 @@ impl Process {
         let mut wrapped = Command::new("setpriv");
         wrapped.args(["--pdeathsig", "QUIT"]);
         if let Some(user) = user {
-            wrapped.args([&format!("--reuid={user}"), &format!("--regid={}", group_of(user)), "--clear-groups"]);
+            wrapped.args([
+                &format!("--reuid={user}"),
+                &format!("--regid={}", group_of(user)),
+                "--clear-groups",
+            ]);
         }
-        wrapped.arg("--").arg(command.get_program()).args(command.get_args());
+        wrapped
+            .arg("--")
+            .arg(command.get_program())
+            .args(command.get_args());
         for (name, value) in command.get_envs() {
             match value {
                 Some(value) => wrapped.env(name, value),
                 None => wrapped.env_remove(name),
             };
         }
-        let out = File::options().create(true).append(true).open(log).expect("open the log");
-        wrapped.stdin(Stdio::null()).stderr(out.try_clone().unwrap()).stdout(out).current_dir("/");
+        let out = File::options()
+            .create(true)
+            .append(true)
+            .open(log)
+            .expect("open the log");
+        wrapped
+            .stdin(Stdio::null())
+            .stderr(out.try_clone().unwrap())
+            .stdout(out)
+            .current_dir("/");
         let child = spawn(wrapped);
-        Process { name: name.to_owned(), log: log.to_owned(), child }
+        Process {
+            name: name.to_owned(),
+            log: log.to_owned(),
+            child,
+        }
     }
 
     /// The process id.
@@ -81,8 +100,14 @@ impl Process {
     pub fn memory(&self) -> (u64, u64) {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap_or_default();
         let kib = |field: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap_or("0");
-            line.split_whitespace().next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0)
+            let line = status
+                .lines()
+                .find_map(|line| line.strip_prefix(field))
+                .unwrap_or("0");
+            line.split_whitespace()
+                .next()
+                .and_then(|n| n.parse::<u64>().ok())
+                .unwrap_or(0)
         };
         (kib("VmRSS:") * 1024, kib("VmHWM:") * 1024)
     }
@@ -127,7 +152,10 @@ fn spawn(command: Command) -> Child {
     let program = format!("{command:?}");
     let (reply, answer) = mpsc::channel();
     spawner.lock().unwrap().send((command, reply)).unwrap();
-    answer.recv().unwrap().unwrap_or_else(|e| panic!("start {program}: {e}"))
+    answer
+        .recv()
+        .unwrap()
+        .unwrap_or_else(|e| panic!("start {program}: {e}"))
 }
 
 /// A temporary directory, removed on drop unless `WALMIRROR_KEEP` is set.
@@ -136,7 +164,10 @@ pub struct Dir(Option<tempfile::TempDir>);
 impl Dir {
     /// Makes a directory. Its name is short because socket paths are limited to 107 bytes.
     pub fn new(kind: &str) -> Dir {
-        let dir = tempfile::Builder::new().prefix(&format!("wm-{kind}-")).tempdir().expect("make a directory");
+        let dir = tempfile::Builder::new()
+            .prefix(&format!("wm-{kind}-"))
+            .tempdir()
+            .expect("make a directory");
         // Servers that run as another user must be able to enter it.
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         Dir(Some(dir))

@@ -23,9 +23,18 @@ impl Redis {
 
     /// Starts a server with further options, such as `&["--requirepass", "x"]`.
     pub fn start_with(options: &[&str]) -> Redis {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
         let options = options.iter().map(|&o| o.to_owned()).collect();
-        let mut redis = Redis { process: None, dir: Dir::new("redis"), port, options };
+        let mut redis = Redis {
+            process: None,
+            dir: Dir::new("redis"),
+            port,
+            options,
+        };
         redis.resume();
         redis
     }
@@ -33,7 +42,14 @@ impl Redis {
     /// Starts the server (again), on the same port.
     pub fn resume(&mut self) {
         let mut command = Command::new("redis-server");
-        command.args(["--port", &self.port.to_string(), "--bind", "127.0.0.1", "--save", ""]);
+        command.args([
+            "--port",
+            &self.port.to_string(),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+        ]);
         command.arg("--dir").arg(self.dir.path()).args(&self.options);
         let mut server = Process::start("redis", &self.dir.path().join("log"), None, &command);
         wait_for(DEADLINE, "Redis to start", || {
@@ -72,7 +88,9 @@ impl Redis {
 
     /// A connection.
     pub fn connect(&self) -> Connection {
-        self.client().get_connection().unwrap_or_else(|e| panic!("connect to Redis: {e}"))
+        self.client()
+            .get_connection()
+            .unwrap_or_else(|e| panic!("connect to Redis: {e}"))
     }
 
     /// Runs one command; its words are separated by blanks.
@@ -83,20 +101,27 @@ impl Redis {
         for word in words {
             command.arg(word);
         }
-        command.query(&mut self.connect()).unwrap_or_else(|e| panic!("Redis: {e}"))
+        command
+            .query(&mut self.connect())
+            .unwrap_or_else(|e| panic!("Redis: {e}"))
     }
 
     /// The fields of a hash, sorted.
     pub fn hash(&self, key: &str) -> Vec<(String, String)> {
-        let mut fields: Vec<(String, String)> =
-            redis::cmd("HGETALL").arg(key).query(&mut self.connect()).unwrap_or_else(|e| panic!("{key}: {e}"));
+        let mut fields: Vec<(String, String)> = redis::cmd("HGETALL")
+            .arg(key)
+            .query(&mut self.connect())
+            .unwrap_or_else(|e| panic!("{key}: {e}"));
         fields.sort();
         fields
     }
 
     /// A string value.
     pub fn get(&self, key: &str) -> Option<String> {
-        redis::cmd("GET").arg(key).query(&mut self.connect()).unwrap_or_else(|e| panic!("{key}: {e}"))
+        redis::cmd("GET")
+            .arg(key)
+            .query(&mut self.connect())
+            .unwrap_or_else(|e| panic!("{key}: {e}"))
     }
 
     /// All keys but the mirror's own, sorted.

@@ -19,7 +19,11 @@ impl Sink {
         let dir = Dir::new("sink");
         let command = Sink::command(args);
         let process = Process::start("walmirror", &dir.path().join("log"), None, &command);
-        Sink { process, dir, command }
+        Sink {
+            process,
+            dir,
+            command,
+        }
     }
 
     /// The command itself, for a test that wants to run it to its end.
@@ -82,5 +86,7 @@ impl Sink {
 }
 
 fn binary() -> PathBuf {
-    std::env::var_os("WALMIRROR_BIN").expect("WALMIRROR_BIN is not set: run the tests with `make test`").into()
+    std::env::var_os("WALMIRROR_BIN")
+        .expect("WALMIRROR_BIN is not set: run the tests with `make test`")
+        .into()
 }

@@ -30,7 +30,9 @@ impl FromStr for Lsn {
 
     fn from_str(text: &str) -> Result<Lsn, String> {
         let parse = |half: &str| u64::from_str_radix(half, 16).map_err(|e| format!("LSN {text:?}: {e}"));
-        let (high, low) = text.split_once('/').ok_or_else(|| format!("LSN {text:?} has no slash"))?;
+        let (high, low) = text
+            .split_once('/')
+            .ok_or_else(|| format!("LSN {text:?} has no slash"))?;
         Ok(Lsn(parse(high)? << 32 | parse(low)?))
     }
 }

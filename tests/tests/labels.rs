@@ -1,0 +1,325 @@
+//! Labels and schema changes take effect at their place in the stream, and the keys become right by themselves.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rand::Rng;
+use rand::rngs::StdRng;
+use walmirror_tests::{Mirror, Sink, rng};
+
+const TABLE: &str = "CREATE TABLE t (id int PRIMARY KEY, a text, b int, c numeric); \
+     INSERT INTO t SELECT i, 'a' || i, i, i / 4.0 FROM generate_series(1, 500) i";
+
+#[test]
+fn a_label_set_changed_and_removed_while_the_sink_runs() {
+    let m = Mirror::with(TABLE);
+    assert!(m.redis.keys().is_empty());
+    for statement in [
+        "SELECT walmirror.mirror('t')",
+        "UPDATE t SET b = b + 1; SELECT walmirror.mirror('t', value => 'json'); UPDATE t SET b = b + 1",
+        "SELECT walmirror.mirror('t', key => 'other:{id}', value => 'json')",
+        "SELECT walmirror.mirror('t', key => 'other:{id}', columns => '{a}')",
+        "SELECT walmirror.mirror('t', key => 'other:{id}', value => 'string', columns => '{a}')",
+        "SELECT walmirror.mirror('t', ttl => '1 day')",
+        "SELECT walmirror.mirror('t')",
+        "SELECT walmirror.unmirror('t')",
+        "INSERT INTO t VALUES (1000)",
+        "BEGIN; SELECT walmirror.mirror('t'); DELETE FROM t WHERE id < 100; COMMIT",
+        "SECURITY LABEL FOR walmirror ON TABLE t IS NULL",
+        "SECURITY LABEL FOR walmirror ON TABLE t IS '{\"mode\":\"mirror\",\"key\":\"label:{id}\"}'",
+        "BEGIN; SELECT walmirror.unmirror('t'); UPDATE t SET b = 0; ROLLBACK",
+        "BEGIN; SELECT walmirror.mirror('t', value => 'json'); SAVEPOINT a; SELECT walmirror.unmirror('t'); ROLLBACK TO a; COMMIT",
+    ] {
+        println!("{statement}");
+        m.sql(statement);
+        m.settle();
+        m.sql("UPDATE t SET b = b + 1 WHERE id % 3 = 0; INSERT INTO t SELECT max(id) + 1, 'new' FROM t; DELETE FROM t WHERE id = (SELECT min(id) FROM t)");
+        m.settle();
+    }
+}
+
+/// The sink is down while labels change, so that it meets old rows, the change, and new rows in one go.
+#[test]
+fn label_changes_are_read_in_order_after_a_pause() {
+    let m = Mirror::with(TABLE);
+    m.sql("SELECT walmirror.mirror('t')");
+    m.settle();
+    let mut rng = rng("label_changes_are_read_in_order_after_a_pause");
+    for round in 0..8 {
+        m.sink(|sink| {
+            sink.kill();
+        });
+        for _ in 0..rng.random_range(2..7) {
+            let statement = random_label(&mut rng);
+            println!("round {round}: {statement}");
+            m.sql(&statement);
+            m.sql("UPDATE t SET b = b + 1 WHERE id % 5 = 0; INSERT INTO t SELECT max(id) + 1, 'new' FROM t");
+        }
+        m.sink(Sink::restart);
+        m.settle();
+    }
+}
+
+fn random_label(rng: &mut StdRng) -> String {
+    let all = [
+        "SELECT walmirror.mirror('t')",
+        "SELECT walmirror.mirror('t', value => 'json')",
+        "SELECT walmirror.mirror('t', key => 'k{id}', columns => '{a,b}')",
+        "SELECT walmirror.mirror('t', value => 'string', columns => '{b}')",
+        "SELECT walmirror.mirror('t', value => 'json', ttl => '1 h')",
+        "SELECT walmirror.unmirror('t')",
+        "TRUNCATE t; INSERT INTO t SELECT i, 'fresh' FROM generate_series(1, 50) i",
+        "UPDATE t SET id = id + 100000 WHERE id % 2 = 0",
+        "ALTER TABLE t ADD COLUMN IF NOT EXISTS d int DEFAULT 7",
+        "ALTER TABLE t DROP COLUMN IF EXISTS d",
+    ];
+    all[rng.random_range(0..all.len())].to_owned()
+}
+
+#[test]
+fn a_table_mirrored_under_load() {
+    let m = Mirror::new();
+    m.sql("CREATE TABLE first (id int PRIMARY KEY); SELECT walmirror.mirror('first')");
+    m.sql("CREATE TABLE t (id int PRIMARY KEY, n int, note text); INSERT INTO t SELECT i, 0, 'x' FROM generate_series(1, 30000) i");
+    m.start();
+    m.settle();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for worker in 0..2u32 {
+            let (m, done) = (&m, &done);
+            scope.spawn(move || {
+                let mut client = m.db.connect();
+                let mut i = worker;
+                while !done.load(Ordering::Relaxed) {
+                    i += 2;
+                    let id = i * 37 % 30_000 + 1;
+                    let sql = match i % 5 {
+                        0 => format!("DELETE FROM t WHERE id = {id}"),
+                        1 => format!(
+                            "INSERT INTO t VALUES ({id}, {i}) ON CONFLICT (id) DO UPDATE SET n = excluded.n"
+                        ),
+                        2 => format!("UPDATE t SET id = id + 50000 WHERE id = {id}"),
+                        _ => format!("UPDATE t SET n = n + 1 WHERE id = {id}"),
+                    };
+                    let _ = client.batch_execute(&sql);
+                }
+            });
+        }
+        for label in ["", ", value => 'json'", ", key => 'u:{id}', columns => '{n}'"] {
+            m.sql(&format!("SELECT walmirror.mirror('t'{label})"));
+            m.sync();
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    m.settle();
+}
+
+#[test]
+fn unmirror_and_drop_remove_the_keys() {
+    let m = Mirror::new();
+    m.sql("CREATE SCHEMA extra");
+    for name in ["a", "b", "c", "d", "extra.e", "f"] {
+        m.sql(&format!("CREATE TABLE {name} (id int PRIMARY KEY); INSERT INTO {name} SELECT generate_series(1, 3000); SELECT walmirror.mirror('{name}')"));
+    }
+    m.start();
+    m.settle();
+    m.sql("SELECT walmirror.unmirror('a')");
+    m.settle();
+    m.sql("DROP TABLE b");
+    m.settle();
+    m.sql("BEGIN; DELETE FROM c WHERE id > 10; DROP TABLE c; COMMIT");
+    m.settle();
+    m.sql("DROP SCHEMA extra CASCADE");
+    m.settle();
+    // A table of the same name takes the place of the old one.
+    m.sql("BEGIN; DROP TABLE f; CREATE TABLE f (id int PRIMARY KEY, v text); SELECT walmirror.mirror('f'); INSERT INTO f VALUES (1, 'new'); COMMIT");
+    m.settle();
+    m.sql("SELECT walmirror.unmirror('d', keep_keys => true)");
+    m.sync();
+    m.sql("SELECT walmirror.mirror('a')");
+    m.sync();
+    m.sql("INSERT INTO a VALUES (5000)");
+    m.sync();
+    let kept = m.redis.keys().iter().filter(|key| key.starts_with("d:")).count();
+    assert_eq!(kept, 3000);
+}
+
+#[test]
+fn a_drop_while_the_sink_is_down() {
+    let m = Mirror::new();
+    for name in ["a", "b"] {
+        m.sql(&format!("CREATE TABLE {name} (id int PRIMARY KEY); INSERT INTO {name} SELECT generate_series(1, 2000); SELECT walmirror.mirror('{name}')"));
+    }
+    m.start();
+    m.settle();
+    m.sink(Sink::kill);
+    m.sql("INSERT INTO a VALUES (5000); DROP TABLE a; UPDATE b SET id = -id; SELECT walmirror.unmirror('b'); CREATE TABLE a (id int PRIMARY KEY, v text); SELECT walmirror.mirror('a'); INSERT INTO a VALUES (1, 'x')");
+    m.sink(Sink::restart);
+    m.settle();
+}
+
+/// Nothing is written to the table after the ALTER, and the keys become right nevertheless.
+#[test]
+fn every_kind_of_alter_table() {
+    let m = Mirror::with(
+        "CREATE TYPE kind AS ENUM ('x', 'y'); CREATE TABLE h (id int PRIMARY KEY, a text, b int, k kind DEFAULT 'x', at timestamptz DEFAULT '2026-01-01'); \
+         INSERT INTO h SELECT i, 'a' || i, i FROM generate_series(1, 300) i; \
+         CREATE TABLE j (LIKE h INCLUDING ALL); INSERT INTO j SELECT * FROM h; \
+         CREATE TABLE s (LIKE h INCLUDING ALL); INSERT INTO s SELECT * FROM h; \
+         SELECT walmirror.mirror('h'), walmirror.mirror('j', value => 'json'), walmirror.mirror('s', value => 'string', columns => '{a}')",
+    );
+    for statement in [
+        "ALTER TABLE {t} ADD c text",
+        "ALTER TABLE {t} ADD d int DEFAULT 5",
+        "ALTER TABLE {t} ADD e float8 DEFAULT random()",
+        "ALTER TABLE {t} ADD g int GENERATED ALWAYS AS (b * 2) STORED",
+        "ALTER TABLE {t} ADD f int, ADD x text DEFAULT 'x'",
+        "ALTER TABLE {t} RENAME c TO cc",
+        "ALTER TABLE {t} DROP COLUMN cc",
+        "ALTER TABLE {t} DROP COLUMN g, ALTER b TYPE bigint USING b * 10",
+        "ALTER TABLE {t} ALTER a TYPE text USING upper(a)",
+        "ALTER TABLE {t} ALTER b TYPE text",
+        "ALTER TABLE {t} ALTER at TYPE date",
+        "ALTER TABLE {t} ALTER id TYPE bigint",
+        "ALTER TABLE {t} ALTER d SET DEFAULT 6, ALTER f SET DEFAULT 7",
+        "ALTER TABLE {t} ADD CHECK (id > 0), ADD UNIQUE (a)",
+        "ALTER TABLE {t} ALTER a SET NOT NULL",
+        "ALTER TABLE {t} SET (fillfactor = 50)",
+        "ALTER TABLE {t} ALTER a SET STORAGE EXTERNAL, ALTER a SET STATISTICS 10",
+        "ALTER TABLE {t} REPLICA IDENTITY FULL",
+        "ALTER TABLE {t} REPLICA IDENTITY DEFAULT",
+        "ALTER TABLE {t} RENAME CONSTRAINT {t}_pkey TO {t}_key",
+        "CREATE INDEX ON {t} (a)",
+        "VACUUM FULL {t}",
+        "CLUSTER {t} USING {t}_key",
+        "ALTER TABLE {t} RENAME TO {t}_renamed",
+        "ALTER TABLE {t}_renamed RENAME TO {t}",
+        "CREATE SCHEMA IF NOT EXISTS other; ALTER TABLE {t} SET SCHEMA other",
+        "ALTER TABLE other.{t} SET SCHEMA public",
+        "BEGIN; ALTER TABLE {t} ADD never int DEFAULT 1; ROLLBACK",
+        "BEGIN; ALTER TABLE {t} ADD z int DEFAULT 1; UPDATE {t} SET z = id WHERE id < 50; ALTER TABLE {t} RENAME z TO zz; COMMIT",
+        "ALTER TABLE {t} DISABLE TRIGGER ALL; COMMENT ON TABLE {t} IS 'x'; ANALYZE {t}",
+    ] {
+        println!("{statement}");
+        for table in ["h", "j", "s"] {
+            m.sql(&statement.replace("{t}", table));
+        }
+        m.settle();
+    }
+    // The text of a value changes with its type.
+    m.sql("ALTER TYPE kind RENAME VALUE 'x' TO 'renamed'");
+    m.sql("UPDATE h SET k = k; UPDATE j SET k = k");
+    m.settle();
+}
+
+#[test]
+fn schema_changes_between_rows_of_one_transaction() {
+    let m = Mirror::with(TABLE);
+    m.sql("SELECT walmirror.mirror('t')");
+    m.settle();
+    m.sql(
+        "BEGIN; UPDATE t SET b = 1 WHERE id = 1; ALTER TABLE t ADD n int DEFAULT 3; UPDATE t SET b = 2 WHERE id = 2; \
+         ALTER TABLE t DROP n; UPDATE t SET b = 3 WHERE id = 3; ALTER TABLE t ADD n text DEFAULT 'q'; \
+         INSERT INTO t (id) VALUES (900); TRUNCATE t; INSERT INTO t (id) VALUES (901); COMMIT",
+    );
+    m.settle();
+    // A transaction that began before the ALTER of another, and writes after it.
+    let mut old = m.db.connect();
+    old.batch_execute("BEGIN; INSERT INTO first VALUES (1)")
+        .unwrap_err();
+    old.batch_execute("ROLLBACK; BEGIN; SELECT txid_current()")
+        .unwrap();
+    m.sql("ALTER TABLE t ADD later int DEFAULT 9");
+    old.batch_execute("UPDATE t SET n = 'late'; COMMIT").unwrap();
+    m.settle();
+}
+
+/// What would break a mapping is refused when it is tried, with a hint, and leaves everything as it was.
+#[test]
+fn ddl_that_breaks_a_mapping_is_refused() {
+    let m = Mirror::with(
+        "CREATE TABLE t (id int PRIMARY KEY, tag text NOT NULL UNIQUE, a text, b int); \
+         ALTER TABLE t REPLICA IDENTITY USING INDEX t_tag_key; \
+         CREATE TABLE u (id int PRIMARY KEY, v text); \
+         CREATE TABLE p (id int PRIMARY KEY, v text) PARTITION BY LIST (id); CREATE TABLE p1 PARTITION OF p FOR VALUES IN (1); \
+         SELECT walmirror.mirror('t', key => 't:{tag}', columns => '{a}'), walmirror.mirror('u'), walmirror.mirror('p')",
+    );
+    let mut problems = Vec::new();
+    for statement in [
+        "ALTER TABLE t DROP COLUMN a",
+        "ALTER TABLE t RENAME a TO aa",
+        "ALTER TABLE t DROP COLUMN tag",
+        "ALTER TABLE t RENAME tag TO label",
+        "ALTER TABLE t REPLICA IDENTITY DEFAULT",
+        "ALTER TABLE t REPLICA IDENTITY NOTHING",
+        "ALTER TABLE t DROP CONSTRAINT t_tag_key",
+        "ALTER TABLE t SET UNLOGGED",
+        "ALTER TABLE u DROP CONSTRAINT u_pkey",
+        "ALTER TABLE u RENAME id TO key",
+        "ALTER TABLE u DROP COLUMN id",
+        "ALTER TABLE u REPLICA IDENTITY NOTHING",
+        "ALTER TABLE p1 REPLICA IDENTITY NOTHING",
+    ] {
+        match m.db.connect().batch_execute(statement) {
+            Ok(()) => problems.push(format!("accepted: {statement}")),
+            Err(e) => {
+                let e = e.as_db_error().unwrap();
+                println!(
+                    "{statement}\n  {}\n  hint: {}",
+                    e.message(),
+                    e.hint().unwrap_or("none")
+                );
+                if e.hint().is_none() {
+                    problems.push(format!("no hint: {statement}: {}", e.message()));
+                }
+            }
+        }
+    }
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
+    m.sql(
+        "INSERT INTO t VALUES (1, 'x', 'y', 2); INSERT INTO u VALUES (1, 'v'); INSERT INTO p VALUES (1, 'w')",
+    );
+    m.check();
+    // Columns that no mapping names may go.
+    m.sql("ALTER TABLE t DROP COLUMN b; ALTER TABLE u RENAME v TO w");
+    m.settle();
+}
+
+/// The labels travel with a dump.
+#[test]
+fn pg_dump_carries_the_labels() {
+    let m = Mirror::new();
+    m.sql("CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t', key => 'k:{id}', value => 'json'); INSERT INTO t VALUES (1, 'x')");
+    let copy = format!("{}_copy", m.db.name);
+    m.sql(&format!("CREATE DATABASE {copy} TEMPLATE template0"));
+    let dump = m.db.pg.program("pg_dump", &m.db.name).output().unwrap();
+    assert!(dump.status.success(), "{}", String::from_utf8_lossy(&dump.stderr));
+    let mut psql = m.db.pg.program("psql", &copy);
+    let mut restore = psql
+        .args(["-qXv", "ON_ERROR_STOP=1"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    std::io::Write::write_all(&mut restore.stdin.take().unwrap(), &dump.stdout).unwrap();
+    assert!(restore.wait().unwrap().success());
+    let mut client = m.db.pg.connect(&copy);
+    let row = client
+        .query_one("SELECT relation::text, key, value FROM walmirror.mirrors", &[])
+        .unwrap();
+    assert_eq!(
+        (
+            row.get::<_, &str>(0),
+            row.get::<_, &str>(1),
+            row.get::<_, &str>(2)
+        ),
+        ("t", "k:{id}", "json")
+    );
+}

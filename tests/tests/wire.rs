@@ -1,0 +1,236 @@
+//! The stream for everybody: Postgres's own tools, and a reader in another language.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+use walmirror_tests::{Db, Mirror, Pg, Sink};
+
+fn create_slot(db: &Db) {
+    db.sql(&format!(
+        "SELECT pg_create_logical_replication_slot('{}', 'walmirror')",
+        db.name
+    ));
+}
+
+fn database() -> Db {
+    let db = Db::create(Pg::shared());
+    db.sql(
+        "CREATE TABLE users (id int PRIMARY KEY, name text, born date, doc text); CREATE TABLE quiet (id int PRIMARY KEY); \
+         CREATE TABLE unseen (id int PRIMARY KEY); \
+         SELECT walmirror.mirror('users', key => 'user:{id}'), walmirror.mirror('quiet', value => 'json')",
+    );
+    db
+}
+
+const CHANGES: &str = "INSERT INTO users VALUES (1, 'Ada \"Augusta\"', '1815-12-10', NULL), (2, 'Grace', '1906-12-09', repeat('x', 10)); \
+     UPDATE users SET name = 'Ada' WHERE id = 1; UPDATE users SET id = 3 WHERE id = 2; DELETE FROM users WHERE id = 1; \
+     INSERT INTO unseen VALUES (1); TRUNCATE quiet; INSERT INTO quiet VALUES (7)";
+
+/// Each line of the text is a JSON object; returns them.
+fn objects(text: &str) -> Vec<Value> {
+    let parse = |line: &str| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
+    text.lines().filter(|line| !line.is_empty()).map(parse).collect()
+}
+
+fn kinds(objects: &[Value]) -> Vec<&str> {
+    objects.iter().map(|o| o["kind"].as_str().unwrap()).collect()
+}
+
+fn assert_readable(objects: &[Value]) {
+    let rows: Vec<&Value> = objects
+        .iter()
+        .filter(|o| ["insert", "update", "delete"].contains(&o["kind"].as_str().unwrap()))
+        .collect();
+    assert_eq!(rows[0]["table"], "public.users");
+    assert_eq!(rows[0]["row"]["name"], "Ada \"Augusta\"");
+    assert_eq!(rows[0]["row"]["born"], "1815-12-10");
+    assert_eq!(rows[0]["row"]["doc"], Value::Null);
+    assert_eq!(rows[2]["kind"], "update");
+    assert_eq!(rows[3]["old_key"]["id"], 2);
+    assert_eq!(rows[4]["kind"], "delete");
+    assert_eq!(rows[4]["key"]["id"], 1);
+    assert_eq!(rows[5]["table"], "public.quiet");
+    assert_eq!(rows.len(), 6);
+    assert!(kinds(objects).contains(&"truncate"));
+    assert_eq!(
+        kinds(objects).iter().filter(|k| **k == "begin").count(),
+        kinds(objects).iter().filter(|k| **k == "commit").count()
+    );
+}
+
+#[test]
+fn pg_recvlogical_prints_json() {
+    let db = database();
+    let recvlogical = |args: &[&str]| {
+        let output = db
+            .pg
+            .program("pg_recvlogical", &db.name)
+            .args(["-d", &db.name, "-S", &db.name])
+            .args(args)
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8(output.stdout).unwrap()
+    };
+    recvlogical(&["--create-slot", "-P", "walmirror"]);
+    db.sql(CHANGES);
+    let end = db.lsn().to_string();
+    let text = recvlogical(&["--start", "-o", "format=json", "-f", "-", "--endpos", &end]);
+    println!("{text}");
+    assert_readable(&objects(&text));
+}
+
+#[test]
+fn peek_changes_is_readable() {
+    let db = database();
+    create_slot(&db);
+    db.sql(CHANGES);
+    let peek = |options: &str| {
+        db.rows(&format!(
+            "SELECT data FROM pg_logical_slot_peek_changes('{}', NULL, NULL{options})",
+            db.name
+        ))
+        .into_iter()
+        .map(|row| row[0].clone().unwrap())
+        .collect::<Vec<_>>()
+    };
+    let lines = peek(", 'format', 'json'");
+    assert_readable(&objects(&lines.join("\n")));
+    let only = peek(", 'format', 'json', 'tables', 'public.qui*'");
+    assert!(only.iter().all(|line| !line.contains("users")), "{only:?}");
+    assert!(only.iter().any(|line| line.contains("\"row\"")), "{only:?}");
+    // Peeking took nothing away.
+    assert_eq!(peek(", 'format', 'json'"), lines);
+}
+
+#[test]
+fn options_are_validated() {
+    let db = database();
+    create_slot(&db);
+    for (options, word) in [
+        ("'colour', 'red'", "colour"),
+        ("'format', 'xml'", "xml"),
+        ("'proto_version', '2'", "proto_version"),
+        ("'batch_bytes', 'many'", "batch_bytes"),
+        ("'batch_bytes', '-1'", "batch_bytes"),
+        ("'tables', ''", "tables"),
+        ("'origin', 'mars'", "origin"),
+    ] {
+        let error = db.error(&format!(
+            "SELECT * FROM pg_logical_slot_peek_binary_changes('{}', NULL, NULL, {options})",
+            db.name
+        ));
+        assert!(error.message().contains(word), "{error:?}");
+        let listed = format!("{} {}", error.message(), error.hint().unwrap_or_default());
+        assert!(
+            listed.contains("format") && listed.contains("protobuf"),
+            "{listed}"
+        );
+    }
+    // Frames are bytes: the textual function must say so rather than print them.
+    db.sql(CHANGES);
+    let error = db.error(&format!(
+        "SELECT * FROM pg_logical_slot_peek_changes('{}', NULL, NULL)",
+        db.name
+    ));
+    println!("{} ({:?})", error.message(), error.hint());
+}
+
+#[test]
+fn changes_of_other_origins_can_be_left_out() {
+    let db = database();
+    create_slot(&db);
+    let origin = format!("origin_{}", db.name);
+    db.sql(&format!("SELECT pg_replication_origin_create('{origin}')"));
+    db.sql("INSERT INTO quiet VALUES (1)");
+    db.sql(&format!("SELECT pg_replication_origin_session_setup('{origin}')"));
+    db.sql("INSERT INTO quiet VALUES (2)");
+    db.sql("SELECT pg_replication_origin_session_reset()");
+    let inserts = |options: &str| {
+        let query = format!(
+            "SELECT count(*) FROM pg_logical_slot_peek_changes('{}', NULL, NULL, 'format', 'json'{options}) WHERE data LIKE '%\"insert\"%'",
+            db.name
+        );
+        db.value(&query)
+    };
+    assert_eq!(inserts(""), "2");
+    assert_eq!(inserts(", 'origin', 'none'"), "1");
+    db.sql(&format!("SELECT pg_replication_origin_drop('{origin}')"));
+}
+
+/// Python, with code that protoc generated from walmirror.proto.
+#[test]
+fn another_language_reads_the_stream() {
+    let db = database();
+    create_slot(&db);
+    db.sql(CHANGES);
+    let frames: Vec<String> = db
+        .rows(&format!(
+            "SELECT encode(data, 'hex') FROM pg_logical_slot_get_binary_changes('{}', NULL, NULL)",
+            db.name
+        ))
+        .into_iter()
+        .map(|row| row[0].clone().unwrap())
+        .collect();
+    assert!(!frames.is_empty());
+    let top = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let dir = walmirror_tests::Dir::new("py");
+    let protoc = Command::new("protoc")
+        .arg(format!("--python_out={}", dir.path().display()))
+        .arg(format!("-I{}", top.join("proto").display()))
+        .arg("walmirror.proto")
+        .output()
+        .unwrap();
+    assert!(
+        protoc.status.success(),
+        "{}",
+        String::from_utf8_lossy(&protoc.stderr)
+    );
+    let hex = dir.path().join("frames.hex");
+    std::fs::write(&hex, frames.join("\n")).unwrap();
+    // Debian's Python, which python3-protobuf belongs to, whatever else stands first in PATH.
+    let output = Command::new("/usr/bin/python3")
+        .arg(top.join("proto/examples/read_stream.py"))
+        .arg(&hex)
+        .env("PYTHONPATH", dir.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    println!("{text}");
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    for word in ["users", "Ada \"Augusta\"", "1815-12-10", "Grace"] {
+        assert!(text.contains(word), "{word} is missing");
+    }
+}
+
+/// `walmirror tail` shows the stream to people, and takes nothing from anybody.
+#[test]
+fn tail_prints_the_stream() {
+    let m = Mirror::of(database());
+    let conninfo = m.db.pg.conninfo(&m.db.name);
+    let mut tail = Sink::start(&["tail", "--postgres", &conninfo]);
+    let seen = walmirror_tests::wait_for(walmirror_tests::DEADLINE, "tail to print the row", || {
+        tail.assert_running();
+        m.sql("INSERT INTO users VALUES (1, 'Ada', '1815-12-10') ON CONFLICT (id) DO UPDATE SET name = excluded.name");
+        let output = tail.output();
+        (output.contains("users") && output.contains("Ada")).then_some(output)
+    });
+    println!("{seen}");
+    assert_eq!(tail.terminate().code(), Some(0));
+}
