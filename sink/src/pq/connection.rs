@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Waker;
-use super::error::{ErrorKind, PqError};
+use super::error::{ErrorKind, PqError, Target};
 use super::ffi::{
     ExecStatusType, PGVerbosity, PostgresPollingStatusType, RawCancel, RawConnection, RawResult, c_string,
 };
@@ -33,49 +33,12 @@ impl Connection {
     ///
     /// `extra` wins over `conninfo`; `&[("replication", "database")]` makes a replication connection.
     pub fn connect(conninfo: &str, extra: &[(&str, &str)]) -> Result<Self, PqError> {
-        let timeout = |raw: &RawConnection| {
-            let seconds = raw
-                .option("connect_timeout")
-                .and_then(|text| text.trim().parse::<u64>().ok());
-            // libpq, too, makes at least two seconds of one.
-            seconds
-                .filter(|seconds| *seconds > 0)
-                .map(|seconds| Duration::from_secs(seconds.max(2)))
-        };
         let mut raw = start(conninfo, extra)?;
-        let deadline = Instant::now() + timeout(&raw).unwrap_or(CONNECT_TIMEOUT_DEFAULT);
-        if !finish_connecting(&mut raw, deadline)? {
-            let hosts = raw
-                .option("host")
-                .or_else(|| raw.option("hostaddr"))
-                .unwrap_or_default();
-            if !hosts.contains(',') {
-                return Err(PqError::new(
-                    ErrorKind::Connection,
-                    format!("no answer from {hosts:?} in time"),
-                ));
-            }
-            // Only libpq's blocking way gives each host of a list its own time limit.
-            if timeout(&raw).is_none() {
-                let seconds = CONNECT_TIMEOUT_DEFAULT.as_secs().to_string();
-                let extra: Vec<(&str, &str)> = extra
-                    .iter()
-                    .copied()
-                    .chain([("connect_timeout", seconds.as_str())])
-                    .collect();
-                raw = start(conninfo, &extra)?;
-            }
-            raw.reset();
-            if !raw.is_ok() {
-                return Err(PqError::from_connection_attempt(&raw.error_message()));
-            }
-        }
+        let connected = connect_all(&mut raw, conninfo, extra);
+        // The server may have been told apart from the string by a service file or the environment: say which it is.
+        connected.map_err(|error| PqError { target: Some(Box::new(target(&raw))), ..error })?;
         raw.set_verbosity(PGVerbosity::PQERRORS_DEFAULT);
-        Ok(Self {
-            raw,
-            interrupt: None,
-            flush_pending: false,
-        })
+        Ok(Self { raw, interrupt: None, flush_pending: false })
     }
 
     /// From now on, raising this waker cancels what this connection waits for. It is never cleared here: one that was
@@ -188,6 +151,11 @@ impl Connection {
         self.raw.option("dbname")
     }
 
+    /// Where this connection goes.
+    pub fn target(&self) -> Target {
+        target(&self.raw)
+    }
+
     /// Whether libpq still thinks that the connection is alive.
     pub fn is_ok(&self) -> bool {
         self.raw.is_ok()
@@ -220,6 +188,39 @@ fn start(conninfo: &str, extra: &[(&str, &str)]) -> Result<RawConnection, PqErro
     let mut raw = RawConnection::start(&parameters)?;
     raw.set_verbosity(PGVerbosity::PQERRORS_VERBOSE);
     Ok(raw)
+}
+
+fn target(raw: &RawConnection) -> Target {
+    let option = |keyword| raw.option(keyword).unwrap_or_default();
+    let host = raw.option("host").or_else(|| raw.option("hostaddr")).unwrap_or_default();
+    Target { host, port: option("port"), user: option("user"), database: option("dbname") }
+}
+
+fn timeout(raw: &RawConnection) -> Option<Duration> {
+    let seconds = raw.option("connect_timeout").and_then(|text| text.trim().parse::<u64>().ok());
+    // libpq, too, makes at least two seconds of one.
+    seconds.filter(|seconds| *seconds > 0).map(|seconds| Duration::from_secs(seconds.max(2)))
+}
+
+/// Connects to the one host, or to the first of the list that answers.
+fn connect_all(raw: &mut RawConnection, conninfo: &str, extra: &[(&str, &str)]) -> Result<(), PqError> {
+    let deadline = Instant::now() + timeout(raw).unwrap_or(CONNECT_TIMEOUT_DEFAULT);
+    if finish_connecting(raw, deadline)? {
+        return Ok(());
+    }
+    let hosts = target(raw).host;
+    if !hosts.contains(',') {
+        return Err(PqError::new(ErrorKind::Connection, format!("no answer from {hosts:?} in time")));
+    }
+    // Only libpq's blocking way gives each host of a list its own time limit.
+    if timeout(raw).is_none() {
+        let seconds = CONNECT_TIMEOUT_DEFAULT.as_secs().to_string();
+        let extra: Vec<(&str, &str)> =
+            extra.iter().copied().chain([("connect_timeout", seconds.as_str())]).collect();
+        *raw = start(conninfo, &extra)?;
+    }
+    raw.reset();
+    if raw.is_ok() { Ok(()) } else { Err(PqError::from_connection_attempt(&raw.error_message())) }
 }
 
 /// Ok(false): the deadline has passed.

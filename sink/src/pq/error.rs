@@ -35,6 +35,35 @@ pub struct PqError {
     pub detail: Option<String>,
     /// The server's HINT.
     pub hint: Option<String>,
+    /// For a failed connection attempt: what it was made to.
+    pub target: Option<Box<Target>>,
+}
+
+/// Where a connection goes, without secrets.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Target {
+    /// Host, or the directory of the socket.
+    pub host: String,
+    /// Port.
+    pub port: String,
+    /// Role.
+    pub user: String,
+    /// Database.
+    pub database: String,
+}
+
+impl fmt::Display for Target {
+    /// As a connection string that psql takes.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts =
+            [("host", &self.host), ("port", &self.port), ("user", &self.user), ("dbname", &self.database)];
+        let mut first = true;
+        for (keyword, value) in parts.into_iter().filter(|(_, value)| !value.is_empty()) {
+            let space = if std::mem::take(&mut first) { "" } else { " " };
+            write!(f, "{space}{keyword}={value}")?;
+        }
+        Ok(())
+    }
 }
 
 impl PqError {
@@ -47,6 +76,7 @@ impl PqError {
             message: message.into(),
             detail: None,
             hint: None,
+            target: None,
         }
     }
 

@@ -422,6 +422,7 @@ impl RawResult {
                 .to_owned(),
             detail: field(b'D'),
             hint: field(b'H'),
+            target: None,
         }
     }
 }

@@ -7,11 +7,13 @@
 mod connection;
 mod copy;
 mod error;
+mod explain;
 mod ffi;
 mod wake;
 
 pub use connection::{CancelHandle, Connection, QueryResult, Row, Rows, quote_identifier, quote_literal};
 pub use copy::{BinaryFields, Copied, CopyOut, binary_fields};
-pub use error::{ErrorKind, PqError};
+pub use error::{ErrorKind, PqError, Target};
+pub use explain::connect_failed;
 pub use ffi::CopyBuffer;
 pub use wake::Waker;

@@ -6,7 +6,9 @@ use walmirror_proto::lsn::Lsn;
 
 use super::message::{Message, parse, status_update};
 use crate::error::Error;
-use crate::pq::{Connection, Copied, CopyBuffer, Waker, quote_identifier, quote_literal};
+use crate::pq::{
+    Connection, Copied, CopyBuffer, Waker, connect_failed, quote_identifier, quote_literal,
+};
 
 /// 2000-01-01 00:00:00 UTC, where Postgres' clock starts, in seconds since 1970.
 const POSTGRES_EPOCH_S: u64 = 946_684_800;
@@ -73,8 +75,8 @@ impl Stream {
         options: &[(&str, &str)],
         status_interval: Duration,
     ) -> Result<Self, Error> {
-        let connection = Connection::connect(conninfo, &[("replication", "database")])
-            .map_err(|error| Error::postgres("cannot open a replication connection to Postgres", error))?;
+        let connection =
+            Connection::connect(conninfo, &[("replication", "database")]).map_err(connect_failed)?;
         Self::start_on(connection, slot, start_lsn, options, status_interval)
     }
 
