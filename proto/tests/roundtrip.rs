@@ -136,6 +136,7 @@ fn cell() -> impl Strategy<Value = Cell> {
 }
 
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant)]
 enum Item {
     Row {
         kind: Kind,
