@@ -16,10 +16,15 @@ CREATE FUNCTION walmirror.relation(tbl oid) RETURNS bytea
 COMMENT ON FUNCTION walmirror.relation(oid) IS
     'the definition of a mirrored table as the stream carries it: a Relation message; NULL if it is not mirrored';
 
-CREATE FUNCTION walmirror.check_label(tbl oid) RETURNS void
+CREATE FUNCTION walmirror.check_label(tbl oid, restoring boolean DEFAULT false) RETURNS void
     LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'check_label_wrapper';
-COMMENT ON FUNCTION walmirror.check_label(oid) IS
-    'raises an error if the label of a table no longer fits it';
+COMMENT ON FUNCTION walmirror.check_label(oid, boolean) IS
+    'raises an error if the label of a table no longer fits it; restoring: a table without any index passes';
+
+CREATE FUNCTION walmirror.set_label(tbl oid, label text) RETURNS void
+    LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'set_label_wrapper';
+COMMENT ON FUNCTION walmirror.set_label(oid, text) IS
+    'SECURITY LABEL FOR walmirror, with all checks made first';
 
 -- Looking at labels -------------------------------------------------------------------------------------------------
 
@@ -68,19 +73,6 @@ $$;
 
 -- Setting labels ----------------------------------------------------------------------------------------------------
 
--- pg_catalog's text of the setting, because ALTER SYSTEM and postgresql.conf may name the library with a path.
-CREATE FUNCTION walmirror.require_preload() RETURNS void
-    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS
-$$
-BEGIN
-    IF current_setting('shared_preload_libraries') !~ '(^|[,/"\s])walmirror($|[,"\s.])' THEN
-        RAISE EXCEPTION 'walmirror is not in shared_preload_libraries'
-            USING ERRCODE = 'object_not_in_prerequisite_state',
-                  HINT = 'Add walmirror to shared_preload_libraries in postgresql.conf and restart PostgreSQL: drops of mirrored tables are noticed only then.';
-    END IF;
-END
-$$;
-
 -- `<table>:{pk1}:{pk2}`; NULL without a primary key.
 CREATE FUNCTION walmirror.default_key(tbl oid) RETURNS text
     LANGUAGE sql STABLE STRICT SET search_path = pg_catalog, pg_temp AS
@@ -94,32 +86,13 @@ $$
     GROUP BY c.relname
 $$;
 
-CREATE FUNCTION walmirror.set_label(rel regclass, label jsonb) RETURNS void
-    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS
-$$
-BEGIN
-    PERFORM walmirror.require_preload();
-    EXECUTE format('SECURITY LABEL FOR walmirror ON TABLE %s IS %L', rel, jsonb_strip_nulls(label)::text);
-END
-$$;
-
 CREATE FUNCTION walmirror.mirror(rel regclass, key text DEFAULT NULL, value text DEFAULT 'hash', columns text[] DEFAULT NULL,
                                  ttl interval DEFAULT NULL, capture boolean DEFAULT NULL) RETURNS void
-    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS
+    LANGUAGE sql SET search_path = pg_catalog, pg_temp AS
 $$
-DECLARE
-    virtual text;
-BEGIN
-    PERFORM walmirror.set_label(rel, jsonb_build_object(
+    SELECT walmirror.set_label(rel, jsonb_strip_nulls(jsonb_build_object(
         'mode', 'mirror', 'key', coalesce(mirror.key, walmirror.default_key(rel)), 'value', mirror.value, 'columns', mirror.columns,
-        'ttl_ms', round(extract(epoch FROM mirror.ttl) * 1000)::bigint, 'capture', mirror.capture));
-    SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) INTO virtual
-    FROM pg_attribute a WHERE a.attrelid = rel AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = 'v';
-    IF virtual IS NOT NULL AND mirror.columns IS NULL THEN
-        RAISE NOTICE 'virtual generated columns are not mirrored, as no row holds them: %', virtual
-            USING HINT = 'Make them STORED to have them in Redis.';
-    END IF;
-END
+        'ttl_ms', round(extract(epoch FROM mirror.ttl) * 1000)::bigint, 'capture', mirror.capture))::text)
 $$;
 COMMENT ON FUNCTION walmirror.mirror(regclass, text, text, text[], interval, boolean) IS
     'keeps every row of a table in Redis';
@@ -191,7 +164,8 @@ BEGIN
         ELSIF command.classid = 'pg_class'::regclass AND command.object_type IN ('table', 'table column') THEN
             root := walmirror.root(command.objid);
             IF root IS NOT NULL THEN
-                PERFORM walmirror.check_label(root);
+                -- pg_restore alters tables before it creates their primary keys; on_sql_drop refuses to drop them.
+                PERFORM walmirror.check_label(root, restoring => true);
                 -- An ALTER of a partitioned table may attach or detach a partition with its rows.
                 PERFORM walmirror.announce(root, refresh => command.command_tag = 'ALTER TABLE' AND
                     (SELECT c.relkind = 'p' FROM pg_class c WHERE c.oid = root));

@@ -11,16 +11,19 @@ use crate::label::Label;
 
 mod validate;
 
-pub use validate::validate;
+pub use validate::{Check, validate};
 
 /// The label provider's check of `SECURITY LABEL FOR walmirror`, before the label is stored; `None` removes it. `table` is
 /// `None` for objects that are no tables.
 pub fn check_label(table: Option<pg_sys::Oid>, label: Option<&str>) -> Result<(), Refusal> {
     let Some(table) = table else {
-        return Err(Refusal::object("walmirror labels are for tables", "SECURITY LABEL FOR walmirror ON TABLE … IS '{\"mode\":\"mirror\"}'"));
+        return Err(Refusal::object(
+            "walmirror labels are for tables",
+            "SECURITY LABEL FOR walmirror ON TABLE … IS '{\"mode\":\"mirror\"}'",
+        ));
     };
     if let Some(label) = label {
-        validate(table, &Label::parse(label)?)?;
+        validate(table, &Label::parse(label)?, Check::Restoring)?;
     }
     // Decoders and sessions look again, in order with this transaction; partitions take their plan from their parent.
     for oid in relation::with_partitions(table) {
@@ -32,12 +35,26 @@ pub fn check_label(table: Option<pg_sys::Oid>, label: Option<&str>) -> Result<()
 /// A table is about to be dropped: its keys have to go, or, for a partition, those of its rows.
 pub fn table_dropped(oid: pg_sys::Oid) {
     if relation::label_of(oid).is_some() {
-        hooks::write_ddl_message(&DdlMessage { oid: u32::from(oid), refresh: false, dropped: true, keep_keys: false });
+        hooks::write_ddl_message(&DdlMessage {
+            oid: u32::from(oid),
+            refresh: false,
+            dropped: true,
+            keep_keys: false,
+        });
         return;
     }
-    let Some(table) = Rel::open_historic(oid).filter(|table| table.is_table() && table.is_partition()) else { return };
-    let labelled = relation::ancestors(table.oid()).into_iter().find(|ancestor| relation::label_of(*ancestor).is_some());
+    let Some(table) = Rel::open_historic(oid).filter(|table| table.is_table() && table.is_partition()) else {
+        return;
+    };
+    let labelled = relation::ancestors(table.oid())
+        .into_iter()
+        .find(|ancestor| relation::label_of(*ancestor).is_some());
     if let Some(root) = labelled {
-        hooks::write_ddl_message(&DdlMessage { oid: u32::from(root), refresh: true, dropped: false, keep_keys: false });
+        hooks::write_ddl_message(&DdlMessage {
+            oid: u32::from(root),
+            refresh: true,
+            dropped: false,
+            keep_keys: false,
+        });
     }
 }

@@ -133,7 +133,9 @@ impl Decoder {
     pub fn change(&mut self, output: &mut impl Output, table: &Rel, change: Change, lsn: u64) {
         let plan = match self.tables.get(table) {
             Table::Unconfigured => return self.skip(output),
-            Table::Configured(plan) if !self.options.wants(&plan.relation.schema, &plan.relation.name) => return self.skip(output),
+            Table::Configured(plan) if !self.options.wants(&plan.relation.schema, &plan.relation.name) => {
+                return self.skip(output);
+            }
             Table::Configured(plan) => plan,
             Table::Broken(refusal) => {
                 let error = broken(table, refusal, lsn);
@@ -151,7 +153,12 @@ impl Decoder {
             let record = pb::Record {
                 kind: Kind::Error as i32,
                 relation: index,
-                error: Some(pb::Error { table: qualified(&plan.relation), key, reason: error.reason, lsn }),
+                error: Some(pb::Error {
+                    table: qualified(&plan.relation),
+                    key,
+                    reason: error.reason,
+                    lsn,
+                }),
                 ..Default::default()
             };
             self.frame.record(&record);
@@ -168,7 +175,9 @@ impl Decoder {
         let mut parts = Vec::new();
         for table in tables {
             let plan = match self.tables.get(table) {
-                Table::Configured(plan) if self.options.wants(&plan.relation.schema, &plan.relation.name) => plan,
+                Table::Configured(plan) if self.options.wants(&plan.relation.schema, &plan.relation.name) => {
+                    plan
+                }
                 Table::Configured(_) | Table::Unconfigured => continue,
                 Table::Broken(refusal) => {
                     let error = broken(table, refusal, lsn);
@@ -190,14 +199,23 @@ impl Decoder {
         }
         if !whole.is_empty() {
             let relations = whole.clone();
-            self.record(output, Kind::Truncate, |record| record.truncate = Some(pb::Truncate { relations }));
+            self.record(output, Kind::Truncate, |record| {
+                record.truncate = Some(pb::Truncate { relations })
+            });
         }
         parts.retain(|(index, _)| !whole.contains(index));
         parts.dedup_by_key(|(index, _)| *index);
         for (index, relation) in parts {
             // One partition's rows are gone, and their keys are not told by the WAL: the table is to be compared anew.
-            let relation = pb::Relation { index, announced: true, refresh: true, ..relation };
-            self.record(output, Kind::Relation, |record| record.relation_def = Some(relation));
+            let relation = pb::Relation {
+                index,
+                announced: true,
+                refresh: true,
+                ..relation
+            };
+            self.record(output, Kind::Relation, |record| {
+                record.relation_def = Some(relation)
+            });
         }
     }
 
@@ -208,20 +226,28 @@ impl Decoder {
             return;
         }
         self.begun = false;
-        self.record(output, Kind::Commit, |record| record.commit = Some(pb::Commit { end_lsn }));
+        self.record(output, Kind::Commit, |record| {
+            record.commit = Some(pb::Commit { end_lsn })
+        });
         self.flush(output);
     }
 
     /// A marker that the sink wrote; outside transactions.
     pub fn marker(&mut self, output: &mut impl Output, content: &[u8], lsn: u64) {
         let content = content.to_vec();
-        self.record(output, Kind::Marker, |record| record.marker = Some(pb::Marker { content, lsn }));
+        self.record(output, Kind::Marker, |record| {
+            record.marker = Some(pb::Marker { content, lsn })
+        });
         self.flush(output);
     }
 
     /// DDL changed a table that has, or had, a label. Told by the event triggers of the extension.
     pub fn ddl(&mut self, output: &mut impl Output, message: &DdlMessage) {
-        let table = if message.dropped || message.keep_keys { None } else { Rel::open_historic(plan::oid(message.oid)) };
+        let table = if message.dropped || message.keep_keys {
+            None
+        } else {
+            Rel::open_historic(plan::oid(message.oid))
+        };
         let known = table.as_ref().map(|table| self.tables.get(table));
         let relation = match known {
             Some(Table::Configured(plan)) => Some(plan.relation.clone()),
@@ -230,7 +256,10 @@ impl Decoder {
         };
         let Some(relation) = relation else {
             self.start();
-            let forget = pb::Forget { oid: message.oid, keep_keys: message.keep_keys };
+            let forget = pb::Forget {
+                oid: message.oid,
+                keep_keys: message.keep_keys,
+            };
             return self.record(output, Kind::Forget, |record| record.forget = Some(forget));
         };
         if !self.options.wants(&relation.schema, &relation.name) {
@@ -240,8 +269,15 @@ impl Decoder {
         let index = self.relations.index(relation.oid);
         // The announced definition also serves the rows that follow.
         self.relations.sent_now(index, &relation);
-        let relation = pb::Relation { index, announced: true, refresh: message.refresh, ..relation };
-        self.record(output, Kind::Relation, |record| record.relation_def = Some(relation));
+        let relation = pb::Relation {
+            index,
+            announced: true,
+            refresh: message.refresh,
+            ..relation
+        };
+        self.record(output, Kind::Relation, |record| {
+            record.relation_def = Some(relation)
+        });
     }
 
     /// Writes the Begin record if it is still missing.
@@ -253,7 +289,10 @@ impl Decoder {
     }
 
     fn record(&mut self, output: &mut impl Output, kind: Kind, fill: impl FnOnce(&mut pb::Record)) {
-        let mut record = pb::Record { kind: kind as i32, ..Default::default() };
+        let mut record = pb::Record {
+            kind: kind as i32,
+            ..Default::default()
+        };
         fill(&mut record);
         self.frame.record(&record);
         if self.json.is_some() || self.frame.len() >= self.options.batch_bytes {
@@ -295,7 +334,9 @@ impl Relations {
     /// Writes the table's definition unless it stands in the stream already; returns its index.
     #[inline]
     fn define(&mut self, plan: &mut Plan, frame: &mut FrameWriter) -> u32 {
-        let known = plan.index.and_then(|index| self.sent.get(index as usize - 1).copied());
+        let known = plan
+            .index
+            .and_then(|index| self.sent.get(index as usize - 1).copied());
         if let (Some(index), Some(Some(identity))) = (plan.index, known)
             && identity == plan.identity
         {
@@ -305,8 +346,15 @@ impl Relations {
         plan.index = Some(index);
         let at = index as usize - 1;
         if self.sent.get(at).copied().flatten() != Some(plan.identity) {
-            let relation = pb::Relation { index, ..plan.relation.clone() };
-            frame.record(&pb::Record { kind: Kind::Relation as i32, relation_def: Some(relation), ..Default::default() });
+            let relation = pb::Relation {
+                index,
+                ..plan.relation.clone()
+            };
+            frame.record(&pb::Record {
+                kind: Kind::Relation as i32,
+                relation_def: Some(relation),
+                ..Default::default()
+            });
             if let Some(sent) = self.sent.get_mut(at) {
                 *sent = Some(plan.identity);
             }
@@ -323,27 +371,38 @@ impl Relations {
 
 impl Buffers {
     /// Encodes a change and appends its record to the frame.
-    fn write(&mut self, plan: &mut Plan, table: &Rel, change: Change, index: u32, frame: &mut FrameWriter) -> Result<(), EncodeError> {
+    fn write(
+        &mut self,
+        plan: &mut Plan,
+        table: &Rel,
+        change: Change,
+        index: u32,
+        frame: &mut FrameWriter,
+    ) -> Result<(), EncodeError> {
         let descriptor = table.descriptor();
         let entered = self.context.enter();
         let session = plan.needs_session.then(TextSession::enter);
         let result = match change {
             Change::Insert(new) => {
                 self.new_row.deform(new, &descriptor);
-                encode::encode(plan, &self.new_row, None, Columns::All, &mut self.new).map(|()| frame.row(Kind::Insert, index, &self.new, None))
+                encode::encode(plan, &self.new_row, None, Columns::All, &mut self.new)
+                    .map(|()| frame.row(Kind::Insert, index, &self.new, None))
             }
             Change::Delete(old) => {
                 self.old_row.deform(old, &descriptor);
-                encode::encode(plan, &self.old_row, None, Columns::Key, &mut self.old_key).map(|()| frame.row(Kind::Delete, index, &self.old_key, None))
+                encode::encode(plan, &self.old_row, None, Columns::Key, &mut self.old_key)
+                    .map(|()| frame.row(Kind::Delete, index, &self.old_key, None))
             }
             Change::Update { old: None, new } => {
                 self.new_row.deform(new, &descriptor);
-                encode::encode(plan, &self.new_row, None, Columns::All, &mut self.new).map(|()| frame.row(Kind::Update, index, &self.new, None))
+                encode::encode(plan, &self.new_row, None, Columns::All, &mut self.new)
+                    .map(|()| frame.row(Kind::Update, index, &self.new, None))
             }
             Change::Update { old: Some(old), new } => {
                 self.new_row.deform(new, &descriptor);
                 self.old_row.deform(old, &descriptor);
-                self.encode_update(plan).map(|moved| frame.row(Kind::Update, index, &self.new, moved.then_some(&self.old_key)))
+                self.encode_update(plan)
+                    .map(|moved| frame.row(Kind::Update, index, &self.new, moved.then_some(&self.old_key)))
             }
         };
         drop(session);
@@ -354,15 +413,31 @@ impl Buffers {
 
     /// Encodes an update whose old row, or old key, is known; tells whether the key changed.
     fn encode_update(&mut self, plan: &mut Plan) -> Result<bool, EncodeError> {
-        encode::encode(plan, &self.new_row, Some(&self.old_row), Columns::All, &mut self.new)?;
+        encode::encode(
+            plan,
+            &self.new_row,
+            Some(&self.old_row),
+            Columns::All,
+            &mut self.new,
+        )?;
         encode::encode(plan, &self.old_row, None, Columns::Key, &mut self.old_key)?;
-        encode::encode(plan, &self.new_row, Some(&self.old_row), Columns::Key, &mut self.new_key)?;
+        encode::encode(
+            plan,
+            &self.new_row,
+            Some(&self.old_row),
+            Columns::Key,
+            &mut self.new_key,
+        )?;
         Ok(self.old_key != self.new_key)
     }
 
     /// The key of a row that could not be encoded, as far as it can be told; for the Error record.
     fn key_text(&mut self, plan: &mut Plan, change: Change) -> String {
-        let row = if matches!(change, Change::Delete(_)) { &self.old_row } else { &self.new_row };
+        let row = if matches!(change, Change::Delete(_)) {
+            &self.old_row
+        } else {
+            &self.new_row
+        };
         let _entered = self.context.enter();
         let _session = plan.needs_session.then(TextSession::enter);
         if encode::encode(plan, row, None, Columns::Key, &mut self.new_key).is_err() {
@@ -378,20 +453,49 @@ impl Buffers {
 pub fn render_key(relation: &pb::Relation, tuple: &[u8]) -> Option<String> {
     let template = KeyTemplate::parse(&relation.key).ok()?;
     let encodings = row::encodings(relation).ok()?;
-    let values: Vec<Datum<'_>> = TupleRef::parse(tuple).ok()?.datums(&encodings).collect::<Result<_, _>>().ok()?;
-    let columns: Vec<Datum<'_>> = template.placeholders().iter().map(|name| key_column(relation, &values, name)).collect::<Option<_>>()?;
-    if columns.iter().any(|value| matches!(value, Datum::Null | Datum::Unchanged)) {
+    let values: Vec<Datum<'_>> = TupleRef::parse(tuple)
+        .ok()?
+        .datums(&encodings)
+        .collect::<Result<_, _>>()
+        .ok()?;
+    let columns: Vec<Datum<'_>> = template
+        .placeholders()
+        .iter()
+        .map(|name| key_column(relation, &values, name))
+        .collect::<Option<_>>()?;
+    if columns
+        .iter()
+        .any(|value| matches!(value, Datum::Null | Datum::Unchanged))
+    {
         return None;
     }
     let mut key = Vec::new();
-    template.render(|at, out| if let Some(value) = columns.get(at) { value.write_text(out) }, &mut key).ok()?;
+    template
+        .render(
+            |at, out| {
+                if let Some(value) = columns.get(at) {
+                    value.write_text(out)
+                }
+            },
+            &mut key,
+        )
+        .ok()?;
     Some(String::from_utf8_lossy(&key).into_owned())
 }
 
 /// The value that the key takes for a column: the one that is there for the key alone, if there is one.
 fn key_column<'a>(relation: &pb::Relation, values: &[Datum<'a>], name: &str) -> Option<Datum<'a>> {
-    let named = || relation.columns.iter().zip(values).filter(|(column, _)| column.name == name);
-    named().find(|(column, _)| !column.in_value).or_else(|| named().next()).map(|(_, value)| *value)
+    let named = || {
+        relation
+            .columns
+            .iter()
+            .zip(values)
+            .filter(|(column, _)| column.name == name)
+    };
+    named()
+        .find(|(column, _)| !column.in_value)
+        .or_else(|| named().next())
+        .map(|(_, value)| *value)
 }
 
 fn begin_record(frame: &mut FrameWriter, transaction: &Transaction) {
@@ -400,7 +504,11 @@ fn begin_record(frame: &mut FrameWriter, transaction: &Transaction) {
         commit_lsn: transaction.commit_lsn,
         commit_time: transaction.commit_time,
     };
-    frame.record(&pb::Record { kind: Kind::Begin as i32, begin: Some(begin), ..Default::default() });
+    frame.record(&pb::Record {
+        kind: Kind::Begin as i32,
+        begin: Some(begin),
+        ..Default::default()
+    });
 }
 
 fn qualified(relation: &pb::Relation) -> String {
@@ -408,5 +516,10 @@ fn qualified(relation: &pb::Relation) -> String {
 }
 
 fn broken(table: &Rel, refusal: &Refusal, lsn: u64) -> pb::Error {
-    pb::Error { table: format!("{}.{}", table.schema(), table.name()), key: String::new(), reason: refusal.message.clone(), lsn }
+    pb::Error {
+        table: format!("{}.{}", table.schema(), table.name()),
+        key: String::new(),
+        reason: refusal.message.clone(),
+        lsn,
+    }
 }

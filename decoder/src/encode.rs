@@ -26,7 +26,13 @@ pub struct EncodeError {
 
 /// Encodes `row`. Where it holds an unchanged TOASTed value and `old` holds the value itself (a key column, or any column
 /// under REPLICA IDENTITY FULL), the old value is the new one.
-pub fn encode(plan: &mut Plan, row: &Row, old: Option<&Row>, columns: Columns, out: &mut TupleBuilder) -> Result<(), EncodeError> {
+pub fn encode(
+    plan: &mut Plan,
+    row: &Row,
+    old: Option<&Row>,
+    columns: Columns,
+    out: &mut TupleBuilder,
+) -> Result<(), EncodeError> {
     out.clear();
     for (field, column) in plan.fields.iter_mut().zip(&plan.relation.columns) {
         if columns == Columns::Key && !field.in_key {
@@ -37,10 +43,16 @@ pub fn encode(plan: &mut Plan, row: &Row, old: Option<&Row>, columns: Columns, o
             out.null();
             continue;
         };
-        let failed = |failure: Failure| EncodeError { reason: format!("column \"{}\": {}", column.name, failure.0) };
+        let failed = |failure: Failure| EncodeError {
+            reason: format!("column \"{}\": {}", column.name, failure.0),
+        };
         if let Outcome::Unchanged = value::append(&mut field.read, raw, out).map_err(failed)? {
             let former = old.and_then(|old| old.get(field.position));
-            match former.map(|raw| value::append(&mut field.read, raw, out)).transpose().map_err(failed)? {
+            match former
+                .map(|raw| value::append(&mut field.read, raw, out))
+                .transpose()
+                .map_err(failed)?
+            {
                 Some(Outcome::Appended) => {}
                 Some(Outcome::Unchanged) | None => out.unchanged(),
             }

@@ -21,12 +21,20 @@ impl Refusal {
 
     /// A refusal because the object is not of a kind that can be mirrored.
     pub fn object(message: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self::new(PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, message, hint)
+        Self::new(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            message,
+            hint,
+        )
     }
 
     /// Any refusal.
     pub fn new(code: PgSqlErrorCode, message: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self { code, message: message.into(), hint: hint.into() }
+        Self {
+            code,
+            message: message.into(),
+            hint: hint.into(),
+        }
     }
 
     /// Ends the statement with an ERROR that carries this refusal (`ereport(ERROR, …)`).

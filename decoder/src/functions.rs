@@ -4,7 +4,8 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 use prost::Message;
 
-use crate::ddl;
+use crate::ddl::{self, Check};
+use crate::error::Refusal;
 use crate::ffi::memory::Context;
 use crate::ffi::relation::{self, Rel};
 use crate::label::Label;
@@ -26,14 +27,77 @@ fn relation(table: pg_sys::Oid) -> Option<Vec<u8>> {
     }
 }
 
-/// `walmirror.check_label(oid)`: raises an error if the table has a label that no longer fits it. The event triggers call
+/// `walmirror.set_label(oid, text)`: checks all that could be wrong, then runs `SECURITY LABEL FOR walmirror`.
+#[pg_extern]
+fn set_label(table: pg_sys::Oid, label: &str) {
+    if let Err(refusal) = require_preload()
+        .and_then(|()| Label::parse(label))
+        .and_then(|parsed| ddl::validate(table, &parsed, Check::Strict))
+    {
+        refusal.raise();
+    }
+    let run = || -> Result<(), spi::Error> {
+        let statement = Spi::get_one_with_args::<String>(
+            "SELECT pg_catalog.format('SECURITY LABEL FOR walmirror ON TABLE %s IS %L', $1::pg_catalog.regclass, $2)",
+            &[table.into(), label.into()],
+        )?;
+        Spi::run(&statement.unwrap_or_default())
+    };
+    if let Err(error) = run() {
+        error!("walmirror could not set the label: {error}");
+    }
+    let virtual_columns: Vec<String> = Rel::open(table)
+        .map(|table| table.columns())
+        .unwrap_or_default()
+        .into_iter()
+        .filter(|column| column.is_virtual)
+        .map(|column| column.name)
+        .collect();
+    if !virtual_columns.is_empty() {
+        notice!(
+            "virtual generated columns are not mirrored, as no row holds them: {}",
+            virtual_columns.join(", ")
+        );
+    }
+}
+
+/// Drops of mirrored tables are noticed only by sessions that have loaded the library, which has to be all of them.
+fn require_preload() -> Result<(), Refusal> {
+    let preloaded = Spi::get_one::<String>("SELECT pg_catalog.current_setting('shared_preload_libraries')")
+        .ok()
+        .flatten()
+        .unwrap_or_default();
+    let named = |library: &str| {
+        let library = library.trim().trim_matches('"');
+        let file = library.rsplit('/').next().unwrap_or(library);
+        file == "walmirror" || file == "walmirror.so"
+    };
+    if preloaded.split(',').any(named) {
+        return Ok(());
+    }
+    Err(Refusal::object(
+        "walmirror is not in shared_preload_libraries",
+        "Add walmirror to shared_preload_libraries in postgresql.conf and restart PostgreSQL: ALTER SYSTEM SET shared_preload_libraries = 'walmirror';",
+    ))
+}
+
+/// `walmirror.check_label(oid, boolean)`: raises an error if the table has a label that no longer fits it. The event triggers call
 /// it after DDL.
 #[pg_extern]
-fn check_label(table: pg_sys::Oid) {
-    let Some(label) = relation::label_of(table) else { return };
-    if let Err(mut refusal) = Label::parse(&label).and_then(|label| ddl::validate(table, &label)) {
-        refusal.message = format!("this would break the table's walmirror label: {}", refusal.message);
-        refusal.hint = format!("{} Or take the table out first: SELECT walmirror.unmirror('…'); and mirror it again after the change.", refusal.hint);
+fn check_label(table: pg_sys::Oid, restoring: bool) {
+    let check = if restoring { Check::Restoring } else { Check::Strict };
+    let Some(label) = relation::label_of(table) else {
+        return;
+    };
+    if let Err(mut refusal) = Label::parse(&label).and_then(|label| ddl::validate(table, &label, check)) {
+        refusal.message = format!(
+            "this would break the table's walmirror label: {}",
+            refusal.message
+        );
+        refusal.hint = format!(
+            "{} Or take the table out first: SELECT walmirror.unmirror('…'); and mirror it again after the change.",
+            refusal.hint
+        );
         refusal.raise();
     }
     for oid in relation::with_partitions(table) {

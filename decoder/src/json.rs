@@ -28,11 +28,18 @@ impl JsonLines {
 
     fn object(&mut self, record: RecordRef<'_>) -> Value {
         match record {
-            RecordRef::Row { kind, relation, tuple, old_key } => self.row(kind, relation, &tuple, old_key.as_ref()),
+            RecordRef::Row {
+                kind,
+                relation,
+                tuple,
+                old_key,
+            } => self.row(kind, relation, &tuple, old_key.as_ref()),
             RecordRef::Begin(begin) => json!({
                 "kind": "begin", "xid": begin.xid, "commit_lsn": Lsn(begin.commit_lsn).to_string(), "commit_time": timestamp(begin.commit_time),
             }),
-            RecordRef::Commit(commit) => json!({"kind": "commit", "end_lsn": Lsn(commit.end_lsn).to_string()}),
+            RecordRef::Commit(commit) => {
+                json!({"kind": "commit", "end_lsn": Lsn(commit.end_lsn).to_string()})
+            }
             RecordRef::Relation(relation) => {
                 let object = describe(&relation);
                 self.relations.insert(relation.index, relation);
@@ -41,7 +48,9 @@ impl JsonLines {
             RecordRef::Truncate(truncate) => json!({
                 "kind": "truncate", "tables": truncate.relations.iter().map(|index| self.name(*index)).collect::<Vec<_>>(),
             }),
-            RecordRef::Forget(forget) => json!({"kind": "forget", "oid": forget.oid, "keep_keys": forget.keep_keys}),
+            RecordRef::Forget(forget) => {
+                json!({"kind": "forget", "oid": forget.oid, "keep_keys": forget.keep_keys})
+            }
             RecordRef::Marker(marker) => json!({
                 "kind": "marker", "lsn": Lsn(marker.lsn).to_string(), "content": String::from_utf8_lossy(&marker.content),
             }),
@@ -61,7 +70,9 @@ impl JsonLines {
         let mut object = Map::new();
         object.insert("kind".into(), name.into());
         object.insert("table".into(), self.name(index).into());
-        let Some(relation) = self.relations.get(&index) else { return object.into() };
+        let Some(relation) = self.relations.get(&index) else {
+            return object.into();
+        };
         let columns = values(relation, tuple);
         if let Some(old_key) = old_key {
             object.insert("old_key".into(), key_object(&values(relation, old_key)));
@@ -70,9 +81,20 @@ impl JsonLines {
             object.insert("key".into(), key_object(&columns));
             return object.into();
         }
-        let unchanged: Vec<&str> = columns.iter().filter(|(_, _, value)| matches!(value, Datum::Unchanged)).map(|(name, ..)| *name).collect();
-        let row = columns.iter().filter(|(_, in_value, value)| *in_value && !matches!(value, Datum::Unchanged));
-        object.insert("row".into(), row.map(|(name, _, value)| ((*name).to_owned(), to_json(value))).collect::<Map<_, _>>().into());
+        let unchanged: Vec<&str> = columns
+            .iter()
+            .filter(|(_, _, value)| matches!(value, Datum::Unchanged))
+            .map(|(name, ..)| *name)
+            .collect();
+        let row = columns
+            .iter()
+            .filter(|(_, in_value, value)| *in_value && !matches!(value, Datum::Unchanged));
+        object.insert(
+            "row".into(),
+            row.map(|(name, _, value)| ((*name).to_owned(), to_json(value)))
+                .collect::<Map<_, _>>()
+                .into(),
+        );
         if !unchanged.is_empty() {
             object.insert("unchanged".into(), unchanged.into());
         }
@@ -80,25 +102,41 @@ impl JsonLines {
     }
 
     fn name(&self, index: u32) -> String {
-        self.relations.get(&index).map_or_else(|| index.to_string(), |relation| format!("{}.{}", relation.schema, relation.name))
+        self.relations.get(&index).map_or_else(
+            || index.to_string(),
+            |relation| format!("{}.{}", relation.schema, relation.name),
+        )
     }
 }
 
 fn values<'a, 'r>(relation: &'r pb::Relation, tuple: &TupleRef<'a>) -> Vec<(&'r str, bool, Datum<'a>)> {
-    let Ok(encodings) = row::encodings(relation) else { return Vec::new() };
+    let Ok(encodings) = row::encodings(relation) else {
+        return Vec::new();
+    };
     let values: Vec<Datum<'a>> = tuple.datums(&encodings).map_while(Result::ok).collect();
-    relation.columns.iter().zip(values).map(|(column, value)| (column.name.as_str(), column.in_value, value)).collect()
+    relation
+        .columns
+        .iter()
+        .zip(values)
+        .map(|(column, value)| (column.name.as_str(), column.in_value, value))
+        .collect()
 }
 
 fn key_object(columns: &[(&str, bool, Datum<'_>)]) -> Value {
-    columns.iter().filter(|(_, _, value)| !matches!(value, Datum::Null)).map(|(name, _, value)| ((*name).to_owned(), to_json(value))).collect::<Map<_, _>>().into()
+    columns
+        .iter()
+        .filter(|(_, _, value)| !matches!(value, Datum::Null))
+        .map(|(name, _, value)| ((*name).to_owned(), to_json(value)))
+        .collect::<Map<_, _>>()
+        .into()
 }
 
 fn to_json(value: &Datum<'_>) -> Value {
     let mut text = Vec::new();
     value.write_json(&mut text);
     // serde_json's arbitrary_precision keeps every digit of a number.
-    serde_json::from_slice(&text).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&text).into_owned()))
+    serde_json::from_slice(&text)
+        .unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&text).into_owned()))
 }
 
 fn timestamp(microseconds: i64) -> String {

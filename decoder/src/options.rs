@@ -41,7 +41,12 @@ const VALID: &str = "Valid options are format (protobuf, json), tables (comma-se
 
 impl Default for Options {
     fn default() -> Self {
-        Self { format: Format::Protobuf, tables: Vec::new(), batch_bytes: 32 * 1024, origin: Origin::Any }
+        Self {
+            format: Format::Protobuf,
+            tables: Vec::new(),
+            batch_bytes: 32 * 1024,
+            origin: Origin::Any,
+        }
     }
 }
 
@@ -56,7 +61,12 @@ impl Options {
     }
 
     fn set(&mut self, name: &str, value: &str) -> Result<(), Refusal> {
-        let wrong = || Refusal::invalid(format!("invalid value \"{value}\" for walmirror option \"{name}\""), VALID);
+        let wrong = || {
+            Refusal::invalid(
+                format!("invalid value \"{value}\" for walmirror option \"{name}\""),
+                VALID,
+            )
+        };
         match name {
             "format" => {
                 self.format = match value {
@@ -66,11 +76,18 @@ impl Options {
                 }
             }
             "tables" => {
-                self.tables = value.split(',').map(|part| TablePattern::parse(part.trim()).ok_or_else(wrong)).collect::<Result<_, _>>()?;
+                self.tables = value
+                    .split(',')
+                    .map(|part| TablePattern::parse(part.trim()).ok_or_else(wrong))
+                    .collect::<Result<_, _>>()?;
             }
             "proto_version" if value == "1" => {}
             "batch_bytes" => {
-                self.batch_bytes = value.parse().ok().filter(|bytes| (1024..=16 << 20).contains(bytes)).ok_or_else(wrong)?;
+                self.batch_bytes = value
+                    .parse()
+                    .ok()
+                    .filter(|bytes| (1024..=16 << 20).contains(bytes))
+                    .ok_or_else(wrong)?;
             }
             "origin" => {
                 self.origin = match value {
@@ -80,7 +97,12 @@ impl Options {
                 }
             }
             "proto_version" => return Err(wrong()),
-            _ => return Err(Refusal::invalid(format!("unknown walmirror option \"{name}\""), VALID)),
+            _ => {
+                return Err(Refusal::invalid(
+                    format!("unknown walmirror option \"{name}\""),
+                    VALID,
+                ));
+            }
         }
         Ok(())
     }
@@ -97,8 +119,14 @@ impl TablePattern {
             return None;
         }
         Some(match text.split_once('.') {
-            Some((schema, table)) => Self { schema: Some(schema.to_owned()), table: table.to_owned() },
-            None => Self { schema: None, table: text.to_owned() },
+            Some((schema, table)) => Self {
+                schema: Some(schema.to_owned()),
+                table: table.to_owned(),
+            },
+            None => Self {
+                schema: None,
+                table: text.to_owned(),
+            },
         })
     }
 
@@ -111,9 +139,11 @@ impl TablePattern {
 fn glob(pattern: &str, text: &str) -> bool {
     match pattern.split_once('*') {
         None => pattern == text,
-        Some((head, rest)) => text
-            .strip_prefix(head)
-            .is_some_and(|tail| (0..=tail.len()).filter(|&at| tail.is_char_boundary(at)).any(|at| tail.get(at..).is_some_and(|end| glob(rest, end)))),
+        Some((head, rest)) => text.strip_prefix(head).is_some_and(|tail| {
+            (0..=tail.len())
+                .filter(|&at| tail.is_char_boundary(at))
+                .any(|at| tail.get(at..).is_some_and(|end| glob(rest, end)))
+        }),
     }
 }
 
@@ -134,7 +164,14 @@ mod tests {
 
     #[test]
     fn wrong_options_name_what_is_valid() {
-        for (name, value) in [("format", "xml"), ("colour", "red"), ("batch_bytes", "12"), ("origin", ""), ("proto_version", "2"), ("tables", "a,,b")] {
+        for (name, value) in [
+            ("format", "xml"),
+            ("colour", "red"),
+            ("batch_bytes", "12"),
+            ("origin", ""),
+            ("proto_version", "2"),
+            ("tables", "a,,b"),
+        ] {
             let refusal = Options::parse([(name, Some(value))]).unwrap_err();
             assert!(refusal.message.contains(name), "{}", refusal.message);
             assert!(refusal.hint.contains("batch_bytes"), "{}", refusal.hint);

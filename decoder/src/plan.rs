@@ -67,11 +67,21 @@ pub enum Read {
     /// `name`.
     Name,
     /// By the type's output function.
-    Output { function: Function, varlena: bool },
+    Output {
+        function: Function,
+        varlena: bool,
+    },
     /// By the type's cast function to text.
-    Cast { function: Function, varlena: bool },
+    Cast {
+        function: Function,
+        varlena: bool,
+    },
     /// By to_jsonb, as text.
-    Json { to_jsonb: Function, out: Function, varlena: bool },
+    Json {
+        to_jsonb: Function,
+        out: Function,
+        varlena: bool,
+    },
 }
 
 impl Plan {
@@ -79,7 +89,9 @@ impl Plan {
     ///
     /// `historic` tells that this runs in a decoding callback. `parent` is the memory context to live in.
     pub fn build(table: &Rel, historic: bool, parent: Context) -> Result<Option<Self>, Refusal> {
-        let Some((root, label)) = labelled(table, historic) else { return Ok(None) };
+        let Some((root, label)) = labelled(table, historic) else {
+            return Ok(None);
+        };
         let root = root.as_ref().unwrap_or(table);
         let label = Label::parse(&label)?;
         Self::resolve(table, root, &label, parent).map(Some)
@@ -94,11 +106,20 @@ impl Plan {
         let name = root.name();
         let key = match &label.key {
             Some(key) => key.clone(),
-            None => default_key(&name, &root.primary_key())
-                .ok_or_else(|| Refusal::object(format!("table \"{name}\" has no primary key"), "Add a primary key, or name a key template in the label."))?,
+            None => default_key(&name, &root.primary_key()).ok_or_else(|| {
+                Refusal::object(
+                    format!("table \"{name}\" has no primary key"),
+                    "Add a primary key, or name a key template in the label.",
+                )
+            })?,
         };
-        let template = KeyTemplate::parse(&key).map_err(|error| Refusal::invalid(format!("key template \"{key}\": {error}"), KEY_HINT))?;
-        let columns: Vec<Column> = root.columns().into_iter().filter(|column| !column.is_virtual).collect();
+        let template = KeyTemplate::parse(&key)
+            .map_err(|error| Refusal::invalid(format!("key template \"{key}\": {error}"), KEY_HINT))?;
+        let columns: Vec<Column> = root
+            .columns()
+            .into_iter()
+            .filter(|column| !column.is_virtual)
+            .collect();
         check_names(&name, &columns, template.placeholders(), label)?;
 
         let context = parent.child(c"walmirror plan");
@@ -125,12 +146,20 @@ impl Plan {
         let positions = table.columns();
         for column in &columns {
             let in_key = template.placeholders().contains(&column.name);
-            let in_value = label.columns.as_ref().is_none_or(|names| names.contains(&column.name));
+            let in_value = label
+                .columns
+                .as_ref()
+                .is_none_or(|names| names.contains(&column.name));
             let position = positions
                 .iter()
                 .find(|own| own.name == column.name)
                 .map(|own| own.position)
-                .ok_or_else(|| Refusal::object(format!("partition \"{}\" has no column \"{}\"", table.name(), column.name), "Detach it or add the column."))?;
+                .ok_or_else(|| {
+                    Refusal::object(
+                        format!("partition \"{}\" has no column \"{}\"", table.name(), column.name),
+                        "Detach it or add the column.",
+                    )
+                })?;
             plan.add_column(column, position, in_key, in_value, label.value);
         }
         plan.seal();
@@ -159,12 +188,20 @@ impl Plan {
             encoding: encoding as i32,
             in_value,
         });
-        self.fields.push(Field { position, read, in_key });
+        self.fields.push(Field {
+            position,
+            read,
+            in_key,
+        });
     }
 
     /// Computes the hashes. The fingerprint leaves out the table's name and schema: a rename changes no key or value.
     fn seal(&mut self) {
-        let nameless = pb::Relation { schema: String::new(), name: String::new(), ..self.relation.clone() };
+        let nameless = pb::Relation {
+            schema: String::new(),
+            name: String::new(),
+            ..self.relation.clone()
+        };
         self.relation.fingerprint = xxh3_64(&nameless.encode_to_vec());
         self.identity = identity(&self.relation);
     }
@@ -173,7 +210,6 @@ impl Plan {
     pub fn release(self) {
         self.context.delete();
     }
-
 }
 
 /// A hash of a table's definition, with its name.
@@ -192,8 +228,14 @@ fn labelled(table: &Rel, historic: bool) -> Option<(Option<Rel>, String)> {
     if !table.is_partition() {
         return None;
     }
-    let (root, label) = relation::ancestors(table.oid()).into_iter().find_map(|oid| relation::label_of(oid).map(|label| (oid, label)))?;
-    let root = if historic { Rel::open_historic(root) } else { Rel::open(root) };
+    let (root, label) = relation::ancestors(table.oid())
+        .into_iter()
+        .find_map(|oid| relation::label_of(oid).map(|label| (oid, label)))?;
+    let root = if historic {
+        Rel::open_historic(root)
+    } else {
+        Rel::open(root)
+    };
     root.map(|root| (Some(root), label))
 }
 
@@ -211,7 +253,12 @@ fn default_key(table: &str, primary_key: &[String]) -> Option<String> {
     Some(key)
 }
 
-fn check_names(table: &str, columns: &[Column], placeholders: &[String], label: &Label) -> Result<(), Refusal> {
+fn check_names(
+    table: &str,
+    columns: &[Column],
+    placeholders: &[String],
+    label: &Label,
+) -> Result<(), Refusal> {
     let missing = |name: &String| !columns.iter().any(|column| &column.name == name);
     if let Some(name) = placeholders.iter().find(|name| missing(name)) {
         return Err(Refusal::new(
@@ -228,7 +275,11 @@ fn check_names(table: &str, columns: &[Column], placeholders: &[String], label: 
             "Name columns of the table, exactly as \\d shows them; virtual generated columns are not stored.",
         ));
     }
-    let values = if label.columns.is_some() { named.len() } else { columns.len() };
+    let values = if label.columns.is_some() {
+        named.len()
+    } else {
+        columns.len()
+    };
     if label.value == Value::String && values != 1 {
         return Err(Refusal::invalid(
             format!("value \"string\" takes exactly one column, but {values} are to be mirrored"),
@@ -236,12 +287,16 @@ fn check_names(table: &str, columns: &[Column], placeholders: &[String], label: 
         ));
     }
     if values == 0 {
-        return Err(Refusal::invalid(format!("no column of table \"{table}\" is to be mirrored"), "Name at least one column."));
+        return Err(Refusal::invalid(
+            format!("no column of table \"{table}\" is to be mirrored"),
+            "Name at least one column.",
+        ));
     }
     Ok(())
 }
 
-const KEY_HINT: &str = "A key template is text with {column} placeholders, like user:{id}; write {{ and }} for braces.";
+const KEY_HINT: &str =
+    "A key template is text with {column} placeholders, like user:{id}; write {{ and }} for braces.";
 
 /// The oid as pgrx writes it.
 pub fn oid(number: u32) -> pg_sys::Oid {

@@ -44,7 +44,12 @@ impl Tables {
             listeners.retain(|listener| listener.strong_count() > 0);
             listeners.push(Rc::downgrade(&stale));
         });
-        Self { known: HashMap::default(), stale, context, historic }
+        Self {
+            known: HashMap::default(),
+            stale,
+            context,
+            historic,
+        }
     }
 
     /// What is known of a table, looked up if need be.
@@ -54,10 +59,12 @@ impl Tables {
             self.forget_stale();
         }
         let (historic, context) = (self.historic, self.context);
-        self.known.entry(u32::from(table.oid())).or_insert_with(|| match Plan::build(table, historic, context) {
-            Ok(Some(plan)) => Table::Configured(Box::new(plan)),
-            Ok(None) => Table::Unconfigured,
-            Err(refusal) => Table::Broken(refusal),
+        self.known.entry(u32::from(table.oid())).or_insert_with(|| {
+            match Plan::build(table, historic, context) {
+                Ok(Some(plan)) => Table::Configured(Box::new(plan)),
+                Ok(None) => Table::Unconfigured,
+                Err(refusal) => Table::Broken(refusal),
+            }
         })
     }
 
@@ -103,7 +110,9 @@ const STALE_MAX: usize = 256;
 pub fn invalidate(table: Option<u32>) {
     LISTENERS.with_borrow(|listeners| {
         for listener in listeners.iter().filter_map(Weak::upgrade) {
-            let Ok(mut stale) = listener.try_borrow_mut() else { continue };
+            let Ok(mut stale) = listener.try_borrow_mut() else {
+                continue;
+            };
             *stale = match (std::mem::take(&mut *stale), table) {
                 (Stale::Nothing, Some(oid)) => Stale::Some(vec![oid]),
                 (Stale::Some(mut oids), Some(oid)) if oids.len() < STALE_MAX => {

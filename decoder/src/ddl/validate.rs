@@ -10,28 +10,51 @@ use crate::ffi::relation::Rel;
 use crate::label::{Label, Mode};
 use crate::plan::Plan;
 
+/// How much has to be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Check {
+    /// Everything.
+    Strict,
+    /// A table that has no index at all passes for now: pg_restore sets labels before it creates primary keys.
+    Restoring,
+}
+
 /// Checks a label against the table's kind, columns, unique keys and replica identity, and against the other labels.
-pub fn validate(table: pg_sys::Oid, label: &Label) -> Result<(), Refusal> {
+pub fn validate(table: pg_sys::Oid, label: &Label, check: Check) -> Result<(), Refusal> {
     check_kind(table)?;
-    let relation = Rel::open(table).ok_or_else(|| Refusal::object(format!("there is no table with oid {}", u32::from(table)), "Name an existing table."))?;
+    let relation = Rel::open(table).ok_or_else(|| {
+        Refusal::object(
+            format!("there is no table with oid {}", u32::from(table)),
+            "Name an existing table.",
+        )
+    })?;
     let name = relation.name();
     // Column names, the template's syntax and the value kind are the plan's to judge.
     let plan = Plan::for_label(&relation, label, Context::top())?;
     let key = plan.relation.key.clone();
     plan.release();
-    let template = KeyTemplate::parse(&key).map_err(|error| Refusal::invalid(error.to_string(), "user:{id}"))?;
+    let template =
+        KeyTemplate::parse(&key).map_err(|error| Refusal::invalid(error.to_string(), "user:{id}"))?;
     check_options(label)?;
-    check_unique(table, &name, template.placeholders())?;
-    check_replica_identity(table, template.placeholders())?;
+    if check == Check::Strict || has_index(table)? {
+        check_unique(table, &name, template.placeholders())?;
+        check_replica_identity(table, template.placeholders())?;
+    }
     check_other_templates(table, &key, &template)
 }
 
 fn check_options(label: &Label) -> Result<(), Refusal> {
     if label.ttl_ms == Some(0) {
-        return Err(Refusal::invalid("ttl has to be longer than zero", "Leave ttl out for keys that never expire, or write ttl => '1 day'."));
+        return Err(Refusal::invalid(
+            "ttl has to be longer than zero",
+            "Leave ttl out for keys that never expire, or write ttl => '1 day'.",
+        ));
     }
     if label.mode == Mode::Mirror && label.on_write != crate::label::OnWrite::Refresh {
-        return Err(Refusal::invalid("on_write is an option of cached tables", "A mirror always writes. SELECT walmirror.cache(…, on_write => …) caches on demand."));
+        return Err(Refusal::invalid(
+            "on_write is an option of cached tables",
+            "A mirror always writes. SELECT walmirror.cache(…, on_write => …) caches on demand.",
+        ));
     }
     Ok(())
 }
@@ -45,29 +68,65 @@ fn check_kind(table: pg_sys::Oid) -> Result<(), Refusal> {
         table,
     )?;
     let Some(row) = row.into_iter().next() else {
-        return Err(Refusal::object(format!("there is no table with oid {}", u32::from(table)), "Name an existing table."));
+        return Err(Refusal::object(
+            format!("there is no table with oid {}", u32::from(table)),
+            "Name an existing table.",
+        ));
     };
     let text = |at: usize| row.get(at).cloned().flatten().unwrap_or_default();
     let (name, kind, persistence) = (text(0), text(1), text(2));
     if text(3) == "t" {
-        return Err(Refusal::object(format!("\"{name}\" is a system table"), "Mirror a table of your own."));
+        return Err(Refusal::object(
+            format!("\"{name}\" is a system table"),
+            "Mirror a table of your own.",
+        ));
     }
     match kind.as_str() {
         "r" | "p" => {}
-        "v" => return Err(Refusal::object(format!("\"{name}\" is a view"), "A view has no changes of its own in the WAL: mirror the tables under it.")),
-        "m" => return Err(Refusal::object(format!("\"{name}\" is a materialized view"), "Its refreshes are not in the logical stream: mirror the tables under it.")),
-        "f" => return Err(Refusal::object(format!("\"{name}\" is a foreign table"), "Its rows are not in this server's WAL: mirror the table on the server that holds it.")),
-        _ => return Err(Refusal::object(format!("\"{name}\" is not a table"), "Name an ordinary or a partitioned table.")),
+        "v" => {
+            return Err(Refusal::object(
+                format!("\"{name}\" is a view"),
+                "A view has no changes of its own in the WAL: mirror the tables under it.",
+            ));
+        }
+        "m" => {
+            return Err(Refusal::object(
+                format!("\"{name}\" is a materialized view"),
+                "Its refreshes are not in the logical stream: mirror the tables under it.",
+            ));
+        }
+        "f" => {
+            return Err(Refusal::object(
+                format!("\"{name}\" is a foreign table"),
+                "Its rows are not in this server's WAL: mirror the table on the server that holds it.",
+            ));
+        }
+        _ => {
+            return Err(Refusal::object(
+                format!("\"{name}\" is not a table"),
+                "Name an ordinary or a partitioned table.",
+            ));
+        }
     }
     match persistence.as_str() {
-        "u" => Err(Refusal::object(format!("\"{name}\" is an unlogged table"), format!("Its changes are not in the WAL. ALTER TABLE {name} SET LOGGED; and try again."))),
-        "t" => Err(Refusal::object(format!("\"{name}\" is a temporary table"), "Its changes are not in the WAL: mirror a permanent table.")),
+        "u" => Err(Refusal::object(
+            format!("\"{name}\" is an unlogged table"),
+            format!("Its changes are not in the WAL. ALTER TABLE {name} SET LOGGED; and try again."),
+        )),
+        "t" => Err(Refusal::object(
+            format!("\"{name}\" is a temporary table"),
+            "Its changes are not in the WAL: mirror a permanent table.",
+        )),
         _ if text(4) == "t" => Err(Refusal::object(
             format!("\"{name}\" is a partition"),
             "Mirror the partitioned table that it belongs to: rows appear under the parent, whichever partition they live in.",
         )),
         _ => Ok(()),
     }
+}
+
+fn has_index(table: pg_sys::Oid) -> Result<bool, Refusal> {
+    Ok(!query("SELECT 1::text FROM pg_catalog.pg_index WHERE indrelid = $1 LIMIT 1", table)?.is_empty())
 }
 
 /// The key has to tell rows apart: it must name all columns of some unique index that is checked at once.
@@ -79,12 +138,22 @@ fn check_unique(table: pg_sys::Oid, name: &str, key: &[String]) -> Result<(), Re
          WHERE i.indrelid = $1 AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL AND i.indexprs IS NULL",
         table,
     )?;
-    let unique = indexes.iter().filter_map(|row| row.first().cloned().flatten()).any(|columns| columns.split('\u{1}').all(|column| key.iter().any(|named| named == column)));
+    let unique = indexes
+        .iter()
+        .filter_map(|row| row.first().cloned().flatten())
+        .any(|columns| {
+            columns
+                .split('\u{1}')
+                .all(|column| key.iter().any(|named| named == column))
+        });
     if unique {
         return Ok(());
     }
     Err(Refusal::object(
-        format!("the key of table \"{name}\" is not unique: no unique index consists of the columns that the key template names ({})", key.join(", ")),
+        format!(
+            "the key of table \"{name}\" is not unique: no unique index consists of the columns that the key template names ({})",
+            key.join(", ")
+        ),
         "Name all columns of the primary key, or of a unique index that is not deferrable, partial or on expressions; add one if there is none.",
     ))
 }
@@ -107,19 +176,29 @@ fn check_replica_identity(table: pg_sys::Oid, key: &[String]) -> Result<(), Refu
         let text = |at: usize| leaf.get(at).cloned().flatten().unwrap_or_default();
         let name = text(0);
         if text(3) == "f" {
-            return Err(Refusal::object(format!("partition \"{name}\" is a foreign table"), "Its rows are not in this server's WAL: detach it."));
+            return Err(Refusal::object(
+                format!("partition \"{name}\" is a foreign table"),
+                "Its rows are not in this server's WAL: detach it.",
+            ));
         }
         if text(4) == "u" {
-            return Err(Refusal::object(format!("partition \"{name}\" is unlogged"), format!("Its changes are not in the WAL. ALTER TABLE {name} SET LOGGED;")));
+            return Err(Refusal::object(
+                format!("partition \"{name}\" is unlogged"),
+                format!("Its changes are not in the WAL. ALTER TABLE {name} SET LOGGED;"),
+            ));
         }
         let columns = text(2);
-        let missing = key.iter().find(|column| !columns.split('\u{1}').any(|known| known == column.as_str()));
+        let missing = key
+            .iter()
+            .find(|column| !columns.split('\u{1}').any(|known| known == column.as_str()));
         match (text(1).as_str(), missing) {
             ("f", _) | ("d" | "i", None) => {}
             (_, missing) => {
                 let column = missing.or_else(|| key.first()).cloned().unwrap_or_default();
                 return Err(Refusal::object(
-                    format!("column \"{column}\" of the key is not in the replica identity of table \"{name}\""),
+                    format!(
+                        "column \"{column}\" of the key is not in the replica identity of table \"{name}\""
+                    ),
                     format!(
                         "Without it the WAL of an UPDATE or DELETE does not tell which key was meant. Use the primary key's columns in the key, or \
                          ALTER TABLE {name} REPLICA IDENTITY USING INDEX … (or FULL)."
@@ -140,16 +219,28 @@ fn check_other_templates(table: pg_sys::Oid, key: &str, template: &KeyTemplate) 
     )?;
     for other in others {
         let text = |at: usize| other.get(at).cloned().flatten().unwrap_or_default();
-        let Some(relation) = text(0).parse().ok().and_then(|oid: u32| Rel::open(pg_sys::Oid::from(oid))) else { continue };
+        let Some(relation) = text(0)
+            .parse()
+            .ok()
+            .and_then(|oid: u32| Rel::open(pg_sys::Oid::from(oid)))
+        else {
+            continue;
+        };
         // A label that no longer fits its table writes no keys.
-        let Ok(Some(plan)) = Plan::build(&relation, false, Context::top()) else { continue };
-        let taken = KeyTemplate::parse(&plan.relation.key).is_ok_and(|theirs| theirs.skeleton() == template.skeleton());
+        let Ok(Some(plan)) = Plan::build(&relation, false, Context::top()) else {
+            continue;
+        };
+        let taken = KeyTemplate::parse(&plan.relation.key)
+            .is_ok_and(|theirs| theirs.skeleton() == template.skeleton());
         let theirs = plan.relation.key.clone();
         plan.release();
         if taken {
             return Err(Refusal::new(
                 PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT,
-                format!("key template \"{key}\" would write the same keys as \"{theirs}\" of table \"{}\"", text(1)),
+                format!(
+                    "key template \"{key}\" would write the same keys as \"{theirs}\" of table \"{}\"",
+                    text(1)
+                ),
                 "Choose another prefix: key => 'schema.table:{id}'.",
             ));
         }
@@ -162,7 +253,13 @@ type Texts = Vec<Option<String>>;
 
 /// Runs a catalog query whose only parameter is an oid, and returns its columns as text.
 fn query(sql: &str, table: pg_sys::Oid) -> Result<Vec<Texts>, Refusal> {
-    let failed = |error: spi::Error| Refusal::new(PgSqlErrorCode::ERRCODE_INTERNAL_ERROR, format!("walmirror could not read the catalogs: {error}"), "Report this.");
+    let failed = |error: spi::Error| {
+        Refusal::new(
+            PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
+            format!("walmirror could not read the catalogs: {error}"),
+            "Report this.",
+        )
+    };
     Spi::connect(|client| {
         let rows = client.select(sql, None, &[table.into()]).map_err(failed)?;
         let mut texts = Vec::new();
@@ -170,7 +267,10 @@ fn query(sql: &str, table: pg_sys::Oid) -> Result<Vec<Texts>, Refusal> {
             let mut values = Vec::with_capacity(row.columns());
             for column in 1..=row.columns() {
                 let value = match row.get_datum_by_ordinal(column).map_err(failed)?.oid() {
-                    pg_sys::BOOLOID => row.get::<bool>(column).map_err(failed)?.map(|value| if value { "t" } else { "f" }.to_owned()),
+                    pg_sys::BOOLOID => row
+                        .get::<bool>(column)
+                        .map_err(failed)?
+                        .map(|value| if value { "t" } else { "f" }.to_owned()),
                     _ => row.get::<String>(column).map_err(failed)?,
                 };
                 values.push(value);

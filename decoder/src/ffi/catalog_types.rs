@@ -34,7 +34,14 @@ pub fn cast_to(target: pg_sys::Oid, source: pg_sys::Oid) -> Cast {
     use pg_sys::CoercionPathType as Path;
     let mut function = pg_sys::InvalidOid;
     // SAFETY: syscache look-ups that set `function` when the path is a function.
-    let path = unsafe { pg_sys::find_coercion_pathway(target, source, pg_sys::CoercionContext::COERCION_EXPLICIT, &mut function) };
+    let path = unsafe {
+        pg_sys::find_coercion_pathway(
+            target,
+            source,
+            pg_sys::CoercionContext::COERCION_EXPLICIT,
+            &mut function,
+        )
+    };
     match path {
         Path::COERCION_PATH_RELABELTYPE => Cast::Binary,
         Path::COERCION_PATH_FUNC if is_c_function(function) => Cast::Function(function),
@@ -47,17 +54,26 @@ pub fn cast_to(target: pg_sys::Oid, source: pg_sys::Oid) -> Cast {
 pub fn is_structured_json(base: pg_sys::Oid) -> bool {
     // SAFETY: syscache look-ups.
     let (element, is_row) = unsafe { (pg_sys::get_element_type(base), pg_sys::type_is_rowtype(base)) };
-    if element != pg_sys::InvalidOid || is_row || base == pg_sys::JSONOID || base == pg_sys::JSONBOID || base == pg_sys::RECORDARRAYOID {
+    if element != pg_sys::InvalidOid
+        || is_row
+        || base == pg_sys::JSONOID
+        || base == pg_sys::JSONBOID
+        || base == pg_sys::RECORDARRAYOID
+    {
         return true;
     }
-    u32::from(base) >= pg_sys::FirstNormalObjectId && matches!(cast_to(pg_sys::JSONOID, base), Cast::Function(_))
+    u32::from(base) >= pg_sys::FirstNormalObjectId
+        && matches!(cast_to(pg_sys::JSONOID, base), Cast::Function(_))
 }
 
 /// Whether a function is built in or written in C.
 fn is_c_function(function: pg_sys::Oid) -> bool {
     // SAFETY: a syscache look-up; the tuple is released below, and its form is read in between.
     unsafe {
-        let tuple = pg_sys::SearchSysCache1(pg_sys::SysCacheIdentifier::PROCOID as i32, pg_sys::Datum::from(function));
+        let tuple = pg_sys::SearchSysCache1(
+            pg_sys::SysCacheIdentifier::PROCOID as i32,
+            pg_sys::Datum::from(function),
+        );
         if tuple.is_null() {
             return false;
         }

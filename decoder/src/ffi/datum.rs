@@ -50,7 +50,14 @@ impl Row {
         self.nulls.resize(columns, true);
         // SAFETY: the tuple is valid (Tuple::from_raw) and of this descriptor's relation, and both arrays hold as many
         // items as the descriptor has columns, which is what heap_deform_tuple fills in.
-        unsafe { pg_sys::heap_deform_tuple(tuple.0, descriptor.raw(), self.values.as_mut_ptr(), self.nulls.as_mut_ptr()) }
+        unsafe {
+            pg_sys::heap_deform_tuple(
+                tuple.0,
+                descriptor.raw(),
+                self.values.as_mut_ptr(),
+                self.nulls.as_mut_ptr(),
+            )
+        }
     }
 
     /// The value of a column (0-based); `None` for NULL.
@@ -99,7 +106,11 @@ impl Raw {
             if first & 0x01 == 0x01 {
                 if first == 0x01 {
                     // VARATT_IS_EXTERNAL: on disk means that the change did not touch it.
-                    return if u32::from(*start.add(1)) == pg_sys::vartag_external::VARTAG_ONDISK { Varlena::Unchanged } else { Varlena::Packed };
+                    return if u32::from(*start.add(1)) == pg_sys::vartag_external::VARTAG_ONDISK {
+                        Varlena::Unchanged
+                    } else {
+                        Varlena::Packed
+                    };
                 }
                 let length = usize::from(first >> 1);
                 return Varlena::Inline(slice::from_raw_parts(start.add(1), length.saturating_sub(1)));

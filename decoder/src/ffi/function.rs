@@ -55,11 +55,14 @@ impl Function {
         PgTryBuilder::new(move || {
             let info = info;
             // SAFETY: the FmgrInfo was looked up for this argument's type, and the argument is not NULL.
-            let datum = unsafe { pg_sys::FunctionCall1Coll(info.0, pg_sys::DEFAULT_COLLATION_OID, argument.datum()) };
+            let datum =
+                unsafe { pg_sys::FunctionCall1Coll(info.0, pg_sys::DEFAULT_COLLATION_OID, argument.datum()) };
             Ok(Raw::from(datum))
         })
         .catch_others(|error| match error {
-            CaughtError::PostgresError(report) | CaughtError::ErrorReport(report) if concerns_value(report.sql_error_code()) => {
+            CaughtError::PostgresError(report) | CaughtError::ErrorReport(report)
+                if concerns_value(report.sql_error_code()) =>
+            {
                 Err(Failure(report.message().to_owned()))
             }
             other => other.rethrow(),
@@ -103,6 +106,8 @@ const F_TO_JSONB: u32 = 3787;
 fn concerns_value(code: PgSqlErrorCode) -> bool {
     let code = code as i32;
     // MAKE_SQLSTATE packs six bits a character, the class in the lowest twelve.
-    let character = |index: u32| char::from(u8::try_from(((code >> (6 * index)) & 0x3F) + i32::from(b'0')).unwrap_or(b'0'));
+    let character = |index: u32| {
+        char::from(u8::try_from(((code >> (6 * index)) & 0x3F) + i32::from(b'0')).unwrap_or(b'0'))
+    };
     !matches!((character(0), character(1)), ('5', '7' | '3' | '8') | ('X', 'X'))
 }

@@ -52,7 +52,13 @@ unsafe extern "C-unwind" fn check_label(object: *const pg_sys::ObjectAddress, la
 static mut NEXT_OBJECT_ACCESS: pg_sys::object_access_hook_type = None;
 
 #[pg_guard]
-unsafe extern "C-unwind" fn object_access(access: pg_sys::ObjectAccessType::Type, class: pg_sys::Oid, object: pg_sys::Oid, sub_id: c_int, argument: *mut c_void) {
+unsafe extern "C-unwind" fn object_access(
+    access: pg_sys::ObjectAccessType::Type,
+    class: pg_sys::Oid,
+    object: pg_sys::Oid,
+    sub_id: c_int,
+    argument: *mut c_void,
+) {
     // SAFETY: written once, in _PG_init; the next hook gets the arguments as they came.
     unsafe {
         if let Some(next) = NEXT_OBJECT_ACCESS {
@@ -66,8 +72,12 @@ unsafe extern "C-unwind" fn object_access(access: pg_sys::ObjectAccessType::Type
 
 /// Writes a transactional logical message (`LogLogicalMessage`): decoders meet it where this transaction does its change.
 pub fn write_ddl_message(message: &DdlMessage) {
-    let Ok(content) = serde_json::to_vec(message) else { return };
-    let Ok(prefix) = std::ffi::CString::new(ddl_message::PREFIX) else { return };
+    let Ok(content) = serde_json::to_vec(message) else {
+        return;
+    };
+    let Ok(prefix) = std::ffi::CString::new(ddl_message::PREFIX) else {
+        return;
+    };
     log_message(&prefix, &content);
 }
 
@@ -77,7 +87,13 @@ fn log_message(prefix: &CStr, content: &[u8]) {
     unsafe {
         pg_sys::submodules::ffi::pg_guard_ffi_boundary(|| {
             #[cfg(any(feature = "pg17", feature = "pg18"))]
-            LogLogicalMessage(prefix.as_ptr(), content.as_ptr().cast(), content.len(), true, false);
+            LogLogicalMessage(
+                prefix.as_ptr(),
+                content.as_ptr().cast(),
+                content.len(),
+                true,
+                false,
+            );
             #[cfg(not(any(feature = "pg17", feature = "pg18")))]
             LogLogicalMessage(prefix.as_ptr(), content.as_ptr().cast(), content.len(), true);
         });
@@ -87,7 +103,18 @@ fn log_message(prefix: &CStr, content: &[u8]) {
 unsafe extern "C-unwind" {
     // pgrx has no binding for it.
     #[cfg(any(feature = "pg17", feature = "pg18"))]
-    fn LogLogicalMessage(prefix: *const c_char, message: *const c_char, size: usize, transactional: bool, flush: bool) -> pg_sys::XLogRecPtr;
+    fn LogLogicalMessage(
+        prefix: *const c_char,
+        message: *const c_char,
+        size: usize,
+        transactional: bool,
+        flush: bool,
+    ) -> pg_sys::XLogRecPtr;
     #[cfg(not(any(feature = "pg17", feature = "pg18")))]
-    fn LogLogicalMessage(prefix: *const c_char, message: *const c_char, size: usize, transactional: bool) -> pg_sys::XLogRecPtr;
+    fn LogLogicalMessage(
+        prefix: *const c_char,
+        message: *const c_char,
+        size: usize,
+        transactional: bool,
+    ) -> pg_sys::XLogRecPtr;
 }

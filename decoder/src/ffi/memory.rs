@@ -28,7 +28,9 @@ impl Context {
     /// A new context under this one (`AllocSetContextCreate`, small sizes: most hold a few FmgrInfos or one row).
     pub fn child(self, name: &'static CStr) -> Self {
         // SAFETY: self is a valid parent, and the name is a constant, as AllocSetContextCreate demands.
-        Self(unsafe { pg_sys::AllocSetContextCreateInternal(self.0, name.as_ptr(), 0, 1024, 8 * 1024 * 1024) })
+        Self(unsafe {
+            pg_sys::AllocSetContextCreateInternal(self.0, name.as_ptr(), 0, 1024, 8 * 1024 * 1024)
+        })
     }
 
     /// Frees all that was allocated in the context (`MemoryContextReset`).
@@ -46,7 +48,8 @@ impl Context {
     /// Makes this the current context until the guard is dropped.
     pub fn enter(self) -> Entered {
         // SAFETY: CurrentMemoryContext is this single-threaded backend's own variable; self is valid.
-        let previous = unsafe { std::mem::replace(&mut *std::ptr::addr_of_mut!(pg_sys::CurrentMemoryContext), self.0) };
+        let previous =
+            unsafe { std::mem::replace(&mut *std::ptr::addr_of_mut!(pg_sys::CurrentMemoryContext), self.0) };
         Entered { previous }
     }
 

@@ -49,7 +49,9 @@ struct Writer {
 
 impl Output for Writer {
     fn write(&mut self, frame: &[u8]) {
-        let Ok(length) = i32::try_from(frame.len()) else { error!("walmirror: a frame of {} bytes is too large", frame.len()) };
+        let Ok(length) = i32::try_from(frame.len()) else {
+            error!("walmirror: a frame of {} bytes is too large", frame.len())
+        };
         // SAFETY: called within a callback that may write; the context is the one that the callback was given, and
         // `out` is its StringInfo between PrepareWrite and Write.
         unsafe {
@@ -75,10 +77,22 @@ impl Output for Writer {
 }
 
 #[pg_guard]
-unsafe extern "C-unwind" fn startup(context: *mut pg_sys::LogicalDecodingContext, output: *mut pg_sys::OutputPluginOptions, is_init: bool) {
+unsafe extern "C-unwind" fn startup(
+    context: *mut pg_sys::LogicalDecodingContext,
+    output: *mut pg_sys::OutputPluginOptions,
+    is_init: bool,
+) {
     // SAFETY: the context is valid for the whole decoding session, and so is its memory context.
     unsafe {
-        let options = match if is_init { Ok(Options::default()) } else { Options::parse(pairs((*context).output_plugin_options).iter().map(|(name, value)| (name.as_str(), value.as_deref()))) } {
+        let options = match if is_init {
+            Ok(Options::default())
+        } else {
+            Options::parse(
+                pairs((*context).output_plugin_options)
+                    .iter()
+                    .map(|(name, value)| (name.as_str(), value.as_deref())),
+            )
+        } {
             Ok(options) => options,
             Err(refusal) => refusal.raise(),
         };
@@ -90,7 +104,9 @@ unsafe extern "C-unwind" fn startup(context: *mut pg_sys::LogicalDecodingContext
         let decoder = Box::new(Decoder::new(options, Context::from_raw((*context).context)));
         let decoder = Box::into_raw(decoder);
         (*context).output_plugin_private = decoder.cast();
-        let callback = pg_sys::MemoryContextAllocZero((*context).context, size_of::<pg_sys::MemoryContextCallback>()).cast::<pg_sys::MemoryContextCallback>();
+        let callback =
+            pg_sys::MemoryContextAllocZero((*context).context, size_of::<pg_sys::MemoryContextCallback>())
+                .cast::<pg_sys::MemoryContextCallback>();
         (*callback).func = Some(free_decoder);
         (*callback).arg = decoder.cast();
         pg_sys::MemoryContextRegisterResetCallback((*context).context, callback);
@@ -118,7 +134,11 @@ unsafe fn pairs(list: *mut pg_sys::List) -> Vec<(String, Option<String>)> {
             .iter()
             .map(|cell| {
                 let element = cell.ptr_value.cast::<pg_sys::DefElem>();
-                let value = if (*element).arg.is_null() { None } else { text::string(pg_sys::defGetString(element)) };
+                let value = if (*element).arg.is_null() {
+                    None
+                } else {
+                    text::string(pg_sys::defGetString(element))
+                };
                 (text::string((*element).defname).unwrap_or_default(), value)
             })
             .collect()
@@ -135,14 +155,21 @@ unsafe fn decoder<'a>(context: *mut pg_sys::LogicalDecodingContext) -> &'a mut D
 }
 
 #[pg_guard]
-unsafe extern "C-unwind" fn begin(context: *mut pg_sys::LogicalDecodingContext, txn: *mut pg_sys::ReorderBufferTXN) {
+unsafe extern "C-unwind" fn begin(
+    context: *mut pg_sys::LogicalDecodingContext,
+    txn: *mut pg_sys::ReorderBufferTXN,
+) {
     // SAFETY: both are valid for the call.
     unsafe {
         #[cfg(feature = "pg14")]
         let commit_time = (*txn).commit_time;
         #[cfg(not(feature = "pg14"))]
         let commit_time = (*txn).xact_time.commit_time;
-        decoder(context).begin(Transaction { xid: xid_number((*txn).xid), commit_lsn: (*txn).final_lsn, commit_time });
+        decoder(context).begin(Transaction {
+            xid: xid_number((*txn).xid),
+            commit_lsn: (*txn).final_lsn,
+            commit_time,
+        });
     }
 }
 
@@ -200,13 +227,20 @@ unsafe extern "C-unwind" fn truncate(
 ) {
     // SAFETY: `relations` holds `count` open relations.
     unsafe {
-        let tables: Vec<Rel> = slice::from_raw_parts(relations, usize::try_from(count).unwrap_or(0)).iter().map(|&relation| Rel::borrowed(relation)).collect();
+        let tables: Vec<Rel> = slice::from_raw_parts(relations, usize::try_from(count).unwrap_or(0))
+            .iter()
+            .map(|&relation| Rel::borrowed(relation))
+            .collect();
         decoder(context).truncate(&mut Writer { context, last: false }, &tables, (*change).lsn);
     }
 }
 
 #[pg_guard]
-unsafe extern "C-unwind" fn commit(context: *mut pg_sys::LogicalDecodingContext, txn: *mut pg_sys::ReorderBufferTXN, _commit_lsn: pg_sys::XLogRecPtr) {
+unsafe extern "C-unwind" fn commit(
+    context: *mut pg_sys::LogicalDecodingContext,
+    txn: *mut pg_sys::ReorderBufferTXN,
+    _commit_lsn: pg_sys::XLogRecPtr,
+) {
     // SAFETY: both are valid for the call.
     unsafe { decoder(context).commit(&mut Writer { context, last: true }, (*txn).end_lsn) }
 }
@@ -225,7 +259,10 @@ unsafe extern "C-unwind" fn message(
     unsafe {
         let prefix = CStr::from_ptr(prefix);
         let content = slice::from_raw_parts(content.cast::<u8>(), size);
-        let writer = &mut Writer { context, last: !transactional };
+        let writer = &mut Writer {
+            context,
+            last: !transactional,
+        };
         if transactional && prefix.to_bytes() == ddl_message::PREFIX.as_bytes() {
             // Anybody may write logical messages: one that is not ours is none of our business.
             if let Ok(message) = serde_json::from_slice::<DdlMessage>(content) {
@@ -238,7 +275,10 @@ unsafe extern "C-unwind" fn message(
 }
 
 #[pg_guard]
-unsafe extern "C-unwind" fn filter_by_origin(context: *mut pg_sys::LogicalDecodingContext, origin: pg_sys::RepOriginId) -> bool {
+unsafe extern "C-unwind" fn filter_by_origin(
+    context: *mut pg_sys::LogicalDecodingContext,
+    origin: pg_sys::RepOriginId,
+) -> bool {
     // SAFETY: the context is valid, and startup comes first.
     unsafe { decoder(context).filters_origin(origin) }
 }
@@ -249,7 +289,11 @@ pub fn full_xid(xid: u32) -> u64 {
     // SAFETY: reads shared memory under its lock.
     let next = unsafe { pg_sys::ReadNextFullTransactionId() }.value;
     let same_epoch = (next & !u64::from(u32::MAX)) | u64::from(xid);
-    if same_epoch > next { same_epoch.saturating_sub(1 << 32) } else { same_epoch }
+    if same_epoch > next {
+        same_epoch.saturating_sub(1 << 32)
+    } else {
+        same_epoch
+    }
 }
 
 fn xid_number(xid: pg_sys::TransactionId) -> u32 {

@@ -46,16 +46,26 @@ pub extern "C" fn pg_finfo_walmirror_pack() -> &'static pg_sys::Pg_finfo_record 
 pub unsafe extern "C-unwind" fn walmirror_pack(call: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     // SAFETY: a strict function of one argument; a record is a varlena whose content starts with a HeapTupleHeader.
     let (row_type, mut tuple) = unsafe {
-        let argument = (*call).args.as_slice(1).first().map_or(pg_sys::Datum::null(), |argument| argument.value);
+        let argument = (*call)
+            .args
+            .as_slice(1)
+            .first()
+            .map_or(pg_sys::Datum::null(), |argument| argument.value);
         let header = pg_sys::pg_detoast_datum(argument.cast_mut_ptr()).cast::<pg_sys::HeapTupleHeaderData>();
         let length = header.cast::<u32>().read_unaligned() >> 2;
-        let tuple = pg_sys::HeapTupleData { t_len: length, t_data: header, ..Default::default() };
+        let tuple = pg_sys::HeapTupleData {
+            t_len: length,
+            t_data: header,
+            ..Default::default()
+        };
         ((*header).t_choice.t_datum.datum_typeid, tuple)
     };
     PACKER.with_borrow_mut(|packer| {
         let packer = packer.get_or_insert_with(Packer::new);
         // SAFETY: the tuple lives on this stack frame and points into the argument.
-        let Some(tuple) = (unsafe { Tuple::from_raw(&raw mut tuple) }) else { return pg_sys::Datum::null() };
+        let Some(tuple) = (unsafe { Tuple::from_raw(&raw mut tuple) }) else {
+            return pg_sys::Datum::null();
+        };
         match packer.pack(row_type, tuple) {
             Ok(()) => bytea(&packer.bytes),
             Err(refusal) => refusal.raise(),
@@ -87,13 +97,27 @@ impl Packer {
                 table
             }
         };
-        let not_a_table = || Refusal::invalid("walmirror.pack() takes the row of a mirrored table", "SELECT walmirror.pack(t) FROM users t");
+        let not_a_table = || {
+            Refusal::invalid(
+                "walmirror.pack() takes the row of a mirrored table",
+                "SELECT walmirror.pack(t) FROM users t",
+            )
+        };
         let table = Rel::open(table).ok_or_else(not_a_table)?;
         let plan = match self.tables.get(&table) {
             Table::Configured(plan) => plan,
-            Table::Broken(refusal) => return Err(Refusal::new(refusal.code, refusal.message.clone(), refusal.hint.clone())),
+            Table::Broken(refusal) => {
+                return Err(Refusal::new(
+                    refusal.code,
+                    refusal.message.clone(),
+                    refusal.hint.clone(),
+                ));
+            }
             Table::Unconfigured => {
-                return Err(Refusal::object(format!("table \"{}\" is not mirrored", table.name()), "SELECT walmirror.mirror('table') configures it."));
+                return Err(Refusal::object(
+                    format!("table \"{}\" is not mirrored", table.name()),
+                    "SELECT walmirror.mirror('table') configures it.",
+                ));
             }
         };
         self.row.deform(tuple, &table.descriptor());
@@ -103,9 +127,15 @@ impl Packer {
             encode::encode(plan, &self.row, None, Columns::All, &mut self.tuple)
         };
         self.context.reset();
-        result.map_err(|error| Refusal::invalid(format!("table \"{}\": {}", table.name(), error.reason), "The row cannot be mirrored as it is."))?;
+        result.map_err(|error| {
+            Refusal::invalid(
+                format!("table \"{}\": {}", table.name(), error.reason),
+                "The row cannot be mirrored as it is.",
+            )
+        })?;
         self.bytes.clear();
-        self.bytes.extend_from_slice(&plan.relation.fingerprint.to_be_bytes());
+        self.bytes
+            .extend_from_slice(&plan.relation.fingerprint.to_be_bytes());
         self.tuple.write_tuple(&mut self.bytes);
         Ok(())
     }

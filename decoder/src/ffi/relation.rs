@@ -40,7 +40,10 @@ impl Rel {
     /// # Safety
     /// `raw` must stay open while the result is used.
     pub unsafe fn borrowed(raw: pg_sys::Relation) -> Self {
-        Self { raw, close: Close::No }
+        Self {
+            raw,
+            close: Close::No,
+        }
     }
 
     /// Opens a relation as the decoder does: from the relation cache, without a lock (`RelationIdGetRelation`). `None` if
@@ -48,14 +51,20 @@ impl Rel {
     pub fn open_historic(oid: pg_sys::Oid) -> Option<Self> {
         // SAFETY: allowed wherever there is a snapshot for catalog look-ups, as there is in change callbacks.
         let raw = unsafe { pg_sys::RelationIdGetRelation(oid) };
-        (!raw.is_null()).then_some(Self { raw, close: Close::Reference })
+        (!raw.is_null()).then_some(Self {
+            raw,
+            close: Close::Reference,
+        })
     }
 
     /// Opens a relation with an AccessShareLock (`try_relation_open`), as SQL functions do. `None` if there is none.
     pub fn open(oid: pg_sys::Oid) -> Option<Self> {
         // SAFETY: within a transaction, as every SQL function is.
         let raw = unsafe { pg_sys::try_relation_open(oid, pg_sys::AccessShareLock as pg_sys::LOCKMODE) };
-        (!raw.is_null()).then_some(Self { raw, close: Close::Lock })
+        (!raw.is_null()).then_some(Self {
+            raw,
+            close: Close::Lock,
+        })
     }
 
     /// `pg_class.oid`.
@@ -94,7 +103,10 @@ impl Rel {
     /// The type of its rows.
     pub fn descriptor(&self) -> TupleDesc<'_> {
         // SAFETY: rd_att of an open relation is never NULL and lives as long as the relation stays open.
-        TupleDesc { raw: unsafe { (*self.raw).rd_att }, _relation: PhantomData }
+        TupleDesc {
+            raw: unsafe { (*self.raw).rd_att },
+            _relation: PhantomData,
+        }
     }
 
     /// The columns, in order.
@@ -103,7 +115,12 @@ impl Rel {
         let descriptor = unsafe { PgTupleDesc::from_pg_unchecked(self.descriptor().raw) };
         let mut columns = Vec::with_capacity(descriptor.len());
         for position in 0..descriptor.len() {
-            let Some(attribute) = descriptor.get(position).filter(|attribute| !attribute.attisdropped) else { continue };
+            let Some(attribute) = descriptor
+                .get(position)
+                .filter(|attribute| !attribute.attisdropped)
+            else {
+                continue;
+            };
             columns.push(Column {
                 position,
                 // SAFETY: a NameData is NUL-terminated.
@@ -125,7 +142,9 @@ impl Rel {
         if index == pg_sys::InvalidOid {
             return Vec::new();
         }
-        let Some(index) = Self::open_historic(index) else { return Vec::new() };
+        let Some(index) = Self::open_historic(index) else {
+            return Vec::new();
+        };
         let columns = self.columns();
         // SAFETY: rd_index of an open index is never NULL, and indkey holds indnatts items.
         let numbers = unsafe {
@@ -137,7 +156,10 @@ impl Rel {
             .into_iter()
             .filter_map(|number| {
                 let position = usize::try_from(number).ok()?.checked_sub(1)?;
-                columns.iter().find(|column| column.position == position).map(|column| column.name.clone())
+                columns
+                    .iter()
+                    .find(|column| column.position == position)
+                    .map(|column| column.name.clone())
             })
             .collect()
     }
@@ -182,7 +204,11 @@ impl TupleDesc<'_> {
 
 /// The label of a table (`GetSecurityLabel`).
 pub fn label_of(table: pg_sys::Oid) -> Option<String> {
-    let address = pg_sys::ObjectAddress { classId: pg_sys::RelationRelationId, objectId: table, objectSubId: 0 };
+    let address = pg_sys::ObjectAddress {
+        classId: pg_sys::RelationRelationId,
+        objectId: table,
+        objectSubId: 0,
+    };
     // SAFETY: a catalog scan; returns NULL or a palloc'd C string.
     unsafe { text::string(pg_sys::GetSecurityLabel(&address, PROVIDER.as_ptr())) }
 }
@@ -222,12 +248,19 @@ fn oid_list(list: impl FnOnce() -> *mut pg_sys::List) -> Vec<pg_sys::Oid> {
     // SAFETY: a List of oids holds `length` cells whose oid_value is set.
     unsafe {
         let length = usize::try_from((*list).length).unwrap_or(0);
-        std::slice::from_raw_parts((*list).elements, length).iter().map(|cell| cell.oid_value).collect()
+        std::slice::from_raw_parts((*list).elements, length)
+            .iter()
+            .map(|cell| cell.oid_value)
+            .collect()
     }
 }
 
 unsafe extern "C-unwind" {
     // catalog/partition.h and catalog/pg_inherits.h; pgrx has no bindings for them.
     fn get_partition_ancestors(relid: pg_sys::Oid) -> *mut pg_sys::List;
-    fn find_all_inheritors(parent: pg_sys::Oid, lockmode: pg_sys::LOCKMODE, parents: *mut *mut pg_sys::List) -> *mut pg_sys::List;
+    fn find_all_inheritors(
+        parent: pg_sys::Oid,
+        lockmode: pg_sys::LOCKMODE,
+        parents: *mut *mut pg_sys::List,
+    ) -> *mut pg_sys::List;
 }

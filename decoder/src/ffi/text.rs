@@ -12,11 +12,14 @@ pub fn to_utf8(bytes: &[u8]) -> Cow<'_, [u8]> {
     if encoding == pg_sys::pg_enc::PG_UTF8 || encoding == pg_sys::pg_enc::PG_SQL_ASCII || bytes.is_ascii() {
         return Cow::Borrowed(bytes);
     }
-    let Ok(length) = i32::try_from(bytes.len()) else { return Cow::Borrowed(bytes) };
+    let Ok(length) = i32::try_from(bytes.len()) else {
+        return Cow::Borrowed(bytes);
+    };
     // SAFETY: the pointer and the length describe `bytes`; the result is either the same pointer or a palloc'd,
     // NUL-terminated string in the current memory context.
     unsafe {
-        let converted = pg_sys::pg_server_to_any(bytes.as_ptr().cast(), length, pg_sys::pg_enc::PG_UTF8 as i32);
+        let converted =
+            pg_sys::pg_server_to_any(bytes.as_ptr().cast(), length, pg_sys::pg_enc::PG_UTF8 as i32);
         if converted.cast_const().cast() == bytes.as_ptr() {
             return Cow::Borrowed(bytes);
         }

@@ -40,7 +40,9 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
             out.text(&text::to_utf8(padded.get(..end).unwrap_or_default()));
         }
         Read::Numeric(output) => {
-            let Some(bytes) = plain(raw) else { return Ok(Outcome::Unchanged) };
+            let Some(bytes) = plain(raw) else {
+                return Ok(Outcome::Unchanged);
+            };
             match decimal(bytes) {
                 Some((scale, mantissa)) => out.numeric(scale, mantissa),
                 // SAFETY: numeric_out is an output function.
@@ -48,20 +50,29 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
             }
         }
         Read::Bytea => {
-            let Some(bytes) = plain(raw) else { return Ok(Outcome::Unchanged) };
+            let Some(bytes) = plain(raw) else {
+                return Ok(Outcome::Unchanged);
+            };
             // Redis holds it as hex, of twice the length.
             fits(bytes.len().saturating_mul(2))?;
             out.text(bytes);
         }
         Read::Text => {
-            let Some(bytes) = plain(raw) else { return Ok(Outcome::Unchanged) };
+            let Some(bytes) = plain(raw) else {
+                return Ok(Outcome::Unchanged);
+            };
             fits(bytes.len())?;
             out.text(&text::to_utf8(bytes));
         }
         Read::Blanked => {
-            let Some(bytes) = plain(raw) else { return Ok(Outcome::Unchanged) };
+            let Some(bytes) = plain(raw) else {
+                return Ok(Outcome::Unchanged);
+            };
             fits(bytes.len())?;
-            let end = bytes.iter().rposition(|&byte| byte != b' ').map_or(0, |last| last + 1);
+            let end = bytes
+                .iter()
+                .rposition(|&byte| byte != b' ')
+                .map_or(0, |last| last + 1);
             out.text(&text::to_utf8(bytes.get(..end).unwrap_or_default()));
         }
         Read::Output { function, varlena } => {
@@ -82,7 +93,11 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
             fits(bytes.len())?;
             out.text(&text::to_utf8(bytes));
         }
-        Read::Json { to_jsonb, out: output, varlena } => {
+        Read::Json {
+            to_jsonb,
+            out: output,
+            varlena,
+        } => {
             if *varlena && is_unchanged(raw) {
                 return Ok(Outcome::Unchanged);
             }
@@ -116,7 +131,9 @@ fn plain<'a>(raw: Raw) -> Option<&'a [u8]> {
 
 fn fits(bytes: usize) -> Result<(), Failure> {
     if bytes > MAX_VALUE_BYTES {
-        return Err(Failure(format!("a value of {bytes} bytes is over Redis's limit of 512 MB")));
+        return Err(Failure(format!(
+            "a value of {bytes} bytes is over Redis's limit of 512 MB"
+        )));
     }
     Ok(())
 }
@@ -130,10 +147,24 @@ fn decimal(bytes: &[u8]) -> Option<(u32, i64)> {
         0xC000 => return None,
         0x8000 => {
             let magnitude = i32::from(header & 0x3F);
-            let weight = if header & 0x40 == 0 { magnitude } else { magnitude - 64 };
-            (header & 0x2000 != 0, u32::from((header & 0x1F80) >> 7), weight, bytes.get(2..)?)
+            let weight = if header & 0x40 == 0 {
+                magnitude
+            } else {
+                magnitude - 64
+            };
+            (
+                header & 0x2000 != 0,
+                u32::from((header & 0x1F80) >> 7),
+                weight,
+                bytes.get(2..)?,
+            )
         }
-        sign => (sign == 0x4000, u32::from(header & 0x3FFF), i32::from(word(2)? as i16), bytes.get(4..)?),
+        sign => (
+            sign == 0x4000,
+            u32::from(header & 0x3FFF),
+            i32::from(word(2)? as i16),
+            bytes.get(4..)?,
+        ),
     };
     let groups = digits.len() / 2;
     if groups > 5 || scale > 18 {
@@ -147,7 +178,11 @@ fn decimal(bytes: &[u8]) -> Option<(u32, i64)> {
     let exponent = i32::try_from(scale).ok()? - 4 * (i32::try_from(groups).ok()? - 1 - weight);
     if value != 0 {
         let power = 10_i128.checked_pow(exponent.unsigned_abs())?;
-        value = if exponent >= 0 { value.checked_mul(power)? } else { value / power };
+        value = if exponent >= 0 {
+            value.checked_mul(power)?
+        } else {
+            value / power
+        };
     }
     let value = i64::try_from(if negative { -value } else { value }).ok()?;
     (value.unsigned_abs() < 1_000_000_000_000_000_000).then_some((scale, value))

@@ -81,8 +81,14 @@ fn text_read(base: pg_sys::Oid, context: Context) -> Read {
     let (output, varlena) = catalog::output_function(base);
     match catalog::cast_to(pg_sys::TEXTOID, base) {
         catalog::Cast::Binary if varlena => Read::Text,
-        catalog::Cast::Function(function) => Read::Cast { function: Function::lookup(function, context), varlena },
-        catalog::Cast::Binary | catalog::Cast::InputOutput => Read::Output { function: Function::lookup(output, context), varlena },
+        catalog::Cast::Function(function) => Read::Cast {
+            function: Function::lookup(function, context),
+            varlena,
+        },
+        catalog::Cast::Binary | catalog::Cast::InputOutput => Read::Output {
+            function: Function::lookup(output, context),
+            varlena,
+        },
     }
 }
 
@@ -92,10 +98,23 @@ fn json_read(type_oid: pg_sys::Oid, base: pg_sys::Oid, context: Context) -> (Enc
     let (output, varlena) = catalog::output_function(base);
     if catalog::is_structured_json(base) {
         let out = Function::lookup(catalog::output_function(pg_sys::JSONBOID).0, context);
-        return (Encoding::Jsonb, Read::Json { to_jsonb: Function::to_jsonb(type_oid, context), out, varlena });
+        return (
+            Encoding::Jsonb,
+            Read::Json {
+                to_jsonb: Function::to_jsonb(type_oid, context),
+                out,
+                varlena,
+            },
+        );
     }
     if base == pg_sys::BPCHAROID {
         return (Encoding::Text, Read::Text);
     }
-    (Encoding::Text, Read::Output { function: Function::lookup(output, context), varlena })
+    (
+        Encoding::Text,
+        Read::Output {
+            function: Function::lookup(output, context),
+            varlena,
+        },
+    )
 }
