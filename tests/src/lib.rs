@@ -26,7 +26,7 @@ pub use compare::{Report, compare};
 pub use db::Db;
 pub use mirror::Mirror;
 pub use pg::Pg;
-pub use process::{Dir, Process, Signal};
+pub use process::{Dir, Process, Signal, remove_dirs};
 pub use redis_server::Redis;
 pub use seed::rng;
 pub use sink::Sink;

@@ -43,6 +43,8 @@ impl Process {
                 None => wrapped.env_remove(name),
             };
         }
+        // A variable of whoever runs the tests, not of the servers' users.
+        wrapped.env_remove("RUST_BACKTRACE");
         let out = File::options()
             .create(true)
             .append(true)
@@ -161,6 +163,15 @@ fn spawn(command: Command) -> Child {
 /// A temporary directory, removed on drop unless `WALMIRROR_KEEP` is set.
 pub struct Dir(Option<tempfile::TempDir>);
 
+static DIRS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Removes all directories there are: for a program that a signal ends.
+pub fn remove_dirs() {
+    for dir in DIRS.lock().unwrap_or_else(|e| e.into_inner()).drain(..) {
+        let _ = fs::remove_dir_all(dir);
+    }
+}
+
 impl Dir {
     /// Makes a directory. Its name is short because socket paths are limited to 107 bytes.
     pub fn new(kind: &str) -> Dir {
@@ -170,6 +181,9 @@ impl Dir {
             .expect("make a directory");
         // Servers that run as another user must be able to enter it.
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        DIRS.lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .push(dir.path().to_owned());
         Dir(Some(dir))
     }
 
@@ -181,6 +195,10 @@ impl Dir {
 
 impl Drop for Dir {
     fn drop(&mut self) {
+        let path = self.path().to_owned();
+        DIRS.lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .retain(|dir| *dir != path);
         if std::env::var_os("WALMIRROR_KEEP").is_some()
             && let Some(dir) = self.0.take()
         {
