@@ -6,6 +6,7 @@ use prost::Message;
 
 use crate::ddl::{self, Check};
 use crate::error::Refusal;
+use crate::ffi::hooks;
 use crate::ffi::memory::Context;
 use crate::ffi::relation::{self, Rel};
 use crate::label::Label;
@@ -63,16 +64,7 @@ fn set_label(table: pg_sys::Oid, label: &str) {
 
 /// Drops of mirrored tables are noticed only by sessions that have loaded the library, which has to be all of them.
 fn require_preload() -> Result<(), Refusal> {
-    let preloaded = Spi::get_one::<String>("SELECT pg_catalog.current_setting('shared_preload_libraries')")
-        .ok()
-        .flatten()
-        .unwrap_or_default();
-    let named = |library: &str| {
-        let library = library.trim().trim_matches('"');
-        let file = library.rsplit('/').next().unwrap_or(library);
-        file == "walmirror" || file == "walmirror.so"
-    };
-    if preloaded.split(',').any(named) {
+    if hooks::is_preloaded() {
         return Ok(());
     }
     Err(Refusal::object(
@@ -85,7 +77,11 @@ fn require_preload() -> Result<(), Refusal> {
 /// it after DDL.
 #[pg_extern]
 fn check_label(table: pg_sys::Oid, restoring: bool) {
-    let check = if restoring { Check::Restoring } else { Check::Strict };
+    let check = if restoring {
+        Check::Restoring
+    } else {
+        Check::Strict
+    };
     let Some(label) = relation::label_of(table) else {
         return;
     };

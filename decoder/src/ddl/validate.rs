@@ -15,7 +15,7 @@ use crate::plan::Plan;
 pub enum Check {
     /// Everything.
     Strict,
-    /// A table that has no index at all passes for now: pg_restore sets labels before it creates primary keys.
+    /// A table that has no valid unique index yet passes for now: pg_restore sets labels before it creates primary keys.
     Restoring,
 }
 
@@ -35,15 +35,32 @@ pub fn validate(table: pg_sys::Oid, label: &Label, check: Check) -> Result<(), R
     plan.release();
     let template =
         KeyTemplate::parse(&key).map_err(|error| Refusal::invalid(error.to_string(), "user:{id}"))?;
-    check_options(label)?;
-    if check == Check::Strict || has_index(table)? {
+    check_options(label, &template)?;
+    if check == Check::Strict || has_unique_index(table)? {
         check_unique(table, &name, template.placeholders())?;
         check_replica_identity(table, template.placeholders())?;
     }
     check_other_templates(table, &key, &template)
 }
 
-fn check_options(label: &Label) -> Result<(), Refusal> {
+fn check_options(label: &Label, template: &KeyTemplate) -> Result<(), Refusal> {
+    if template.skeleton().starts_with("walmirror:") {
+        return Err(Refusal::invalid(
+            "keys that start with walmirror: are walmirror's own",
+            "Choose another prefix: key => 'user:{id}'.",
+        ));
+    }
+    let columns = label.columns.as_deref().unwrap_or_default();
+    if let Some(twice) = columns
+        .iter()
+        .enumerate()
+        .find(|(at, name)| columns.iter().take(*at).any(|other| other == *name))
+    {
+        return Err(Refusal::invalid(
+            format!("\"columns\" names column \"{}\" twice", twice.1),
+            "Name each column once.",
+        ));
+    }
     if label.ttl_ms == Some(0) {
         return Err(Refusal::invalid(
             "ttl has to be longer than zero",
@@ -125,8 +142,12 @@ fn check_kind(table: pg_sys::Oid) -> Result<(), Refusal> {
     }
 }
 
-fn has_index(table: pg_sys::Oid) -> Result<bool, Refusal> {
-    Ok(!query("SELECT 1::text FROM pg_catalog.pg_index WHERE indrelid = $1 LIMIT 1", table)?.is_empty())
+fn has_unique_index(table: pg_sys::Oid) -> Result<bool, Refusal> {
+    let indexes = query(
+        "SELECT 1::text FROM pg_catalog.pg_index WHERE indrelid = $1 AND indisunique AND indisvalid AND indimmediate LIMIT 1",
+        table,
+    )?;
+    Ok(!indexes.is_empty())
 }
 
 /// The key has to tell rows apart: it must name all columns of some unique index that is checked at once.

@@ -1,6 +1,7 @@
 //! What Postgres calls besides the output plugin: `_PG_init`, relation cache invalidations, the label provider, drops.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pgrx::pg_sys;
 use pgrx::prelude::*;
@@ -18,10 +19,22 @@ use crate::{ddl, tables};
 pub unsafe extern "C-unwind" fn _PG_init() {
     // SAFETY: hooks are plain variables that extensions chain in _PG_init; the provider's name is a constant.
     unsafe {
+        PRELOADED.store(
+            pg_sys::process_shared_preload_libraries_in_progress,
+            Ordering::Relaxed,
+        );
         pg_sys::register_label_provider(PROVIDER.as_ptr(), Some(check_label));
         NEXT_OBJECT_ACCESS = pg_sys::object_access_hook;
         pg_sys::object_access_hook = Some(object_access);
     }
+}
+
+/// Whether the postmaster loaded the library at its start; every backend inherits the answer.
+static PRELOADED: AtomicBool = AtomicBool::new(false);
+
+/// Whether the library stands in `shared_preload_libraries`.
+pub fn is_preloaded() -> bool {
+    PRELOADED.load(Ordering::Relaxed)
 }
 
 /// Has the relation cache tell of changed tables; once a process, as such callbacks cannot be taken back.
