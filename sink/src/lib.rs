@@ -7,6 +7,16 @@
 pub mod pq;
 pub mod replication;
 
+// The pure core: what is to be applied, what may still be applied, and as which commands.
+pub mod gate;
+pub mod plan;
+pub mod progress;
+pub mod resp;
+pub mod transaction;
+
+// The edge to Redis.
+pub mod redis;
+
 // What a process needs.
 pub mod cli;
 pub mod config;

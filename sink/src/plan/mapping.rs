@@ -1,0 +1,175 @@
+//! A relation's definition, worked out once so that a row costs only its values: which columns make the key, what the
+//! fields of the hash are called on the wire, in which order the members of the JSON object stand.
+
+use walmirror_proto::key::KeyTemplate;
+use walmirror_proto::pb::{Encoding, Mode, OnWrite, Relation, ValueKind};
+use walmirror_proto::row::{Datum, TupleRef, WireError, encodings};
+use walmirror_proto::value::JsonShape;
+
+use crate::resp::bulk;
+
+/// A relation definition that cannot be used. The extension checks labels, so this is a bug of the decoder.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MappingError {
+    /// The key template does not parse.
+    #[error("the key template of {table}: {reason}")]
+    Template {
+        /// `schema.name`
+        table: String,
+        /// What the parser said.
+        reason: String,
+    },
+    /// The key template names a column that is not in the stream.
+    #[error("the key template of {table} names the column \"{column}\", which is not in the stream")]
+    KeyColumn {
+        /// `schema.name`
+        table: String,
+        /// The column.
+        column: String,
+    },
+    /// An enum of the wire format has a value of a later version.
+    #[error("the definition of {table} has a {what} that this version does not know: update walmirror")]
+    Unknown {
+        /// `schema.name`
+        table: String,
+        /// Which field.
+        what: &'static str,
+    },
+    /// A string mapping needs exactly one value column.
+    #[error("the value of {table} is a string, so it must have exactly one value column, but it has {columns}")]
+    NotOneColumn {
+        /// `schema.name`
+        table: String,
+        /// How many it has.
+        columns: usize,
+    },
+}
+
+/// A compiled relation.
+#[derive(Clone, Debug)]
+pub struct Mapping {
+    /// pg_class.oid of the labelled table.
+    pub oid: u32,
+    /// The version of the table and its label.
+    pub fingerprint: u64,
+    /// `schema.name`, for messages.
+    pub table: String,
+    /// mirror or cache
+    pub mode: Mode,
+    /// hash, string or json
+    pub value: ValueKind,
+    /// What a write does to a cached key.
+    pub on_write: OnWrite,
+    /// Expiry in milliseconds as Redis takes it; None: no expiry.
+    pub ttl: Option<Vec<u8>>,
+    /// How the columns are encoded, in order.
+    pub encodings: Vec<Encoding>,
+    /// The key template.
+    pub template: KeyTemplate,
+    /// For each placeholder of the template its column.
+    pub key_columns: Vec<usize>,
+    /// The columns of the value.
+    pub fields: Vec<Field>,
+    /// How a row looks as JSON.
+    pub json: JsonShape,
+    /// The JSON members in the order of jsonb, for patches.
+    pub members: Vec<Field>,
+}
+
+/// A column of the value.
+#[derive(Clone, Debug)]
+pub struct Field {
+    /// Its place in the row.
+    pub column: usize,
+    /// Its name as a RESP argument; for a JSON member the name as a JSON string.
+    pub name: Vec<u8>,
+}
+
+impl Mapping {
+    /// Compiles a definition.
+    pub fn new(relation: &Relation) -> Result<Self, MappingError> {
+        let table = format!("{}.{}", relation.schema, relation.name);
+        let unknown = |what| MappingError::Unknown { table: table.clone(), what };
+        let template = KeyTemplate::parse(&relation.key)
+            .map_err(|error| MappingError::Template { table: table.clone(), reason: error.to_string() })?;
+        let place = |name: &String| {
+            let missing = || MappingError::KeyColumn { table: table.clone(), column: name.clone() };
+            relation.columns.iter().position(|column| column.name == *name).ok_or_else(missing)
+        };
+        let key_columns = template.placeholders().iter().map(place).collect::<Result<_, _>>()?;
+        let in_value = || relation.columns.iter().enumerate().filter(|(_, column)| column.in_value);
+        let fields: Vec<Field> =
+            in_value().map(|(column, definition)| Field { column, name: bulk(definition.name.as_bytes()) }).collect();
+        let value = ValueKind::try_from(relation.value).map_err(|_| unknown("value kind"))?;
+        if value == ValueKind::String && fields.len() != 1 {
+            return Err(MappingError::NotOneColumn { table, columns: fields.len() });
+        }
+        Ok(Self {
+            oid: relation.oid,
+            fingerprint: relation.fingerprint,
+            mode: Mode::try_from(relation.mode).map_err(|_| unknown("mode"))?,
+            value,
+            on_write: OnWrite::try_from(relation.on_write).map_err(|_| unknown("on_write"))?,
+            ttl: (relation.ttl_ms > 0).then(|| relation.ttl_ms.to_string().into_bytes()),
+            encodings: encodings(relation).map_err(|_| unknown("column encoding"))?,
+            json: JsonShape::new(relation),
+            members: members(in_value().map(|(column, definition)| (column, definition.name.as_str())).collect()),
+            table,
+            template,
+            key_columns,
+            fields,
+        })
+    }
+
+    /// Reads a row's values.
+    pub fn datums<'a>(&self, tuple: &TupleRef<'a>) -> Result<Vec<Datum<'a>>, WireError> {
+        // A loop instead of collect(): it is told the size, which an iterator of Results does not.
+        let mut row = Vec::with_capacity(self.encodings.len());
+        for datum in tuple.datums(&self.encodings) {
+            row.push(datum?);
+        }
+        Ok(row)
+    }
+
+    /// Replaces `out` by the row's key. False: a key column is NULL, so the row has no key.
+    pub fn key(&self, row: &[Datum<'_>], out: &mut Vec<u8>) -> Result<bool, MappingError> {
+        out.clear();
+        let column = |placeholder: usize| self.key_columns.get(placeholder).and_then(|&column| row.get(column));
+        for placeholder in 0..self.key_columns.len() {
+            match column(placeholder) {
+                None | Some(Datum::Null) => return Ok(false),
+                // The decoder fills key columns in from the old tuple, so this would be a row that it did not finish.
+                Some(Datum::Unchanged) => {
+                    let name = self.template.placeholders().get(placeholder).cloned().unwrap_or_default();
+                    return Err(MappingError::KeyColumn { table: self.table.clone(), column: name });
+                }
+                Some(_) => {}
+            }
+        }
+        let value = |placeholder: usize, out: &mut Vec<u8>| {
+            if let Some(datum) = column(placeholder) {
+                datum.write_text(out);
+            }
+        };
+        self.template
+            .render(value, out)
+            .map_err(|error| MappingError::Template { table: self.table.clone(), reason: error.to_string() })?;
+        Ok(true)
+    }
+
+    /// The type that Redis' TYPE names for this value kind.
+    pub fn redis_type(&self) -> &'static str {
+        if self.value == ValueKind::Hash { "hash" } else { "string" }
+    }
+}
+
+/// Members sorted as jsonb sorts keys: by length, then by bytes.
+fn members(mut names: Vec<(usize, &str)>) -> Vec<Field> {
+    names.sort_unstable_by_key(|(_, name)| (name.len(), *name));
+    let member = |(column, name): (usize, &str)| {
+        let mut quoted = Vec::new();
+        walmirror_proto::value::write_json_string(&mut quoted, name.as_bytes());
+        Field { column, name: bulk(&quoted) }
+    };
+    names.into_iter().map(member).collect()
+}

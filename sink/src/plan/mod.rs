@@ -1,0 +1,186 @@
+//! Turns changes into Redis commands. Pure: rows and snapshots in, RESP bytes out; called by the planner thread, which
+//! decides when a batch goes out.
+//!
+//! INVARIANT I3: every command sets or removes, none counts or appends, so applying a transaction twice equals once. The
+//! one exception is the rename of a key whose row has unchanged TOAST; that the progress is written in the same EXEC
+//! (INVARIANT I2) keeps it from being applied twice.
+
+mod batch;
+mod full;
+mod keys;
+mod mapping;
+#[cfg(test)]
+mod model;
+mod patch;
+mod purge;
+mod scripts;
+
+use walmirror_proto::pb::{Kind, Mode, OnWrite};
+use walmirror_proto::row::{Datum, TupleRef, WireError};
+
+pub use batch::{Batch, Op, OpKind};
+pub use keys::RedisKeys;
+pub use mapping::{Field, Mapping, MappingError};
+pub use purge::Purge;
+pub use scripts::{PENDING_REPLY, Script, Scripts};
+
+use crate::gate::Gate;
+
+/// Why a row could not be planned: the stream is broken or of a later version.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// The row's bytes do not fit its relation.
+    #[error("a row of {table}: {source}")]
+    Row {
+        /// `schema.name`
+        table: String,
+        /// What is wrong with it.
+        #[source]
+        source: WireError,
+    },
+    /// The relation's definition cannot be used.
+    #[error(transparent)]
+    Mapping(#[from] MappingError),
+}
+
+/// What became of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Planned {
+    /// Commands were written.
+    Done,
+    /// A key column is NULL, so the row has no key; a key that it had before is removed.
+    NoKey,
+}
+
+/// One change of the stream.
+#[derive(Clone, Copy, Debug)]
+pub struct Change<'a> {
+    /// INSERT, UPDATE or DELETE.
+    pub kind: Kind,
+    /// The new row; for DELETE the old key columns.
+    pub tuple: TupleRef<'a>,
+    /// UPDATE that changed the key: the old key columns.
+    pub old_key: Option<TupleRef<'a>>,
+}
+
+/// Whether what Redis holds of a table can be built on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trust {
+    /// The table is mirrored: its keys are what the stream made of them.
+    Settled,
+    /// The table is being backfilled, or the row was written under another version of the table than the current one: a
+    /// key may be missing, stale, of another type, or have fields that are no longer columns.
+    Refreshing,
+}
+
+/// Writes commands for rows. Holds the buffers that rows are rendered in, so that a row allocates next to nothing.
+#[derive(Debug)]
+pub struct Planner {
+    keys: RedisKeys,
+    scripts: Scripts,
+    key: Vec<u8>,
+    old_key: Vec<u8>,
+    text: Vec<u8>,
+}
+
+impl Planner {
+    /// A planner for this slot's bookkeeping keys.
+    pub fn new(keys: RedisKeys, scripts: Scripts) -> Self {
+        Self { keys, scripts, key: Vec::new(), old_key: Vec::new(), text: Vec::new() }
+    }
+
+    /// The slot's bookkeeping keys.
+    pub fn keys(&self) -> &RedisKeys {
+        &self.keys
+    }
+
+    /// Plans a change that transaction `xid` made, and tells the gate.
+    pub fn change(
+        &mut self,
+        batch: &mut Batch,
+        gate: &mut Gate,
+        xid: u64,
+        mapping: &Mapping,
+        trust: Trust,
+        change: &Change<'_>,
+    ) -> Result<Planned, PlanError> {
+        let broken = |source| PlanError::Row { table: mapping.table.clone(), source };
+        let row = mapping.datums(&change.tuple).map_err(broken)?;
+        let has_old_key = match &change.old_key {
+            Some(tuple) => mapping.key(&mapping.datums(tuple).map_err(broken)?, &mut self.old_key)?,
+            None => false,
+        };
+        let has_key = mapping.key(&row, &mut self.key)?;
+        let old_hash = gate.hash(&self.old_key);
+        let moved = has_old_key && (!has_key || self.old_key != self.key);
+        if moved {
+            gate.record(old_hash, xid);
+        }
+        if !has_key {
+            if moved {
+                unlink(batch, mapping.oid, old_hash, &self.old_key);
+            }
+            return Ok(Planned::NoKey);
+        }
+        let hash = gate.hash(&self.key);
+        gate.record(hash, xid);
+        let invalidates = mapping.mode == Mode::Cache && mapping.on_write == OnWrite::Invalidate;
+        if change.kind == Kind::Delete || invalidates {
+            if moved {
+                unlink(batch, mapping.oid, old_hash, &self.old_key);
+            }
+            unlink(batch, mapping.oid, hash, &self.key);
+        } else if change.tuple.has_unchanged() && value_has_unchanged(mapping, &row) {
+            let moved_from = moved.then_some(old_hash);
+            self.patch(batch, mapping, trust, &row, hash, moved_from);
+        } else {
+            if moved {
+                unlink(batch, mapping.oid, old_hash, &self.old_key);
+            }
+            if mapping.mode == Mode::Cache && mapping.on_write == OnWrite::Refresh {
+                self.refresh_cached(batch, mapping, &row, hash);
+            } else {
+                self.write(batch, mapping, trust, &row, hash);
+            }
+        }
+        Ok(Planned::Done)
+    }
+
+    /// Renders the key of a row that SQL read, and its hash for the gate. None: a key column is NULL.
+    pub fn read_key(&mut self, gate: &Gate, mapping: &Mapping, row: &[Datum<'_>]) -> Result<Option<u64>, PlanError> {
+        Ok(mapping.key(row, &mut self.key)?.then(|| gate.hash(&self.key)))
+    }
+
+    /// Plans a row that SQL read and the gate has admitted, after [`Self::read_key`] has rendered its key: the row
+    /// replaces the key, whatever that held.
+    pub fn read_row(&mut self, batch: &mut Batch, mapping: &Mapping, row: &[Datum<'_>], hash: u64) {
+        self.write(batch, mapping, Trust::Refreshing, row, hash);
+    }
+
+    /// Notes that the row of the key rendered last has to be read again.
+    pub fn pend(&mut self, batch: &mut Batch, mapping: &Mapping) {
+        let mut oid = itoa::Buffer::new();
+        let commands = batch.bookkeeping();
+        commands.command(&[b"HSET", &self.keys.pending, &self.key, oid.format(mapping.oid).as_bytes()]);
+    }
+
+    /// The key rendered last.
+    pub fn key(&self) -> &[u8] {
+        &self.key
+    }
+
+    /// Removes a key of a relation.
+    pub fn remove(&self, batch: &mut Batch, relation: u32, hash: u64, key: &[u8]) {
+        unlink(batch, relation, hash, key);
+    }
+}
+
+fn unlink(batch: &mut Batch, relation: u32, hash: u64, key: &[u8]) {
+    let mut op = batch.op(relation, hash, OpKind::Whole, key);
+    op.commands().begin(2).arg(b"UNLINK");
+    op.key(key);
+}
+
+fn value_has_unchanged(mapping: &Mapping, row: &[Datum<'_>]) -> bool {
+    mapping.fields.iter().any(|field| row.get(field.column) == Some(&Datum::Unchanged))
+}

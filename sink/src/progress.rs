@@ -1,0 +1,181 @@
+//! The progress hash: how far Redis is, who writes it, and where the backfills are. Written in the same MULTI/EXEC as the
+//! data it speaks of (INVARIANT I2); read at the start of a session.
+
+use std::collections::BTreeMap;
+
+use walmirror_proto::Lsn;
+
+use crate::plan::RedisKeys;
+use crate::resp::Commands;
+use crate::transaction::Part;
+
+/// Prefix of the fields that hold the backfill cursors.
+const BACKFILL: &str = "backfill:";
+
+/// What the progress hash says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Every transaction that ends at or before this is in Redis.
+    pub lsn: Lsn,
+    /// When the last of them committed, as text; for people.
+    pub commit_ts: Option<String>,
+    /// Raised by every session; only the session that raised it last may write.
+    pub epoch: u64,
+    /// The system identifier of the Postgres cluster.
+    pub system_id: String,
+    /// Its timeline.
+    pub timeline: u32,
+    /// The database.
+    pub database: String,
+    /// The transaction behind `lsn` that is applied in part.
+    pub part: Option<Part>,
+    /// oid -> backfill cursor (JSON).
+    pub cursors: BTreeMap<u32, String>,
+}
+
+/// The progress hash holds something that this program did not write.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("field \"{field}\" of the progress hash is missing or unreadable")]
+pub struct ProgressError {
+    /// Which field.
+    pub field: &'static str,
+}
+
+impl Progress {
+    /// Reads the fields and values of HGETALL. None: there is no such hash.
+    pub fn parse<'a>(fields: impl IntoIterator<Item = (&'a [u8], &'a [u8])>) -> Result<Option<Self>, ProgressError> {
+        let fields: BTreeMap<&str, &str> = fields
+            .into_iter()
+            .filter_map(|(field, value)| Some((std::str::from_utf8(field).ok()?, std::str::from_utf8(value).ok()?)))
+            .collect();
+        if fields.is_empty() {
+            return Ok(None);
+        }
+        fn number<T: std::str::FromStr>(fields: &BTreeMap<&str, &str>, field: &'static str) -> Result<T, ProgressError> {
+            fields.get(field).and_then(|text| text.parse().ok()).ok_or(ProgressError { field })
+        }
+        let text = |field: &str| fields.get(field).map(|text| (*text).to_owned());
+        let part = if fields.contains_key("part_xid") {
+            Some(Part {
+                xid: number(&fields, "part_xid")?,
+                commit_lsn: number(&fields, "part_commit_lsn")?,
+                records: number(&fields, "part_records")?,
+            })
+        } else {
+            None
+        };
+        let cursors = fields
+            .iter()
+            .filter_map(|(field, value)| Some((field.strip_prefix(BACKFILL)?.parse().ok()?, (*value).to_owned())))
+            .collect();
+        Ok(Some(Self {
+            lsn: number(&fields, "lsn")?,
+            commit_ts: text("commit_ts"),
+            epoch: number(&fields, "epoch")?,
+            system_id: text("system_id").unwrap_or_default(),
+            timeline: number(&fields, "timeline")?,
+            database: text("database").unwrap_or_default(),
+            part,
+            cursors,
+        }))
+    }
+}
+
+/// A step forward, to be written with the data that it speaks of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// Every transaction that ends at or before this is in Redis once the step is applied.
+    pub lsn: Lsn,
+    /// When the last of them committed: microseconds since 2000-01-01 UTC. None: a keepalive moved the position.
+    pub commit_time: Option<i64>,
+    /// What is applied of the transaction behind `lsn`.
+    pub part: Option<Part>,
+    /// Whether the hash may hold a part from before, which is then over.
+    pub clear_part: bool,
+}
+
+/// Appends the command that writes a step.
+pub fn write_step(commands: &mut Commands, keys: &RedisKeys, step: &Step) {
+    let mut fields: Vec<(&[u8], String)> = vec![(b"lsn", step.lsn.to_string())];
+    if let Some(time) = step.commit_time {
+        fields.push((b"commit_ts", timestamp(time)));
+    }
+    if let Some(part) = step.part {
+        fields.push((b"part_xid", part.xid.to_string()));
+        fields.push((b"part_commit_lsn", part.commit_lsn.to_string()));
+        fields.push((b"part_records", part.records.to_string()));
+    }
+    commands.begin(2 + 2 * fields.len()).arg(b"HSET").arg(&keys.progress);
+    for (field, value) in &fields {
+        commands.arg(field).arg(value.as_bytes());
+    }
+    if step.clear_part && step.part.is_none() {
+        commands.command(&[b"HDEL", &keys.progress, b"part_xid", b"part_commit_lsn", b"part_records"]);
+    }
+}
+
+/// Appends the command that writes (or, with None, removes) a backfill cursor.
+pub fn write_cursor(commands: &mut Commands, keys: &RedisKeys, relation: u32, cursor: Option<&str>) {
+    let field = format!("{BACKFILL}{relation}");
+    match cursor {
+        Some(cursor) => commands.command(&[b"HSET", &keys.progress, field.as_bytes(), cursor.as_bytes()]),
+        None => commands.command(&[b"HDEL", &keys.progress, field.as_bytes()]),
+    };
+}
+
+/// A Postgres timestamp as timestamptz prints it.
+fn timestamp(micros: i64) -> String {
+    let mut text = Vec::new();
+    walmirror_proto::row::Datum::Timestamptz(micros).write_text(&mut text);
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::resp::tests::parse;
+
+    /// Applies HSET and HDEL of the progress key to fields, as Redis would.
+    fn apply(commands: &Commands, fields: &mut BTreeMap<Vec<u8>, Vec<u8>>) {
+        for command in parse(commands.as_bytes()) {
+            let (name, args) = (command.first().unwrap(), command.get(2..).unwrap());
+            match name.as_slice() {
+                b"HSET" => fields.extend(args.chunks(2).map(|pair| (pair.first().unwrap().clone(), pair.last().unwrap().clone()))),
+                _ => fields.retain(|field, _| !args.contains(field)),
+            }
+        }
+    }
+
+    fn read(fields: &BTreeMap<Vec<u8>, Vec<u8>>) -> Result<Option<Progress>, ProgressError> {
+        Progress::parse(fields.iter().map(|(field, value)| (field.as_slice(), value.as_slice())))
+    }
+
+    #[test]
+    fn steps_read_back() {
+        let keys = RedisKeys::new("s");
+        let mut fields = BTreeMap::new();
+        assert_eq!(read(&fields), Ok(None));
+        for (field, value) in [("epoch", "3"), ("system_id", "77"), ("timeline", "1"), ("database", "d")] {
+            fields.insert(field.as_bytes().to_vec(), value.as_bytes().to_vec());
+        }
+        assert_eq!(read(&fields), Err(ProgressError { field: "lsn" }));
+
+        let part = Part { xid: 9, commit_lsn: Lsn(0x1_0000_0020), records: 5 };
+        let mut commands = Commands::new();
+        write_step(&mut commands, &keys, &Step { lsn: Lsn(16), commit_time: Some(0), part: Some(part), clear_part: false });
+        write_cursor(&mut commands, &keys, 42, Some("{}"));
+        apply(&commands, &mut fields);
+        let progress = read(&fields).unwrap().unwrap();
+        assert_eq!((progress.lsn, progress.part, progress.epoch), (Lsn(16), Some(part), 3));
+        assert_eq!(progress.commit_ts.as_deref(), Some("2000-01-01 00:00:00+00"));
+        assert_eq!(progress.cursors, BTreeMap::from([(42, "{}".to_owned())]));
+
+        commands.clear();
+        write_step(&mut commands, &keys, &Step { lsn: Lsn(17), commit_time: None, part: None, clear_part: true });
+        write_cursor(&mut commands, &keys, 42, None);
+        apply(&commands, &mut fields);
+        let progress = read(&fields).unwrap().unwrap();
+        assert_eq!((progress.lsn, progress.part, progress.cursors.len()), (Lsn(17), None, 0));
+    }
+}

@@ -1,0 +1,155 @@
+//! The beginning of a session: what Redis holds, and taking the right to write. A claim raises the epoch in the progress
+//! hash; whoever claimed before finds its WATCH broken at the next EXEC and can never write again.
+
+use std::collections::BTreeMap;
+
+use prost::Message;
+use redis::Value;
+use walmirror_proto::{Lsn, pb};
+
+use super::Connection;
+use crate::error::{Class, Error};
+use crate::plan::{RedisKeys, Script, Scripts};
+use crate::progress::Progress;
+
+/// What earlier sessions left.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Stored {
+    /// None: nobody has ever mirrored this slot here, or Redis lost it.
+    pub progress: Option<Progress>,
+    /// The relations that Redis is kept by.
+    pub relations: BTreeMap<u32, pb::Relation>,
+}
+
+/// Which server and database the stream comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// The system identifier of the cluster.
+    pub system_id: String,
+    /// Its timeline.
+    pub timeline: u32,
+    /// The database.
+    pub database: String,
+}
+
+/// The right to write.
+#[derive(Debug)]
+pub struct Claim {
+    /// The connection that has it.
+    pub connection: Connection,
+    /// The epoch that the progress hash holds as long as nobody else claims.
+    pub epoch: u64,
+    /// The loaded scripts.
+    pub scripts: Scripts,
+    /// What Redis held at that moment.
+    pub stored: Stored,
+}
+
+/// Reads what earlier sessions left.
+pub fn read_stored(connection: &mut Connection, keys: &RedisKeys) -> Result<Stored, Error> {
+    let fields = hash(connection, &keys.progress)?;
+    let progress = Progress::parse(fields.iter().map(|(field, value)| (field.as_slice(), value.as_slice())))
+        .map_err(|error| damaged(&keys.progress, &error.to_string()))?;
+    let mut relations = BTreeMap::new();
+    for (oid, bytes) in hash(connection, &keys.relations)? {
+        let oid = std::str::from_utf8(&oid).ok().and_then(|text| text.parse().ok());
+        let relation = pb::Relation::decode(bytes.as_slice());
+        let (Some(oid), Ok(relation)) = (oid, relation) else {
+            return Err(damaged(&keys.relations, "a field cannot be read"));
+        };
+        relations.insert(oid, relation);
+    }
+    Ok(Stored { progress, relations })
+}
+
+fn damaged(key: &[u8], why: &str) -> Error {
+    let key = String::from_utf8_lossy(key);
+    Error::redis(format!("the key {key} was changed by somebody else"), Class::Operator, why.to_owned())
+        .next(format!("redis-cli UNLINK '{key}'   # then walmirror mirrors everything anew"))
+}
+
+impl Claim {
+    /// Takes the right to write, and ends the connections of whoever had it. With `start`, the progress begins anew at
+    /// this position (first start, or resync after a gap); otherwise it goes on from what is stored.
+    pub fn take(
+        mut connection: Connection,
+        keys: &RedisKeys,
+        slot: &str,
+        identity: &Identity,
+        start: Option<Lsn>,
+    ) -> Result<Self, Error> {
+        let scripts = load_scripts(&mut connection)?;
+        connection.call("watch the progress key", &[b"WATCH", &keys.progress])?;
+        let stored = read_stored(&mut connection, keys)?;
+        let epoch = stored.progress.as_ref().map_or(0, |progress| progress.epoch) + 1;
+        let mut fields: Vec<(&str, String)> = vec![
+            ("epoch", epoch.to_string()),
+            ("system_id", identity.system_id.clone()),
+            ("timeline", identity.timeline.to_string()),
+            ("database", identity.database.clone()),
+        ];
+        connection.call("begin", &[b"MULTI"])?;
+        if let Some(lsn) = start {
+            // The cursors and the part of the old life go; the epoch goes on rising (INVARIANT I4).
+            connection.call("reset the progress", &[b"UNLINK", &keys.progress])?;
+            fields.push(("lsn", lsn.to_string()));
+        }
+        let mut command: Vec<&[u8]> = vec![b"HSET", &keys.progress];
+        command.extend(fields.iter().flat_map(|(field, value)| [field.as_bytes(), value.as_bytes()]));
+        connection.call("claim the progress", &command)?;
+        if connection.call("claim the progress", &[b"EXEC"])? == Value::Nil {
+            return Err(Error::redis("cannot claim the progress key", Class::Retry, "another walmirror claimed it at the same time"));
+        }
+        kill_older(&mut connection, slot, epoch);
+        Ok(Self { connection, epoch, scripts, stored })
+    }
+}
+
+fn load_scripts(connection: &mut Connection) -> Result<Scripts, Error> {
+    let mut hashes: [Vec<u8>; Script::ALL.len()] = Default::default();
+    for (hash, script) in hashes.iter_mut().zip(Script::ALL) {
+        let source = script.source();
+        match connection.call("load a script", &[b"SCRIPT", b"LOAD", source.as_bytes()])? {
+            Value::BulkString(name) => *hash = name,
+            _ => return Err(Error::bug("Redis' answer to SCRIPT LOAD cannot be read")),
+        }
+    }
+    Ok(Scripts::new(hashes))
+}
+
+/// Closes the window in which a command that an older session has sent already could still arrive. The epoch fences it
+/// off anyway, so a Redis that does not allow this is fine.
+fn kill_older(connection: &mut Connection, slot: &str, epoch: u64) {
+    let prefix = format!("walmirror:{slot}:");
+    let _ = connection.call("name the connection", &[b"CLIENT", b"SETNAME", format!("{prefix}{epoch}").as_bytes()]);
+    let Ok(Value::BulkString(list)) = connection.call("list the connections", &[b"CLIENT", b"LIST"]) else { return };
+    for line in String::from_utf8_lossy(&list).lines() {
+        let field = |name: &str| line.split(' ').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='));
+        let older = field("name").and_then(|name| name.strip_prefix(&prefix)?.parse::<u64>().ok()).is_some_and(|other| other < epoch);
+        if let (true, Some(id)) = (older, field("id")) {
+            tracing::info!(epoch, "ending the Redis connection of an older walmirror");
+            let _ = connection.call("end a connection", &[b"CLIENT", b"KILL", b"ID", id.as_bytes()]);
+        }
+    }
+}
+
+fn hash(connection: &mut Connection, key: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Error> {
+    let reply = connection.call(&format!("read {}", String::from_utf8_lossy(key)), &[b"HGETALL", key])?;
+    let mut pairs = Vec::new();
+    let mut take = |field: Value, value: Value| {
+        if let (Value::BulkString(field), Value::BulkString(value)) = (field, value) {
+            pairs.push((field, value));
+        }
+    };
+    match reply {
+        Value::Array(items) => {
+            let mut items = items.into_iter();
+            while let (Some(field), Some(value)) = (items.next(), items.next()) {
+                take(field, value);
+            }
+        }
+        Value::Map(items) => items.into_iter().for_each(|(field, value)| take(field, value)),
+        _ => return Err(Error::bug("Redis' answer to HGETALL cannot be read")),
+    }
+    Ok(pairs)
+}

@@ -1,0 +1,69 @@
+//! A connection to Redis: the redis crate for URLs, TLS, greeting and reply parsing; commands are RESP made by `resp`.
+
+use std::time::Duration;
+
+use redis::io::tcp::TcpSettings;
+use redis::{IntoConnectionInfo, Value};
+
+use super::error::{client_error, reply_error};
+use crate::config::RedisUrl;
+use crate::error::Error;
+use crate::resp::Commands;
+
+/// How long to wait for the TCP and TLS handshakes.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a reply may take. A server that is stopped or unreachable without a reset is noticed after this; a huge
+/// transaction on a slow server has to fit in.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// One connection. After an error it must not be used any more: replies may be outstanding.
+pub struct Connection {
+    inner: redis::Connection,
+    url: RedisUrl,
+}
+
+impl std::fmt::Debug for Connection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Connection({})", self.url)
+    }
+}
+
+impl Connection {
+    /// Connects and greets.
+    pub fn connect(url: &RedisUrl) -> Result<Self, Error> {
+        let failed = |error| client_error(format!("cannot connect to Redis at {url}"), error, url.expose());
+        let info = url.expose().into_connection_info().map_err(failed)?;
+        // Without nodelay a batch waits for the acknowledgement of the one before.
+        let info = info.set_tcp_settings(TcpSettings::default().set_nodelay(true));
+        let client = redis::Client::open(info).map_err(failed)?;
+        let inner = client.get_connection_with_timeout(CONNECT_TIMEOUT).map_err(failed)?;
+        inner.set_read_timeout(Some(REPLY_TIMEOUT)).map_err(failed)?;
+        inner.set_write_timeout(Some(REPLY_TIMEOUT)).map_err(failed)?;
+        Ok(Self { inner, url: url.clone() })
+    }
+
+    /// Sends commands without reading replies.
+    pub fn send(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        self.inner.send_packed_command(bytes).map_err(|error| self.broken(error))
+    }
+
+    /// Reads the next reply; an error reply is a value here.
+    pub fn receive(&mut self) -> Result<Value, Error> {
+        self.inner.recv_response().map_err(|error| self.broken(error))
+    }
+
+    /// Runs one command; an error reply is an error, which says `what` could not be done.
+    pub fn call(&mut self, what: &str, args: &[&[u8]]) -> Result<Value, Error> {
+        let mut commands = Commands::new();
+        commands.command(args);
+        self.send(commands.as_bytes())?;
+        match self.receive()? {
+            Value::ServerError(reply) => Err(reply_error(format!("Redis refuses: cannot {what}"), &reply)),
+            value => Ok(value),
+        }
+    }
+
+    fn broken(&self, error: redis::RedisError) -> Error {
+        client_error(format!("the connection to Redis at {} broke", self.url), error, self.url.expose())
+    }
+}

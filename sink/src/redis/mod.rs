@@ -1,0 +1,16 @@
+//! The edge to Redis: one connection that writes (`Writer`, owned by the applying thread) and connections that only read
+//! (the backfill's scans). Every reply is looked at, and every error is classed: try again, call the operator, or bug.
+
+mod claim;
+mod connection;
+mod error;
+mod scan;
+#[cfg(test)]
+pub(crate) mod server;
+mod writer;
+
+pub use claim::{Claim, Identity, Stored, read_stored};
+pub use connection::Connection;
+pub use error::{class_of, reply_error};
+pub use scan::{Pages, Scan};
+pub use writer::{Applied, Segment, Writer};

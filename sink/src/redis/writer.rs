@@ -1,0 +1,295 @@
+//! Applies batches: MULTI, commands, progress, EXEC, and behind it WATCH and HGET for the next one, all in one write. The
+//! fence therefore costs no round trip. Owned by the applying thread.
+//!
+//! INVARIANT I2: data and progress go in one EXEC. INVARIANT I4: an EXEC succeeds only if the progress key was not
+//! touched since this session's epoch was seen in it, so a session that lost its claim writes nothing.
+
+use redis::{ServerError, Value};
+
+use super::error::{class_of, reply_error};
+use super::{Claim, Connection, Scan};
+use crate::error::{Class, Error};
+use crate::plan::{Batch, PENDING_REPLY, Purge, RedisKeys, Script, Scripts};
+use crate::progress::Step;
+use crate::resp::Commands;
+
+/// A TRUNCATE of a table with at most so many keys is atomic with its transaction; a larger one removes its keys before.
+const ATOMIC_PURGE_KEYS: usize = 10_000;
+/// Keys removed by one command.
+const UNLINK_KEYS: usize = 500;
+/// An EXEC reply names at most so many refused commands in what is noted for repair.
+const REFUSED_MAX: usize = 10_000;
+
+/// A stretch of one MULTI: usually all of it. A large transaction takes several, so that it is never whole in memory.
+#[derive(Debug, Default)]
+pub struct Segment {
+    /// Commands; the first is MULTI if `opens`, the last three are those of [`Writer::close`] if `step` is there.
+    pub batch: Batch,
+    /// Whether it begins with MULTI. A segment that has purges must not: the writer sends MULTI behind them.
+    pub opens: bool,
+    /// Keys to remove before anything else.
+    pub purges: Vec<Purge>,
+    /// What is applied once the EXEC at its end succeeds.
+    pub step: Option<Step>,
+}
+
+/// What an EXEC did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Applied {
+    /// The step that is now in Redis.
+    pub step: Step,
+    /// Whether a patch noted its key as pending.
+    pub pending: bool,
+}
+
+/// The writing connection.
+#[derive(Debug)]
+pub struct Writer {
+    connection: Connection,
+    keys: RedisKeys,
+    scripts: Scripts,
+    epoch: u64,
+    /// The segments of the MULTI that is open, kept until its EXEC has answered, so that a refused command can be named.
+    open: Vec<Segment>,
+    /// Commands that this writer put before those of the first segment.
+    prefix: usize,
+    /// The first command of the open MULTI that Redis did not queue.
+    not_queued: Option<ServerError>,
+}
+
+impl Writer {
+    /// Begins to write with the right that was claimed.
+    pub fn new(claim: Claim, keys: RedisKeys) -> Result<Self, Error> {
+        let Claim { connection, epoch, scripts, .. } = claim;
+        let mut writer = Self { connection, keys, scripts, epoch, open: Vec::new(), prefix: 0, not_queued: None };
+        let mut commands = Commands::new();
+        watch(&mut commands, &writer.keys);
+        writer.connection.send(commands.as_bytes())?;
+        writer.check_watch()?;
+        Ok(writer)
+    }
+
+    /// Begins a segment.
+    pub fn open(commands: &mut Commands) {
+        commands.command(&[b"MULTI"]);
+    }
+
+    /// Ends the last segment of a MULTI; the progress has to stand before.
+    pub fn close(commands: &mut Commands, keys: &RedisKeys) {
+        commands.command(&[b"EXEC"]);
+        watch(commands, keys);
+    }
+
+    /// Sends a segment and checks every reply. Some: its EXEC was done. `stopped` ends a long purge early.
+    pub fn apply(&mut self, segment: Segment, stopped: &dyn Fn() -> bool) -> Result<Option<Applied>, Error> {
+        let mut expected = segment.batch.commands().count();
+        if !segment.purges.is_empty() {
+            let commands = self.purge(&segment.purges, stopped)?;
+            self.connection.send(commands.as_bytes())?;
+            self.expect_ok("MULTI")?;
+            self.prefix = commands.count() - 1;
+            self.expect_queued(self.prefix)?;
+        }
+        self.connection.send(segment.batch.commands().as_bytes())?;
+        if segment.opens {
+            self.expect_ok("MULTI")?;
+            expected -= 1;
+        }
+        let step = segment.step;
+        self.open.push(segment);
+        let Some(step) = step else {
+            self.expect_queued(expected)?;
+            return Ok(None);
+        };
+        self.expect_queued(expected.saturating_sub(3))?;
+        let reply = self.connection.receive()?;
+        let pending = self.check_exec(reply, step)?;
+        self.open.clear();
+        self.prefix = 0;
+        self.check_watch()?;
+        Ok(Some(Applied { step, pending }))
+    }
+
+    /// How many replicas have acknowledged everything so far, waited for at most so long.
+    pub fn wait_replicas(&mut self, count: u32, timeout_ms: u64) -> Result<bool, Error> {
+        let (count_text, timeout) = (count.to_string(), timeout_ms.to_string());
+        let reply = self.connection.call("wait for replicas", &[b"WAIT", count_text.as_bytes(), timeout.as_bytes()])?;
+        Ok(matches!(reply, Value::Int(acknowledged) if acknowledged >= i64::from(count)))
+    }
+
+    /// Whether the append-only file holds everything so far, waited for at most so long.
+    pub fn wait_aof(&mut self, timeout_ms: u64) -> Result<bool, Error> {
+        let timeout = timeout_ms.to_string();
+        let reply = self.connection.call("wait for the append-only file", &[b"WAITAOF", b"1", b"0", timeout.as_bytes()]).map_err(|error| {
+            error.next("walmirror run --durability memory   # or Redis 7.2 or later with appendonly yes")
+        })?;
+        Ok(matches!(reply, Value::Array(counts) if matches!(counts.first(), Some(Value::Int(1..)))))
+    }
+
+    /// Removes the keys of a purge. Few keys become commands behind the MULTI that is returned, so that they go in the
+    /// same atomic step; many are removed page by page before it.
+    fn purge(&mut self, purges: &[Purge], stopped: &dyn Fn() -> bool) -> Result<Commands, Error> {
+        let mut commands = Commands::new();
+        commands.command(&[b"MULTI"]);
+        let mut held: Vec<Vec<u8>> = Vec::new();
+        for purge in purges {
+            let mut scan = Scan::new(purge.pattern());
+            while let Some(keys) = scan.page(&mut self.connection)? {
+                held.extend(keys.into_iter().filter(|key| purge.match_key(key).is_some()));
+                if held.len() > ATOMIC_PURGE_KEYS {
+                    self.unlink_now(&held)?;
+                    held.clear();
+                }
+                if stopped() {
+                    return Err(Error::redis("a purge was interrupted", Class::Retry, "the session ends"));
+                }
+            }
+        }
+        for keys in held.chunks(UNLINK_KEYS) {
+            commands.begin(1 + keys.len()).arg(b"UNLINK");
+            for key in keys {
+                commands.arg(key);
+            }
+        }
+        Ok(commands)
+    }
+
+    fn unlink_now(&mut self, keys: &[Vec<u8>]) -> Result<(), Error> {
+        let epoch = self.epoch.to_string();
+        for keys in keys.chunks(UNLINK_KEYS) {
+            let count = (keys.len() + 1).to_string();
+            let mut command: Vec<&[u8]> = vec![b"EVALSHA", self.scripts.hash(Script::Purge), count.as_bytes(), &self.keys.progress];
+            command.extend(keys.iter().map(Vec::as_slice));
+            command.push(epoch.as_bytes());
+            if self.connection.call("remove the keys of a table", &command)? == Value::Int(-1) {
+                return Err(self.fenced(None));
+            }
+        }
+        Ok(())
+    }
+
+    fn expect_ok(&mut self, command: &str) -> Result<(), Error> {
+        match self.connection.receive()? {
+            Value::Okay => Ok(()),
+            Value::ServerError(reply) => Err(reply_error(format!("Redis refuses {command}"), &reply)),
+            _ => Err(Error::bug(format!("Redis' answer to {command} cannot be read"))),
+        }
+    }
+
+    fn expect_queued(&mut self, count: usize) -> Result<(), Error> {
+        for _ in 0..count {
+            match self.connection.receive()? {
+                Value::SimpleString(text) if text == "QUEUED" => {}
+                Value::ServerError(reply) => drop(self.not_queued.get_or_insert(reply)),
+                _ => return Err(Error::bug("Redis' answer inside of a MULTI cannot be read")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks every element of the EXEC. True: a patch noted its key as pending.
+    fn check_exec(&mut self, reply: Value, step: Step) -> Result<bool, Error> {
+        let elements = match reply {
+            Value::Array(elements) => elements,
+            // The WATCH was broken; the epoch tells by whom.
+            Value::Nil => return Err(self.check_watch().err().unwrap_or_else(|| touched(&self.keys))),
+            Value::ServerError(reply) => {
+                let cause = self.not_queued.take().unwrap_or(reply);
+                return Err(reply_error("Redis refused a batch, and nothing of it was applied", &cause).at(step.lsn));
+            }
+            _ => return Err(Error::bug("Redis' answer to EXEC cannot be read").at(step.lsn)),
+        };
+        let mut pending = false;
+        let mut refused: Vec<(usize, ServerError)> = Vec::new();
+        for (command, element) in elements.into_iter().enumerate() {
+            match element {
+                Value::SimpleString(text) => pending |= text == PENDING_REPLY,
+                Value::ServerError(reply) if refused.len() < REFUSED_MAX => refused.push((command, reply)),
+                _ => {}
+            }
+        }
+        if refused.is_empty() { Ok(pending) } else { Err(self.refused(&refused, step)) }
+    }
+
+    /// Redis does not undo a transaction of which one command failed, so the progress counts as applied what is not. The
+    /// keys are noted as pending: once the cause is gone, their rows are read again.
+    fn refused(&mut self, refused: &[(usize, ServerError)], step: Step) -> Error {
+        let Some((first, reply)) = refused.first() else { return Error::bug("nothing was refused") };
+        let (key, relation) = self.locate(*first).unwrap_or_default();
+        let what = format!(
+            "Redis refused to write the key \"{}\" of the table with oid {relation} ({} refused in this batch)",
+            String::from_utf8_lossy(&key),
+            refused.len()
+        );
+        let error = reply_error(what, reply).at(step.lsn);
+        if let Err(failure) = self.note_pending(refused) {
+            tracing::error!(lsn = %step.lsn, "the keys that Redis refused could not be noted for repair: {failure}");
+        }
+        error
+    }
+
+    fn note_pending(&mut self, refused: &[(usize, ServerError)]) -> Result<(), Error> {
+        self.check_watch()?;
+        let mut commands = Commands::new();
+        Self::open(&mut commands);
+        for (command, _) in refused {
+            if let Some((key, relation)) = self.locate(*command).filter(|(_, relation)| *relation != 0) {
+                commands.command(&[b"HSET", &self.keys.pending, &key, relation.to_string().as_bytes()]);
+            }
+        }
+        let count = commands.count() - 1;
+        Self::close(&mut commands, &self.keys);
+        self.connection.send(commands.as_bytes())?;
+        self.expect_ok("MULTI")?;
+        self.expect_queued(count)?;
+        match self.connection.receive()? {
+            Value::Array(_) => self.check_watch(),
+            _ => Err(touched(&self.keys)),
+        }
+    }
+
+    /// The key and relation of the command with this number inside of the open MULTI.
+    fn locate(&self, command: usize) -> Option<(Vec<u8>, u32)> {
+        let mut command = command.checked_sub(self.prefix)?;
+        for segment in &self.open {
+            // MULTI is a command of the segment, but has no element in the EXEC.
+            command += usize::from(segment.opens);
+            let count = segment.batch.commands().count();
+            if command < count {
+                let op = segment.batch.op_of_command(command)?;
+                return Some((segment.batch.key_of(op).to_vec(), op.relation));
+            }
+            command -= count;
+        }
+        None
+    }
+
+    /// Reads the replies to WATCH and HGET: this session must still be the one that may write.
+    fn check_watch(&mut self) -> Result<(), Error> {
+        self.expect_ok("WATCH")?;
+        match self.connection.receive()? {
+            Value::BulkString(epoch) if epoch == self.epoch.to_string().as_bytes() => Ok(()),
+            Value::BulkString(epoch) => Err(self.fenced(Some(&epoch))),
+            Value::Nil => Err(Error::redis("Redis lost the progress key", Class::Retry, "it was emptied, or the key was evicted or removed")),
+            Value::ServerError(reply) => Err(reply_error("cannot read the epoch", &reply)),
+            _ => Err(Error::bug("Redis' answer to HGET cannot be read")),
+        }
+    }
+
+    fn fenced(&self, other: Option<&[u8]>) -> Error {
+        let other = other.map_or_else(|| "a later one".to_owned(), |epoch| String::from_utf8_lossy(epoch).into_owned());
+        let text = format!("this one has epoch {}, Redis belongs to epoch {other}", self.epoch);
+        Error::redis("another walmirror has taken over this slot", Class::Operator, text)
+            .next("redis-cli CLIENT LIST   # the connection named walmirror:<slot>:<epoch> shows where the other one runs")
+    }
+}
+
+fn touched(keys: &RedisKeys) -> Error {
+    let what = format!("somebody changed the key {} during a batch, which was not applied", String::from_utf8_lossy(&keys.progress));
+    Error::redis(what, class_of("TRYAGAIN", None), "the WATCH was broken")
+}
+
+fn watch(commands: &mut Commands, keys: &RedisKeys) {
+    commands.command(&[b"WATCH", &keys.progress]);
+    commands.command(&[b"HGET", &keys.progress, b"epoch"]);
+}

@@ -1,0 +1,246 @@
+//! Where in which transaction the stream is, and which records of it are still to be applied. Pure; the planner thread
+//! asks it about every record.
+//!
+//! INVARIANT I3: after a restart the stream begins again at the progress LSN. Transactions before it are skipped, and of
+//! one that was applied in part exactly the records that were applied.
+
+use walmirror_proto::Lsn;
+use walmirror_proto::pb;
+
+/// A transaction of which a part is applied: it was larger than the limit, so it went to Redis in several steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Its top-level transaction id.
+    pub xid: u64,
+    /// Where its commit record starts.
+    pub commit_lsn: Lsn,
+    /// How many of its change records are applied: rows, truncates, forgets, announcements, errors.
+    pub records: u64,
+}
+
+/// The transaction that the stream is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Open {
+    /// Its top-level transaction id.
+    pub xid: u64,
+    /// Where its commit record starts.
+    pub commit_lsn: Lsn,
+    /// When it committed: microseconds since 2000-01-01 UTC.
+    pub commit_time: i64,
+    /// Change records seen so far, skipped ones included.
+    records: u64,
+    /// Of these, the first so many are applied already.
+    skip: u64,
+}
+
+/// Records came in an order that cannot be: the decoder or the server broke its promise.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OrderError {
+    /// BEGIN inside of a transaction.
+    #[error("transaction {new} begins inside of transaction {open}")]
+    Nested {
+        /// The one that was open.
+        open: u64,
+        /// The one that began.
+        new: u64,
+    },
+    /// COMMIT or a change outside of any transaction.
+    #[error("{0} outside of a transaction")]
+    Outside(&'static str),
+    /// The end of a transaction that is not behind its beginning.
+    #[error("transaction {xid} ends at {end}, which is not behind its commit record at {commit}")]
+    Backwards {
+        /// The transaction.
+        xid: u64,
+        /// Where its commit record starts.
+        commit: Lsn,
+        /// Where it is said to end.
+        end: Lsn,
+    },
+    /// The transaction that was applied in part is not the next one.
+    #[error("transaction {xid} (commit at {commit}) was applied in part, but the stream goes on with {next} (commit at {next_commit})")]
+    PartLost {
+        /// The one that was cut.
+        xid: u64,
+        /// Where its commit record starts.
+        commit: Lsn,
+        /// What came instead.
+        next: u64,
+        /// Where that commits.
+        next_commit: Lsn,
+    },
+}
+
+/// A transaction that is over and whose effects are to count as applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// Just after its commit record.
+    pub end_lsn: Lsn,
+    /// When it committed: microseconds since 2000-01-01 UTC.
+    pub commit_time: i64,
+}
+
+/// Follows the stream from a progress position on.
+#[derive(Debug)]
+pub struct Transactions {
+    from: Lsn,
+    part: Option<Part>,
+    open: Option<Open>,
+}
+
+impl Transactions {
+    /// Everything before `from` is applied, and this part of the transaction that comes first.
+    pub fn resume(from: Lsn, part: Option<Part>) -> Self {
+        Self { from, part, open: None }
+    }
+
+    /// A BEGIN record.
+    pub fn begin(&mut self, begin: &pb::Begin) -> Result<(), OrderError> {
+        if let Some(open) = self.open {
+            return Err(OrderError::Nested { open: open.xid, new: begin.xid });
+        }
+        let commit_lsn = Lsn(begin.commit_lsn);
+        // The progress LSN is the end of a record, so a commit record that starts before it ends at it or before.
+        let skip = if commit_lsn < self.from {
+            u64::MAX
+        } else {
+            match self.part {
+                None => 0,
+                Some(part) if part.xid == begin.xid && part.commit_lsn == commit_lsn => part.records,
+                Some(part) => {
+                    return Err(OrderError::PartLost {
+                        xid: part.xid,
+                        commit: part.commit_lsn,
+                        next: begin.xid,
+                        next_commit: commit_lsn,
+                    });
+                }
+            }
+        };
+        self.open = Some(Open { xid: begin.xid, commit_lsn, commit_time: begin.commit_time, records: 0, skip });
+        Ok(())
+    }
+
+    /// A change record of the open transaction. Some: it is to be applied.
+    #[inline]
+    pub fn change(&mut self, what: &'static str) -> Result<Option<Open>, OrderError> {
+        let open = self.open.as_mut().ok_or(OrderError::Outside(what))?;
+        open.records += 1;
+        Ok((open.records > open.skip).then_some(*open))
+    }
+
+    /// A COMMIT record. None: the whole transaction was applied before.
+    pub fn commit(&mut self, commit: &pb::Commit) -> Result<Option<Ended>, OrderError> {
+        let open = self.open.take().ok_or(OrderError::Outside("COMMIT"))?;
+        let end_lsn = Lsn(commit.end_lsn);
+        if end_lsn <= open.commit_lsn {
+            return Err(OrderError::Backwards { xid: open.xid, commit: open.commit_lsn, end: end_lsn });
+        }
+        if open.skip == u64::MAX {
+            return Ok(None);
+        }
+        self.part = None;
+        Ok(Some(Ended { end_lsn, commit_time: open.commit_time }))
+    }
+
+    /// What the progress has to say if the open transaction is cut here. None: no transaction is open.
+    pub fn part(&self) -> Option<Part> {
+        let open = self.open.as_ref()?;
+        Some(Part { xid: open.xid, commit_lsn: open.commit_lsn, records: open.records })
+    }
+
+    /// Whether the stream is inside of a transaction.
+    pub fn is_open(&self) -> bool {
+        self.open.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use proptest::prelude::*;
+
+    fn begin(xid: u64, commit_lsn: u64) -> pb::Begin {
+        pb::Begin { xid, commit_lsn, commit_time: 7 }
+    }
+
+    /// Feeds transactions of so many records, the i-th with its commit record at 100 * (i + 1) and its end 10 later.
+    /// Returns (transaction, record) of what was to be applied, and the progress after `stop` records in all.
+    fn feed(mut transactions: Transactions, sizes: &[u64], stop: usize, mut lsn: Lsn) -> (Vec<(u64, u64)>, Lsn, Option<Part>) {
+        let mut applied = Vec::new();
+        let mut seen = 0;
+        for (i, &size) in sizes.iter().enumerate() {
+            let xid = i as u64 + 1;
+            transactions.begin(&begin(xid, xid * 100)).unwrap();
+            for record in 0..size {
+                if seen == stop {
+                    let part = transactions.part().filter(|part| part.records > 0 && part.commit_lsn >= lsn);
+                    return (applied, lsn, part);
+                }
+                seen += 1;
+                if transactions.change("row").unwrap().is_some() {
+                    applied.push((xid, record));
+                }
+            }
+            if let Some(ended) = transactions.commit(&pb::Commit { end_lsn: xid * 100 + 10 }).unwrap() {
+                lsn = ended.end_lsn;
+            }
+        }
+        (applied, lsn, None)
+    }
+
+    proptest! {
+        /// Stopped anywhere and resumed from its progress, every record is applied exactly once, in order.
+        #[test]
+        fn a_cut_and_a_restart_lose_and_repeat_nothing(sizes in prop::collection::vec(0u64..6, 1..8), stop in 0usize..30) {
+            let all: Vec<_> = sizes.iter().zip(1u64..).flat_map(|(&size, xid)| (0..size).map(move |record| (xid, record))).collect();
+            let (mut applied, lsn, part) = feed(Transactions::resume(Lsn(0), None), &sizes, stop, Lsn(0));
+            // What was seen of the open transaction and not cut is not applied: forget it.
+            let (rest, _, _) = feed(Transactions::resume(lsn, part), &sizes, usize::MAX, lsn);
+            if stop < all.len() {
+                applied.extend(rest);
+            }
+            prop_assert_eq!(applied, all);
+        }
+    }
+
+    #[test]
+    fn what_ends_at_the_progress_is_skipped_and_what_starts_there_is_not() {
+        let mut transactions = Transactions::resume(Lsn(110), None);
+        transactions.begin(&begin(1, 100)).unwrap();
+        assert_eq!(transactions.change("row"), Ok(None));
+        assert_eq!(transactions.commit(&pb::Commit { end_lsn: 110 }), Ok(None));
+        transactions.begin(&begin(2, 110)).unwrap();
+        assert!(transactions.change("row").unwrap().is_some());
+        let ended = transactions.commit(&pb::Commit { end_lsn: 120 }).unwrap();
+        assert_eq!(ended, Some(Ended { end_lsn: Lsn(120), commit_time: 7 }));
+    }
+
+    #[test]
+    fn a_part_belongs_to_its_transaction_only() {
+        let part = Part { xid: 5, commit_lsn: Lsn(100), records: 2 };
+        let mut transactions = Transactions::resume(Lsn(50), Some(part));
+        // Older transactions may come before it and are skipped.
+        transactions.begin(&begin(4, 40)).unwrap();
+        transactions.commit(&pb::Commit { end_lsn: 50 }).unwrap();
+        assert!(matches!(transactions.begin(&begin(6, 100)), Err(OrderError::PartLost { xid: 5, next: 6, .. })));
+        transactions.begin(&begin(5, 100)).unwrap();
+        let applied: Vec<bool> = (0..4).map(|_| transactions.change("row").unwrap().is_some()).collect();
+        assert_eq!(applied, [false, false, true, true]);
+        assert_eq!(transactions.part(), Some(Part { xid: 5, commit_lsn: Lsn(100), records: 4 }));
+        transactions.commit(&pb::Commit { end_lsn: 110 }).unwrap();
+        transactions.begin(&begin(6, 120)).unwrap();
+        assert!(transactions.change("row").unwrap().is_some());
+    }
+
+    #[test]
+    fn impossible_orders_are_errors() {
+        let mut transactions = Transactions::resume(Lsn(0), None);
+        assert_eq!(transactions.change("row"), Err(OrderError::Outside("row")));
+        assert_eq!(transactions.commit(&pb::Commit { end_lsn: 1 }), Err(OrderError::Outside("COMMIT")));
+        transactions.begin(&begin(1, 100)).unwrap();
+        assert_eq!(transactions.begin(&begin(2, 200)), Err(OrderError::Nested { open: 1, new: 2 }));
+        assert!(matches!(transactions.commit(&pb::Commit { end_lsn: 100 }), Err(OrderError::Backwards { .. })));
+    }
+}
