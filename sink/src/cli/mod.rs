@@ -1,8 +1,129 @@
-//! The command line.
+//! The command line: reads arguments, sets up logging and signals, runs one command, and turns its error into one
+//! message and an exit code. `main.rs` calls [`main`]; the commands call into the rest of the library.
 
+mod args;
+mod checks;
+mod checks_redis;
+mod doctor;
+mod init;
+mod status;
+mod wait;
+
+use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
-/// What `main` does.
+use clap::parser::ValueSource;
+use clap::{ArgMatches, CommandFactory, FromArgMatches};
+
+use crate::config::{LogFormat, Options, RunConfig, RunOptions, scrub};
+use crate::error::{Error, exit};
+use crate::shutdown::Shutdown;
+use crate::{logging, tail};
+use args::{Cli, Command};
+
+/// What the binary does.
 pub fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    let matches = match Cli::command().try_get_matches() {
+        Ok(matches) => matches,
+        // clap prints help and version as "errors", too, and knows which is which: exit code 0 or 2.
+        Err(error) => error.exit(),
+    };
+    let cli = match Cli::from_arg_matches(&matches) {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    };
+    let given = cli.options.clone();
+    match start(cli, &matches) {
+        Ok(()) => ExitCode::from(exit::OK),
+        // Whoever read the output has left: `walmirror tail | head`.
+        Err(Error::Io(_, source)) if source.kind() == ErrorKind::BrokenPipe => ExitCode::from(exit::OK),
+        Err(error) => {
+            report(&error, &given);
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn start(cli: Cli, matches: &ArgMatches) -> Result<(), Error> {
+    let (command, run) = match cli.command {
+        Command::Run(run) => (None, run),
+        command => (Some(command), RunOptions::default()),
+    };
+    let (options, run) = cli.options.with_file(run)?;
+    logging::init(
+        options.log_level.unwrap_or_default(),
+        options.log_format.unwrap_or_default(),
+    );
+    match command {
+        None => run_mirror(RunConfig::new(&options, run)?),
+        Some(Command::Tail(mut tail)) => {
+            tail.slot = options.slot.clone().filter(|_| is_flag(matches, "slot"));
+            tail::run(&options.postgres()?, &tail, &Shutdown::install()?)
+        }
+        Some(Command::Init) => init::run(&options),
+        Some(Command::Doctor) => doctor::run(&options),
+        Some(Command::Status(status)) => status::run(&options, &status),
+        Some(Command::Wait(wait)) => wait::run(&options, &wait, &Shutdown::install()?),
+        Some(Command::Completions { shell }) => {
+            clap_complete::generate(shell, &mut Cli::command(), "walmirror", &mut std::io::stdout());
+            Ok(())
+        }
+        Some(Command::Run(_)) => Err(Error::bug("`run` was taken out before")),
+    }
+}
+
+fn run_mirror(config: RunConfig) -> Result<(), Error> {
+    let shutdown = Shutdown::install()?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        postgres = %config.postgres,
+        redis = %config.redis,
+        slot = %config.slot,
+        durability = %config.durability,
+        "walmirror starts"
+    );
+    let _ = shutdown;
+    Err(Error::bug("`run` is not built yet"))
+}
+
+/// Whether an option of the command line itself, not of the environment, set this.
+fn is_flag(matches: &ArgMatches, name: &str) -> bool {
+    let here = matches.value_source(name) == Some(ValueSource::CommandLine);
+    here || matches
+        .subcommand()
+        .is_some_and(|(_, sub)| sub.value_source(name) == Some(ValueSource::CommandLine))
+}
+
+/// The one message that a failed command ends with. Other libraries' texts may repeat a connection string.
+fn report(error: &Error, given: &Options) {
+    let secrets = [
+        given
+            .postgres
+            .as_ref()
+            .map(|conninfo| conninfo.expose())
+            .unwrap_or_default(),
+        given.redis.as_ref().map(|url| url.expose()).unwrap_or_default(),
+    ];
+    let clean = |text: String| secrets.iter().fold(text, |text, secret| scrub(&text, secret));
+    let message = clean(error.to_string());
+    let next = error.next_command().map(|next| clean(next.to_owned()));
+    let code = error.exit_code();
+    if given.log_format == Some(LogFormat::Json) {
+        tracing::error!(
+            exit_code = code,
+            next = next.as_deref().unwrap_or_default(),
+            "{message}"
+        );
+        return;
+    }
+    let mut stderr = std::io::stderr().lock();
+    let _ = writeln!(stderr, "error: {message}");
+    if let Some(next) = next {
+        let _ = writeln!(stderr, "  next: {next}");
+    }
+}
+
+/// Writes a line to standard output.
+fn say(line: impl std::fmt::Display) -> Result<(), Error> {
+    writeln!(std::io::stdout(), "{line}").map_err(|error| Error::io("cannot write to standard output", error))
 }

@@ -167,9 +167,17 @@ impl Options {
         })
     }
 
+    /// The URL of Redis, if there is one.
+    pub fn redis_if_given(&self) -> Result<Option<RedisUrl>, Error> {
+        let checked = self.redis.as_ref().map(|url| url.check().map(|()| url.clone()));
+        checked
+            .transpose()
+            .map_err(|what| Error::config(what).next("walmirror run --help"))
+    }
+
     /// The URL of Redis.
     pub fn redis(&self) -> Result<RedisUrl, Error> {
-        self.redis.clone().ok_or_else(|| {
+        self.redis_if_given()?.ok_or_else(|| {
             Error::config("no Redis was named: give --redis URL, or set WALMIRROR_REDIS")
                 .next("walmirror run --postgres 'host=localhost dbname=mydb' --redis redis://localhost:6379")
         })

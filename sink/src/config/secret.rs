@@ -48,30 +48,33 @@ impl RedisUrl {
     }
 }
 
-impl FromStr for RedisUrl {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
+impl RedisUrl {
+    /// Says what is wrong with the URL, without repeating it.
+    ///
+    /// Not part of reading it, because clap repeats a value that cannot be read, password and all.
+    pub fn check(&self) -> Result<(), String> {
         const SCHEMES: [&str; 4] = ["redis", "rediss", "redis+unix", "unix"];
         let right = "write redis://host:6379/0, rediss://host:6379 for TLS, or redis+unix:///path/to/socket";
-        // The URL itself is not repeated: it may hold a password.
-        let url =
-            url::Url::parse(text).map_err(|error| format!("this is no Redis URL ({error}): {right}"))?;
-        if !SCHEMES.contains(&url.scheme()) {
-            return Err(format!("{:?} is no scheme of a Redis URL: {right}", url.scheme()));
+        let url = url::Url::parse(&self.0)
+            .map_err(|error| format!("--redis is no Redis URL ({error}): {right}"))?;
+        let scheme = url.scheme();
+        if !SCHEMES.contains(&scheme) {
+            return Err(format!("--redis is no Redis URL (scheme {scheme:?}): {right}"));
         }
-        if url.scheme().starts_with("redis")
-            && !url.scheme().ends_with("unix")
-            && url.host_str().is_none_or(str::is_empty)
-        {
-            return Err(format!("this Redis URL has no host: {right}"));
+        if !scheme.ends_with("unix") && url.host_str().is_none_or(str::is_empty) {
+            return Err(format!("--redis is no Redis URL (it has no host): {right}"));
         }
-        redis::IntoConnectionInfo::into_connection_info(text).map_err(|error| {
-            format!(
-                "the Redis client does not understand this URL ({}): {right}",
-                error.category()
-            )
-        })?;
+        redis::IntoConnectionInfo::into_connection_info(self.0.as_str())
+            .map(drop)
+            .map_err(|error| format!("--redis is no Redis URL ({}): {right}", error.category()))
+    }
+}
+
+impl FromStr for RedisUrl {
+    type Err = std::convert::Infallible;
+
+    /// Takes anything: see [`RedisUrl::check`].
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
         Ok(Self(text.to_owned()))
     }
 }
@@ -293,15 +296,15 @@ mod tests {
             "not a url",
             "redis://h:99999",
         ] {
-            let message = wrong.parse::<RedisUrl>().unwrap_err();
+            let message = wrong.parse::<RedisUrl>().unwrap().check().unwrap_err();
             assert!(message.contains("redis://host:6379/0"), "{wrong}: {message}");
         }
-        assert!(
-            !"redis//:geheim@h"
-                .parse::<RedisUrl>()
-                .unwrap_err()
-                .contains("geheim")
-        );
+        for wrong in ["redis//:geheim@h", "redis://:geheim@h:99999", "geheim"] {
+            assert!(!wrong.parse::<RedisUrl>().unwrap().check().unwrap_err().contains("geheim"), "{wrong}");
+        }
+        for right in ["redis://h", "rediss://u:p@h:1/2", "redis+unix:///tmp/x.sock", "unix:///tmp/x.sock"] {
+            assert_eq!(right.parse::<RedisUrl>().unwrap().check(), Ok(()), "{right}");
+        }
     }
 
     #[test]
@@ -327,7 +330,7 @@ mod tests {
         fn no_text_makes_it_panic(text in ".{0,40}") {
             let _ = shown(&text);
             let _ = scrub(&text, &text);
-            let _ = text.parse::<RedisUrl>();
+            let _ = text.parse::<RedisUrl>().unwrap().check();
         }
     }
 }

@@ -36,9 +36,16 @@ impl Connection {
         let mut raw = start(conninfo, extra)?;
         let connected = connect_all(&mut raw, conninfo, extra);
         // The server may have been told apart from the string by a service file or the environment: say which it is.
-        connected.map_err(|error| PqError { target: Some(Box::new(target(&raw))), ..error })?;
+        connected.map_err(|error| PqError {
+            target: Some(Box::new(target(&raw))),
+            ..error
+        })?;
         raw.set_verbosity(PGVerbosity::PQERRORS_DEFAULT);
-        Ok(Self { raw, interrupt: None, flush_pending: false })
+        Ok(Self {
+            raw,
+            interrupt: None,
+            flush_pending: false,
+        })
     }
 
     /// From now on, raising this waker cancels what this connection waits for. It is never cleared here: one that was
@@ -192,14 +199,26 @@ fn start(conninfo: &str, extra: &[(&str, &str)]) -> Result<RawConnection, PqErro
 
 fn target(raw: &RawConnection) -> Target {
     let option = |keyword| raw.option(keyword).unwrap_or_default();
-    let host = raw.option("host").or_else(|| raw.option("hostaddr")).unwrap_or_default();
-    Target { host, port: option("port"), user: option("user"), database: option("dbname") }
+    let host = raw
+        .option("host")
+        .or_else(|| raw.option("hostaddr"))
+        .unwrap_or_default();
+    Target {
+        host,
+        port: option("port"),
+        user: option("user"),
+        database: option("dbname"),
+    }
 }
 
 fn timeout(raw: &RawConnection) -> Option<Duration> {
-    let seconds = raw.option("connect_timeout").and_then(|text| text.trim().parse::<u64>().ok());
+    let seconds = raw
+        .option("connect_timeout")
+        .and_then(|text| text.trim().parse::<u64>().ok());
     // libpq, too, makes at least two seconds of one.
-    seconds.filter(|seconds| *seconds > 0).map(|seconds| Duration::from_secs(seconds.max(2)))
+    seconds
+        .filter(|seconds| *seconds > 0)
+        .map(|seconds| Duration::from_secs(seconds.max(2)))
 }
 
 /// Connects to the one host, or to the first of the list that answers.
@@ -210,17 +229,27 @@ fn connect_all(raw: &mut RawConnection, conninfo: &str, extra: &[(&str, &str)]) 
     }
     let hosts = target(raw).host;
     if !hosts.contains(',') {
-        return Err(PqError::new(ErrorKind::Connection, format!("no answer from {hosts:?} in time")));
+        return Err(PqError::new(
+            ErrorKind::Connection,
+            format!("no answer from {hosts:?} in time"),
+        ));
     }
     // Only libpq's blocking way gives each host of a list its own time limit.
     if timeout(raw).is_none() {
         let seconds = CONNECT_TIMEOUT_DEFAULT.as_secs().to_string();
-        let extra: Vec<(&str, &str)> =
-            extra.iter().copied().chain([("connect_timeout", seconds.as_str())]).collect();
+        let extra: Vec<(&str, &str)> = extra
+            .iter()
+            .copied()
+            .chain([("connect_timeout", seconds.as_str())])
+            .collect();
         *raw = start(conninfo, &extra)?;
     }
     raw.reset();
-    if raw.is_ok() { Ok(()) } else { Err(PqError::from_connection_attempt(&raw.error_message())) }
+    if raw.is_ok() {
+        Ok(())
+    } else {
+        Err(PqError::from_connection_attempt(&raw.error_message()))
+    }
 }
 
 /// Ok(false): the deadline has passed.

@@ -55,8 +55,12 @@ pub struct Target {
 impl fmt::Display for Target {
     /// As a connection string that psql takes.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let parts =
-            [("host", &self.host), ("port", &self.port), ("user", &self.user), ("dbname", &self.database)];
+        let parts = [
+            ("host", &self.host),
+            ("port", &self.port),
+            ("user", &self.user),
+            ("dbname", &self.database),
+        ];
         let mut first = true;
         for (keyword, value) in parts.into_iter().filter(|(_, value)| !value.is_empty()) {
             let space = if std::mem::take(&mut first) { "" } else { " " };

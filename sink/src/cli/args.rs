@@ -1,0 +1,186 @@
+//! The arguments of every command, and the texts of `--help`.
+
+use std::str::FromStr;
+
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+use walmirror_proto::Lsn;
+
+use crate::config::{Options, RunOptions, Span};
+use crate::tail::TailArgs;
+
+/// Keeps Redis equal to PostgreSQL.
+#[derive(Debug, Parser)]
+#[command(
+    name = "walmirror",
+    version,
+    max_term_width = 110,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    after_help = "\
+A first mirror, in four steps:
+  psql mydb -c \"CREATE EXTENSION walmirror\" -c \"SELECT walmirror.mirror('users')\"
+  walmirror doctor --postgres dbname=mydb --redis redis://localhost:6379
+  walmirror run    --postgres dbname=mydb --redis redis://localhost:6379
+  redis-cli HGETALL users:1
+
+Every flag can also be an environment variable (--on-gap: WALMIRROR_ON_GAP) or a key of the file that --config names
+(on-gap = \"fail\"); a flag wins over a variable, a variable over the file.
+Exit codes: 0 done, 1 internal error, 2 usage or configuration, 3 Postgres refuses, 4 Redis refuses, 5 unreachable,
+6 gap, 7 timeout."
+)]
+pub struct Cli {
+    #[command(flatten)]
+    pub options: Options,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Mirror: create the slot, backfill and stream, until stopped.
+    #[command(after_help = "\
+Example:
+  walmirror run --postgres 'host=db1,db2 dbname=shop target_session_attrs=read-write' --redis rediss://cache:6379/0
+
+Creates the slot and backfills the tables when they are missing, reconnects to either side, and goes on where it
+stopped. SIGTERM and SIGINT stop it in good order: exit code 0, everything acknowledged that was applied.")]
+    Run(RunOptions),
+
+    /// Check everything, create the slot, and say what to do next.
+    #[command(after_help = "\
+Example:
+  walmirror init --postgres dbname=shop --redis redis://localhost:6379
+
+From the moment that the slot exists, Postgres keeps WAL for it: start `walmirror run` soon, or drop the slot with
+SELECT pg_drop_replication_slot('walmirror').")]
+    Init,
+
+    /// Check both servers: one line a check, with the next command where something is wrong.
+    #[command(after_help = "\
+Example:
+  walmirror doctor --postgres dbname=shop --redis redis://localhost:6379
+
+Changes nothing. Without --redis only Postgres is checked, without --postgres only Redis. The exit code is 0 if all is
+well, 3 if something has to be done at Postgres, 4 if only at Redis, 5 if a server did not answer.")]
+    Doctor,
+
+    /// Show how far the mirror is.
+    #[command(after_help = "\
+Example:
+  walmirror status --postgres dbname=shop --redis redis://localhost:6379 --json | jq .lag_bytes")]
+    Status(StatusArgs),
+
+    /// Wait until everything before an LSN is in Redis.
+    #[command(after_help = "\
+Examples:
+  walmirror wait --redis redis://localhost:6379 --lsn 16/B374D848 --timeout 5s
+  walmirror wait --postgres dbname=shop --redis redis://localhost:6379 --lsn current && redis-cli HGETALL users:1
+
+`--lsn current` asks Postgres, and covers every commit before. The exit code is 7 when the time is over.")]
+    Wait(WaitArgs),
+
+    /// Print the stream for people.
+    #[command(after_help = "\
+Examples:
+  walmirror tail --postgres dbname=shop                           what happens from now on, through a temporary slot
+  walmirror tail --postgres dbname=shop --slot audit --consume    and tell the slot what was printed
+  walmirror tail --postgres dbname=shop --json | jq 'select(.kind == \"delete\")'
+
+The rows go to standard output. A slot that is not consumed stays where it is: the next tail prints the same again.")]
+    Tail(TailArgs),
+
+    /// Print a script that completes commands and flags in your shell.
+    #[command(after_help = "\
+Example:
+  walmirror completions bash > /etc/bash_completion.d/walmirror")]
+    Completions {
+        /// For which shell.
+        shell: Shell,
+    },
+}
+
+/// The arguments of `status`.
+#[derive(Args, Debug)]
+pub struct StatusArgs {
+    /// One JSON object instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The arguments of `wait`.
+#[derive(Args, Debug)]
+pub struct WaitArgs {
+    /// The position to wait for: an LSN like 16/B374D848, or `current` for where Postgres is now.
+    #[arg(long, value_name = "LSN", default_value = "current")]
+    pub lsn: Position,
+    /// How long to wait at most; 0: for ever.
+    #[arg(long, value_name = "TIME", default_value = "30s")]
+    pub timeout: Span,
+}
+
+/// An LSN, or where Postgres is now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Position {
+    /// Where Postgres is now.
+    Current,
+    /// This LSN.
+    At(Lsn),
+}
+
+impl FromStr for Position {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "current" => Ok(Self::Current),
+            _ => text
+                .parse()
+                .map(Self::At)
+                .map_err(|error: walmirror_proto::lsn::ParseLsnError| format!("{error}, or `current`")),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_arguments_fit_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_teaches_with_an_example() {
+        for command in Cli::command().get_subcommands() {
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert!(
+                help.contains(&format!("walmirror {}", command.get_name())),
+                "{}",
+                command.get_name()
+            );
+        }
+    }
+
+    #[test]
+    fn wrong_arguments_name_what_is_wrong() {
+        for (arguments, want) in [
+            (["run", "--until-lsn", "nonsense"].as_slice(), "nonsense"),
+            (&["run", "--no-such-option"], "--no-such-option"),
+            (&["wait", "--lsn", "1-2"], "1-2"),
+            (&["run", "--slot", "Bad Name"], "a-z, 0-9 and _"),
+            (&["run", "--durability", "disk"], "replicas=1"),
+        ] {
+            let error = Cli::try_parse_from(std::iter::once(&"walmirror").chain(arguments)).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(want), "{error}");
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! The checks of `doctor` and `init` on the Redis side.
+
+use std::collections::HashMap;
+
+use redis::Value;
+
+use super::checks::{Check, Outcome, from_error};
+use crate::config::{RedisUrl, SlotName};
+use crate::error::{Class, Error};
+use crate::plan::RedisKeys;
+use crate::redis::Connection;
+
+/// Connects, and gives the next command where that fails.
+pub fn connect(url: &RedisUrl) -> Result<Connection, Error> {
+    Connection::connect(url).map_err(|error| match error.class() {
+        Class::Retry => error.next(format!("redis-cli -u {url} PING")),
+        _ => error,
+    })
+}
+
+/// Runs every check.
+pub fn redis(url: &RedisUrl, slot: &SlotName) -> Result<Vec<Check>, Error> {
+    let mut connection = connect(url)?;
+    let reply = match connection.call("read INFO", &[b"INFO"]) {
+        Ok(reply) => reply,
+        // A connection without a password may be made and yet not be allowed anything.
+        Err(error) => return Ok(vec![from_error("Redis", &error)]),
+    };
+    let info = info(&reply);
+    let get = |name: &str| info.get(name).map(String::as_str).unwrap_or_default();
+    let mut checks = vec![
+        Check {
+            name: "Redis",
+            outcome: version(url, get("redis_version")),
+        },
+        Check {
+            name: "Redis role",
+            outcome: role(get("role"), get("redis_mode")),
+        },
+        Check {
+            name: "Redis memory",
+            outcome: memory(get("maxmemory"), get("maxmemory_policy")),
+        },
+    ];
+    let persistence = if get("aof_enabled") == "1" {
+        "append-only file"
+    } else {
+        "snapshots, or none"
+    };
+    checks.push(Check {
+        name: "Redis persistence",
+        outcome: Outcome::Ok(persistence.into()),
+    });
+    checks.push(bookkeeping(&mut connection, slot));
+    Ok(checks)
+}
+
+fn version(url: &RedisUrl, version: &str) -> Outcome {
+    match version
+        .split('.')
+        .next()
+        .and_then(|major| major.parse::<u32>().ok())
+    {
+        Some(major) if major < 6 => Outcome::Fail(
+            format!("Redis {version} at {url}: too old"),
+            "redis-server --version   # walmirror needs Redis 6.2 or later, or Valkey".into(),
+        ),
+        _ => Outcome::Ok(format!("Redis {version} at {url}")),
+    }
+}
+
+fn role(role: &str, mode: &str) -> Outcome {
+    match (role, mode) {
+        (_, "cluster") => Outcome::Fail(
+            "this is a Redis Cluster, which is not supported yet".into(),
+            "redis-cli INFO cluster   # give the URL of a single Redis".into(),
+        ),
+        ("slave", _) => Outcome::Fail(
+            "this is a replica, which takes no writes".into(),
+            "redis-cli INFO replication   # give the URL of the master".into(),
+        ),
+        _ => Outcome::Ok("master".into()),
+    }
+}
+
+/// A mirror that loses keys to eviction is no mirror, and neither is a progress key that was evicted.
+fn memory(limit: &str, policy: &str) -> Outcome {
+    if limit == "0" || policy == "noeviction" {
+        return Outcome::Ok(format!("maxmemory {limit}, policy {policy}"));
+    }
+    Outcome::Fail(
+        format!("maxmemory-policy is {policy}: Redis would evict mirrored rows, or the progress key"),
+        "redis-cli CONFIG SET maxmemory-policy noeviction".into(),
+    )
+}
+
+fn bookkeeping(connection: &mut Connection, slot: &SlotName) -> Check {
+    let name = "Redis progress key";
+    let key = RedisKeys::new(slot).progress;
+    let shown = String::from_utf8_lossy(&key).into_owned();
+    match connection.call("look at the progress key", &[b"TYPE", &key]) {
+        Ok(Value::SimpleString(kind)) if kind == "hash" => Check {
+            name,
+            outcome: Outcome::Ok(shown),
+        },
+        Ok(Value::SimpleString(kind)) if kind == "none" => Check {
+            name,
+            outcome: Outcome::Ok(format!("{shown}: not there yet")),
+        },
+        Ok(_) => Check {
+            name,
+            outcome: Outcome::Fail(
+                format!("{shown} is no hash: somebody else uses it"),
+                format!("redis-cli UNLINK '{shown}'"),
+            ),
+        },
+        Err(error) => from_error(name, &error),
+    }
+}
+
+/// The fields of INFO.
+fn info(reply: &Value) -> HashMap<String, String> {
+    let text = match reply {
+        Value::BulkString(bytes) => String::from_utf8_lossy(bytes).into_owned(),
+        Value::VerbatimString { text, .. } => text.clone(),
+        _ => String::new(),
+    };
+    text.lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(name, value)| (name.to_owned(), value.trim().to_owned()))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn eviction_cluster_replica_and_old_versions_fail() {
+        let failed = |outcome| matches!(outcome, Outcome::Fail(..));
+        assert!(failed(memory("1000", "allkeys-lru")));
+        assert!(!failed(memory("0", "allkeys-lru")));
+        assert!(!failed(memory("1000", "noeviction")));
+        assert!(failed(role("master", "cluster")));
+        assert!(failed(role("slave", "standalone")));
+        assert!(!failed(role("master", "standalone")));
+    }
+
+    #[test]
+    fn info_is_read_line_by_line() {
+        let fields = info(&Value::BulkString(
+            b"# Server\r\nredis_version:7.0.15\r\nos:a:b\r\n".to_vec(),
+        ));
+        assert_eq!(fields.get("redis_version").map(String::as_str), Some("7.0.15"));
+        assert_eq!(fields.get("os").map(String::as_str), Some("a:b"));
+    }
+}

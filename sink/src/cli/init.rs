@@ -1,0 +1,50 @@
+//! `walmirror init`: checks everything, creates the slot, and says what to do next.
+
+use super::checks::{self, Outcome};
+use super::doctor::print;
+use super::{checks_redis, say};
+use crate::config::Options;
+use crate::error::Error;
+use crate::pq::{Connection, connect_failed};
+use crate::replication::{self, slot::PLUGIN};
+
+/// Does it. A failed check ends it before anything is changed.
+pub fn run(options: &Options) -> Result<(), Error> {
+    let (conninfo, slot) = (options.postgres()?, options.slot());
+    let postgres = checks::postgres(&conninfo, &slot)?;
+    let postgres = print("server", Some(Ok(postgres)))?;
+    let redis = options
+        .redis_if_given()?
+        .map(|url| checks_redis::redis(&url, &slot));
+    let redis = print("Redis", redis)?;
+    if let Some(error) = postgres.error.or(redis.error) {
+        return Err(error);
+    }
+    let mut connection =
+        Connection::connect(conninfo.expose(), &[("replication", "database")]).map_err(connect_failed)?;
+    let database = connection.target().database;
+    match replication::slot_info(&mut connection, &slot)? {
+        Some(info) => match checks::slot_outcome(&slot, Some(&info), &database) {
+            Outcome::Fail(what, next) => return Err(Error::setup(what).next(next)),
+            _ => say(format!("the slot {slot} exists already"))?,
+        },
+        None => {
+            say(format!(
+                "creating the slot {slot}: this waits for all transactions that run now"
+            ))?;
+            let lsn = replication::create_slot(&mut connection, &slot, PLUGIN, false)?;
+            say(format!(
+                "created the slot {slot}: it streams what commits after {lsn}"
+            ))?;
+        }
+    }
+    say("\nnext:")?;
+    say("  SELECT walmirror.mirror('your_table');   -- in psql, for every table that Redis should hold")?;
+    let redis = options
+        .redis
+        .as_ref()
+        .map_or_else(|| "redis://localhost:6379".to_owned(), ToString::to_string);
+    say(format!(
+        "  walmirror run --postgres '{conninfo}' --redis {redis} --slot {slot}"
+    ))
+}

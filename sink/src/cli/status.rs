@@ -1,0 +1,256 @@
+//! `walmirror status`: how far the mirror is, from both sides.
+
+use redis::Value;
+use serde_json::{Map, json};
+use walmirror_proto::Lsn;
+
+use super::args::StatusArgs;
+use super::checks_redis::connect;
+use super::say;
+use crate::config::{Options, RedisUrl, SlotName};
+use crate::error::Error;
+use crate::plan::RedisKeys;
+use crate::pq::{Connection, connect_failed};
+use crate::progress::Progress;
+use crate::redis::read_stored;
+use crate::replication::{self, SlotInfo};
+
+/// What Postgres says.
+struct Postgres {
+    slot: Option<SlotInfo>,
+    wal: Option<Lsn>,
+    tables: Vec<Table>,
+}
+
+/// A row of walmirror.mirrors.
+struct Table {
+    oid: u32,
+    name: String,
+    mode: String,
+    value: String,
+    key: String,
+}
+
+/// What Redis says.
+struct Redis {
+    progress: Option<Progress>,
+    pending: i64,
+}
+
+/// Prints it.
+pub fn run(options: &Options, args: &StatusArgs) -> Result<(), Error> {
+    let slot = options.slot();
+    let postgres = options
+        .postgres
+        .as_ref()
+        .map(|conninfo| ask_postgres(conninfo.expose(), &slot))
+        .transpose()?;
+    let redis = options
+        .redis_if_given()?
+        .map(|url| ask_redis(&url, &slot))
+        .transpose()?;
+    if postgres.is_none() && redis.is_none() {
+        options.postgres()?;
+    }
+    if args.json {
+        say(as_json(&slot, postgres.as_ref(), redis.as_ref()))
+    } else {
+        print(&slot, postgres.as_ref(), redis.as_ref())
+    }
+}
+
+fn ask_postgres(conninfo: &str, slot: &SlotName) -> Result<Postgres, Error> {
+    let failed = |error| Error::postgres("cannot ask Postgres for the state of the mirror", error);
+    let mut connection = Connection::connect(conninfo, &[]).map_err(connect_failed)?;
+    let info = replication::slot_info(&mut connection, slot)?;
+    let wal = connection
+        .query("SELECT pg_catalog.pg_current_wal_lsn()", &[])
+        .map_err(failed)?;
+    let wal = wal.text(0, 0).and_then(|text| text.parse().ok());
+    let there = connection
+        .query("SELECT pg_catalog.to_regclass('walmirror.mirrors')", &[])
+        .map_err(failed)?;
+    let mut tables = Vec::new();
+    if there.text(0, 0).is_some() {
+        let sql = "SELECT oid, relation, mode, value, key FROM walmirror.mirrors ORDER BY relation::text";
+        let result = connection.query(sql, &[]).map_err(failed)?;
+        let text = |row: crate::pq::Row<'_>, column| row.text(column).unwrap_or_default().to_owned();
+        tables.extend(result.rows().map(|row| Table {
+            oid: row.parse(0).unwrap_or(0),
+            name: text(row, 1),
+            mode: text(row, 2),
+            value: text(row, 3),
+            key: text(row, 4),
+        }));
+    }
+    Ok(Postgres {
+        slot: info,
+        wal,
+        tables,
+    })
+}
+
+fn ask_redis(url: &RedisUrl, slot: &SlotName) -> Result<Redis, Error> {
+    let keys = RedisKeys::new(slot);
+    let mut connection = connect(url)?;
+    let stored = read_stored(&mut connection, &keys)?;
+    let pending = match connection.call("count pending rows", &[b"HLEN", &keys.pending])? {
+        Value::Int(count) => count,
+        _ => 0,
+    };
+    Ok(Redis {
+        progress: stored.progress,
+        pending,
+    })
+}
+
+fn behind(ahead: Option<Lsn>, at: Option<Lsn>) -> Option<u64> {
+    Some(ahead?.0.saturating_sub(at?.0))
+}
+
+fn print(slot: &SlotName, postgres: Option<&Postgres>, redis: Option<&Redis>) -> Result<(), Error> {
+    let line = |name: &str, text: String| say(format!("{name:<12} {text}"));
+    let wal = postgres.and_then(|postgres| postgres.wal);
+    if let Some(postgres) = postgres {
+        match &postgres.slot {
+            None => line(
+                "slot",
+                format!("{slot}: not there   (walmirror init --slot {slot})"),
+            )?,
+            Some(info) => {
+                let state = info.active_pid.map_or("nobody streams".to_owned(), |pid| {
+                    format!("streaming, process {pid}")
+                });
+                line(
+                    "slot",
+                    format!(
+                        "{slot}: {state}, WAL {}",
+                        info.wal_status.as_deref().unwrap_or("?")
+                    ),
+                )?;
+                line("confirmed", position(info.confirmed_flush_lsn, wal))?;
+                line("kept from", position(info.restart_lsn, wal))?;
+            }
+        }
+    }
+    if let Some(redis) = redis {
+        match &redis.progress {
+            None => line("Redis", "no progress key: nothing was mirrored yet".to_owned())?,
+            Some(progress) => {
+                line("Redis", position(Some(progress.lsn), wal))?;
+                let when = progress.commit_ts.as_deref().unwrap_or("unknown");
+                line(
+                    "last commit",
+                    format!("{when}, epoch {}, timeline {}", progress.epoch, progress.timeline),
+                )?;
+            }
+        }
+        line("pending", format!("{} rows to be read again", redis.pending))?;
+    }
+    for table in postgres
+        .map(|postgres| postgres.tables.as_slice())
+        .unwrap_or_default()
+    {
+        let cursor =
+            cursor(redis, table.oid).map_or(String::new(), |cursor| format!("   backfill at {cursor}"));
+        line(
+            "table",
+            format!(
+                "{}  {} {} {}{cursor}",
+                table.name, table.mode, table.value, table.key
+            ),
+        )?;
+    }
+    Ok(())
+}
+
+fn cursor(redis: Option<&Redis>, oid: u32) -> Option<&String> {
+    redis?.progress.as_ref()?.cursors.get(&oid)
+}
+
+fn position(at: Option<Lsn>, wal: Option<Lsn>) -> String {
+    let at_text = at.map_or("nowhere".to_owned(), |lsn| lsn.to_string());
+    match behind(wal, at) {
+        Some(bytes) => format!("{at_text}, {} behind", size(bytes)),
+        None => at_text,
+    }
+}
+
+/// A number of bytes for people.
+fn size(bytes: u64) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    if bytes < 1024 {
+        return format!("{bytes} B");
+    }
+    let mut tenths = bytes.saturating_mul(10);
+    let mut unit = "";
+    for next in UNITS {
+        if tenths < 10 * 1024 {
+            break;
+        }
+        (tenths, unit) = (tenths / 1024, next);
+    }
+    format!("{}.{} {unit}", tenths / 10, tenths % 10)
+}
+
+fn as_json(slot: &SlotName, postgres: Option<&Postgres>, redis: Option<&Redis>) -> serde_json::Value {
+    let lsn = |lsn: Option<Lsn>| lsn.map(|lsn| lsn.to_string());
+    let mut out = Map::new();
+    out.insert("slot".into(), json!(slot.as_str()));
+    let progress = redis.and_then(|redis| redis.progress.as_ref());
+    if let Some(postgres) = postgres {
+        let info = postgres.slot.as_ref();
+        let confirmed = info.and_then(|info| info.confirmed_flush_lsn);
+        out.insert("wal_lsn".into(), json!(lsn(postgres.wal)));
+        out.insert("slot_active".into(), json!(info.map(|info| info.active)));
+        out.insert(
+            "wal_status".into(),
+            json!(info.and_then(|info| info.wal_status.as_deref())),
+        );
+        out.insert("confirmed_lsn".into(), json!(lsn(confirmed)));
+        out.insert(
+            "confirmed_lag_bytes".into(),
+            json!(behind(postgres.wal, confirmed)),
+        );
+        out.insert(
+            "restart_lsn".into(),
+            json!(lsn(info.and_then(|info| info.restart_lsn))),
+        );
+        out.insert(
+            "lag_bytes".into(),
+            json!(behind(postgres.wal, progress.map(|progress| progress.lsn))),
+        );
+        let table = |table: &Table| {
+            json!({"oid": table.oid, "table": table.name, "mode": table.mode, "value": table.value, "key": table.key,
+                   "backfill": cursor(redis, table.oid)})
+        };
+        out.insert("tables".into(), postgres.tables.iter().map(table).collect());
+    }
+    if let Some(redis) = redis {
+        out.insert(
+            "lsn".into(),
+            json!(progress.map(|progress| progress.lsn.to_string())),
+        );
+        out.insert(
+            "commit_ts".into(),
+            json!(progress.and_then(|progress| progress.commit_ts.as_deref())),
+        );
+        out.insert("epoch".into(), json!(progress.map(|progress| progress.epoch)));
+        out.insert("pending".into(), json!(redis.pending));
+    }
+    serde_json::Value::Object(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_for_people() {
+        assert_eq!(size(0), "0 B");
+        assert_eq!(size(1023), "1023 B");
+        assert_eq!(size(1536), "1.5 KiB");
+        assert_eq!(size(16 << 20), "16.0 MiB");
+        assert_eq!(size(5 << 40), "5.0 TiB");
+    }
+}

@@ -1,0 +1,70 @@
+//! `walmirror wait`: returns once everything before an LSN is in Redis.
+
+use std::time::{Duration, Instant};
+
+use redis::Value;
+use walmirror_proto::Lsn;
+
+use super::args::WaitArgs;
+use super::checks::resolve;
+use super::checks_redis::connect;
+use crate::config::Options;
+use crate::error::Error;
+use crate::plan::RedisKeys;
+use crate::pq::{Connection, connect_failed};
+use crate::redis::Connection as Redis;
+use crate::shutdown::Shutdown;
+
+/// The first pause between two looks, and the longest one.
+const PAUSE_MIN: Duration = Duration::from_millis(1);
+const PAUSE_MAX: Duration = Duration::from_millis(50);
+
+/// Waits; exit code 7 when the time is over.
+pub fn run(options: &Options, args: &WaitArgs, shutdown: &Shutdown) -> Result<(), Error> {
+    let deadline = Some(args.timeout.0)
+        .filter(|time| !time.is_zero())
+        .map(|time| Instant::now() + time);
+    let (slot, keys) = (options.slot(), RedisKeys::new(&options.slot()));
+    let mut redis = connect(&options.redis()?)?;
+    let target = resolve(args.lsn, || {
+        Connection::connect(options.postgres()?.expose(), &[]).map_err(connect_failed)
+    })?;
+    let mut pause = PAUSE_MIN;
+    loop {
+        let progress = progress(&mut redis, &keys)?;
+        if progress.is_some_and(|lsn| lsn >= target) {
+            return Ok(());
+        }
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            let at = progress.map_or_else(
+                || "has no progress key for it".to_owned(),
+                |lsn| format!("is at {lsn}"),
+            );
+            let what = format!(
+                "gave up after {}: Redis {at} and not yet at {target} of the slot {slot}",
+                args.timeout
+            );
+            return Err(Error::timeout(what).next(format!("walmirror status --slot {slot}")));
+        }
+        if shutdown.sleep(pause) {
+            return Err(Error::timeout(format!(
+                "stopped by a signal before Redis was at {target}"
+            )));
+        }
+        pause = (pause * 2).min(PAUSE_MAX);
+    }
+}
+
+/// How far Redis is; None: there is no progress key.
+fn progress(redis: &mut Redis, keys: &RedisKeys) -> Result<Option<Lsn>, Error> {
+    match redis.call("read the progress key", &[b"HGET", &keys.progress, b"lsn"])? {
+        Value::BulkString(bytes) => {
+            let lsn = std::str::from_utf8(&bytes)
+                .ok()
+                .and_then(|text| text.parse().ok());
+            lsn.map(Some)
+                .ok_or_else(|| Error::bug("the LSN in the progress key cannot be read"))
+        }
+        _ => Ok(None),
+    }
+}
