@@ -103,8 +103,9 @@ impl Rel {
     /// The type of its rows.
     pub fn descriptor(&self) -> TupleDesc<'_> {
         // SAFETY: rd_att of an open relation is never NULL and lives as long as the relation stays open.
+        let raw = unsafe { (*self.raw).rd_att };
         TupleDesc {
-            raw: unsafe { (*self.raw).rd_att },
+            raw,
             _relation: PhantomData,
         }
     }

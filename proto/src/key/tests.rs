@@ -179,9 +179,14 @@ proptest! {
     }
 
     #[test]
-    fn no_template_and_no_key_panics(text in "[{}a:%]{0,12}", key: Vec<u8>) {
+    fn what_matches_renders_to_the_same_key(
+        text in "[a:%2]?(\\{[ab]\\}[a:%23A]{0,2}){1,3}|[{}a:%]{0,12}",
+        key in vec(prop_oneof![Just(b':'), Just(b'%'), Just(b'2'), Just(b'3'), Just(b'5'), Just(b'A'), Just(b'a')], 0..16),
+    ) {
         if let Ok(template) = KeyTemplate::parse(&text) {
-            let _ = template.match_key(&key);
+            if let Some(values) = template.match_key(&key) {
+                prop_assert_eq!(render(&template, &values), key);
+            }
             prop_assert!(KeyTemplate::parse(&template.skeleton()).is_err(), "a skeleton names no column");
         }
     }

@@ -23,6 +23,12 @@ impl Purge {
         Self { relation, template: template.clone(), others }
     }
 
+    /// The keys of a template that its relation no longer has. Another relation may have taken it over, so every key that
+    /// any of `others` matches is left alone.
+    pub fn retired<'t>(relation: u32, template: &KeyTemplate, others: impl IntoIterator<Item = &'t KeyTemplate>) -> Self {
+        Self { relation, template: template.clone(), others: others.into_iter().cloned().collect() }
+    }
+
     /// The glob for SCAN MATCH.
     pub fn pattern(&self) -> Vec<u8> {
         self.template.scan_pattern()

@@ -17,6 +17,8 @@ use crate::resp::Commands;
 const ATOMIC_PURGE_KEYS: usize = 10_000;
 /// Keys removed by one command.
 const UNLINK_KEYS: usize = 500;
+/// The command that opens a transaction.
+const MULTI: &[u8] = b"*1\r\n$5\r\nMULTI\r\n";
 /// An EXEC reply names at most so many refused commands in what is noted for repair.
 const REFUSED_MAX: usize = 10_000;
 
@@ -25,9 +27,9 @@ const REFUSED_MAX: usize = 10_000;
 pub struct Segment {
     /// Commands; the first is MULTI if `opens`, the last three are those of [`Writer::close`] if `step` is there.
     pub batch: Batch,
-    /// Whether it begins with MULTI. A segment that has purges must not: the writer sends MULTI behind them.
+    /// Whether it begins with MULTI.
     pub opens: bool,
-    /// Keys to remove before anything else.
+    /// Keys to remove before anything else; only where it begins with MULTI.
     pub purges: Vec<Purge>,
     /// What is applied once the EXEC at its end succeeds.
     pub step: Option<Step>,
@@ -62,16 +64,13 @@ impl Writer {
     pub fn new(claim: Claim, keys: RedisKeys) -> Result<Self, Error> {
         let Claim { connection, epoch, scripts, .. } = claim;
         let mut writer = Self { connection, keys, scripts, epoch, open: Vec::new(), prefix: 0, not_queued: None };
-        let mut commands = Commands::new();
-        watch(&mut commands, &writer.keys);
-        writer.connection.send(commands.as_bytes())?;
-        writer.check_watch()?;
+        writer.check()?;
         Ok(writer)
     }
 
     /// Begins a segment.
     pub fn open(commands: &mut Commands) {
-        commands.command(&[b"MULTI"]);
+        commands.append(MULTI, 1);
     }
 
     /// Ends the last segment of a MULTI; the progress has to stand before.
@@ -82,19 +81,22 @@ impl Writer {
 
     /// Sends a segment and checks every reply. Some: its EXEC was done. `stopped` ends a long purge early.
     pub fn apply(&mut self, segment: Segment, stopped: &dyn Fn() -> bool) -> Result<Option<Applied>, Error> {
-        let mut expected = segment.batch.commands().count();
-        if !segment.purges.is_empty() {
+        let bytes = segment.batch.commands().as_bytes();
+        if segment.opens && !segment.purges.is_empty() {
             let commands = self.purge(&segment.purges, stopped)?;
             self.connection.send(commands.as_bytes())?;
             self.expect_ok("MULTI")?;
             self.prefix = commands.count() - 1;
             self.expect_queued(self.prefix)?;
+            // The MULTI of the purge stands for that of the segment.
+            self.connection.send(bytes.get(MULTI.len()..).unwrap_or_default())?;
+        } else {
+            self.connection.send(bytes)?;
+            if segment.opens {
+                self.expect_ok("MULTI")?;
+            }
         }
-        self.connection.send(segment.batch.commands().as_bytes())?;
-        if segment.opens {
-            self.expect_ok("MULTI")?;
-            expected -= 1;
-        }
+        let expected = segment.batch.commands().count() - usize::from(segment.opens);
         let step = segment.step;
         self.open.push(segment);
         let Some(step) = step else {
@@ -108,6 +110,15 @@ impl Writer {
         self.prefix = 0;
         self.check_watch()?;
         Ok(Some(Applied { step, pending }))
+    }
+
+    /// Asks again whether this session is still the one that may write: an idle session notices this way that Redis
+    /// went away, was emptied, or belongs to somebody else.
+    pub fn check(&mut self) -> Result<(), Error> {
+        let mut commands = Commands::new();
+        watch(&mut commands, &self.keys);
+        self.connection.send(commands.as_bytes())?;
+        self.check_watch()
     }
 
     /// How many replicas have acknowledged everything so far, waited for at most so long.
