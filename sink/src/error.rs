@@ -72,7 +72,7 @@ pub enum Error {
     Config(Report),
     /// libpq or the PostgreSQL server.
     #[error("{0}: {1}")]
-    Postgres(Report, #[source] PqError),
+    Postgres(Report, #[source] Box<PqError>),
     /// PostgreSQL works, but is not set up for what was asked.
     #[error("{0}")]
     Setup(Report),
@@ -91,6 +91,9 @@ pub enum Error {
     /// `wait` gave up.
     #[error("{0}")]
     Timeout(Report),
+    /// `doctor` or `init` found something, and has said it: only the exit code is left to tell.
+    #[error("{0}")]
+    Checks(Report, u8),
     /// Reading or writing a local file, standard output, a signal handler.
     #[error("{0}: {1}")]
     Io(Report, #[source] std::io::Error),
@@ -115,7 +118,7 @@ impl Error {
 
     /// An error of libpq or the server, with what was tried: `cannot create the slot "x"`.
     pub fn postgres(what: impl Into<String>, source: PqError) -> Self {
-        Self::Postgres(report(what), source)
+        Self::Postgres(report(what), Box::new(source))
     }
 
     /// PostgreSQL is not set up for what was asked.
@@ -141,6 +144,11 @@ impl Error {
     /// `wait` gave up.
     pub fn timeout(what: impl Into<String>) -> Self {
         Self::Timeout(report(what))
+    }
+
+    /// `doctor` or `init` found something that ends with this exit code.
+    pub fn checks(what: impl Into<String>, exit_code: u8) -> Self {
+        Self::Checks(report(what), exit_code)
     }
 
     /// A local file, standard output, a signal handler.
@@ -188,6 +196,7 @@ impl Error {
             | Self::Gap(_)
             | Self::Unreachable(..)
             | Self::Timeout(_)
+            | Self::Checks(..)
             | Self::Io(..) => Class::Operator,
             Self::Stream(..) | Self::Bug(_) => Class::Bug,
         }
@@ -199,6 +208,7 @@ impl Error {
             (Self::Config(_), _) => exit::USAGE,
             (Self::Setup(_), _) => exit::POSTGRES,
             (Self::Gap(_), _) => exit::GAP,
+            (Self::Checks(_, code), _) => *code,
             (Self::Timeout(_), _) => exit::TIMEOUT,
             (Self::Unreachable(..), _) | (_, Class::Retry) => exit::UNREACHABLE,
             (Self::Postgres(_, source), Class::Operator) if source.kind == crate::pq::ErrorKind::Settings => {
@@ -220,6 +230,7 @@ impl Error {
             | Self::Gap(report)
             | Self::Unreachable(report, ..)
             | Self::Timeout(report)
+            | Self::Checks(report, _)
             | Self::Io(report, _)
             | Self::Bug(report) => report,
         }
@@ -235,6 +246,7 @@ impl Error {
             | Self::Gap(report)
             | Self::Unreachable(report, ..)
             | Self::Timeout(report)
+            | Self::Checks(report, _)
             | Self::Io(report, _)
             | Self::Bug(report) => report,
         }

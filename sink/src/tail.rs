@@ -153,6 +153,10 @@ fn print_all(
                         .frame(&bytes, &mut text)
                         .map_err(|error| broken(error, wal_start))?
                 };
+                // A transaction never shares a frame with the one before it.
+                if seen.begins.is_some_and(|begins| args.until_lsn.is_some_and(|until| begins >= until)) {
+                    return Ok(());
+                }
                 if text.last().is_some_and(|byte| *byte != b'\n') {
                     text.push(b'\n');
                 }
@@ -179,10 +183,7 @@ fn print_all(
                 false,
             )?;
         }
-        if let Some(until) = args.until_lsn
-            && (seen.done.is_some_and(|done| done >= until)
-                || seen.begins.is_some_and(|begins| begins >= until))
-        {
+        if seen.done.is_some_and(|done| args.until_lsn.is_some_and(|until| done >= until)) {
             return Ok(());
         }
     }

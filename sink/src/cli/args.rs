@@ -24,10 +24,11 @@ A first mirror, in four steps:
   walmirror run    --postgres dbname=mydb --redis redis://localhost:6379
   redis-cli HGETALL users:1
 
-Every flag can also be an environment variable (--on-gap: WALMIRROR_ON_GAP) or a key of the file that --config names
-(on-gap = \"fail\"); a flag wins over a variable, a variable over the file.
-Exit codes: 0 done, 1 internal error, 2 usage or configuration, 3 Postgres refuses, 4 Redis refuses, 5 unreachable,
-6 gap, 7 timeout."
+Every flag can also be a variable (--on-gap: WALMIRROR_ON_GAP) or a key of the file that
+--config names (on-gap = \"fail\"). A flag wins over a variable, a variable over the file.
+
+Exit codes: 0 done, 1 internal error, 2 usage or configuration, 3 Postgres refuses,
+4 Redis refuses, 5 unreachable, 6 gap, 7 timeout."
 )]
 pub struct Cli {
     #[command(flatten)]
@@ -42,10 +43,11 @@ pub enum Command {
     /// Mirror: create the slot, backfill and stream, until stopped.
     #[command(after_help = "\
 Example:
-  walmirror run --postgres 'host=db1,db2 dbname=shop target_session_attrs=read-write' --redis rediss://cache:6379/0
+  walmirror run --postgres 'host=db1,db2 dbname=shop' --redis rediss://cache:6379/0
 
-Creates the slot and backfills the tables when they are missing, reconnects to either side, and goes on where it
-stopped. SIGTERM and SIGINT stop it in good order: exit code 0, everything acknowledged that was applied.")]
+Creates the slot and backfills the tables when they are missing, reconnects to either side,
+and goes on where it stopped. SIGTERM and SIGINT stop it in good order: exit code 0,
+everything acknowledged that was applied.")]
     Run(RunOptions),
 
     /// Check everything, create the slot, and say what to do next.
@@ -53,8 +55,8 @@ stopped. SIGTERM and SIGINT stop it in good order: exit code 0, everything ackno
 Example:
   walmirror init --postgres dbname=shop --redis redis://localhost:6379
 
-From the moment that the slot exists, Postgres keeps WAL for it: start `walmirror run` soon, or drop the slot with
-SELECT pg_drop_replication_slot('walmirror').")]
+From the moment that the slot exists, Postgres keeps WAL for it: start `walmirror run` soon,
+or drop it with SELECT pg_drop_replication_slot('walmirror').")]
     Init,
 
     /// Check both servers: one line a check, with the next command where something is wrong.
@@ -62,13 +64,15 @@ SELECT pg_drop_replication_slot('walmirror').")]
 Example:
   walmirror doctor --postgres dbname=shop --redis redis://localhost:6379
 
-Changes nothing. Without --redis only Postgres is checked, without --postgres only Redis. The exit code is 0 if all is
-well, 3 if something has to be done at Postgres, 4 if only at Redis, 5 if a server did not answer.")]
+Changes nothing. Without --redis only Postgres is checked, without --postgres only Redis.
+The exit code is 0 if all is well, 3 if something has to be done at Postgres, 4 if only at
+Redis, 5 if a server did not answer.")]
     Doctor,
 
     /// Show how far the mirror is.
     #[command(after_help = "\
-Example:
+Examples:
+  walmirror status --postgres dbname=shop --redis redis://localhost:6379
   walmirror status --postgres dbname=shop --redis redis://localhost:6379 --json | jq .lag_bytes")]
     Status(StatusArgs),
 
@@ -76,19 +80,21 @@ Example:
     #[command(after_help = "\
 Examples:
   walmirror wait --redis redis://localhost:6379 --lsn 16/B374D848 --timeout 5s
-  walmirror wait --postgres dbname=shop --redis redis://localhost:6379 --lsn current && redis-cli HGETALL users:1
+  walmirror wait --postgres dbname=shop --redis redis://localhost:6379 --lsn current
 
-`--lsn current` asks Postgres, and covers every commit before. The exit code is 7 when the time is over.")]
+`--lsn current` asks Postgres, and covers every commit before. The exit code is 7 when the
+time is over.")]
     Wait(WaitArgs),
 
     /// Print the stream for people.
     #[command(after_help = "\
 Examples:
-  walmirror tail --postgres dbname=shop                           what happens from now on, through a temporary slot
-  walmirror tail --postgres dbname=shop --slot audit --consume    and tell the slot what was printed
+  walmirror tail --postgres dbname=shop
+  walmirror tail --postgres dbname=shop --slot audit --consume
   walmirror tail --postgres dbname=shop --json | jq 'select(.kind == \"delete\")'
 
-The rows go to standard output. A slot that is not consumed stays where it is: the next tail prints the same again.")]
+Without --slot it shows what happens from now on, through a temporary slot. A slot that is
+not consumed stays where it is: the next tail prints the same again.")]
     Tail(TailArgs),
 
     /// Print a script that completes commands and flags in your shell.

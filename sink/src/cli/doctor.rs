@@ -3,7 +3,7 @@
 use super::checks::{self, Check};
 use super::{checks_redis, say};
 use crate::config::Options;
-use crate::error::{Class, Error};
+use crate::error::{Error, exit};
 
 /// Prints the checks; the error sums up what failed.
 pub fn run(options: &Options) -> Result<(), Error> {
@@ -11,36 +11,38 @@ pub fn run(options: &Options) -> Result<(), Error> {
     if options.postgres.is_none() && options.redis.is_none() {
         options.postgres()?;
     }
+    let redis = options.redis_if_given()?;
     let postgres = options
         .postgres
         .as_ref()
         .map(|conninfo| checks::postgres(conninfo, &slot));
-    let postgres = print("server", postgres)?;
-    let redis = options
-        .redis_if_given()?
-        .map(|url| checks_redis::redis(&url, &slot));
-    let redis = print("Redis", redis)?;
-    match (postgres.error, redis.error) {
-        (Some(error), _) | (None, Some(error)) => Err(error),
-        (None, None) => say("all is well"),
+    let postgres = print("server", exit::POSTGRES, postgres)?;
+    let redis = print(
+        "Redis",
+        exit::REDIS,
+        redis.map(|url| checks_redis::redis(&url, &slot)),
+    )?;
+    match postgres.or(redis) {
+        Some(error) => Err(error),
+        None => say("all is well"),
     }
 }
 
-/// What the checks of one server ended with.
-pub struct Summary {
-    /// None: everything works.
-    pub error: Option<Error>,
-}
-
-/// Prints the checks of one server, an unreachable one as a check that failed.
-pub fn print(name: &'static str, checks: Option<Result<Vec<Check>, Error>>) -> Result<Summary, Error> {
+/// Prints the checks of one server, an unreachable one as a check that failed. What is returned sums up what failed.
+pub fn print(
+    name: &'static str,
+    exit_code: u8,
+    checks: Option<Result<Vec<Check>, Error>>,
+) -> Result<Option<Error>, Error> {
     let checks = match checks {
-        None => return Ok(Summary { error: None }),
+        None => return Ok(None),
         Some(Ok(checks)) => checks,
         Some(Err(error)) => {
             say(checks::from_error(name, &error))?;
-            // The line above has said everything but the class.
-            return Ok(Summary { error: Some(error) });
+            return Ok(Some(Error::checks(
+                "there is no connection to check through",
+                error.exit_code(),
+            )));
         }
     };
     for check in &checks {
@@ -51,9 +53,5 @@ pub fn print(name: &'static str, checks: Option<Result<Vec<Check>, Error>>) -> R
         "{failed} of {} checks failed: each says the next command",
         checks.len()
     );
-    let error = (failed > 0).then(|| match name {
-        "Redis" => Error::redis("Redis is not ready", Class::Operator, what),
-        _ => Error::setup(format!("Postgres is not ready: {what}")),
-    });
-    Ok(Summary { error })
+    Ok((failed > 0).then(|| Error::checks(what, exit_code)))
 }

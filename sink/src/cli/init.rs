@@ -4,20 +4,21 @@ use super::checks::{self, Outcome};
 use super::doctor::print;
 use super::{checks_redis, say};
 use crate::config::Options;
-use crate::error::Error;
+use crate::error::{Error, exit};
 use crate::pq::{Connection, connect_failed};
 use crate::replication::{self, slot::PLUGIN};
 
 /// Does it. A failed check ends it before anything is changed.
 pub fn run(options: &Options) -> Result<(), Error> {
     let (conninfo, slot) = (options.postgres()?, options.slot());
-    let postgres = checks::postgres(&conninfo, &slot)?;
-    let postgres = print("server", Some(Ok(postgres)))?;
-    let redis = options
-        .redis_if_given()?
-        .map(|url| checks_redis::redis(&url, &slot));
-    let redis = print("Redis", redis)?;
-    if let Some(error) = postgres.error.or(redis.error) {
+    let redis = options.redis_if_given()?;
+    let postgres = print("server", exit::POSTGRES, Some(checks::postgres(&conninfo, &slot)))?;
+    let redis = print(
+        "Redis",
+        exit::REDIS,
+        redis.map(|url| checks_redis::redis(&url, &slot)),
+    )?;
+    if let Some(error) = postgres.or(redis) {
         return Err(error);
     }
     let mut connection =

@@ -32,38 +32,39 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     };
-    let given = cli.options.clone();
-    match start(cli, &matches) {
+    let mut options = cli.options.clone();
+    match start(cli.command, &matches, &mut options) {
         Ok(()) => ExitCode::from(exit::OK),
         // Whoever read the output has left: `walmirror tail | head`.
         Err(Error::Io(_, source)) if source.kind() == ErrorKind::BrokenPipe => ExitCode::from(exit::OK),
         Err(error) => {
-            report(&error, &given);
+            report(&error, &options);
             ExitCode::from(error.exit_code())
         }
     }
 }
 
-fn start(cli: Cli, matches: &ArgMatches) -> Result<(), Error> {
-    let (command, run) = match cli.command {
+/// Runs the command. `options` gets what the file adds, so that an error is reported in the way that it asks for.
+fn start(command: Command, matches: &ArgMatches, options: &mut Options) -> Result<(), Error> {
+    let (command, run) = match command {
         Command::Run(run) => (None, run),
         command => (Some(command), RunOptions::default()),
     };
-    let (options, run) = cli.options.with_file(run)?;
+    let run = options.read_file(run)?;
     logging::init(
         options.log_level.unwrap_or_default(),
         options.log_format.unwrap_or_default(),
     );
     match command {
-        None => run_mirror(RunConfig::new(&options, run)?),
+        None => run_mirror(RunConfig::new(options, run)?),
         Some(Command::Tail(mut tail)) => {
             tail.slot = options.slot.clone().filter(|_| is_flag(matches, "slot"));
             tail::run(&options.postgres()?, &tail, &Shutdown::install()?)
         }
-        Some(Command::Init) => init::run(&options),
-        Some(Command::Doctor) => doctor::run(&options),
-        Some(Command::Status(status)) => status::run(&options, &status),
-        Some(Command::Wait(wait)) => wait::run(&options, &wait, &Shutdown::install()?),
+        Some(Command::Init) => init::run(options),
+        Some(Command::Doctor) => doctor::run(options),
+        Some(Command::Status(status)) => status::run(options, &status),
+        Some(Command::Wait(wait)) => wait::run(options, &wait, &Shutdown::install()?),
         Some(Command::Completions { shell }) => {
             clap_complete::generate(shell, &mut Cli::command(), "walmirror", &mut std::io::stdout());
             Ok(())
@@ -109,6 +110,8 @@ fn report(error: &Error, given: &Options) {
     let next = error.next_command().map(|next| clean(next.to_owned()));
     let code = error.exit_code();
     if given.log_format == Some(LogFormat::Json) {
+        // Does nothing, unless the error came before there was a logger.
+        logging::init(given.log_level.unwrap_or_default(), LogFormat::Json);
         tracing::error!(
             exit_code = code,
             next = next.as_deref().unwrap_or_default(),

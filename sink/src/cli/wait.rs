@@ -36,12 +36,9 @@ pub fn run(options: &Options, args: &WaitArgs, shutdown: &Shutdown) -> Result<()
             return Ok(());
         }
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            let at = progress.map_or_else(
-                || "has no progress key for it".to_owned(),
-                |lsn| format!("is at {lsn}"),
-            );
+            let at = progress.map_or_else(|| "nothing of it".to_owned(), |lsn| format!("it up to {lsn}"));
             let what = format!(
-                "gave up after {}: Redis {at} and not yet at {target} of the slot {slot}",
+                "gave up after {}: of the slot {slot}, Redis should hold everything up to {target}, but holds {at}",
                 args.timeout
             );
             return Err(Error::timeout(what).next(format!("walmirror status --slot {slot}")));

@@ -44,7 +44,13 @@ pub struct RunConfig {
 #[serde(rename_all = "kebab-case", default)]
 pub struct Options {
     /// Read options from this TOML file: the flags' names without the dashes, like `slot = "walmirror"`.
-    #[arg(long, env = "WALMIRROR_CONFIG", value_name = "FILE", global = true)]
+    #[arg(
+        long,
+        env = "WALMIRROR_CONFIG",
+        hide_env_values = true,
+        value_name = "FILE",
+        global = true
+    )]
     #[serde(skip)]
     pub config: Option<PathBuf>,
 
@@ -71,17 +77,35 @@ pub struct Options {
     pub redis: Option<RedisUrl>,
 
     /// Name of the replication slot; it also names the progress key in Redis. [default: walmirror]
-    #[arg(long, env = "WALMIRROR_SLOT", value_name = "NAME", global = true)]
+    #[arg(
+        long,
+        env = "WALMIRROR_SLOT",
+        hide_env_values = true,
+        value_name = "NAME",
+        global = true
+    )]
     #[serde(deserialize_with = "parsed")]
     pub slot: Option<SlotName>,
 
     /// Least severe log lines to show. [default: info]
-    #[arg(long, env = "WALMIRROR_LOG_LEVEL", value_name = "LEVEL", global = true)]
+    #[arg(
+        long,
+        env = "WALMIRROR_LOG_LEVEL",
+        hide_env_values = true,
+        value_name = "LEVEL",
+        global = true
+    )]
     #[serde(deserialize_with = "parsed")]
     pub log_level: Option<LogLevel>,
 
     /// How log lines look. [default: text]
-    #[arg(long, env = "WALMIRROR_LOG_FORMAT", value_name = "FORMAT", global = true)]
+    #[arg(
+        long,
+        env = "WALMIRROR_LOG_FORMAT",
+        hide_env_values = true,
+        value_name = "FORMAT",
+        global = true
+    )]
     #[serde(deserialize_with = "parsed")]
     pub log_format: Option<LogFormat>,
 }
@@ -91,44 +115,69 @@ pub struct Options {
 #[serde(rename_all = "kebab-case", default)]
 pub struct RunOptions {
     /// Stop, with exit code 0, once everything before this LSN is in Redis.
-    #[arg(long, env = "WALMIRROR_UNTIL_LSN", value_name = "LSN")]
+    #[arg(long, env = "WALMIRROR_UNTIL_LSN", hide_env_values = true, value_name = "LSN")]
     #[serde(deserialize_with = "parsed")]
     pub until_lsn: Option<Lsn>,
 
     /// What to do when Redis and the slot do not fit together (progress lost, another server). [default: resync]
-    #[arg(long, env = "WALMIRROR_ON_GAP", value_name = "POLICY")]
+    #[arg(long, env = "WALMIRROR_ON_GAP", hide_env_values = true, value_name = "POLICY")]
     #[serde(deserialize_with = "parsed")]
     pub on_gap: Option<OnGap>,
 
     /// When a change counts as safe in Redis, so that Postgres may drop its WAL: memory, memory=5s, replicas=N, aof.
     /// [default: memory=2s]
-    #[arg(long, env = "WALMIRROR_DURABILITY", value_name = "HOW")]
+    #[arg(
+        long,
+        env = "WALMIRROR_DURABILITY",
+        hide_env_values = true,
+        value_name = "HOW"
+    )]
     #[serde(deserialize_with = "parsed")]
     pub durability: Option<Durability>,
 
     /// How many bytes of commands go to Redis in one step, about. [default: 1MiB]
-    #[arg(long, env = "WALMIRROR_BATCH_BYTES", value_name = "SIZE")]
+    #[arg(
+        long,
+        env = "WALMIRROR_BATCH_BYTES",
+        hide_env_values = true,
+        value_name = "SIZE"
+    )]
     #[serde(deserialize_with = "parsed")]
     pub batch_bytes: Option<ByteSize>,
 
     /// A transaction with more bytes than this is applied in several steps. [default: 16MiB]
-    #[arg(long, env = "WALMIRROR_TRANSACTION_BYTES", value_name = "SIZE")]
+    #[arg(
+        long,
+        env = "WALMIRROR_TRANSACTION_BYTES",
+        hide_env_values = true,
+        value_name = "SIZE"
+    )]
     #[serde(deserialize_with = "parsed")]
     pub transaction_bytes: Option<ByteSize>,
 
     /// How often Postgres hears from the sink when nothing happens. [default: 1s]
-    #[arg(long, env = "WALMIRROR_STATUS_INTERVAL", value_name = "TIME")]
+    #[arg(
+        long,
+        env = "WALMIRROR_STATUS_INTERVAL",
+        hide_env_values = true,
+        value_name = "TIME"
+    )]
     #[serde(deserialize_with = "parsed")]
     pub status_interval: Option<Span>,
 
     /// How long to try to reach Postgres and Redis at the start; 0: for ever. Afterwards it always tries for ever.
     /// [default: 30s]
-    #[arg(long, env = "WALMIRROR_CONNECT_TIMEOUT", value_name = "TIME")]
+    #[arg(
+        long,
+        env = "WALMIRROR_CONNECT_TIMEOUT",
+        hide_env_values = true,
+        value_name = "TIME"
+    )]
     #[serde(deserialize_with = "parsed")]
     pub connect_timeout: Option<Span>,
 
     /// Stop, with exit code 5, at the first error that would otherwise be retried.
-    #[arg(long, env = "WALMIRROR_ONCE", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", require_equals = true)]
+    #[arg(long, env = "WALMIRROR_ONCE", num_args = 0..=1, default_missing_value = "true", hide_env_values = true, value_name = "BOOL", require_equals = true)]
     #[serde(deserialize_with = "parsed")]
     pub once: Option<bool>,
 }
@@ -136,15 +185,14 @@ pub struct RunOptions {
 impl Options {
     /// Fills what was not given from the `--config` file, if there is one. Flags and variables have been looked at by
     /// clap already, so they win.
-    pub fn with_file(self, run: RunOptions) -> Result<(Self, RunOptions), Error> {
-        let Some(path) = self.config.clone() else {
-            return Ok((self, run));
-        };
+    pub fn read_file(&mut self, run: RunOptions) -> Result<RunOptions, Error> {
+        let Some(path) = &self.config else { return Ok(run) };
         let shown = path.display().to_string();
-        let text = std::fs::read_to_string(&path)
+        let text = std::fs::read_to_string(path)
             .map_err(|error| Error::config(format!("cannot read the configuration file {shown}: {error}")))?;
-        let (file, file_run) = read_file(&text, &shown)?;
-        Ok((self.or(file), run.or(file_run)))
+        let (file, file_run) = parse_file(&text, &shown)?;
+        *self = self.clone().or(file);
+        Ok(run.or(file_run))
     }
 
     fn or(self, other: Self) -> Self {
@@ -239,7 +287,7 @@ impl RunConfig {
 }
 
 /// Reads the text of a configuration file.
-fn read_file(text: &str, name: &str) -> Result<(Options, RunOptions), Error> {
+fn parse_file(text: &str, name: &str) -> Result<(Options, RunOptions), Error> {
     let table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
         // The error's own Display repeats the line, which may hold a password.
         let line = error.span().map_or(0, |span| {
@@ -308,7 +356,7 @@ mod tests {
 
     fn config(flags: &[&str], file: &str) -> Result<RunConfig, Error> {
         let line = Line::try_parse_from(std::iter::once(&"walmirror").chain(flags)).unwrap();
-        let (options, run) = read_file(file, "w.toml")?;
+        let (options, run) = parse_file(file, "w.toml")?;
         RunConfig::new(&line.options.or(options), line.run.or(run))
     }
 
@@ -341,7 +389,7 @@ mod tests {
         let file = "postgres = \"\"\nredis = \"redis://h\"\nslot = \"s\"\nlog-level = \"debug\"\nlog-format = \"json\"\n\
                     until-lsn = \"0/10\"\non-gap = \"fail\"\ndurability = \"aof\"\nbatch-bytes = \"64KiB\"\n\
                     transaction-bytes = \"1GiB\"\nstatus-interval = \"5s\"\nconnect-timeout = 0\nonce = false\n";
-        let (options, run) = read_file(file, "w.toml").unwrap();
+        let (options, run) = parse_file(file, "w.toml").unwrap();
         assert_eq!(options.log_level, Some(LogLevel::Debug));
         assert_eq!(options.log_format, Some(LogFormat::Json));
         let config = RunConfig::new(&options, run).unwrap();

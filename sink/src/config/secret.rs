@@ -300,9 +300,22 @@ mod tests {
             assert!(message.contains("redis://host:6379/0"), "{wrong}: {message}");
         }
         for wrong in ["redis//:geheim@h", "redis://:geheim@h:99999", "geheim"] {
-            assert!(!wrong.parse::<RedisUrl>().unwrap().check().unwrap_err().contains("geheim"), "{wrong}");
+            assert!(
+                !wrong
+                    .parse::<RedisUrl>()
+                    .unwrap()
+                    .check()
+                    .unwrap_err()
+                    .contains("geheim"),
+                "{wrong}"
+            );
         }
-        for right in ["redis://h", "rediss://u:p@h:1/2", "redis+unix:///tmp/x.sock", "unix:///tmp/x.sock"] {
+        for right in [
+            "redis://h",
+            "rediss://u:p@h:1/2",
+            "redis+unix:///tmp/x.sock",
+            "unix:///tmp/x.sock",
+        ] {
             assert_eq!(right.parse::<RedisUrl>().unwrap().check(), Ok(()), "{right}");
         }
     }

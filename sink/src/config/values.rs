@@ -81,7 +81,7 @@ impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let time_ms = self.0.as_millis();
         for (unit, factor_ms) in [("d", 86_400_000), ("h", 3_600_000), ("min", 60_000), ("s", 1_000)] {
-            if time_ms >= factor_ms && time_ms % factor_ms == 0 {
+            if time_ms >= factor_ms && time_ms.is_multiple_of(factor_ms) {
                 return write!(f, "{}{unit}", time_ms / factor_ms);
             }
         }

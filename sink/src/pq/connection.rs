@@ -224,7 +224,7 @@ fn timeout(raw: &RawConnection) -> Option<Duration> {
 /// Connects to the one host, or to the first of the list that answers.
 fn connect_all(raw: &mut RawConnection, conninfo: &str, extra: &[(&str, &str)]) -> Result<(), PqError> {
     let deadline = Instant::now() + timeout(raw).unwrap_or(CONNECT_TIMEOUT_DEFAULT);
-    if finish_connecting(raw, deadline)? {
+    if finish_connecting(raw, deadline, conninfo)? {
         return Ok(());
     }
     let hosts = target(raw).host;
@@ -248,13 +248,13 @@ fn connect_all(raw: &mut RawConnection, conninfo: &str, extra: &[(&str, &str)]) 
     if raw.is_ok() {
         Ok(())
     } else {
-        Err(PqError::from_connection_attempt(&raw.error_message()))
+        Err(PqError::from_connection_attempt(&raw.error_message(), conninfo))
     }
 }
 
 /// Ok(false): the deadline has passed.
-fn finish_connecting(raw: &mut RawConnection, deadline: Instant) -> Result<bool, PqError> {
-    let failed = |raw: &RawConnection| PqError::from_connection_attempt(&raw.error_message());
+fn finish_connecting(raw: &mut RawConnection, deadline: Instant, conninfo: &str) -> Result<bool, PqError> {
+    let failed = |raw: &RawConnection| PqError::from_connection_attempt(&raw.error_message(), conninfo);
     if raw.is_bad() {
         return Err(failed(raw));
     }

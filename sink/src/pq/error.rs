@@ -28,13 +28,13 @@ pub struct PqError {
     /// The five characters of the SQLSTATE, where the server sent one.
     pub sqlstate: Option<String>,
     /// ERROR, FATAL or PANIC (never translated).
-    pub severity: Option<String>,
+    pub severity: Option<Box<str>>,
     /// The primary message.
     pub message: String,
     /// The server's DETAIL. May hold row values: never log it.
-    pub detail: Option<String>,
+    pub detail: Option<Box<str>>,
     /// The server's HINT.
-    pub hint: Option<String>,
+    pub hint: Option<Box<str>>,
     /// For a failed connection attempt: what it was made to.
     pub target: Option<Box<Target>>,
 }
@@ -93,7 +93,9 @@ impl PqError {
     ///
     /// libpq has no other way to tell the SQLSTATE of a refused connection: in verbose mode the text reads
     /// `… failed: FATAL:  28P01: password authentication failed for user "x"`.
-    pub fn from_connection_attempt(text: &str) -> Self {
+    ///
+    /// `conninfo` is looked at only to decide whether libpq may be quoted.
+    pub fn from_connection_attempt(text: &str, conninfo: &str) -> Self {
         let mut error = Self::new(ErrorKind::Connection, String::new());
         let mut message: Vec<String> = Vec::new();
         for line in text.lines().map(str::trim_end).filter(|line| !line.is_empty()) {
@@ -101,18 +103,18 @@ impl PqError {
                 continue;
             }
             if let Some(hint) = line.strip_prefix("HINT:") {
-                error.hint = Some(hint.trim().to_owned());
+                error.hint = Some(hint.trim().into());
                 continue;
             }
             if let Some(detail) = line.strip_prefix("DETAIL:") {
-                error.detail = Some(detail.trim().to_owned());
+                error.detail = Some(detail.trim().into());
                 continue;
             }
             match split_sqlstate(line) {
                 Some((before, sqlstate, after)) => {
                     error.kind = ErrorKind::Server;
                     error.sqlstate = Some(sqlstate.to_owned());
-                    error.severity = Some("FATAL".to_owned());
+                    error.severity = Some("FATAL".into());
                     message.push(format!("{before} {after}"));
                 }
                 None => message.push(line.trim().to_owned()),
@@ -125,7 +127,10 @@ impl PqError {
         };
         if error.kind == ErrorKind::Connection && is_wrong_setting(&error.message) {
             error.kind = ErrorKind::Settings;
-            error.message = without_quotation(error.message);
+            let secretive = ["pass", "://"].iter().any(|sign| conninfo.contains(sign));
+            if secretive {
+                error.message = without_quotation(error.message);
+            }
         }
         error
     }
@@ -208,7 +213,7 @@ fn without_quotation(mut message: String) -> String {
             .map(|at| from + at)
         {
             message.truncate(at);
-            message.push_str(" (the text is not shown, because it may hold a password)");
+            message.push_str(" (not shown: it may be secret)");
         }
     }
     message
@@ -257,6 +262,7 @@ mod tests {
     fn the_sqlstate_of_a_refused_connection_is_found() {
         let error = PqError::from_connection_attempt(
             "connection to server at \"localhost\" (::1), port 5432 failed: FATAL:  28P01: password authentication failed for user \"x\"\nLOCATION:  auth_failed, auth.c:326\n",
+            "",
         );
         assert!(error.is("28P01"));
         assert_eq!(error.class(), Class::Operator);
@@ -274,6 +280,7 @@ mod tests {
     fn an_unreachable_server_is_worth_another_try() {
         let error = PqError::from_connection_attempt(
             "connection to server on socket \"/nowhere/.s.PGSQL.5432\" failed: No such file or directory\n\tIs the server running locally and accepting connections on that socket?\n",
+            "",
         );
         assert_eq!((error.kind, error.class()), (ErrorKind::Connection, Class::Retry));
     }
@@ -284,7 +291,7 @@ mod tests {
             "invalid sslmode value: \"maybe\"\n",
             "definition of service \"x\" not found\n",
         ] {
-            let error = PqError::from_connection_attempt(text);
+            let error = PqError::from_connection_attempt(text, "password=x");
             assert_eq!(
                 (error.kind, error.class()),
                 (ErrorKind::Settings, Class::Operator),
@@ -300,7 +307,7 @@ mod tests {
             "invalid connection option \"geheim\"\n",
             "unexpected character \"g\" in position 5 in URI (expected \":\" or \"/\"): \"postgresql://geheim\"\n",
         ] {
-            let error = PqError::from_connection_attempt(text);
+            let error = PqError::from_connection_attempt(text, "password=x");
             assert_eq!(error.kind, ErrorKind::Settings, "{text}");
             assert!(!error.message.contains("geheim"), "{}", error.message);
         }

@@ -8,7 +8,7 @@ use crate::error::Error;
 pub fn connect_failed(source: PqError) -> Error {
     let target = source.target.clone().unwrap_or_default();
     let next = match (source.kind, source.sqlstate.as_deref()) {
-        (ErrorKind::Settings, _) if source.message.contains("password") => {
+        (ErrorKind::Settings, _) if source.message.contains("no password supplied") => {
             format!("psql \"{target}\"   # put the password that works into ~/.pgpass, or into PGPASSWORD")
         }
         (ErrorKind::Settings, _) => {
@@ -17,8 +17,11 @@ pub fn connect_failed(source: PqError) -> Error {
         (_, Some("28P01")) => {
             format!("psql \"{target}\"   # put the password that works into ~/.pgpass, or into PGPASSWORD")
         }
+        (_, Some("28000")) if source.message.contains("does not exist") => {
+            format!("createuser --replication -h {} -p {} {}", target.host, target.port, target.user)
+        }
         (_, Some("28000")) => {
-            "SELECT * FROM pg_hba_file_rules;   -- the role or a rule for it is missing; then SELECT pg_reload_conf();".into()
+            "SELECT * FROM pg_hba_file_rules;   -- a rule for this role is missing; then SELECT pg_reload_conf();".into()
         }
         (_, Some("3D000")) => format!("createdb -h {} -p {} {}", target.host, target.port, target.database),
         // Only a replication connection asks for a right this early.

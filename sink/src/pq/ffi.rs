@@ -414,14 +414,14 @@ impl RawResult {
                 ErrorKind::Connection
             },
             sqlstate,
-            severity: field(b'V'),
+            severity: field(b'V').map(String::into_boxed_str),
             message: field(b'M')
                 .or_else(whole)
                 .unwrap_or_else(|| "no message".to_owned())
                 .trim_end()
                 .to_owned(),
-            detail: field(b'D'),
-            hint: field(b'H'),
+            detail: field(b'D').map(String::into_boxed_str),
+            hint: field(b'H').map(String::into_boxed_str),
             target: None,
         }
     }

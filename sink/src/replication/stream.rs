@@ -6,9 +6,7 @@ use walmirror_proto::lsn::Lsn;
 
 use super::message::{Message, parse, status_update};
 use crate::error::Error;
-use crate::pq::{
-    Connection, Copied, CopyBuffer, Waker, connect_failed, quote_identifier, quote_literal,
-};
+use crate::pq::{Connection, Copied, CopyBuffer, Waker, connect_failed, quote_identifier, quote_literal};
 
 /// 2000-01-01 00:00:00 UTC, where Postgres' clock starts, in seconds since 1970.
 const POSTGRES_EPOCH_S: u64 = 946_684_800;
