@@ -299,4 +299,22 @@ mod tests {
             exit::UNREACHABLE
         );
     }
+
+    #[test]
+    fn every_exit_code_is_documented() {
+        let documented = include_str!("../../docs/operations.md");
+        let codes = [
+            exit::OK,
+            exit::INTERNAL,
+            exit::USAGE,
+            exit::POSTGRES,
+            exit::REDIS,
+            exit::UNREACHABLE,
+            exit::GAP,
+            exit::TIMEOUT,
+        ];
+        for code in codes {
+            assert!(documented.contains(&format!("\n| {code} | ")), "{code}");
+        }
+    }
 }

@@ -14,7 +14,10 @@ use crate::pq::Waker;
 
 #[derive(Debug, Default)]
 struct Inner {
-    requested: Arc<AtomicBool>,
+    requested: AtomicBool,
+    // Apart from `requested`, so that the first signal is never taken for a second one when the process is stopping
+    // already, for a reason of its own.
+    signalled: Arc<AtomicBool>,
     wakers: Mutex<Vec<Waker>>,
     changed: Condvar,
 }
@@ -37,9 +40,9 @@ impl Shutdown {
         let shutdown = Self::default();
         for signal in [SIGTERM, SIGINT] {
             // Acts only when the flag is up already: the second signal, for somebody who does not want to wait.
-            let flag = Arc::clone(&shutdown.inner.requested);
+            let flag = Arc::clone(&shutdown.inner.signalled);
             signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, flag).map_err(failed)?;
-            signal_hook::flag::register(signal, Arc::clone(&shutdown.inner.requested)).map_err(failed)?;
+            signal_hook::flag::register(signal, Arc::clone(&shutdown.inner.signalled)).map_err(failed)?;
         }
         let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT]).map_err(failed)?;
         let for_thread = shutdown.clone();
@@ -68,7 +71,7 @@ impl Shutdown {
 
     /// Whether somebody has asked to stop.
     pub fn requested(&self) -> bool {
-        self.inner.requested.load(Ordering::Acquire)
+        self.inner.requested.load(Ordering::Acquire) || self.inner.signalled.load(Ordering::Acquire)
     }
 
     /// Raises `waker`, too, when the time has come (at once, if it has come already).

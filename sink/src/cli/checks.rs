@@ -2,7 +2,6 @@
 
 use std::fmt;
 
-use super::args::Position;
 use crate::config::{Conninfo, SlotName};
 use crate::error::Error;
 use crate::pq::{Connection, PqError, connect_failed, quote_identifier};
@@ -418,33 +417,6 @@ fn with_walmirror(list: &str) -> String {
         .collect();
     names.push(PLUGIN.to_owned());
     names.join(", ")
-}
-
-/// Turns a position into an LSN. For `current`, a commit of its own makes sure that everything before is flushed, and
-/// thus reaches the stream.
-pub fn resolve(
-    position: Position,
-    connect: impl FnOnce() -> Result<Connection, Error>,
-) -> Result<walmirror_proto::Lsn, Error> {
-    let Position::Current = position else {
-        let Position::At(lsn) = position else {
-            return Err(Error::bug("a position that is neither"));
-        };
-        return Ok(lsn);
-    };
-    let failed = |error| Error::postgres("cannot ask Postgres for its current LSN", error);
-    let mut connection = connect()?;
-    connection
-        .simple(
-            "SET synchronous_commit = local; \
-             SELECT pg_catalog.pg_logical_emit_message(true, 'walmirror.wait', '')",
-        )
-        .map_err(failed)?;
-    let result = connection
-        .query("SELECT pg_catalog.pg_current_wal_lsn()", &[])
-        .map_err(failed)?;
-    let lsn = result.text(0, 0).and_then(|text| text.parse().ok());
-    lsn.ok_or_else(|| Error::bug("Postgres' current LSN cannot be read"))
 }
 
 #[cfg(test)]

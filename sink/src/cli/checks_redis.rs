@@ -6,16 +6,15 @@ use redis::Value;
 
 use super::checks::{Check, Outcome, from_error};
 use crate::config::{RedisUrl, SlotName};
-use crate::error::{Class, Error};
+use crate::error::Error;
 use crate::plan::RedisKeys;
 use crate::redis::Connection;
 
 /// Connects, and gives the next command where that fails.
 pub fn connect(url: &RedisUrl) -> Result<Connection, Error> {
-    Connection::connect(url).map_err(|error| match error.class() {
-        Class::Retry => error.next(format!("redis-cli -u {url} PING")),
-        _ => error,
-    })
+    let next =
+        format!("redis-cli -u {url} PING   # the user and password that work there belong into --redis");
+    Connection::connect(url).map_err(|error| error.next(next))
 }
 
 /// Runs every check.

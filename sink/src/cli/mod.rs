@@ -107,7 +107,10 @@ fn report(error: &Error, given: &Options) {
     ];
     let clean = |text: String| secrets.iter().fold(text, |text, secret| scrub(&text, secret));
     let message = clean(error.to_string());
-    let next = error.next_command().map(|next| clean(next.to_owned()));
+    let next = error
+        .next_command()
+        .map(|next| clean(next.to_owned()))
+        .or_else(|| next_command(error, given));
     let code = error.exit_code();
     if given.log_format == Some(LogFormat::Json) {
         // Does nothing, unless the error came before there was a logger.
@@ -123,6 +126,17 @@ fn report(error: &Error, given: &Options) {
     let _ = writeln!(stderr, "error: {message}");
     if let Some(next) = next {
         let _ = writeln!(stderr, "  next: {next}");
+    }
+}
+
+/// The next command for an error whose place has none of its own.
+fn next_command(error: &Error, given: &Options) -> Option<String> {
+    match error {
+        Error::Redis(..) => given.redis.as_ref().map(|url| format!("redis-cli -u {url} PING")),
+        Error::Postgres(..) | Error::Setup(_) | Error::Unreachable(..) => {
+            Some(format!("walmirror doctor --slot {}", given.slot()))
+        }
+        _ => None,
     }
 }
 

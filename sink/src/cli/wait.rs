@@ -5,8 +5,7 @@ use std::time::{Duration, Instant};
 use redis::Value;
 use walmirror_proto::Lsn;
 
-use super::args::WaitArgs;
-use super::checks::resolve;
+use super::args::{Position, WaitArgs};
 use super::checks_redis::connect;
 use crate::config::Options;
 use crate::error::Error;
@@ -26,9 +25,10 @@ pub fn run(options: &Options, args: &WaitArgs, shutdown: &Shutdown) -> Result<()
         .map(|time| Instant::now() + time);
     let (slot, keys) = (options.slot(), RedisKeys::new(&options.slot()));
     let mut redis = connect(&options.redis()?)?;
-    let target = resolve(args.lsn, || {
-        Connection::connect(options.postgres()?.expose(), &[]).map_err(connect_failed)
-    })?;
+    let target = match args.lsn {
+        Position::At(lsn) => lsn,
+        Position::Current => current_lsn(options.postgres()?.expose())?,
+    };
     let mut pause = PAUSE_MIN;
     loop {
         let progress = progress(&mut redis, &keys)?;
@@ -50,6 +50,25 @@ pub fn run(options: &Options, args: &WaitArgs, shutdown: &Shutdown) -> Result<()
         }
         pause = (pause * 2).min(PAUSE_MAX);
     }
+}
+
+/// Where Postgres is now: every transaction that has committed before ends before it.
+///
+/// Neither the insert nor the write position would do. The first may lie in WAL that nobody flushes for minutes, the second
+/// in the middle of a record; no stream gets to either. So a message goes into the WAL, and its own commit flushes it.
+fn current_lsn(conninfo: &str) -> Result<Lsn, Error> {
+    let mut connection = Connection::connect(conninfo, &[]).map_err(connect_failed)?;
+    let results = connection
+        .simple(
+            "SET synchronous_commit = local; \
+             SELECT pg_catalog.pg_logical_emit_message(true, 'walmirror.wait', '')",
+        )
+        .map_err(|error| Error::postgres("cannot ask Postgres for its current LSN", error))?;
+    let lsn = results
+        .last()
+        .and_then(|result| result.text(0, 0))
+        .and_then(|text| text.parse().ok());
+    lsn.ok_or_else(|| Error::bug("Postgres' current LSN cannot be read"))
 }
 
 /// How far Redis is; None: there is no progress key.
