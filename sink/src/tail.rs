@@ -56,7 +56,11 @@ pub struct TailArgs {
 
 /// Prints until the end, a signal, or `--until-lsn`.
 pub fn run(conninfo: &Conninfo, args: &TailArgs, shutdown: &Shutdown) -> Result<(), Error> {
-    let mut stream = open(conninfo, args, shutdown)?;
+    let mut stream = match open(conninfo, args, shutdown) {
+        // Whoever stops it while it waits for the slot has got what he wanted.
+        Err(_) if shutdown.requested() => return Ok(()),
+        stream => stream?,
+    };
     shutdown.subscribe(&stream.waker());
     let mut out = BufWriter::new(std::io::stdout().lock());
     let printed = print_all(&mut stream, args, shutdown, &mut out);

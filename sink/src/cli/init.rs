@@ -7,9 +7,10 @@ use crate::config::Options;
 use crate::error::{Error, exit};
 use crate::pq::{Connection, connect_failed};
 use crate::replication::{self, slot::PLUGIN};
+use crate::shutdown::Shutdown;
 
 /// Does it. A failed check ends it before anything is changed.
-pub fn run(options: &Options) -> Result<(), Error> {
+pub fn run(options: &Options, shutdown: &Shutdown) -> Result<(), Error> {
     let (conninfo, slot) = (options.postgres()?, options.slot());
     let redis = options.redis_if_given()?;
     let postgres = print("server", exit::POSTGRES, Some(checks::postgres(&conninfo, &slot)))?;
@@ -23,6 +24,8 @@ pub fn run(options: &Options) -> Result<(), Error> {
     }
     let mut connection =
         Connection::connect(conninfo.expose(), &[("replication", "database")]).map_err(connect_failed)?;
+    // Without this the server would go on making the slot when nobody waits for it any more.
+    connection.interrupt_with(shutdown.waker()?);
     let database = connection.target().database;
     match replication::slot_info(&mut connection, &slot)? {
         Some(info) => match checks::slot_outcome(&slot, Some(&info), &database) {

@@ -61,7 +61,7 @@ fn start(command: Command, matches: &ArgMatches, options: &mut Options) -> Resul
             tail.slot = options.slot.clone().filter(|_| is_flag(matches, "slot"));
             tail::run(&options.postgres()?, &tail, &Shutdown::install()?)
         }
-        Some(Command::Init) => init::run(options),
+        Some(Command::Init) => init::run(options, &Shutdown::install()?),
         Some(Command::Doctor) => doctor::run(options),
         Some(Command::Status(status)) => status::run(options, &status),
         Some(Command::Wait(wait)) => wait::run(options, &wait, &Shutdown::install()?),

@@ -54,6 +54,11 @@ impl Connection {
         self.interrupt = Some(waker);
     }
 
+    /// Takes [`Self::interrupt_with`] back.
+    pub fn no_interrupt(&mut self) {
+        self.interrupt = None;
+    }
+
     /// Runs one statement with text parameters; the values of the rows are text.
     pub fn query(&mut self, sql: &str, params: &[Option<&[u8]>]) -> Result<QueryResult, PqError> {
         self.query_in_format(sql, params, false)

@@ -96,6 +96,8 @@ impl Stream {
                 )
                 .at(start_lsn)
             })?;
+        // From here on the stream's own waker interrupts; ending it in good order must not be interrupted.
+        connection.no_interrupt();
         Ok(Self {
             connection,
             slot: slot.to_owned(),
