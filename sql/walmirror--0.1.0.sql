@@ -97,6 +97,17 @@ $$;
 COMMENT ON FUNCTION walmirror.mirror(regclass, text, text, text[], interval, boolean) IS
     'keeps every row of a table in Redis';
 
+CREATE FUNCTION walmirror.cache(rel regclass, key text DEFAULT NULL, value text DEFAULT 'hash', columns text[] DEFAULT NULL,
+                                ttl interval DEFAULT NULL, on_write text DEFAULT 'refresh') RETURNS void
+    LANGUAGE sql SET search_path = pg_catalog, pg_temp AS
+$$
+    SELECT walmirror.set_label(rel, jsonb_strip_nulls(jsonb_build_object(
+        'mode', 'cache', 'key', coalesce(cache.key, walmirror.default_key(rel)), 'value', cache.value, 'columns', cache.columns,
+        'ttl_ms', round(extract(epoch FROM cache.ttl) * 1000)::bigint, 'on_write', cache.on_write))::text)
+$$;
+COMMENT ON FUNCTION walmirror.cache(regclass, text, text, text[], interval, text) IS
+    'keeps those rows of a table in Redis that SELECTs read';
+
 CREATE FUNCTION walmirror.unmirror(rel regclass, keep_keys boolean DEFAULT false) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS
 $$
@@ -114,6 +125,15 @@ END
 $$;
 COMMENT ON FUNCTION walmirror.unmirror(regclass, boolean) IS
     'takes a table out of Redis; its keys go too, unless keep_keys';
+
+-- What SELECT capture does ------------------------------------------------------------------------------------------
+
+CREATE FUNCTION walmirror.capture_counters(OUT counter text, OUT value bigint, OUT meaning text) RETURNS SETOF record
+    LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'capture_counters_wrapper';
+
+CREATE VIEW walmirror.capture_stats AS SELECT c.counter, c.value, c.meaning FROM walmirror.capture_counters() c;
+COMMENT ON VIEW walmirror.capture_stats IS 'rows that SELECT capture saw, wrote to the WAL, and left out, by reason';
+GRANT SELECT ON walmirror.capture_stats TO PUBLIC;
 
 -- Telling the stream of DDL -----------------------------------------------------------------------------------------
 

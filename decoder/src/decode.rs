@@ -8,6 +8,7 @@
 
 use std::collections::HashMap;
 
+use prost::Message;
 use walmirror_proto::key::KeyTemplate;
 use walmirror_proto::pb::{self, Kind};
 use walmirror_proto::row::{self, Datum, TupleRef};
@@ -237,6 +238,17 @@ impl Decoder {
         let content = content.to_vec();
         self.record(output, Kind::Marker, |record| {
             record.marker = Some(pb::Marker { content, lsn })
+        });
+        self.flush(output);
+    }
+
+    /// Rows that a SELECT read; outside transactions. Anybody may write logical messages: what is no Capture is left out.
+    pub fn capture(&mut self, output: &mut impl Output, content: &[u8]) {
+        let Ok(capture) = pb::Capture::decode(content) else {
+            return;
+        };
+        self.record(output, Kind::Capture, |record| {
+            record.capture = Some(capture);
         });
         self.flush(output);
     }

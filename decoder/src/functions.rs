@@ -4,6 +4,7 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 use prost::Message;
 
+use crate::capture::stats;
 use crate::ddl::{self, Check};
 use crate::error::Refusal;
 use crate::ffi::hooks;
@@ -99,4 +100,17 @@ fn check_label(table: pg_sys::Oid, restoring: bool) {
     for oid in relation::with_partitions(table) {
         relation::invalidate(oid);
     }
+}
+
+/// `walmirror.capture_counters()`: what stands behind the view `walmirror.capture_stats`.
+#[pg_extern]
+fn capture_counters()
+-> TableIterator<'static, (name!(counter, String), name!(value, i64), name!(meaning, String))> {
+    TableIterator::new(stats::COUNTERS.into_iter().map(|(counter, name, meaning)| {
+        (
+            name.to_owned(),
+            i64::try_from(stats::get(counter)).unwrap_or(i64::MAX),
+            meaning.to_owned(),
+        )
+    }))
 }

@@ -2,9 +2,10 @@
 //!
 //! A row's way, in reading order: [`ffi::output_plugin`] (the C callbacks) calls [`decode`], which looks the table up in
 //! [`tables`] (a cache of [`plan`]s, made from the table's [`label`]) and has [`encode`] write the row into a frame.
-//! [`options`] are what the client asked for. [`ddl`] keeps labels valid and tells the stream of schema changes;
+//! [`capture`] takes the rows that SELECTs read. [`options`] are what the client asked for. [`ddl`] keeps labels valid and tells the stream of schema changes;
 //! [`functions`] are the SQL functions. All `unsafe` code stands in [`ffi`].
 
+mod capture;
 mod ddl;
 mod decode;
 mod encode;

@@ -68,6 +68,19 @@ impl Tables {
         })
     }
 
+    /// The same for a table that is known by its oid and locked already, by the query that reads it; `None` if it is gone.
+    pub fn get_oid(&mut self, table: u32) -> Option<&mut Table> {
+        let stale = !matches!(*self.stale.borrow(), Stale::Nothing);
+        if stale {
+            self.forget_stale();
+        }
+        if !self.known.contains_key(&table) {
+            let relation = Rel::open(pgrx::pg_sys::Oid::from(table))?;
+            return Some(self.get(&relation));
+        }
+        self.known.get_mut(&table)
+    }
+
     /// A partition's plan also depends on the table that carries the label, so both oids count.
     fn forget_stale(&mut self) {
         let stale = std::mem::take(&mut *self.stale.borrow_mut());

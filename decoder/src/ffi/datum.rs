@@ -60,6 +60,21 @@ impl Row {
         }
     }
 
+    /// Takes over values that an executor slot has taken apart.
+    pub(super) fn copy(&mut self, values: &[pg_sys::Datum], nulls: &[bool]) {
+        self.values.clear();
+        self.values.extend_from_slice(values);
+        self.nulls.clear();
+        self.nulls.extend_from_slice(nulls);
+    }
+
+    /// Puts another value in place of a column's.
+    pub(super) fn set(&mut self, column: usize, value: Raw) {
+        if let Some(place) = self.values.get_mut(column) {
+            *place = value.0;
+        }
+    }
+
     /// The value of a column (0-based); `None` for NULL.
     #[inline]
     pub fn get(&self, column: usize) -> Option<Raw> {

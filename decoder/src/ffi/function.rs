@@ -104,10 +104,18 @@ const F_TO_JSONB: u32 = 3787;
 /// Whether an error says something about the value, not about the session. Classes 57 (operator intervention), 53
 /// (insufficient resources), 58 (system error) and XX (internal error) are the session's.
 fn concerns_value(code: PgSqlErrorCode) -> bool {
+    !matches!(class(code), ['5', '7' | '3' | '8'] | ['X', 'X'])
+}
+
+/// Class 57: a cancel, a timeout, a shutdown.
+pub fn is_operator_intervention(code: PgSqlErrorCode) -> bool {
+    class(code) == ['5', '7']
+}
+
+/// The first two characters of an SQLSTATE. MAKE_SQLSTATE packs six bits a character, the class in the lowest twelve.
+fn class(code: PgSqlErrorCode) -> [char; 2] {
     let code = code as i32;
-    // MAKE_SQLSTATE packs six bits a character, the class in the lowest twelve.
-    let character = |index: u32| {
+    [0, 1].map(|index| {
         char::from(u8::try_from(((code >> (6 * index)) & 0x3F) + i32::from(b'0')).unwrap_or(b'0'))
-    };
-    !matches!((character(0), character(1)), ('5', '7' | '3' | '8') | ('X', 'X'))
+    })
 }

@@ -7,7 +7,7 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 
 use super::relation::PROVIDER;
-use super::text;
+use super::{executor, settings, shared, text};
 use crate::decode::ddl_message::{self, DdlMessage};
 use crate::{ddl, tables};
 
@@ -26,6 +26,11 @@ pub unsafe extern "C-unwind" fn _PG_init() {
         pg_sys::register_label_provider(PROVIDER.as_ptr(), Some(check_label));
         NEXT_OBJECT_ACCESS = pg_sys::object_access_hook;
         pg_sys::object_access_hook = Some(object_access);
+    }
+    settings::define(is_preloaded());
+    if is_preloaded() {
+        shared::request();
+        executor::hook();
     }
 }
 
@@ -91,25 +96,32 @@ pub fn write_ddl_message(message: &DdlMessage) {
     let Ok(prefix) = std::ffi::CString::new(ddl_message::PREFIX) else {
         return;
     };
-    log_message(&prefix, &content);
+    log_message(&prefix, &content, true);
 }
 
-fn log_message(prefix: &CStr, content: &[u8]) {
+/// Writes a logical message (`LogLogicalMessage`); returns where it ends in the WAL.
+pub fn log_message(prefix: &CStr, content: &[u8], transactional: bool) -> u64 {
     // SAFETY: the declarations below match replication/message.h of the version that is compiled for; the guard turns an
     // ERROR into an unwind as for pgrx's own bindings.
     unsafe {
         pg_sys::submodules::ffi::pg_guard_ffi_boundary(|| {
             #[cfg(any(feature = "pg17", feature = "pg18"))]
-            LogLogicalMessage(
+            let lsn = LogLogicalMessage(
                 prefix.as_ptr(),
                 content.as_ptr().cast(),
                 content.len(),
-                true,
+                transactional,
                 false,
             );
             #[cfg(not(any(feature = "pg17", feature = "pg18")))]
-            LogLogicalMessage(prefix.as_ptr(), content.as_ptr().cast(), content.len(), true);
-        });
+            let lsn = LogLogicalMessage(
+                prefix.as_ptr(),
+                content.as_ptr().cast(),
+                content.len(),
+                transactional,
+            );
+            lsn
+        })
     }
 }
 

@@ -6,6 +6,7 @@
 
 pub mod catalog_types;
 pub mod datum;
+pub mod executor;
 pub mod function;
 pub mod hooks;
 pub mod memory;
@@ -13,6 +14,8 @@ pub mod output_plugin;
 pub mod pack;
 pub mod relation;
 pub mod session;
+pub mod settings;
+pub mod shared;
 pub mod text;
 pub mod value;
 

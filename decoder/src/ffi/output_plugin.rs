@@ -13,7 +13,8 @@ use pgrx::prelude::*;
 use super::datum::Tuple;
 use super::memory::Context;
 use super::relation::Rel;
-use super::text;
+use super::{settings, text};
+use crate::capture;
 use crate::decode::ddl_message::{self, DdlMessage};
 use crate::decode::{Change, Decoder, Output, Transaction};
 use crate::options::{Format, Options};
@@ -159,6 +160,7 @@ unsafe extern "C-unwind" fn begin(
     context: *mut pg_sys::LogicalDecodingContext,
     txn: *mut pg_sys::ReorderBufferTXN,
 ) {
+    settings::failpoint(settings::Failpoint::Begin);
     // SAFETY: both are valid for the call.
     unsafe {
         #[cfg(feature = "pg14")]
@@ -180,6 +182,7 @@ unsafe extern "C-unwind" fn change(
     relation: pg_sys::Relation,
     change: *mut pg_sys::ReorderBufferChange,
 ) {
+    settings::failpoint(settings::Failpoint::Change);
     use pg_sys::ReorderBufferChangeType as Type;
     // SAFETY: all are valid for the call; `tp` is the union's member for row changes. Tuples stay valid until the
     // callback returns.
@@ -225,6 +228,7 @@ unsafe extern "C-unwind" fn truncate(
     relations: *mut pg_sys::Relation,
     change: *mut pg_sys::ReorderBufferChange,
 ) {
+    settings::failpoint(settings::Failpoint::Truncate);
     // SAFETY: `relations` holds `count` open relations.
     unsafe {
         let tables: Vec<Rel> = slice::from_raw_parts(relations, usize::try_from(count).unwrap_or(0))
@@ -241,6 +245,7 @@ unsafe extern "C-unwind" fn commit(
     txn: *mut pg_sys::ReorderBufferTXN,
     _commit_lsn: pg_sys::XLogRecPtr,
 ) {
+    settings::failpoint(settings::Failpoint::Commit);
     // SAFETY: both are valid for the call.
     unsafe { decoder(context).commit(&mut Writer { context, last: true }, (*txn).end_lsn) }
 }
@@ -255,6 +260,7 @@ unsafe extern "C-unwind" fn message(
     size: pg_sys::Size,
     content: *const c_char,
 ) {
+    settings::failpoint(settings::Failpoint::Message);
     // SAFETY: the prefix is a C string and the content has `size` bytes; `txn`, which may be NULL, is not used.
     unsafe {
         let prefix = CStr::from_ptr(prefix);
@@ -270,6 +276,8 @@ unsafe extern "C-unwind" fn message(
             }
         } else if !transactional && prefix == MARKER_PREFIX {
             decoder(context).marker(writer, content, lsn);
+        } else if !transactional && prefix == capture::PREFIX {
+            decoder(context).capture(writer, content);
         }
     }
 }

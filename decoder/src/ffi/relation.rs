@@ -51,7 +51,7 @@ impl Rel {
     pub fn open_historic(oid: pg_sys::Oid) -> Option<Self> {
         // SAFETY: allowed wherever there is a snapshot for catalog look-ups, as there is in change callbacks.
         let raw = unsafe { pg_sys::RelationIdGetRelation(oid) };
-        (!raw.is_null()).then_some(Self {
+        (!raw.is_null()).then(|| Self {
             raw,
             close: Close::Reference,
         })
@@ -61,7 +61,7 @@ impl Rel {
     pub fn open(oid: pg_sys::Oid) -> Option<Self> {
         // SAFETY: within a transaction, as every SQL function is.
         let raw = unsafe { pg_sys::try_relation_open(oid, pg_sys::AccessShareLock as pg_sys::LOCKMODE) };
-        (!raw.is_null()).then_some(Self {
+        (!raw.is_null()).then(|| Self {
             raw,
             close: Close::Lock,
         })

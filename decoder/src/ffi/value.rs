@@ -2,7 +2,7 @@
 
 use walmirror_proto::writer::TupleBuilder;
 
-use super::datum::{Raw, Varlena};
+use super::datum::{Raw, Row, Varlena};
 use super::function::Failure;
 use super::text;
 use crate::plan::Read;
@@ -109,6 +109,28 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
         }
     }
     Ok(Outcome::Appended)
+}
+
+/// Fetches a TOASTed value into the current memory context, for rows that a query read: its snapshot keeps the chunks.
+/// `false` if the value is larger than `max_bytes`, and then it is not fetched.
+pub fn fetch_toasted(read: &Read, row: &mut Row, column: usize, max_bytes: usize) -> bool {
+    let varlena = match read {
+        Read::Numeric(_) | Read::Bytea | Read::Text | Read::Blanked => true,
+        Read::Output { varlena, .. } | Read::Cast { varlena, .. } | Read::Json { varlena, .. } => *varlena,
+        _ => false,
+    };
+    let Some(raw) = row.get(column).filter(|raw| varlena && is_unchanged(*raw)) else {
+        return true;
+    };
+    // SAFETY: an on-disk TOAST pointer of a row that the query's snapshot sees.
+    unsafe {
+        if pgrx::pg_sys::toast_raw_datum_size(raw.datum()) > max_bytes {
+            return false;
+        }
+        let fetched = pgrx::pg_sys::pg_detoast_datum_packed(raw.datum().cast_mut_ptr());
+        row.set(column, Raw::from(pgrx::pg_sys::Datum::from(fetched)));
+    }
+    true
 }
 
 /// Whether a value is an unchanged TOASTed one. Only for varlena types.
