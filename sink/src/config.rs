@@ -4,9 +4,11 @@
 //! precedence. [`Options`] is all three at once: one field, one name, no drift.
 
 mod file;
+mod options;
 mod secret;
 mod values;
 
-pub use file::{Options, RunConfig, RunOptions};
+pub use file::RunConfig;
+pub use options::{Options, RunOptions};
 pub use secret::{Conninfo, RedisUrl, scrub};
 pub use values::{ByteSize, Durability, LogFormat, LogLevel, OnGap, SlotName, Span};

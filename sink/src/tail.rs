@@ -2,6 +2,7 @@
 //! where it is, unless `--consume` says that printed is done.
 
 mod print;
+mod value;
 
 use std::io::{BufWriter, StdoutLock, Write};
 use std::time::Duration;

@@ -1,6 +1,7 @@
 //! `walmirror init`: checks everything, creates the slot, and says what to do next.
 
 use super::checks::{self, Outcome};
+use super::checks_slot::slot_outcome;
 use super::doctor::print;
 use super::{checks_redis, say};
 use crate::config::Options;
@@ -28,7 +29,7 @@ pub fn run(options: &Options, shutdown: &Shutdown) -> Result<(), Error> {
     connection.interrupt_with(shutdown.waker()?);
     let database = connection.target().database;
     match replication::slot_info(&mut connection, &slot)? {
-        Some(info) => match checks::slot_outcome(&slot, Some(&info), &database) {
+        Some(info) => match slot_outcome(&slot, Some(&info), &database) {
             Outcome::Fail(what, next) => return Err(Error::setup(what).next(next)),
             _ => say(format!("the slot {slot} exists already"))?,
         },

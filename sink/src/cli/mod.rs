@@ -4,6 +4,9 @@
 mod args;
 mod checks;
 mod checks_redis;
+mod checks_server;
+mod checks_slot;
+mod checks_tables;
 mod doctor;
 mod init;
 mod status;

@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 
-use super::connection::{Ready, read_and, wait};
 use super::error::{ErrorKind, PqError};
 use super::ffi::{CopyBuffer, CopyState, ExecStatusType, c_string};
+use super::wait::{Ready, read_and, wait};
 use super::{Connection, Waker};
 
 /// What [`Connection::poll_copy_data`] ended with.

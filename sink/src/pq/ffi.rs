@@ -4,7 +4,6 @@
 //! [`RawResult`] (PQclear on drop) and [`CopyBuffer`] (PQfreemem on drop). No pointer leaves this file.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::ops::Deref;
 use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 
@@ -12,6 +11,11 @@ pub(super) use pq::{ConnStatusType, ExecStatusType, PGVerbosity, PostgresPolling
 use pq_sys as pq;
 
 use super::error::{ErrorKind, PqError};
+pub use buffer::CopyBuffer;
+pub(super) use result::RawResult;
+
+mod buffer;
+mod result;
 
 /// Copies a C string that libpq owns; an empty or missing one gives None.
 fn owned(text: *const c_char) -> Option<String> {
@@ -172,7 +176,7 @@ impl RawConnection {
     /// The next result of what was sent; None when there is no more. Blocks unless [`Self::is_busy`] is false.
     pub fn next_result(&mut self) -> Option<RawResult> {
         // SAFETY: the connection is ours; the result is handed to a RawResult, which clears it.
-        NonNull::new(unsafe { pq::PQgetResult(self.raw.as_ptr()) }).map(|raw| RawResult { raw })
+        NonNull::new(unsafe { pq::PQgetResult(self.raw.as_ptr()) }).map(RawResult::new)
     }
 
     pub fn is_busy(&mut self) -> bool {
@@ -227,11 +231,7 @@ impl RawConnection {
         // SAFETY: `buffer` is a valid place for the pointer; asynchronous mode never blocks.
         let length = unsafe { pq::PQgetCopyData(self.raw.as_ptr(), &raw mut buffer, 1) };
         match (NonNull::new(buffer), usize::try_from(length)) {
-            (Some(buffer), Ok(length)) if length > 0 => CopyState::Data(CopyBuffer {
-                buffer,
-                length,
-                start: 0,
-            }),
+            (Some(buffer), Ok(length)) if length > 0 => CopyState::Data(CopyBuffer::new(buffer, length)),
             (_, Ok(_)) => CopyState::WouldBlock,
             (_, Err(_)) if length == -1 => CopyState::Done,
             _ => CopyState::Failed,
@@ -264,62 +264,6 @@ pub(super) enum CopyState {
     Failed,
 }
 
-/// One message of a COPY, in the memory that libpq read it into: it is never copied, and freed on drop.
-///
-/// It is independent of the connection and may go to another thread.
-pub struct CopyBuffer {
-    buffer: NonNull<c_char>,
-    length: usize,
-    start: usize,
-}
-
-// SAFETY: the buffer is plain memory with this one owner; PQfreemem is free(), which any thread may call.
-unsafe impl Send for CopyBuffer {}
-// SAFETY: shared references only read the bytes.
-unsafe impl Sync for CopyBuffer {}
-
-impl CopyBuffer {
-    /// Leaves off the first `count` bytes, at most all. Costs nothing; the memory stays with the buffer.
-    pub fn skip(mut self, count: usize) -> Self {
-        self.start = self.start.saturating_add(count).min(self.length);
-        self
-    }
-}
-
-impl Deref for CopyBuffer {
-    type Target = [u8];
-    fn deref(&self) -> &[u8] {
-        // SAFETY: PQgetCopyData gave `length` initialised bytes at `buffer`, nobody writes to them, and `start` never
-        // exceeds `length`.
-        unsafe {
-            std::slice::from_raw_parts(
-                self.buffer.as_ptr().cast::<u8>().add(self.start),
-                self.length - self.start,
-            )
-        }
-    }
-}
-
-impl AsRef<[u8]> for CopyBuffer {
-    fn as_ref(&self) -> &[u8] {
-        self
-    }
-}
-
-impl std::fmt::Debug for CopyBuffer {
-    // INVARIANT I8: the length only, because the bytes are rows.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "CopyBuffer({} bytes)", self.len())
-    }
-}
-
-impl Drop for CopyBuffer {
-    fn drop(&mut self) {
-        // SAFETY: PQgetCopyData allocated the buffer, and this is its only owner.
-        unsafe { pq::PQfreemem(self.buffer.as_ptr().cast::<c_void>()) }
-    }
-}
-
 /// A `PGcancel`.
 pub(super) struct RawCancel {
     raw: NonNull<pq::PGcancel>,
@@ -350,87 +294,6 @@ impl Drop for RawCancel {
     fn drop(&mut self) {
         // SAFETY: the pointer is live and nobody uses it after this.
         unsafe { pq::PQfreeCancel(self.raw.as_ptr()) }
-    }
-}
-
-/// A `PGresult`.
-pub(super) struct RawResult {
-    raw: NonNull<pq::PGresult>,
-}
-
-// SAFETY: a PGresult is independent of its connection and is only read once libpq has returned it.
-unsafe impl Send for RawResult {}
-// SAFETY: all methods only read.
-unsafe impl Sync for RawResult {}
-
-impl RawResult {
-    pub fn status(&self) -> ExecStatusType {
-        // SAFETY: the result is live.
-        unsafe { pq::PQresultStatus(self.raw.as_ptr()) }
-    }
-
-    pub fn rows(&self) -> usize {
-        // SAFETY: the result is live.
-        usize::try_from(unsafe { pq::PQntuples(self.raw.as_ptr()) }).unwrap_or(0)
-    }
-
-    pub fn columns(&self) -> usize {
-        // SAFETY: the result is live.
-        usize::try_from(unsafe { pq::PQnfields(self.raw.as_ptr()) }).unwrap_or(0)
-    }
-
-    /// The value at row and column; None for NULL and for what is outside.
-    pub fn value(&self, row: usize, column: usize) -> Option<&[u8]> {
-        if row >= self.rows() || column >= self.columns() {
-            return None;
-        }
-        let (row, column) = (c_int::try_from(row).ok()?, c_int::try_from(column).ok()?);
-        let raw = self.raw.as_ptr();
-        // SAFETY: row and column are inside the result.
-        if unsafe { pq::PQgetisnull(raw, row, column) } == 1 {
-            return None;
-        }
-        // SAFETY: as above; the value has PQgetlength bytes and lives as long as the result.
-        unsafe {
-            let length = usize::try_from(pq::PQgetlength(raw, row, column)).ok()?;
-            Some(std::slice::from_raw_parts(
-                pq::PQgetvalue(raw, row, column).cast::<u8>(),
-                length,
-            ))
-        }
-    }
-
-    pub fn error(&self) -> PqError {
-        // SAFETY: the result is live, and the codes are those of postgres_ext.h; a missing field gives NULL.
-        let field = |code: u8| owned(unsafe { pq::PQresultErrorField(self.raw.as_ptr(), c_int::from(code)) });
-        let sqlstate = field(b'C');
-        // SAFETY: the result is live.
-        let whole = || owned(unsafe { pq::PQresultErrorMessage(self.raw.as_ptr()) });
-        PqError {
-            // Without a SQLSTATE the text comes from libpq itself: the connection broke.
-            kind: if sqlstate.is_some() {
-                ErrorKind::Server
-            } else {
-                ErrorKind::Connection
-            },
-            sqlstate,
-            severity: field(b'V').map(String::into_boxed_str),
-            message: field(b'M')
-                .or_else(whole)
-                .unwrap_or_else(|| "no message".to_owned())
-                .trim_end()
-                .to_owned(),
-            detail: field(b'D').map(String::into_boxed_str),
-            hint: field(b'H').map(String::into_boxed_str),
-            target: None,
-        }
-    }
-}
-
-impl Drop for RawResult {
-    fn drop(&mut self) {
-        // SAFETY: the pointer is live and nobody uses it after this.
-        unsafe { pq::PQclear(self.raw.as_ptr()) }
     }
 }
 

@@ -4,16 +4,20 @@
 //! Kerberos set-up and multi-host failover that works with psql works here, and because it speaks CopyBoth, which the
 //! replication stream needs. All `unsafe` of this crate is in `ffi`; nothing outside this folder sees a raw pointer.
 
+mod connect;
 mod connection;
 mod copy;
 mod error;
 mod explain;
 mod ffi;
+mod result;
+mod wait;
 mod wake;
 
-pub use connection::{CancelHandle, Connection, QueryResult, Row, Rows, quote_identifier, quote_literal};
+pub use connection::{CancelHandle, Connection, quote_identifier, quote_literal};
 pub use copy::{BinaryFields, Copied, CopyOut, binary_fields};
 pub use error::{ErrorKind, PqError, Target};
 pub use explain::connect_failed;
 pub use ffi::CopyBuffer;
+pub use result::{QueryResult, Row, Rows};
 pub use wake::Waker;

@@ -1,0 +1,187 @@
+//! Checks of the server and of the role: version, settings, library, extension, rights.
+
+use super::checks::{Check, Outcome, from_error, value};
+use crate::config::Conninfo;
+use crate::pq::{Connection, PqError, connect_failed, quote_identifier};
+use crate::replication::{self, slot::PLUGIN};
+
+pub fn server(connection: &mut Connection) -> Check {
+    let (version, target) = (connection.server_version(), connection.target());
+    let text = format!("Postgres {}.{} at {target}", version / 10_000, version % 10_000);
+    let outcome = if version < 140_000 {
+        Outcome::Fail(
+            format!("{text}: too old"),
+            "pg_upgradecluster   # walmirror needs Postgres 14 or later".into(),
+        )
+    } else if value(connection, "SELECT pg_catalog.pg_is_in_recovery()").as_deref() == Ok("t") {
+        Outcome::Fail(
+            format!("{text} is a standby"),
+            "walmirror doctor --postgres '… target_session_attrs=read-write'".into(),
+        )
+    } else {
+        Outcome::Ok(text)
+    };
+    Check {
+        name: "server",
+        outcome,
+    }
+}
+
+pub fn wal_level(connection: &mut Connection) -> Result<Outcome, PqError> {
+    let level = value(connection, "SELECT pg_catalog.current_setting('wal_level')")?;
+    Ok(match level.as_str() {
+        "logical" => Outcome::Ok(level),
+        _ => Outcome::Fail(
+            format!("wal_level is {level}, but has to be logical"),
+            "ALTER SYSTEM SET wal_level = logical;   -- then restart Postgres".into(),
+        ),
+    })
+}
+
+pub fn preloaded(connection: &mut Connection) -> Result<Outcome, PqError> {
+    let list = value(
+        connection,
+        "SELECT pg_catalog.current_setting('shared_preload_libraries')",
+    )?;
+    Ok(
+        if names(&list)
+            .iter()
+            .any(|name| name == PLUGIN || name.ends_with("/walmirror") || name.ends_with("/walmirror.so"))
+        {
+            Outcome::Ok(format!("shared_preload_libraries = {list}"))
+        } else {
+            Outcome::Fail(
+                format!(
+                    "walmirror is not in shared_preload_libraries ({})",
+                    if list.is_empty() { "empty" } else { &list }
+                ),
+                format!(
+                    "ALTER SYSTEM SET shared_preload_libraries = {};   -- then restart Postgres",
+                    with_walmirror(&list)
+                ),
+            )
+        },
+    )
+}
+
+pub fn extension(connection: &mut Connection) -> Result<Outcome, PqError> {
+    let database = connection.target().database;
+    let installed = value(
+        connection,
+        "SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'walmirror'",
+    )?;
+    if !installed.is_empty() {
+        return Ok(Outcome::Ok(format!(
+            "walmirror {installed} in the database {database}"
+        )));
+    }
+    let available = value(
+        connection,
+        "SELECT default_version FROM pg_catalog.pg_available_extensions WHERE name = 'walmirror'",
+    )?;
+    Ok(if available.is_empty() {
+        Outcome::Fail(
+            "this server has no extension walmirror".into(),
+            "make install PG_CONFIG=…   # as root, on the server".into(),
+        )
+    } else {
+        Outcome::Fail(
+            format!("the database {database} has no extension walmirror"),
+            format!("psql \"{}\" -c 'CREATE EXTENSION walmirror'", connection.target()),
+        )
+    })
+}
+
+/// Since the fix of CVE-2026-6471 a server loads only plugins that this list names. Older minors have no such list.
+pub fn plugin_list(connection: &mut Connection) -> Result<Outcome, PqError> {
+    let result = connection.query(
+        "SELECT pg_catalog.current_setting('output_plugin_libraries', true)",
+        &[],
+    )?;
+    let Some(list) = result.text(0, 0) else {
+        return Ok(Outcome::Ok("this server allows every plugin".into()));
+    };
+    Ok(if names(list).iter().any(|name| name == PLUGIN) {
+        Outcome::Ok(list.to_owned())
+    } else {
+        Outcome::Fail(
+            format!("walmirror is not in output_plugin_libraries ({list})"),
+            format!(
+                "ALTER SYSTEM SET output_plugin_libraries = {}; SELECT pg_reload_conf();",
+                with_walmirror(list)
+            ),
+        )
+    })
+}
+
+pub fn replication_right(connection: &mut Connection) -> Result<Outcome, PqError> {
+    let sql =
+        "SELECT rolname, rolreplication OR rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user";
+    let result = connection.query(sql, &[])?;
+    let role = result.text(0, 0).unwrap_or_default();
+    Ok(if result.text(0, 1) == Some("t") {
+        Outcome::Ok(format!("the role {role} has REPLICATION"))
+    } else {
+        Outcome::Fail(
+            format!("the role {role} has no REPLICATION right"),
+            format!("ALTER ROLE {} REPLICATION;", quote_identifier(role)),
+        )
+    })
+}
+
+/// A right and a pg_hba.conf line are two things: only a real replication connection shows that both are there.
+pub fn replication_connection(conninfo: &Conninfo) -> Check {
+    let name = "replication connection";
+    let connect = || {
+        let mut connection =
+            Connection::connect(conninfo.expose(), &[("replication", "database")]).map_err(connect_failed)?;
+        replication::identify_system(&mut connection)
+    };
+    match connect() {
+        Ok(system) => Check {
+            name,
+            outcome: Outcome::Ok(format!(
+                "system {}, timeline {}, WAL at {}",
+                system.system_id, system.timeline, system.xlogpos
+            )),
+        },
+        Err(error) => from_error(name, &error),
+    }
+}
+
+/// The names of a list setting.
+fn names(list: &str) -> Vec<String> {
+    list.split(',')
+        .map(|name| name.trim().trim_matches('"').to_owned())
+        .filter(|name| !name.is_empty())
+        .collect()
+}
+
+/// The list with walmirror at its end, as ALTER SYSTEM takes it: one word each, not one string with commas.
+fn with_walmirror(list: &str) -> String {
+    let plain = |name: &String| {
+        name.bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
+    };
+    let mut names: Vec<String> = names(list)
+        .into_iter()
+        .map(|name| if plain(&name) { name } else { format!("'{name}'") })
+        .collect();
+    names.push(PLUGIN.to_owned());
+    names.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_list_is_extended_and_never_replaced() {
+        assert_eq!(
+            with_walmirror("pgoutput, test_decoding"),
+            "pgoutput, test_decoding, walmirror"
+        );
+        assert_eq!(with_walmirror(""), "walmirror");
+        assert_eq!(with_walmirror("\"Odd-Name\", x"), "'Odd-Name', x, walmirror");
+    }
+}
