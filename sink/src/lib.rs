@@ -17,6 +17,10 @@ pub mod transaction;
 // The edge to Redis.
 pub mod redis;
 
+// The mirror: all of the above in threads.
+pub mod backfill;
+pub mod run;
+
 // What a process needs.
 pub mod cli;
 pub mod config;

@@ -86,8 +86,7 @@ fn run_mirror(config: RunConfig) -> Result<(), Error> {
         durability = %config.durability,
         "walmirror starts"
     );
-    let _ = shutdown;
-    Err(Error::bug("`run` is not built yet"))
+    crate::run::run(&config, &shutdown)
 }
 
 /// Whether an option of the command line itself, not of the environment, set this.

@@ -96,7 +96,7 @@ impl Writer {
                 self.expect_ok("MULTI")?;
             }
         }
-        let expected = segment.batch.commands().count() - usize::from(segment.opens);
+        let expected = segment.batch.commands().count().saturating_sub(usize::from(segment.opens));
         let step = segment.step;
         self.open.push(segment);
         let Some(step) = step else {
@@ -110,6 +110,11 @@ impl Writer {
         self.prefix = 0;
         self.check_watch()?;
         Ok(Some(Applied { step, pending }))
+    }
+
+    /// Whether a MULTI is open.
+    pub fn is_open(&self) -> bool {
+        !self.open.is_empty()
     }
 
     /// Asks again whether this session is still the one that may write: an idle session notices this way that Redis

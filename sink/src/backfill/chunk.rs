@@ -1,0 +1,192 @@
+//! What a backfill hands to the planner: rows or keys that were read in one snapshot. The planner holds a chunk until its
+//! marker comes down the stream, and then passes it through the gate.
+
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use walmirror_proto::pb;
+
+use super::Cursor;
+use crate::gate::Snapshot;
+
+/// Rows in the form of `walmirror.pack`, one behind the other in one buffer.
+#[derive(Clone, Default)]
+pub struct PackedRows {
+    bytes: Vec<u8>,
+    ends: Vec<usize>,
+}
+
+impl std::fmt::Debug for PackedRows {
+    // INVARIANT I8: the bytes are rows.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PackedRows({} rows, {} bytes)", self.len(), self.bytes.len())
+    }
+}
+
+impl PackedRows {
+    /// Appends a row.
+    pub fn push(&mut self, packed: &[u8]) {
+        self.bytes.extend_from_slice(packed);
+        self.ends.push(self.bytes.len());
+    }
+
+    /// How many rows.
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// Their length.
+    pub fn byte_len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// A row.
+    pub fn get(&self, index: usize) -> Option<&[u8]> {
+        let start = index.checked_sub(1).map_or(Some(0), |before| self.ends.get(before).copied())?;
+        let range: Range<usize> = start..*self.ends.get(index)?;
+        self.bytes.get(range)
+    }
+}
+
+/// What was read.
+#[derive(Debug)]
+pub enum Content {
+    /// All rows of a stretch of the table.
+    Rows(PackedRows),
+    /// Keys that were noted as pending, and their rows, where there is one.
+    Keys(Vec<(Vec<u8>, Option<Vec<u8>>)>),
+    /// Keys that have no row.
+    Absent(Vec<Vec<u8>>),
+    /// Keys that were noted as pending for a table that is not mirrored.
+    Orphans(Vec<Vec<u8>>),
+    /// All labelled tables, as the catalog has them.
+    Catalog(Vec<pb::Relation>),
+}
+
+impl Content {
+    /// How many items it has.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Rows(rows) => rows.len(),
+            Self::Keys(keys) => keys.len(),
+            Self::Absent(keys) | Self::Orphans(keys) => keys.len(),
+            Self::Catalog(relations) => relations.len(),
+        }
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Rows or keys, and the snapshot that they were read in.
+#[derive(Debug)]
+pub struct Chunk {
+    /// The number in its marker.
+    pub id: u64,
+    /// pg_class.oid of the labelled table.
+    pub relation: u32,
+    /// The life of the table's backfill that it belongs to; a chunk of an earlier one is dropped.
+    pub generation: u64,
+    /// When it was read.
+    pub snapshot: Snapshot,
+    /// What was read.
+    pub content: Content,
+    /// Where the backfill is once it is written.
+    pub cursor: Option<Cursor>,
+    /// Where to tell what became of it.
+    pub window: Arc<Window>,
+}
+
+/// How many chunks of one worker are on their way, so that it reads ahead a little but not more (INVARIANT I7).
+#[derive(Debug, Default)]
+pub struct Window {
+    state: Mutex<WindowState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct WindowState {
+    outstanding: usize,
+    stale: bool,
+}
+
+impl Window {
+    /// A chunk is on its way.
+    pub fn sent(&self) {
+        self.lock().outstanding += 1;
+    }
+
+    /// A chunk was planned, or dropped because it is stale. Whatever follows a stale one is stale as well, until the
+    /// worker begins anew.
+    pub fn done(&self, stale: bool) {
+        let mut state = self.lock();
+        state.outstanding = state.outstanding.saturating_sub(1);
+        state.stale |= stale;
+        self.changed.notify_all();
+    }
+
+    /// Whether a chunk was dropped since the worker began.
+    pub fn is_stale(&self) -> bool {
+        self.lock().stale
+    }
+
+    /// Waits until at most `most` chunks are on their way. True: none was stale. `stopped` ends the wait.
+    pub fn wait(&self, most: usize, stopped: impl Fn() -> bool) -> bool {
+        let mut state = self.lock();
+        while state.outstanding > most && !state.stale && !stopped() {
+            let waited = self.changed.wait_timeout(state, Duration::from_millis(100));
+            state = waited.map_or_else(|error| error.into_inner().0, |(state, _)| state);
+        }
+        !state.stale
+    }
+
+    /// Waits until nothing is on its way, and forgets that something was stale.
+    pub fn reset(&self, stopped: impl Fn() -> bool) {
+        let mut state = self.lock();
+        while state.outstanding > 0 && !stopped() {
+            let waited = self.changed.wait_timeout(state, Duration::from_millis(100));
+            state = waited.map_or_else(|error| error.into_inner().0, |(state, _)| state);
+        }
+        state.stale = false;
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, WindowState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packed_rows_are_found_again() {
+        let mut rows = PackedRows::default();
+        for row in [b"abc".as_slice(), b"", b"de"] {
+            rows.push(row);
+        }
+        assert_eq!((rows.len(), rows.byte_len()), (3, 5));
+        assert_eq!([rows.get(0), rows.get(1), rows.get(2), rows.get(3)], [Some(b"abc".as_slice()), Some(b""), Some(b"de"), None]);
+        assert!(!format!("{rows:?}").contains("abc"));
+    }
+
+    #[test]
+    fn a_window_waits_for_room_and_remembers_staleness() {
+        let window = Window::default();
+        window.sent();
+        assert!(window.wait(1, || false));
+        assert!(window.wait(0, || true));
+        window.done(true);
+        assert!(!window.wait(0, || false));
+        window.reset(|| false);
+        assert!(window.wait(0, || false));
+    }
+}

@@ -1,0 +1,79 @@
+//! How far the backfill of a table is. Stored in the progress hash, in the same EXEC as the rows that it speaks of, so that
+//! a restart goes on where the last one stopped.
+
+use serde::{Deserialize, Serialize};
+
+/// What is being done to a table's keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// Its rows are read and written.
+    Fill,
+    /// Keys without a row are looked for.
+    Sweep,
+    /// Its keys are what the stream makes of them.
+    Done,
+}
+
+/// The place of a backfill.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cursor {
+    /// The version of the table that it belongs to.
+    pub fingerprint: u64,
+    /// What is being done.
+    pub stage: Stage,
+    /// Fill: the table (a leaf partition, or the table itself) that is being read; those with lower oids are done.
+    pub leaf: u32,
+    /// Fill: the row to read next is in this block …
+    pub block: u32,
+    /// … at this offset or behind it.
+    pub offset: u16,
+    /// Rows read so far.
+    pub rows: u64,
+    /// Key templates that the table had before; their keys go at the end.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub old_keys: Vec<String>,
+}
+
+impl Cursor {
+    /// The beginning.
+    pub fn start(fingerprint: u64, old_keys: Vec<String>) -> Self {
+        Self { fingerprint, stage: Stage::Fill, leaf: 0, block: 0, offset: 0, rows: 0, old_keys }
+    }
+
+    /// Nothing is to be done for this version of the table.
+    pub fn done(fingerprint: u64) -> Self {
+        Self { stage: Stage::Done, ..Self::start(fingerprint, Vec::new()) }
+    }
+
+    /// Whether the table's keys can be trusted.
+    pub fn is_done(&self) -> bool {
+        self.stage == Stage::Done
+    }
+
+    /// Reads what [`Self::to_json`] wrote; None when it is of another program.
+    pub fn parse(text: &str) -> Option<Self> {
+        serde_json::from_str(text).ok()
+    }
+
+    /// The text for the progress hash.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(self).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cursor_reads_back() {
+        let mut cursor = Cursor::start(u64::MAX, vec!["old:{id}".to_owned()]);
+        assert_eq!(Cursor::parse(&cursor.to_json()), Some(cursor.clone()));
+        cursor.old_keys.clear();
+        cursor.stage = Stage::Sweep;
+        assert_eq!(Cursor::parse(&cursor.to_json()), Some(cursor.clone()));
+        assert!(cursor.to_json().contains("\"stage\":\"sweep\""));
+        assert_eq!(Cursor::parse("{}"), None);
+    }
+}

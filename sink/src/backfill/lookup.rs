@@ -1,0 +1,189 @@
+//! Reads rows by their keys: which keys of a page have a row (the sweep), and what the rows of pending keys are. Keys come
+//! from Redis, where anybody can write, so a value may not even be one of its column's type.
+
+use std::collections::HashSet;
+
+use super::sql::{Sql, explain};
+use super::worker::Context;
+use crate::error::Error;
+use crate::gate::Snapshot;
+use crate::plan::Mapping;
+use crate::pq::{PqError, quote_identifier};
+
+/// How to find the rows of a table by the values of its key template.
+pub(super) struct Lookup {
+    table: String,
+    /// The FROM and WHERE clauses; `$1`, `$2`, … are arrays of texts, one for each placeholder.
+    from: String,
+    /// The placeholders' columns as text.
+    columns: String,
+    placeholders: usize,
+}
+
+/// A key and the values of its placeholders.
+pub(super) type ParsedKey = (Vec<u8>, Vec<Vec<u8>>);
+
+/// A snapshot, and for each key that was asked for whether (and as what) it has a row.
+pub(super) struct Found<T> {
+    pub(super) snapshot: Snapshot,
+    pub(super) keys: Vec<(Vec<u8>, Option<T>)>,
+}
+
+impl Lookup {
+    /// Prepares for a table. None: the table or a column is gone, which the stream will say as well.
+    pub(super) fn new(sql: &mut Sql, mapping: &Mapping) -> Result<Option<Self>, Error> {
+        let oid = mapping.oid.to_string();
+        let names = mapping.template.placeholders();
+        let what = "cannot look at the key columns of a table";
+        let statement = "SELECT format('%I.%I', n.nspname, c.relname), c.relkind = 'p' FROM pg_class c \
+                         JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1::oid";
+        let result = sql.query(what, statement, &[Some(oid.as_bytes())])?;
+        let Some((name, partitioned)) = result.rows().next().and_then(|row| Some((row.text(0)?.to_owned(), row.text(1)? == "t"))) else {
+            return Ok(None);
+        };
+        let (mut arrays, mut joins, mut columns) = (Vec::new(), Vec::new(), Vec::new());
+        for (index, column) in names.iter().enumerate() {
+            // With -1 the type has its name without a length: "character" would mean one character.
+            let statement = "SELECT format_type(atttypid, -1) FROM pg_attribute WHERE attrelid = $1::oid AND attname = $2 AND NOT attisdropped";
+            let result = sql.query(what, statement, &[Some(oid.as_bytes()), Some(column.as_bytes())])?;
+            let Some(kind) = result.text(0, 0) else { return Ok(None) };
+            let quoted = quote_identifier(column);
+            arrays.push(format!("${}::text[]", index + 1));
+            joins.push(format!("t.{quoted} = k.v{index}::{kind}"));
+            columns.push(format!("t.{quoted}::text"));
+        }
+        let aliases: Vec<String> = (0..names.len()).map(|index| format!("v{index}")).collect();
+        let only = if partitioned { "" } else { "ONLY " };
+        let from = format!(
+            "FROM unnest({}) AS k({}) JOIN {only}{name} t ON {}",
+            arrays.join(", "),
+            aliases.join(", "),
+            joins.join(" AND ")
+        );
+        Ok(Some(Self { table: mapping.table.clone(), from, columns: columns.join(", "), placeholders: names.len() }))
+    }
+
+    /// Which of the keys have a row. A row counts for the key that it renders to, so `users:007` is no key of row 7.
+    pub(super) fn present(&self, context: &Context, sql: &mut Sql, mapping: &Mapping, keys: Vec<ParsedKey>) -> Result<Vec<Found<()>>, Error> {
+        let statement = format!("SELECT {} {}", self.columns, self.from);
+        let mut found = Vec::new();
+        self.bisect(context, sql, &statement, false, keys, &mut |snapshot, keys, result| {
+            let mut rendered: HashSet<Vec<u8>> = HashSet::new();
+            for row in result.into_iter().flat_map(crate::pq::QueryResult::rows) {
+                let mut key = Vec::new();
+                let value = |placeholder: usize, out: &mut Vec<u8>| out.extend_from_slice(row.get(placeholder).unwrap_or_default());
+                if mapping.template.render(value, &mut key).is_ok() {
+                    rendered.insert(key);
+                }
+            }
+            let keys = keys.into_iter().map(|(key, _)| if rendered.contains(&key) { (key, Some(())) } else { (key, None) }).collect();
+            found.push(Found { snapshot, keys });
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    /// The packed rows of the keys.
+    pub(super) fn rows(&self, context: &Context, sql: &mut Sql, mapping: &Mapping, keys: Vec<ParsedKey>) -> Result<Vec<Found<Vec<u8>>>, Error> {
+        let statement = format!("SELECT walmirror.pack(t) {}", self.from);
+        let mut found = Vec::new();
+        self.bisect(context, sql, &statement, true, keys, &mut |snapshot, keys, result| {
+            let mut rows: std::collections::HashMap<Vec<u8>, Vec<u8>> = std::collections::HashMap::new();
+            for packed in result.into_iter().flat_map(crate::pq::QueryResult::rows).filter_map(|row| row.get(0)) {
+                if let Some(key) = key_of(mapping, packed) {
+                    rows.insert(key, packed.to_vec());
+                }
+            }
+            let keys = keys.into_iter().map(|(key, _)| { let row = rows.remove(&key); (key, row) }).collect();
+            found.push(Found { snapshot, keys });
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    /// Runs the statement for the keys. Where a value is not one of its column's type, the halves are tried by
+    /// themselves; a single key that fails has no row.
+    fn bisect(
+        &self,
+        context: &Context,
+        sql: &mut Sql,
+        statement: &str,
+        binary: bool,
+        mut keys: Vec<ParsedKey>,
+        take: &mut dyn FnMut(Snapshot, Vec<ParsedKey>, Option<&crate::pq::QueryResult>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let Some(snapshot) = context.usable_snapshot(sql, &self.table)? else { return Ok(()) };
+        let arrays: Vec<Vec<u8>> = (0..self.placeholders).map(|index| array(keys.iter().map(|(_, values)| values.get(index)))).collect();
+        let params: Vec<Option<&[u8]>> = arrays.iter().map(|array| Some(array.as_slice())).collect();
+        let result = if binary { sql.connection.query_binary(statement, &params) } else { sql.connection.query(statement, &params) };
+        sql.end()?;
+        match result {
+            Ok(result) => take(snapshot, keys, Some(&result)),
+            Err(error) if is_bad_value(&error) && keys.len() > 1 => {
+                let half = keys.split_off(keys.len() / 2);
+                self.bisect(context, sql, statement, binary, keys, take)?;
+                self.bisect(context, sql, statement, binary, half, take)
+            }
+            Err(error) if is_bad_value(&error) => take(snapshot, keys, None),
+            Err(error) => Err(explain(format!("cannot look for rows of the table {}", self.table), error)),
+        }
+    }
+}
+
+/// A value that its type does not take: class 22 (data exception), and what some input functions say instead.
+fn is_bad_value(error: &PqError) -> bool {
+    error.sqlstate.as_deref().is_some_and(|state| state.starts_with("22") || matches!(state, "42704" | "42883" | "42601" | "0A000" | "54000"))
+}
+
+/// The key of a packed row.
+pub(super) fn key_of(mapping: &Mapping, packed: &[u8]) -> Option<Vec<u8>> {
+    let tuple = walmirror_proto::row::TupleRef::parse(packed.get(8..)?).ok()?;
+    let mut key = Vec::new();
+    let row = mapping.datums(&tuple).ok()?;
+    mapping.key(&row, &mut key).ok()?.then_some(key)
+}
+
+/// A text[] literal.
+fn array<'v>(values: impl Iterator<Item = Option<&'v Vec<u8>>>) -> Vec<u8> {
+    let mut out = vec![b'{'];
+    for (index, value) in values.enumerate() {
+        if index > 0 {
+            out.push(b',');
+        }
+        out.push(b'"');
+        for &byte in value.map_or(&[][..], Vec::as_slice) {
+            if matches!(byte, b'"' | b'\\') {
+                out.push(b'\\');
+            }
+            out.push(byte);
+        }
+        out.push(b'"');
+    }
+    out.push(b'}');
+    out
+}
+
+/// Whether Postgres could hold these values as text at all.
+pub(super) fn is_text(values: &[Vec<u8>]) -> bool {
+    values.iter().all(|value| !value.contains(&0) && std::str::from_utf8(value).is_ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arrays_are_quoted() {
+        let values = [b"a".to_vec(), b"b\"\\,{}".to_vec(), b"".to_vec(), b"NULL".to_vec()];
+        assert_eq!(array(values.iter().map(Some)), br#"{"a","b\"\\,{}","","NULL"}"#);
+        assert_eq!(array(std::iter::empty()), b"{}");
+    }
+
+    #[test]
+    fn bad_values_are_told_from_real_errors() {
+        let error = |state: &str| PqError { sqlstate: Some(state.to_owned()), ..PqError::new(crate::pq::ErrorKind::Server, "x") };
+        assert!(is_bad_value(&error("22P02")) && is_bad_value(&error("22003")));
+        assert!(!is_bad_value(&error("42501")) && !is_bad_value(&error("57P01")));
+        assert!(is_text(&[b"x".to_vec()]) && !is_text(&[vec![0]]) && !is_text(&[vec![0xff]]));
+    }
+}

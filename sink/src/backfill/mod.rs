@@ -1,0 +1,156 @@
+//! Online, resumable backfill. Workers read tables by SQL, each stretch in its own snapshot, while the stream goes on;
+//! markers in the WAL tell where in the stream what they read belongs, and the gate decides row by row.
+//!
+//! Here is what planner and workers share: the list of tables with their cursors. The planner decides what is to be done
+//! (it alone sees the stream), the workers do it and hand chunks back.
+//!
+//! INVARIANT I10: nothing that a worker read reaches Redis but through the gate.
+
+mod chunk;
+mod cursor;
+mod fill;
+mod lookup;
+mod pending;
+mod report;
+mod sql;
+mod sweep;
+mod worker;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use walmirror_proto::key::KeyTemplate;
+
+pub use chunk::{Chunk, Content, PackedRows, Window};
+pub use cursor::{Cursor, Stage};
+pub use worker::{Context, Role, work};
+
+use crate::plan::Mapping;
+
+/// A mirrored table, as the planner sees it at its place in the stream.
+#[derive(Clone, Debug)]
+pub struct Task {
+    /// The version of the table that Redis is kept by.
+    pub mapping: Arc<Mapping>,
+    /// Raised whenever its backfill begins anew.
+    pub generation: u64,
+    /// How far its backfill is planned.
+    pub cursor: Cursor,
+}
+
+/// The tables and what is to be done about them.
+#[derive(Debug, Default)]
+pub struct Backfill {
+    tasks: Mutex<BTreeMap<u32, Task>>,
+    changed: Condvar,
+    stopped: AtomicBool,
+    /// The gate's horizon, so that a worker does not read in a snapshot that the gate would refuse as a whole.
+    horizon: AtomicU64,
+    /// Whether keys may be noted as pending.
+    pending: AtomicBool,
+    /// Whether the catalog was compared with the registry.
+    reconciled: AtomicBool,
+    /// The number of the next marker.
+    next_marker: AtomicU64,
+}
+
+impl Backfill {
+    /// Sets what is to be done about a table.
+    pub fn set(&self, relation: u32, task: Task) {
+        self.lock().insert(relation, task);
+        self.changed.notify_all();
+    }
+
+    /// A table is no longer mirrored.
+    pub fn remove(&self, relation: u32) {
+        self.lock().remove(&relation);
+        self.changed.notify_all();
+    }
+
+    /// What a worker read of this life of the table is planned.
+    pub fn advance(&self, relation: u32, generation: u64, cursor: &Cursor) {
+        if let Some(task) = self.lock().get_mut(&relation).filter(|task| task.generation == generation) {
+            task.cursor = cursor.clone();
+        }
+        self.changed.notify_all();
+    }
+
+    /// Ends the workers.
+    pub fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Whether the session ends.
+    pub fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    /// The gate's horizon rose.
+    pub fn set_horizon(&self, horizon: u64) {
+        self.horizon.store(horizon, Ordering::Release);
+    }
+
+    /// The gate's horizon.
+    pub fn horizon(&self) -> u64 {
+        self.horizon.load(Ordering::Acquire)
+    }
+
+    /// Keys were noted as pending.
+    pub fn note_pending(&self) {
+        if !self.pending.swap(true, Ordering::AcqRel) {
+            self.changed.notify_all();
+        }
+    }
+
+    /// The catalog was compared with the registry.
+    pub fn note_reconciled(&self) {
+        self.reconciled.store(true, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Whether nothing is left to be done but what the stream brings.
+    pub fn is_idle(&self) -> bool {
+        self.reconciled.load(Ordering::Acquire)
+            && !self.pending.load(Ordering::Acquire)
+            && self.lock().values().all(|task| task.cursor.is_done())
+    }
+
+    /// The table, if it is still in this life.
+    fn task(&self, relation: u32) -> Option<Task> {
+        self.lock().get(&relation).cloned()
+    }
+
+    fn is_current(&self, relation: u32, generation: u64) -> bool {
+        self.lock().get(&relation).is_some_and(|task| task.generation == generation)
+    }
+
+    /// The first table that is not done.
+    fn next_task(&self) -> Option<(u32, Task)> {
+        self.lock().iter().find(|(_, task)| !task.cursor.is_done()).map(|(relation, task)| (*relation, task.clone()))
+    }
+
+    /// The key templates of all other tables.
+    fn other_templates(&self, relation: u32) -> Vec<KeyTemplate> {
+        let tasks = self.lock();
+        tasks.iter().filter(|(other, _)| **other != relation).map(|(_, task)| task.mapping.template.clone()).collect()
+    }
+
+    fn marker(&self) -> u64 {
+        self.next_marker.fetch_add(1, Ordering::AcqRel)
+    }
+
+    /// Waits until something changed, for at most so long.
+    fn wait(&self, time: Duration) {
+        let tasks = self.lock();
+        if !self.is_stopped() {
+            drop(self.changed.wait_timeout(tasks, time));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Task>> {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,222 @@
+//! The backfill's threads. One reads tables and sweeps, one reads pending keys; both sleep when there is nothing to do and
+//! connect only when there is.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Sender;
+use prost::Message;
+use walmirror_proto::pb;
+
+use super::sql::Sql;
+use super::{Backfill, Chunk, Content, Cursor, Stage, Task, Window, fill, pending, sweep};
+use crate::config::{Conninfo, RedisUrl};
+use crate::error::Error;
+use crate::gate::Snapshot;
+use crate::plan::RedisKeys;
+use crate::pq::Waker;
+use crate::redis::Connection;
+use crate::run::Input;
+
+/// How often a sleeping worker looks whether there is something to do, should a notice get lost.
+const IDLE: Duration = Duration::from_millis(500);
+
+/// What a worker needs.
+#[derive(Clone)]
+pub struct Context {
+    /// The list of tables.
+    pub backfill: Arc<Backfill>,
+    /// Where chunks go.
+    pub chunks: Sender<Input>,
+    /// How to connect to Postgres.
+    pub postgres: Conninfo,
+    /// How to connect to Redis.
+    pub redis: RedisUrl,
+    /// The bookkeeping keys.
+    pub keys: RedisKeys,
+    /// What markers of this session begin with.
+    pub marker_prefix: String,
+    /// Raised when the session ends; ends what a connection waits for.
+    pub interrupt: Waker,
+}
+
+/// What a thread does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Reads tables and looks for keys without rows.
+    Tables,
+    /// Reads pending keys again.
+    Pending,
+}
+
+/// How to go on with a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Flow {
+    /// With the next stage.
+    Go,
+    /// From its cursor: a chunk was dropped, or the table is another one now.
+    Restart,
+    /// Not at all: the session ends.
+    Stopped,
+}
+
+/// The life of a worker thread. An error that comes from being interrupted is none.
+pub fn work(context: &Context, role: Role) -> Result<(), Error> {
+    let result = match role {
+        Role::Tables => tables(context),
+        Role::Pending => pending_keys(context),
+    };
+    if context.stopped() { Ok(()) } else { result }
+}
+
+fn tables(context: &Context) -> Result<(), Error> {
+    let window = Arc::new(Window::default());
+    let mut sql = Sql::connect(context.postgres.expose(), context.interrupt.clone())?;
+    reconcile(context, &mut sql, &window)?;
+    let mut connections = Some(sql);
+    while !context.stopped() {
+        let Some((relation, task)) = context.backfill.next_task() else {
+            // An idle session is one that somebody else could use.
+            if context.backfill.reconciled.load(Ordering::Acquire) {
+                connections = None;
+            }
+            context.backfill.wait(IDLE);
+            continue;
+        };
+        let sql = match &mut connections {
+            Some(sql) => sql,
+            none => none.insert(Sql::connect(context.postgres.expose(), context.interrupt.clone())?),
+        };
+        window.reset(|| context.stopped());
+        sql.outlast_running(&task.mapping.table, || context.stopped())?;
+        let flow = match task.cursor.stage {
+            Stage::Fill => fill::fill(context, sql, &window, relation, &task)?,
+            Stage::Sweep => {
+                let mut redis = Connection::connect(&context.redis)?;
+                sweep::sweep(context, sql, &mut redis, &window, relation, &task)?
+            }
+            Stage::Done => Flow::Go,
+        };
+        if flow == Flow::Restart {
+            context.backfill.wait(Duration::from_millis(100));
+        }
+    }
+    Ok(())
+}
+
+fn pending_keys(context: &Context) -> Result<(), Error> {
+    let window = Arc::new(Window::default());
+    // Whatever an earlier session left.
+    context.backfill.note_pending();
+    while !context.stopped() {
+        if !context.backfill.pending.load(Ordering::Acquire) {
+            context.backfill.wait(IDLE);
+            continue;
+        }
+        let mut redis = Connection::connect(&context.redis)?;
+        if is_empty(&mut redis, &context.keys)? {
+            clear(context, &mut redis)?;
+            continue;
+        }
+        let mut sql = Sql::connect(context.postgres.expose(), context.interrupt.clone())?;
+        while !context.stopped() && !pending::pass(context, &mut sql, &mut redis, &window)? {
+            // What was read is being applied; what the gate refused has to become visible first.
+            context.backfill.wait(Duration::from_millis(20));
+        }
+    }
+    Ok(())
+}
+
+fn is_empty(redis: &mut Connection, keys: &RedisKeys) -> Result<bool, Error> {
+    Ok(redis.call("count the pending keys", &[b"HLEN", &keys.pending])? == redis::Value::Int(0))
+}
+
+/// Takes the notice back, unless something was noted since it was found to be empty.
+fn clear(context: &Context, redis: &mut Connection) -> Result<(), Error> {
+    context.backfill.pending.store(false, Ordering::Release);
+    if !is_empty(redis, &context.keys)? {
+        context.backfill.note_pending();
+    }
+    Ok(())
+}
+
+/// Hands the catalog to the planner, which compares it with the registry at this place of the stream: labels that the
+/// stream has not told of (set before the slot was made, or while it did not exist) are found this way.
+fn reconcile(context: &Context, sql: &mut Sql, window: &Arc<Window>) -> Result<(), Error> {
+    // A label whose transaction is in the stream already may still be invisible, while its COMMIT waits for a standby.
+    sql.outlast_running("(the list of mirrored tables)", || context.stopped())?;
+    let mut relations = Vec::new();
+    let statement = "SELECT relation FROM walmirror.relations()";
+    let result = sql.connection.query_binary(statement, &[]).map_err(|error| super::sql::explain("cannot list the mirrored tables", error))?;
+    for bytes in result.rows().filter_map(|row| row.get(0)) {
+        let relation = pb::Relation::decode(bytes).map_err(|error| Error::bug(format!("walmirror.relations() cannot be read: {error}")))?;
+        relations.push(relation);
+    }
+    context.submit_for(sql, window, 0, 0, Snapshot::default(), Content::Catalog(relations), None)
+}
+
+impl Context {
+    pub(super) fn stopped(&self) -> bool {
+        self.backfill.is_stopped()
+    }
+
+    pub(super) fn is_current(&self, relation: u32, generation: u64) -> bool {
+        self.backfill.is_current(relation, generation)
+    }
+
+    /// Hands a chunk to the planner, then writes its marker: the planner has it before the marker comes.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn submit(
+        &self,
+        sql: &mut Sql,
+        window: &Arc<Window>,
+        relation: u32,
+        task: &Task,
+        snapshot: Snapshot,
+        content: Content,
+        cursor: Option<Cursor>,
+    ) -> Result<(), Error> {
+        self.submit_for(sql, window, relation, task.generation, snapshot, content, cursor)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn submit_for(
+        &self,
+        sql: &mut Sql,
+        window: &Arc<Window>,
+        relation: u32,
+        generation: u64,
+        snapshot: Snapshot,
+        content: Content,
+        cursor: Option<Cursor>,
+    ) -> Result<(), Error> {
+        let id = self.backfill.marker();
+        window.sent();
+        let chunk = Chunk { id, relation, generation, snapshot, content, cursor, window: Arc::clone(window) };
+        // The planner is gone only when the session ends.
+        let _ = self.chunks.send(Input::Chunk(chunk));
+        sql.marker(&format!("{}{id}", self.marker_prefix))
+    }
+
+    /// Begins a transaction whose snapshot the gate will not refuse as a whole; waits for one. None: the session ends.
+    pub(super) fn usable_snapshot(&self, sql: &mut Sql, table: &str) -> Result<Option<Snapshot>, Error> {
+        let (started, mut told) = (Instant::now(), false);
+        loop {
+            let snapshot = sql.begin()?;
+            if !snapshot.may_miss_below(self.backfill.horizon()) {
+                return Ok(Some(snapshot));
+            }
+            sql.end()?;
+            if self.stopped() {
+                return Ok(None);
+            }
+            if !told && started.elapsed() > Duration::from_secs(1) {
+                told = true;
+                let who = sql.whoever_runs(snapshot.oldest_in_progress().unwrap_or(snapshot.xmax))?;
+                tracing::info!(table, "the backfill waits until the transactions that the gate has forgotten are over: {who}");
+            }
+            std::thread::sleep(Duration::from_millis(if told { 200 } else { 10 }));
+        }
+    }
+}

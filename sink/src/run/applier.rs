@@ -1,0 +1,72 @@
+//! The thread that writes to Redis: takes segments, has them applied, and says how far Redis is.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use walmirror_proto::Lsn;
+
+use super::metrics::add;
+use super::shared::Shared;
+use crate::backfill::Backfill;
+use crate::config::Durability;
+use crate::error::Error;
+use crate::redis::{Segment, Writer};
+
+/// An idle session asks Redis this often whether it is still there and still ours.
+const CHECK_EVERY: Duration = Duration::from_secs(3);
+/// How long replicas or the disk are waited for at once: as long as that, nothing is applied.
+const WAIT_MS: u64 = 100;
+/// How often they are asked.
+const WAIT_EVERY: Duration = Duration::from_millis(50);
+
+/// Applies until the planner ends.
+pub(super) fn apply(
+    mut writer: Writer,
+    segments: &Receiver<Segment>,
+    room: &Sender<()>,
+    shared: &Arc<Shared>,
+    backfill: &Arc<Backfill>,
+    durability: Durability,
+) -> Result<(), Error> {
+    let mut heard = Instant::now();
+    let mut waited = Instant::now();
+    let mut durable = Lsn::INVALID;
+    loop {
+        match segments.recv_timeout(WAIT_EVERY) {
+            Ok(segment) => {
+                let commands = segment.batch.commands().count() as u64;
+                let applied = writer.apply(segment, &|| !shared.is_running())?;
+                add(&shared.metrics.commands, commands);
+                if let Some(applied) = applied {
+                    add(&shared.metrics.batches, 1);
+                    if applied.pending {
+                        backfill.note_pending();
+                    }
+                    shared.set_applied(applied.step.lsn);
+                }
+                heard = Instant::now();
+                let _ = room.send(());
+            }
+            Err(RecvTimeoutError::Timeout) if heard.elapsed() >= CHECK_EVERY && !writer.is_open() => {
+                writer.check()?;
+                heard = Instant::now();
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        }
+        let applied = shared.applied();
+        if applied > durable && waited.elapsed() >= WAIT_EVERY && !writer.is_open() {
+            let is_durable = match durability {
+                Durability::Memory { .. } => false,
+                Durability::Replicas { count } => writer.wait_replicas(count, WAIT_MS)?,
+                Durability::Aof => writer.wait_aof(WAIT_MS)?,
+            };
+            if is_durable {
+                durable = applied;
+                shared.set_durable(applied);
+            }
+            waited = Instant::now();
+        }
+    }
+}

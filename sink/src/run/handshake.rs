@@ -1,0 +1,121 @@
+//! The beginning of a session: look at both sides, decide, make or take what is missing, and get the right to write.
+
+
+use walmirror_proto::Lsn;
+
+use super::decide::{Decision, decide};
+use crate::config::{OnGap, RunConfig};
+use crate::error::Error;
+use crate::plan::RedisKeys;
+use crate::pq::{Connection as Postgres, Waker};
+use crate::redis::{Claim, Connection as Redis, Identity, read_stored};
+use crate::replication::slot::PLUGIN;
+use crate::replication::{SlotInfo, Stream, create_slot, drop_slot, identify_system, slot_info};
+
+/// What a session begins with.
+pub(super) struct Handshake {
+    pub(super) stream: Stream,
+    pub(super) claim: Claim,
+    /// Where the progress begins anew, if it does.
+    pub(super) fresh: Option<Lsn>,
+    /// A transaction id above those of all transactions that earlier sessions applied.
+    pub(super) horizon: u64,
+}
+
+/// Connects and claims. `interrupt` ends a wait when the process should stop.
+pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> Result<Handshake, Error> {
+    let slot = config.slot.as_str();
+    let mut redis = Redis::connect(&config.redis)?;
+    let stored = read_stored(&mut redis, keys)?;
+    let extra = [("fallback_application_name", "walmirror")];
+    let mut sql = Postgres::connect(config.postgres.expose(), &extra)
+        .map_err(|error| Error::postgres("cannot connect to Postgres", error))?;
+    sql.interrupt_with(interrupt.clone());
+    check_extension(&mut sql)?;
+    let info = slot_info(&mut sql, slot)?;
+    check_slot(slot, info.as_ref(), &sql)?;
+    let mut replication = Postgres::connect(config.postgres.expose(), &[("replication", "database"), extra[0]])
+        .map_err(|error| Error::postgres("cannot open a replication connection to Postgres", error))?;
+    replication.interrupt_with(interrupt.clone());
+    let system = identify_system(&mut replication)?;
+    let identity = Identity {
+        system_id: system.system_id,
+        timeline: system.timeline,
+        database: system.database.unwrap_or_default(),
+    };
+
+    let decision = decide(stored.progress.as_ref(), info.as_ref(), &identity);
+    let (start, fresh) = match decision {
+        Decision::Resume(lsn) => (lsn, None),
+        Decision::First => {
+            let lsn = create_slot(&mut replication, slot, PLUGIN, false)?;
+            tracing::info!(slot, %lsn, "first start: the slot is made, all mirrored tables will be backfilled");
+            (lsn, Some(lsn))
+        }
+        Decision::Gap { why, .. } if config.on_gap == OnGap::Fail => {
+            return Err(Error::gap(format!("Redis and the slot {slot:?} do not fit together: {why}"))
+                .next(format!("walmirror run --slot {slot} --on-gap resync …   # backfills every table online")));
+        }
+        Decision::Gap { why, slot: usable } => {
+            tracing::warn!(slot, "Redis and the slot do not fit together: {why}; every table is backfilled anew");
+            let lsn = match usable {
+                Some(lsn) => lsn,
+                None => {
+                    if info.is_some() {
+                        drop_slot(&mut sql, slot)?;
+                    }
+                    create_slot(&mut replication, slot, PLUGIN, false)?
+                }
+            };
+            (lsn, Some(lsn))
+        }
+    };
+
+    // The slot comes first: whoever holds it is alive, and is not to be fenced off.
+    let options = [("proto_version", "1")];
+    let stream = Stream::start_on(replication, slot, start, &options, config.status_interval)?;
+    let claim = Claim::take(redis, keys, slot, &identity, fresh)?;
+    if fresh.is_none() && claim.stored.progress.as_ref().is_none_or(|progress| progress.lsn < start) {
+        let what = "the progress changed while this session began";
+        return Err(Error::redis(what, crate::error::Class::Retry, "it went back or was removed"));
+    }
+    let horizon = horizon(&mut sql)?;
+    Ok(Handshake { stream, claim, fresh, horizon })
+}
+
+fn check_extension(sql: &mut Postgres) -> Result<(), Error> {
+    let database = sql.database().unwrap_or_default();
+    let result = sql
+        .query("SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'walmirror'", &[])
+        .map_err(|error| Error::postgres("cannot look for the extension", error))?;
+    if result.is_empty() {
+        return Err(Error::setup(format!("the database {database:?} does not have the extension walmirror"))
+            .next(format!("psql -d {database} -c 'CREATE EXTENSION walmirror'")));
+    }
+    Ok(())
+}
+
+fn check_slot(slot: &str, info: Option<&SlotInfo>, sql: &Postgres) -> Result<(), Error> {
+    let Some(info) = info else { return Ok(()) };
+    let plugin = info.plugin.as_deref();
+    if plugin != Some(PLUGIN) {
+        let other = plugin.map_or_else(|| "is a physical slot".to_owned(), |plugin| format!("belongs to the plugin {plugin}"));
+        return Err(Error::setup(format!("the slot {slot:?} {other}, not to {PLUGIN}"))
+            .next("walmirror run --slot <another name> …"));
+    }
+    if info.database != sql.database() {
+        let database = info.database.as_deref().unwrap_or_default();
+        return Err(Error::setup(format!("the slot {slot:?} belongs to the database {database:?}"))
+            .next("walmirror run --slot <another name> …"));
+    }
+    Ok(())
+}
+
+/// Every transaction that an earlier session applied took its id before this one is taken.
+fn horizon(sql: &mut Postgres) -> Result<u64, Error> {
+    let failed = |error| Error::postgres("cannot take a transaction id", error);
+    sql.simple("SET synchronous_commit = local").map_err(failed)?;
+    let result = sql.query("SELECT pg_current_xact_id()", &[]).map_err(failed)?;
+    result.text(0, 0).and_then(|text| text.parse().ok()).ok_or_else(|| Error::bug("pg_current_xact_id() cannot be read"))
+}
+

@@ -1,0 +1,89 @@
+//! `walmirror run`: sessions, one after the other. A session is a handshake and five threads:
+//!
+//!   receiver ─frames─▶ planner ─segments─▶ applier ─▶ Redis          (stream, gate and plan, MULTI/EXEC)
+//!       ▲                 ▲                    │
+//!       └───── applied LSN┼────────────────────┘        backfill and pending workers ─chunks─▶ planner
+//!
+//! The planner alone decides what is written, the applier alone writes, the receiver alone confirms.
+
+mod applier;
+mod decide;
+mod handshake;
+mod metrics;
+mod plan_loop;
+mod planning;
+mod receiver;
+mod session;
+mod shared;
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+pub use metrics::Metrics;
+pub use shared::Input;
+
+use crate::config::RunConfig;
+use crate::error::{Class, Error};
+use crate::shutdown::Shutdown;
+
+/// The longest pause between two attempts.
+const PAUSE_MAX: Duration = Duration::from_secs(10);
+/// A session that lasted this long worked: what ends it is a new failure.
+const STEADY: Duration = Duration::from_secs(10);
+
+/// Mirrors until somebody asks to stop, `--until-lsn` is reached, or an error needs a person.
+pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
+    let started = Instant::now();
+    let mut streamed = false;
+    let mut failures = 0;
+    loop {
+        let session = Instant::now();
+        let result = session::run(config, shutdown, || streamed = true);
+        if session.elapsed() >= STEADY {
+            failures = 0;
+        }
+        let error = match result {
+            Ok(ended) => {
+                tracing::info!(reason = ?ended, "the mirror has stopped; everything that was applied is acknowledged");
+                return Ok(());
+            }
+            // What fails while the process is told to stop fails because of that.
+            Err(_) if shutdown.requested() => return Ok(()),
+            Err(error) => error,
+        };
+        if error.class() != Class::Retry || config.once {
+            return Err(error);
+        }
+        if let Some(limit) = config.connect_timeout.filter(|limit| !streamed && started.elapsed() >= *limit) {
+            return Err(Error::unreachable("cannot begin to mirror", limit, error));
+        }
+        let pause = pause(failures);
+        failures += 1;
+        tracing::warn!(next_attempt_in = ?pause, "{error}");
+        if shutdown.sleep(pause) {
+            return Ok(());
+        }
+    }
+}
+
+/// Doubles from 100 ms; up to a quarter more or less, so that many sinks do not come back at once.
+fn pause(failures: u32) -> Duration {
+    let base = Duration::from_millis(100).saturating_mul(1 << failures.min(10)).min(PAUSE_MAX);
+    let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let jitter = (clock.subsec_nanos() ^ std::process::id().rotate_left(16)) % 512;
+    base * 3 / 4 + base * jitter / 1024
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_a_limit() {
+        for failures in 0..40 {
+            let pause = pause(failures);
+            assert!(pause >= Duration::from_millis(75) && pause <= PAUSE_MAX * 5 / 4, "{failures}: {pause:?}");
+        }
+        assert!(pause(0) <= Duration::from_millis(125));
+        assert!(pause(9) >= PAUSE_MAX * 3 / 4);
+    }
+}

@@ -1,0 +1,97 @@
+//! The planner's thread: takes what the stream and the workers bring, and hands segments to the applier. It never waits
+//! for more when something is complete and the applier has room; while the applier is busy, batches grow by themselves.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, TryRecvError, select};
+
+use super::planning::Planning;
+use super::shared::{Input, QUEUE_BYTES, Shared};
+use crate::error::Error;
+use crate::redis::Segment;
+
+/// Segments that are on their way to Redis: one that is being applied, one that waits.
+const AHEAD: usize = 2;
+/// A position that rose without a change is written at most so often.
+const KEEPALIVE_EVERY: Duration = Duration::from_millis(200);
+
+/// The channels of the thread.
+pub(super) struct Channels {
+    pub(super) input: Receiver<Input>,
+    pub(super) segments: Sender<Segment>,
+    /// One message for each segment that is done with.
+    pub(super) room: Receiver<()>,
+}
+
+/// Plans until the session ends.
+pub(super) fn plan(mut planning: Planning, channels: &Channels, shared: &Arc<Shared>) -> Result<(), Error> {
+    let mut outstanding = 0usize;
+    let mut written = Instant::now();
+    while shared.is_running() {
+        while channels.room.try_recv().is_ok() {
+            outstanding = outstanding.saturating_sub(1);
+        }
+        while let Some(segment) = planning.next_segment() {
+            while outstanding >= AHEAD {
+                match channels.room.recv_timeout(Duration::from_millis(100)) {
+                    Ok(()) => outstanding -= 1,
+                    Err(_) if shared.is_running() => {}
+                    Err(_) => return Ok(()),
+                }
+            }
+            if channels.segments.send(segment).is_err() {
+                return Ok(());
+            }
+            outstanding += 1;
+            written = Instant::now();
+        }
+        if outstanding < AHEAD && planning.wants_piece() {
+            planning.piece()?;
+        }
+        let input = match channels.input.try_recv() {
+            Ok(input) => Some(input),
+            Err(TryRecvError::Disconnected) => return Ok(()),
+            Err(TryRecvError::Empty) => {
+                let due = planning.is_advanced() && written.elapsed() >= KEEPALIVE_EVERY;
+                if outstanding < AHEAD && (planning.is_dirty() || due) {
+                    planning.flush();
+                    continue;
+                }
+                if outstanding < AHEAD && planning.wants_piece() {
+                    continue;
+                }
+                let timeout = if planning.is_advanced() { KEEPALIVE_EVERY.saturating_sub(written.elapsed()) } else { KEEPALIVE_EVERY };
+                select! {
+                    recv(channels.input) -> input => match input {
+                        Ok(input) => Some(input),
+                        Err(_) => return Ok(()),
+                    },
+                    recv(channels.room) -> room => {
+                        outstanding = outstanding.saturating_sub(usize::from(room.is_ok()));
+                        if room.is_err() {
+                            return Ok(());
+                        }
+                        None
+                    }
+                    default(timeout.max(Duration::from_millis(1))) => None,
+                }
+            }
+        };
+        match input {
+            Some(Input::Frame(bytes)) => {
+                planning.frame(&bytes)?;
+                let left = shared.queued_bytes.fetch_sub(bytes.len(), Ordering::SeqCst) - bytes.len();
+                if left < QUEUE_BYTES / 2 && shared.held.swap(false, Ordering::SeqCst) {
+                    shared.wake_stream();
+                }
+            }
+            Some(Input::Keepalive(wal_end)) => planning.keepalive(wal_end),
+            Some(Input::Chunk(chunk)) => planning.chunk(chunk),
+            Some(Input::Stop) => return Ok(()),
+            None => {}
+        }
+    }
+    Ok(())
+}

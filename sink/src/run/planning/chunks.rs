@@ -1,0 +1,174 @@
+//! Chunks on their way through the gate: held until their marker comes, then planned piece by piece between transactions,
+//! so that the stream never waits for a backfill for long.
+
+use std::collections::{HashMap, VecDeque};
+
+use walmirror_proto::row::TupleRef;
+
+use super::super::metrics::add;
+use super::Planning;
+use crate::backfill::{Chunk, Content};
+use crate::error::Error;
+use crate::gate::Verdict;
+
+/// Bytes of commands that one piece adds to a batch, about.
+const PIECE_BYTES: usize = 128 * 1024;
+
+/// Chunks that wait.
+#[derive(Debug, Default)]
+pub(super) struct Chunks {
+    /// For their marker.
+    held: HashMap<u64, Chunk>,
+    /// To be planned, the first from this item on.
+    ready: VecDeque<Chunk>,
+    position: usize,
+}
+
+impl Chunks {
+    pub(super) fn hold(&mut self, chunk: Chunk) {
+        self.held.insert(chunk.id, chunk);
+    }
+
+    /// The marker with this number came down the stream.
+    pub(super) fn release(&mut self, id: u64) {
+        self.ready.extend(self.held.remove(&id));
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
+        !self.ready.is_empty()
+    }
+}
+
+impl Planning {
+    /// Plans a piece of the first chunk that is ready.
+    pub(crate) fn piece(&mut self) -> Result<(), Error> {
+        let Some(chunk) = self.chunks.ready.pop_front() else { return Ok(()) };
+        let start = std::mem::take(&mut self.chunks.position);
+        if let Content::Catalog(relations) = &chunk.content {
+            self.reconcile(relations)?;
+            chunk.window.done(false);
+            return Ok(());
+        }
+        let is_current = self.registry.get(chunk.relation).is_some_and(|registered| registered.generation == chunk.generation);
+        let is_orphaned = matches!(chunk.content, Content::Orphans(_));
+        if !is_orphaned && (!is_current || chunk.window.is_stale()) {
+            chunk.window.done(true);
+            return Ok(());
+        }
+        self.dirty = true;
+        let weight = self.assembly.weight();
+        let mut position = start;
+        while position < chunk.content.len() {
+            if self.assembly.weight() > weight + PIECE_BYTES {
+                self.chunks.position = position;
+                self.chunks.ready.push_front(chunk);
+                return Ok(());
+            }
+            if !self.item(&chunk, position)? {
+                // Read under another version of the table than the stream has announced so far.
+                chunk.window.done(true);
+                return Ok(());
+            }
+            position += 1;
+        }
+        if let Some(cursor) = &chunk.cursor {
+            self.registry.advance(self.assembly.batch(), chunk.relation, cursor);
+            if cursor.is_done() {
+                self.restate();
+            }
+        }
+        chunk.window.done(false);
+        Ok(())
+    }
+
+    /// Plans one row or key. False: it is of another version of the table.
+    fn item(&mut self, chunk: &Chunk, position: usize) -> Result<bool, Error> {
+        match &chunk.content {
+            Content::Rows(rows) => match rows.get(position) {
+                Some(packed) => self.read_row(chunk, packed, None),
+                None => Ok(true),
+            },
+            Content::Keys(keys) => match keys.get(position) {
+                Some((key, Some(packed))) => self.read_row(chunk, packed, Some(key)),
+                Some((key, None)) => {
+                    self.absent(chunk, key, true);
+                    Ok(true)
+                }
+                None => Ok(true),
+            },
+            Content::Absent(keys) => {
+                keys.get(position).into_iter().for_each(|key| self.absent(chunk, key, false));
+                Ok(true)
+            }
+            Content::Orphans(keys) => {
+                keys.get(position).into_iter().for_each(|key| self.settle(key));
+                Ok(true)
+            }
+            Content::Catalog(_) => Ok(true),
+        }
+    }
+
+    /// A row that SQL read; `pending`: because its key was noted, so the note goes with the row.
+    fn read_row(&mut self, chunk: &Chunk, packed: &[u8], pending: Option<&[u8]>) -> Result<bool, Error> {
+        let Some(registered) = self.registry.get(chunk.relation) else { return Ok(false) };
+        let mapping = std::sync::Arc::clone(&registered.mapping);
+        let Some((fingerprint, tuple)) = packed.split_first_chunk::<8>() else {
+            return Err(Error::bug(format!("walmirror.pack gave too few bytes for a row of {}", mapping.table)));
+        };
+        if u64::from_be_bytes(*fingerprint) != mapping.fingerprint {
+            return Ok(false);
+        }
+        let unreadable = |error| Error::stream(format!("a row of {} that walmirror.pack made cannot be read", mapping.table), error);
+        let tuple = TupleRef::parse(tuple).map_err(unreadable)?;
+        let row = mapping.datums(&tuple).map_err(unreadable)?;
+        let hash = self.planner.read_key(&self.gate, &mapping, &row).map_err(|error| Error::bug(error.to_string()))?;
+        let Some(hash) = hash else {
+            add(&self.shared.metrics.rows_without_key, 1);
+            return Ok(true);
+        };
+        match self.gate.admit(chunk.relation, hash, &chunk.snapshot) {
+            Verdict::Admit => {
+                add(&self.shared.metrics.read_admitted, 1);
+                self.planner.read_row(self.assembly.batch(), &mapping, &row, hash);
+                if let Some(key) = pending {
+                    self.settle(key);
+                }
+            }
+            // What the change wrote stands; if it was a patch, it noted the key as pending itself.
+            Verdict::Changed => add(&self.shared.metrics.read_changed, 1),
+            Verdict::Forgotten => {
+                add(&self.shared.metrics.read_forgotten, 1);
+                self.planner.pend(self.assembly.batch(), &mapping);
+                self.backfill.note_pending();
+            }
+        }
+        Ok(true)
+    }
+
+    /// A key that has no row.
+    fn absent(&mut self, chunk: &Chunk, key: &[u8], pending: bool) {
+        let hash = self.gate.hash(key);
+        match self.gate.admit(chunk.relation, hash, &chunk.snapshot) {
+            Verdict::Admit => {
+                add(&self.shared.metrics.keys_removed, 1);
+                self.planner.remove(self.assembly.batch(), chunk.relation, hash, key);
+                if pending {
+                    self.settle(key);
+                }
+            }
+            Verdict::Changed => {}
+            Verdict::Forgotten => {
+                let relation = chunk.relation.to_string();
+                let keys = self.planner.keys().clone();
+                self.assembly.batch().bookkeeping().command(&[b"HSET", &keys.pending, key, relation.as_bytes()]);
+                self.backfill.note_pending();
+            }
+        }
+    }
+
+    /// The key need not be read again.
+    fn settle(&mut self, key: &[u8]) {
+        let keys = self.planner.keys().clone();
+        self.assembly.batch().bookkeeping().command(&[b"HDEL", &keys.pending, key]);
+    }
+}

@@ -1,0 +1,217 @@
+//! The planner's state: what comes down the stream goes in, segments for Redis come out. No thread, no socket, no clock;
+//! `plan_loop` owns one and feeds it.
+
+mod assembly;
+mod chunks;
+mod records;
+mod registry;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+
+use walmirror_proto::Lsn;
+
+use super::shared::Shared;
+use crate::backfill::{Backfill, Chunk};
+use crate::error::Error;
+use crate::gate::Gate;
+use crate::plan::{Mapping, Planner, RedisKeys, Scripts, Trust};
+use crate::progress::{Progress, Step};
+use crate::redis::{Segment, Stored};
+use crate::transaction::Transactions;
+
+use assembly::Assembly;
+use chunks::Chunks;
+use registry::Registry;
+
+/// What the planner is limited to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// A batch goes out at this weight.
+    pub(super) batch_bytes: usize,
+    /// A transaction is cut at this weight.
+    pub(super) transaction_bytes: usize,
+}
+
+/// What a planner starts with.
+pub(super) struct Start {
+    pub(super) keys: RedisKeys,
+    pub(super) scripts: Scripts,
+    pub(super) stored: Stored,
+    /// Where the progress begins anew, if it does: then every backfill does.
+    pub(super) fresh: Option<Lsn>,
+    pub(super) gate: Gate,
+    pub(super) marker_prefix: String,
+    pub(super) limits: Limits,
+    pub(super) backfill: Arc<Backfill>,
+    pub(super) shared: Arc<Shared>,
+}
+
+/// How a row of a definition is to be treated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    Trusted(Trust),
+    /// Nobody announced it yet: it is registered with its first row.
+    Unregistered,
+    /// The table was dropped or unlabelled: what an older transaction did to it is of no interest.
+    Forgotten,
+}
+
+/// A version of a table, as rows name it.
+#[derive(Debug)]
+struct Definition {
+    relation: walmirror_proto::pb::Relation,
+    mapping: Arc<Mapping>,
+    standing: Standing,
+}
+
+pub(super) struct Planning {
+    transactions: Transactions,
+    gate: Gate,
+    planner: Planner,
+    registry: Registry,
+    /// By Relation.index, which counts from 1.
+    definitions: Vec<Option<Definition>>,
+    assembly: Assembly,
+    chunks: Chunks,
+    /// Relations that were announced or forgotten in this session: about them the stream knows better than the catalog.
+    announced: HashSet<u32>,
+    forgotten: HashSet<u32>,
+    backfill: Arc<Backfill>,
+    shared: Arc<Shared>,
+    limits: Limits,
+    marker_prefix: Vec<u8>,
+    /// The end of the last transaction that is planned whole, or a keepalive behind it.
+    lsn: Lsn,
+    commit_time: Option<i64>,
+    /// The progress hash may hold a part.
+    part_stored: bool,
+    /// Something waits for an EXEC.
+    dirty: bool,
+    /// `lsn` rose by a keepalive alone.
+    advanced: bool,
+    out: VecDeque<Segment>,
+}
+
+impl Planning {
+    pub(super) fn new(start: Start) -> Result<Self, Error> {
+        let Start { keys, scripts, stored, fresh, gate, marker_prefix, limits, backfill, shared } = start;
+        let bug = |error: crate::plan::MappingError| Error::bug(error.to_string());
+        let progress = stored.progress.unwrap_or_default();
+        let progress = fresh.map_or(progress, |lsn| Progress { lsn, ..Progress::default() });
+        backfill.set_horizon(gate.horizon());
+        let registry = Registry::new(keys.clone(), Arc::clone(&backfill), stored.relations, &progress.cursors).map_err(bug)?;
+        let mut planning = Self {
+            transactions: Transactions::resume(progress.lsn, progress.part),
+            gate,
+            planner: Planner::new(keys.clone(), scripts),
+            registry,
+            definitions: Vec::new(),
+            assembly: Assembly::new(keys),
+            chunks: Chunks::default(),
+            announced: HashSet::new(),
+            forgotten: HashSet::new(),
+            backfill,
+            shared,
+            limits,
+            marker_prefix: marker_prefix.into_bytes(),
+            lsn: progress.lsn,
+            commit_time: None,
+            part_stored: progress.part.is_some(),
+            dirty: false,
+            advanced: false,
+            out: VecDeque::new(),
+        };
+        if fresh.is_some() {
+            planning.registry.restart_all(planning.assembly.batch()).map_err(bug)?;
+            planning.dirty = true;
+        }
+        Ok(planning)
+    }
+
+    /// The server has sent everything before `wal_end`.
+    pub(super) fn keepalive(&mut self, wal_end: Lsn) {
+        if !self.transactions.is_open() && wal_end > self.lsn {
+            self.lsn = wal_end;
+            self.advanced = true;
+        }
+    }
+
+    /// A worker read something.
+    pub(super) fn chunk(&mut self, chunk: Chunk) {
+        self.chunks.hold(chunk);
+    }
+
+    /// Whether a chunk could be planned now.
+    pub(super) fn wants_piece(&self) -> bool {
+        self.chunks.is_ready() && !self.transactions.is_open()
+    }
+
+    /// Whether there are whole transactions (or other changes) that have not gone out.
+    pub(super) fn is_dirty(&self) -> bool {
+        self.dirty && !self.transactions.is_open()
+    }
+
+    /// Whether the position rose and nothing says so yet.
+    pub(super) fn is_advanced(&self) -> bool {
+        self.advanced && !self.transactions.is_open()
+    }
+
+    /// The next segment that has to go out.
+    pub(super) fn next_segment(&mut self) -> Option<Segment> {
+        self.out.pop_front()
+    }
+
+    /// Hands out what is complete. Only between transactions.
+    pub(super) fn flush(&mut self) {
+        if !self.transactions.is_open() {
+            self.close(None);
+        }
+    }
+
+    /// Hands out what is too large to wait: a full batch, or a piece of a large transaction.
+    fn flush_if_full(&mut self) {
+        if self.assembly.weight() < self.limits.batch_bytes {
+            return;
+        }
+        match self.transactions.part() {
+            None => self.close(None),
+            Some(part) if self.assembly.total_weight() >= self.limits.transaction_bytes => self.close(Some(part)),
+            Some(_) => {
+                let segment = self.assembly.split();
+                self.out.push_back(segment);
+            }
+        }
+    }
+
+    /// Ends the MULTI. INVARIANT I2: the step that it makes is written by it.
+    fn close(&mut self, part: Option<crate::transaction::Part>) {
+        let step = Step { lsn: self.lsn, commit_time: self.commit_time.take(), part, clear_part: self.part_stored };
+        self.part_stored = part.is_some();
+        self.dirty = false;
+        self.advanced = false;
+        let segment = self.assembly.close(step);
+        self.out.push_back(segment);
+    }
+
+    /// What changed in the registry changes how rows are treated.
+    fn restate(&mut self) {
+        let (registry, forgotten) = (&self.registry, &self.forgotten);
+        for definition in self.definitions.iter_mut().flatten() {
+            definition.standing = standing(registry, forgotten, &definition.mapping);
+        }
+    }
+}
+
+fn standing(registry: &Registry, forgotten: &HashSet<u32>, mapping: &Mapping) -> Standing {
+    match registry.get(mapping.oid) {
+        Some(registered) if registered.cursor.is_done() && registered.relation.fingerprint == mapping.fingerprint => {
+            Standing::Trusted(Trust::Settled)
+        }
+        Some(_) => Standing::Trusted(Trust::Refreshing),
+        None if forgotten.contains(&mapping.oid) => Standing::Forgotten,
+        None => Standing::Unregistered,
+    }
+}

@@ -1,0 +1,266 @@
+//! The records of the stream, one by one.
+
+use std::sync::Arc;
+
+use walmirror_proto::Lsn;
+use walmirror_proto::frame::{CaptureRef, FrameReader, RecordRef};
+use walmirror_proto::pb;
+
+use super::super::metrics::add;
+use super::{Definition, Planning, standing};
+use crate::error::Error;
+use crate::gate::{Snapshot, Verdict};
+use crate::plan::{Change, Mapping, Planned, Purge};
+
+use super::Standing;
+
+/// Relation.index counts the tables of a stream; far more than any database has would be a broken frame.
+const INDEX_MAX: usize = 10_000_000;
+
+impl Planning {
+    /// Plans one frame.
+    pub(crate) fn frame(&mut self, frame: &[u8]) -> Result<(), Error> {
+        let mut rows = 0;
+        for record in FrameReader::new(frame) {
+            let record = record.map_err(|error| self.broken("a frame cannot be read", error))?;
+            match record {
+                RecordRef::Row { kind, relation, tuple, old_key } => {
+                    rows += 1;
+                    self.row(relation, &Change { kind, tuple, old_key })?;
+                    // Frames hold tens of rows, but a row can be large.
+                    if rows % 64 == 0 {
+                        self.flush_if_full();
+                    }
+                }
+                RecordRef::Begin(begin) => self.transactions.begin(&begin).map_err(|error| self.broken("BEGIN", error))?,
+                RecordRef::Commit(commit) => self.commit(&commit)?,
+                RecordRef::Relation(relation) => self.relation(relation)?,
+                RecordRef::Truncate(truncate) => self.truncate(&truncate)?,
+                RecordRef::Forget(forget) => self.forget(&forget)?,
+                RecordRef::Marker(marker) => self.marker(&marker),
+                RecordRef::Capture(capture) => self.capture(&capture)?,
+                RecordRef::Error { error, .. } => self.error(&error)?,
+            }
+        }
+        add(&self.shared.metrics.rows, rows);
+        add(&self.shared.metrics.bytes, frame.len() as u64);
+        self.flush_if_full();
+        self.backfill.set_horizon(self.gate.horizon());
+        Ok(())
+    }
+
+    fn row(&mut self, index: u32, change: &Change<'_>) -> Result<(), Error> {
+        let open = self.transactions.change("a row").map_err(|error| self.broken("a row", error))?;
+        let Some(open) = open else { return Ok(()) };
+        let definition = self.definitions.get(index as usize).and_then(Option::as_ref);
+        let Some(definition) = definition else {
+            // INVARIANT I5: a relation stands before its first row.
+            return Err(self.broken("a row", format!("relation {index} was never defined")));
+        };
+        let trust = match definition.standing {
+            Standing::Trusted(trust) => trust,
+            Standing::Forgotten => return Ok(()),
+            Standing::Unregistered => {
+                let relation = definition.relation.clone();
+                self.register(relation)?;
+                return self.planned_row(open.xid, index, crate::plan::Trust::Refreshing, change);
+            }
+        };
+        self.planned_row(open.xid, index, trust, change)
+    }
+
+    #[inline]
+    fn planned_row(&mut self, xid: u64, index: u32, trust: crate::plan::Trust, change: &Change<'_>) -> Result<(), Error> {
+        let Some(Some(definition)) = self.definitions.get(index as usize) else { return Ok(()) };
+        let planned = self.planner.change(self.assembly.batch(), &mut self.gate, xid, &definition.mapping, trust, change);
+        match planned {
+            Ok(Planned::Done) => Ok(()),
+            Ok(Planned::NoKey) => {
+                add(&self.shared.metrics.rows_without_key, 1);
+                Ok(())
+            }
+            Err(error) => Err(self.broken("a row cannot be planned", error)),
+        }
+    }
+
+    fn commit(&mut self, commit: &pb::Commit) -> Result<(), Error> {
+        let ended = self.transactions.commit(commit).map_err(|error| self.broken("COMMIT", error))?;
+        if let Some(ended) = ended {
+            self.lsn = self.lsn.max(ended.end_lsn);
+            self.commit_time = Some(ended.commit_time);
+            self.dirty = true;
+            add(&self.shared.metrics.transactions, 1);
+            // The transaction behind this one begins a MULTI of its own when this one fills a batch by itself.
+            self.flush_if_full();
+            if self.assembly.is_split() {
+                self.flush();
+            }
+        }
+        Ok(())
+    }
+
+    fn relation(&mut self, relation: pb::Relation) -> Result<(), Error> {
+        let index = relation.index as usize;
+        if index == 0 || index > INDEX_MAX {
+            return Err(self.broken("RELATION", format!("its index is {index}")));
+        }
+        let mapping = Mapping::new(&relation).map_err(|error| self.broken("RELATION", error))?;
+        let announced = relation.announced && self.counted("RELATION")?;
+        if announced {
+            self.announced(relation.clone())?;
+        }
+        if self.definitions.len() <= index {
+            self.definitions.resize_with(index + 1, || None);
+        }
+        let standing = standing(&self.registry, &self.forgotten, &mapping);
+        if let Some(place) = self.definitions.get_mut(index) {
+            *place = Some(Definition { relation, mapping: Arc::new(mapping), standing });
+        }
+        Ok(())
+    }
+
+    /// DDL or a label changed the table.
+    fn announced(&mut self, relation: pb::Relation) -> Result<(), Error> {
+        self.announced.insert(relation.oid);
+        match self.registry.get(relation.oid) {
+            Some(known) if known.relation.fingerprint == relation.fingerprint && !relation.refresh => {
+                let amended = self.registry.amend(self.assembly.batch(), relation);
+                amended.map_err(|error| self.broken("RELATION", error))
+            }
+            _ => self.register(relation),
+        }
+    }
+
+    fn register(&mut self, relation: pb::Relation) -> Result<(), Error> {
+        tracing::info!(table = format!("{}.{}", relation.schema, relation.name), key = relation.key, "mirroring a table");
+        self.forgotten.remove(&relation.oid);
+        let purges = self.registry.register(self.assembly.batch(), relation).map_err(|error| self.broken("RELATION", error))?;
+        self.purge(purges);
+        self.dirty = true;
+        self.restate();
+        Ok(())
+    }
+
+    fn truncate(&mut self, truncate: &pb::Truncate) -> Result<(), Error> {
+        self.cut_before_purge();
+        let open = self.transactions.change("TRUNCATE").map_err(|error| self.broken("TRUNCATE", error))?;
+        let Some(open) = open else { return Ok(()) };
+        for &index in &truncate.relations {
+            let Some(Some(definition)) = self.definitions.get(index as usize) else {
+                return Err(self.broken("TRUNCATE", format!("relation {index} was never defined")));
+            };
+            if definition.standing == Standing::Forgotten {
+                continue;
+            }
+            let mapping = Arc::clone(&definition.mapping);
+            self.gate.record_truncate(mapping.oid, open.xid);
+            add(&self.shared.metrics.truncates, 1);
+            let purge = self.registry.purge(mapping.oid, &mapping.template);
+            self.purge(vec![purge]);
+        }
+        Ok(())
+    }
+
+    fn forget(&mut self, forget: &pb::Forget) -> Result<(), Error> {
+        self.cut_before_purge();
+        if self.counted("FORGET")? {
+            self.announced.insert(forget.oid);
+            self.forget_relation(forget.oid, forget.keep_keys);
+        }
+        Ok(())
+    }
+
+    fn forget_relation(&mut self, oid: u32, keep_keys: bool) {
+        let table = self.registry.get(oid).map(|registered| registered.mapping.table.clone());
+        let Some(purges) = self.registry.forget(self.assembly.batch(), oid) else { return };
+        tracing::info!(table, keep_keys, "a table is no longer mirrored");
+        if !keep_keys {
+            self.purge(purges);
+        }
+        self.gate.forget_relation(oid);
+        self.forgotten.insert(oid);
+        self.dirty = true;
+        self.restate();
+    }
+
+    fn purge(&mut self, purges: Vec<Purge>) {
+        for purge in purges {
+            self.assembly.purge(purge);
+        }
+    }
+
+    /// A purge needs a MULTI that Redis has not begun yet. Must come before the record that wants the purge is counted.
+    fn cut_before_purge(&mut self) {
+        if self.assembly.is_split() {
+            let part = self.transactions.part();
+            self.close(part);
+        }
+    }
+
+    /// Counts a change record; whether it is to be applied.
+    fn counted(&mut self, what: &'static str) -> Result<bool, Error> {
+        let open = self.transactions.change(what).map_err(|error| self.broken(what, error))?;
+        Ok(open.is_some())
+    }
+
+    fn error(&mut self, error: &pb::Error) -> Result<(), Error> {
+        if self.counted("ERROR")? {
+            add(&self.shared.metrics.errors, 1);
+            // INVARIANT I8: no values; the key is one.
+            tracing::error!(table = error.table, lsn = %Lsn(error.lsn), "a row could not be encoded and is not mirrored: {}", error.reason);
+        }
+        Ok(())
+    }
+
+    fn marker(&mut self, marker: &pb::Marker) {
+        let number = marker.content.strip_prefix(self.marker_prefix.as_slice());
+        let number = number.and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok());
+        if let Some(number) = number {
+            self.chunks.release(number);
+        }
+    }
+
+    /// Rows that a SELECT read. INVARIANT I10: through the gate. Dropping any of them is safe.
+    fn capture(&mut self, capture: &CaptureRef<'_>) -> Result<(), Error> {
+        let Some(registered) = self.registry.get(capture.oid) else { return Ok(()) };
+        if registered.relation.fingerprint != capture.fingerprint {
+            return Ok(());
+        }
+        let mapping = Arc::clone(&registered.mapping);
+        let snapshot = Snapshot::from(&capture.snapshot);
+        for tuple in capture.rows() {
+            let row = mapping.datums(&tuple).map_err(|error| self.broken("a captured row", error))?;
+            let hash = self.planner.read_key(&self.gate, &mapping, &row).map_err(|error| self.broken("a captured row", error))?;
+            if let Some(hash) = hash
+                && !tuple.has_unchanged()
+                && self.gate.admit(capture.oid, hash, &snapshot) == Verdict::Admit
+            {
+                add(&self.shared.metrics.read_admitted, 1);
+                self.planner.read_row(self.assembly.batch(), &mapping, &row, hash);
+                self.dirty = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares what the catalog says with the registry, at the place of the stream where it was read.
+    pub(super) fn reconcile(&mut self, catalog: &[pb::Relation]) -> Result<(), Error> {
+        for relation in catalog.iter().filter(|relation| !self.announced.contains(&relation.oid)).collect::<Vec<_>>() {
+            let known = self.registry.get(relation.oid).map(|registered| registered.relation.fingerprint);
+            if known != Some(relation.fingerprint) {
+                self.register(relation.clone())?;
+            }
+        }
+        for oid in self.registry.oids() {
+            if !self.announced.contains(&oid) && !catalog.iter().any(|relation| relation.oid == oid) {
+                self.forget_relation(oid, false);
+            }
+        }
+        self.backfill.note_reconciled();
+        Ok(())
+    }
+
+    fn broken(&self, what: &str, source: impl Into<crate::error::Source>) -> Error {
+        Error::stream(format!("the stream cannot be followed: {what}"), source).at(self.lsn)
+    }
+}

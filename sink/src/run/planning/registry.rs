@@ -1,0 +1,167 @@
+//! The relations that Redis is kept by: which version of each table, and how far its backfill is. Stored in Redis, changed
+//! only by what comes down the stream (or by the comparison with the catalog, at its marker).
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use prost::Message;
+use walmirror_proto::key::KeyTemplate;
+use walmirror_proto::pb::{self, Mode};
+
+use crate::backfill::{Backfill, Cursor, Task};
+use crate::plan::{Batch, Mapping, MappingError, Purge, RedisKeys};
+use crate::progress::write_cursor;
+
+/// One mirrored table.
+#[derive(Clone, Debug)]
+pub(super) struct Registered {
+    pub(super) relation: pb::Relation,
+    pub(super) mapping: Arc<Mapping>,
+    pub(super) generation: u64,
+    pub(super) cursor: Cursor,
+}
+
+/// All of them. Tells the backfill about every change.
+#[derive(Debug)]
+pub(super) struct Registry {
+    keys: RedisKeys,
+    relations: BTreeMap<u32, Registered>,
+    generations: u64,
+    backfill: Arc<Backfill>,
+}
+
+impl Registry {
+    /// What an earlier session stored. Cursors that do not fit their relation begin anew.
+    pub(super) fn new(
+        keys: RedisKeys,
+        backfill: Arc<Backfill>,
+        stored: BTreeMap<u32, pb::Relation>,
+        cursors: &BTreeMap<u32, String>,
+    ) -> Result<Self, MappingError> {
+        let mut registry = Self { keys, relations: BTreeMap::new(), generations: 0, backfill };
+        for (oid, relation) in stored {
+            let cursor = cursors
+                .get(&oid)
+                .and_then(|text| Cursor::parse(text))
+                .filter(|cursor| cursor.fingerprint == relation.fingerprint)
+                .unwrap_or_else(|| fresh(&relation, Vec::new()));
+            registry.insert(relation, cursor)?;
+        }
+        Ok(registry)
+    }
+
+    pub(super) fn get(&self, oid: u32) -> Option<&Registered> {
+        self.relations.get(&oid)
+    }
+
+    pub(super) fn oids(&self) -> Vec<u32> {
+        self.relations.keys().copied().collect()
+    }
+
+    /// Begins every backfill anew: Redis and the stream do not fit together.
+    pub(super) fn restart_all(&mut self, batch: &mut Batch) -> Result<(), MappingError> {
+        for relation in self.relations.values().map(|registered| registered.relation.clone()).collect::<Vec<_>>() {
+            self.register(batch, relation)?;
+        }
+        Ok(())
+    }
+
+    /// A version of a table counts from here on, and its keys are made anew. Returns the purges of a cache, whose keys
+    /// simply go.
+    pub(super) fn register(&mut self, batch: &mut Batch, relation: pb::Relation) -> Result<Vec<Purge>, MappingError> {
+        let oid = relation.oid;
+        let mut old_keys = Vec::new();
+        let mut purges = Vec::new();
+        if let Some(old) = self.relations.get(&oid) {
+            // Templates of an earlier change, whose sweep had not come to an end, still have to go.
+            old_keys = old.cursor.old_keys.clone();
+            old_keys.push(old.relation.key.clone());
+            if is_cache(&relation) {
+                purges.push(self.purge(oid, &old.mapping.template));
+            }
+        }
+        old_keys.retain(|key| *key != relation.key);
+        old_keys.dedup();
+        let cursor = fresh(&relation, old_keys);
+        self.store(batch, &relation);
+        write_cursor(batch.bookkeeping(), &self.keys, oid, Some(&cursor.to_json()));
+        self.insert(relation, cursor)?;
+        Ok(purges)
+    }
+
+    /// The definition changed in a way that changes no key and no value.
+    pub(super) fn amend(&mut self, batch: &mut Batch, relation: pb::Relation) -> Result<(), MappingError> {
+        self.store(batch, &relation);
+        let mapping = Arc::new(Mapping::new(&relation)?);
+        if let Some(registered) = self.relations.get_mut(&relation.oid) {
+            registered.mapping = mapping;
+            registered.relation = relation;
+            let registered = registered.clone();
+            self.tell(registered);
+        }
+        Ok(())
+    }
+
+    /// The table is no longer mirrored. Returns what removes its keys.
+    pub(super) fn forget(&mut self, batch: &mut Batch, oid: u32) -> Option<Vec<Purge>> {
+        let registered = self.relations.remove(&oid)?;
+        self.backfill.remove(oid);
+        let field = oid.to_string();
+        batch.bookkeeping().command(&[b"HDEL", &self.keys.relations, field.as_bytes()]);
+        write_cursor(batch.bookkeeping(), &self.keys, oid, None);
+        let others = self.templates(oid);
+        let mut purges = vec![Purge::new(oid, &registered.mapping.template, &others)];
+        let old = registered.cursor.old_keys.iter().filter_map(|key| KeyTemplate::parse(key).ok());
+        purges.extend(old.map(|template| Purge::retired(oid, &template, &others)));
+        Some(purges)
+    }
+
+    /// What removes the keys of a table.
+    pub(super) fn purge(&self, oid: u32, template: &KeyTemplate) -> Purge {
+        Purge::new(oid, template, &self.templates(oid))
+    }
+
+    /// A worker came so far.
+    pub(super) fn advance(&mut self, batch: &mut Batch, oid: u32, cursor: &Cursor) {
+        write_cursor(batch.bookkeeping(), &self.keys, oid, Some(&cursor.to_json()));
+        if let Some(registered) = self.relations.get_mut(&oid) {
+            registered.cursor = cursor.clone();
+            self.backfill.advance(oid, registered.generation, cursor);
+        }
+    }
+
+    fn store(&self, batch: &mut Batch, relation: &pb::Relation) {
+        // What is stored has no place in any stream.
+        let relation = pb::Relation { index: 0, announced: false, refresh: false, ..relation.clone() };
+        let field = relation.oid.to_string();
+        batch.bookkeeping().command(&[b"HSET", &self.keys.relations, field.as_bytes(), &relation.encode_to_vec()]);
+    }
+
+    fn insert(&mut self, relation: pb::Relation, cursor: Cursor) -> Result<(), MappingError> {
+        let mapping = Arc::new(Mapping::new(&relation)?);
+        self.generations += 1;
+        let registered = Registered { mapping, generation: self.generations, cursor, relation };
+        self.tell(registered.clone());
+        self.relations.insert(registered.relation.oid, registered);
+        Ok(())
+    }
+
+    fn tell(&self, registered: Registered) {
+        let Registered { relation, mapping, generation, cursor } = registered;
+        self.backfill.set(relation.oid, Task { mapping, generation, cursor });
+    }
+
+    fn templates(&self, without: u32) -> Vec<KeyTemplate> {
+        let others = self.relations.iter().filter(|(oid, _)| **oid != without);
+        others.map(|(_, registered)| registered.mapping.template.clone()).collect()
+    }
+}
+
+fn is_cache(relation: &pb::Relation) -> bool {
+    relation.mode == i32::from(Mode::Cache)
+}
+
+/// A cache is filled by what is SELECTed: there is nothing to be read.
+fn fresh(relation: &pb::Relation, old_keys: Vec<String>) -> Cursor {
+    if is_cache(relation) { Cursor::done(relation.fingerprint) } else { Cursor::start(relation.fingerprint, old_keys) }
+}

@@ -1,0 +1,155 @@
+//! One session: a handshake, the threads, and their end in good order. Whatever fails ends the session; the next one
+//! begins with a handshake. There is one path for every failure.
+
+use std::sync::Arc;
+use std::thread::{Scope, ScopedJoinHandle};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::unbounded;
+
+use super::handshake::{Handshake, shake};
+use super::plan_loop::{self, Channels};
+use super::planning::{Limits, Planning, Start};
+use super::shared::{Input, Phase, Shared};
+use super::{applier, receiver};
+use crate::backfill::{Backfill, Context, Role, work};
+use crate::config::RunConfig;
+use crate::error::Error;
+use crate::gate::Gate;
+use crate::plan::RedisKeys;
+use crate::pq::Waker;
+use crate::redis::Writer;
+use crate::shutdown::Shutdown;
+
+/// Memory of the gate.
+const GATE_BYTES: usize = 4 * 1024 * 1024;
+/// How often the session looks whether it should end.
+const TICK: Duration = Duration::from_millis(20);
+/// How often a line says how far the mirror is.
+const LOG_EVERY: Duration = Duration::from_secs(30);
+
+/// How a session ended without an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// Somebody asked to stop.
+    Stopped,
+    /// Everything up to `--until-lsn` is applied.
+    Reached,
+}
+
+/// Runs a session to its end. `began` is called once streaming has begun.
+pub(super) fn run(config: &RunConfig, shutdown: &Shutdown, began: impl FnOnce()) -> Result<Ended, Error> {
+    let keys = RedisKeys::new(config.slot.as_str());
+    let interrupt = shutdown.waker()?;
+    let Handshake { stream, claim, fresh, horizon } = shake(config, &keys, &interrupt)?;
+    let start_lsn = fresh.unwrap_or_else(|| claim.stored.progress.as_ref().map(|progress| progress.lsn).unwrap_or_default());
+    let shared = Arc::new(Shared::new(start_lsn));
+    shared.set_stream_waker(stream.waker());
+    let backfill = Arc::new(Backfill::default());
+    let marker_prefix = format!("{}:{}:", config.slot.as_str(), claim.epoch);
+    tracing::info!(slot = config.slot.as_str(), lsn = %start_lsn, epoch = claim.epoch, "streaming");
+    let planning = Planning::new(Start {
+        keys: keys.clone(),
+        scripts: claim.scripts.clone(),
+        stored: claim.stored.clone(),
+        fresh,
+        gate: Gate::new(GATE_BYTES, horizon, horizon ^ u64::from(std::process::id()).rotate_left(32)),
+        marker_prefix: marker_prefix.clone(),
+        limits: Limits { batch_bytes: config.batch_bytes, transaction_bytes: config.transaction_bytes },
+        backfill: Arc::clone(&backfill),
+        shared: Arc::clone(&shared),
+    })?;
+    let writer = Writer::new(claim, keys.clone())?;
+    began();
+
+    let (input_sender, input) = unbounded();
+    let (segment_sender, segments) = unbounded();
+    let (room_sender, room) = unbounded();
+    // Not those of the shutdown: a worker is interrupted only once its chunks are of no use any more.
+    let interrupts = [waker()?, waker()?];
+    let context = |interrupt: &Waker| Context {
+        backfill: Arc::clone(&backfill),
+        chunks: input_sender.clone(),
+        postgres: config.postgres.clone(),
+        redis: config.redis.clone(),
+        keys: keys.clone(),
+        marker_prefix: marker_prefix.clone(),
+        interrupt: interrupt.clone(),
+    };
+    let contexts: Vec<(Role, Context)> = [Role::Tables, Role::Pending].into_iter().zip(interrupts.iter().map(context)).collect();
+    let (shared, backfill) = (&shared, &backfill);
+    let ended = std::thread::scope(|scope| {
+        let sender = input_sender.clone();
+        let receiver = guard(scope, shared, "receiver", move || receiver::receive(stream, shared, &sender, config.durability))?;
+        let channels = Channels { input, segments: segment_sender, room };
+        let planner = guard(scope, shared, "planner", move || plan_loop::plan(planning, &channels, shared))?;
+        let applier =
+            guard(scope, shared, "applier", move || applier::apply(writer, &segments, &room_sender, shared, backfill, config.durability))?;
+        let mut workers = Vec::new();
+        for (role, context) in contexts {
+            let name = if role == Role::Tables { "backfill" } else { "pending" };
+            workers.push(guard(scope, shared, name, move || work(&context, role))?);
+        }
+        let ended = watch(config, shutdown, shared, backfill);
+        // In the order in which data flows, so that what is complete still gets through.
+        shared.enter(Phase::Draining);
+        backfill.stop();
+        let _ = input_sender.send(Input::Stop);
+        let mut panicked = planner.join().is_err();
+        panicked |= applier.join().is_err();
+        interrupts.iter().for_each(Waker::wake);
+        for worker in workers {
+            panicked |= worker.join().is_err();
+        }
+        shared.enter(Phase::Closing);
+        panicked |= receiver.join().is_err();
+        if panicked {
+            return Err(Error::bug("a thread of the session panicked"));
+        }
+        Ok(ended)
+    })?;
+    match shared.take_failure() {
+        Some(error) => Err(error),
+        None => Ok(ended),
+    }
+}
+
+/// Starts a thread of the session. Its error is kept before it lets go of its channels: what fails because of that comes
+/// later.
+fn guard<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    shared: &'scope Shared,
+    name: &str,
+    work: impl FnOnce() -> Result<(), Error> + Send + 'scope,
+) -> Result<ScopedJoinHandle<'scope, ()>, Error> {
+    let run = move || {
+        if let Err(error) = work() {
+            shared.fail(error);
+        }
+    };
+    std::thread::Builder::new().name(name.to_owned()).spawn_scoped(scope, run).map_err(|error| {
+        // Those that run already must not wait for this one.
+        shared.enter(Phase::Closing);
+        Error::io(format!("cannot start the thread {name}"), error)
+    })
+}
+
+fn waker() -> Result<Waker, Error> {
+    Waker::new().map_err(|error| Error::io("cannot make a waker", error))
+}
+
+/// Waits until the session has to end, and says now and then how it goes.
+fn watch(config: &RunConfig, shutdown: &Shutdown, shared: &Shared, backfill: &Backfill) -> Ended {
+    let mut logged = Instant::now();
+    while shared.is_running() && !shutdown.sleep(TICK) {
+        if config.until_lsn.is_some_and(|until| shared.applied() >= until) && backfill.is_idle() {
+            return Ended::Reached;
+        }
+        if logged.elapsed() >= LOG_EVERY {
+            logged = Instant::now();
+            let counters: Vec<String> = shared.metrics.read().into_iter().map(|(name, count)| format!("{name}={count}")).collect();
+            tracing::info!(lsn = %shared.applied(), "{}", counters.join(" "));
+        }
+    }
+    Ended::Stopped
+}

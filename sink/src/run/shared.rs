@@ -1,0 +1,126 @@
+//! What the threads of a session share: how far each is, how much is queued, and whether to stop.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use walmirror_proto::Lsn;
+
+use super::metrics::Metrics;
+use crate::backfill::Chunk;
+use crate::error::Error;
+use crate::pq::{CopyBuffer, Waker};
+
+/// Bytes of frames that may wait for the planner. Beyond this the stream is not read (INVARIANT I7).
+pub(super) const QUEUE_BYTES: usize = 8 * 1024 * 1024;
+
+/// What the planner gets, in the order in which it counts.
+#[derive(Debug)]
+pub enum Input {
+    /// One write of the output plugin.
+    Frame(CopyBuffer),
+    /// The server has sent everything before this.
+    Keepalive(Lsn),
+    /// A worker read something; its marker follows in the stream.
+    Chunk(Chunk),
+    /// The session ends.
+    Stop,
+}
+
+/// How far the end of a session is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Phase {
+    /// Streaming.
+    Running,
+    /// Nothing new is planned or read; what is on its way to Redis gets there.
+    Draining,
+    /// Redis has what it gets: the stream may send its last feedback and end.
+    Closing,
+}
+
+/// Shared by the threads of one session.
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    applied: AtomicU64,
+    durable: AtomicU64,
+    pub(super) queued_bytes: AtomicUsize,
+    /// The receiver waits for the queue to get shorter.
+    pub(super) held: AtomicBool,
+    phase: AtomicU8,
+    stream_waker: OnceLock<Waker>,
+    failure: Mutex<Option<Error>>,
+    pub(super) metrics: Metrics,
+}
+
+impl Shared {
+    pub(super) fn new(applied: Lsn) -> Self {
+        let shared = Self::default();
+        shared.applied.store(applied.0, Ordering::Release);
+        shared
+    }
+
+    pub(super) fn set_stream_waker(&self, waker: Waker) {
+        let _ = self.stream_waker.set(waker);
+    }
+
+    pub(super) fn wake_stream(&self) {
+        if let Some(waker) = self.stream_waker.get() {
+            waker.wake();
+        }
+    }
+
+    /// Everything before this is applied. INVARIANT I4: it never goes back.
+    pub(super) fn set_applied(&self, lsn: Lsn) {
+        if self.applied.fetch_max(lsn.0, Ordering::AcqRel) < lsn.0 {
+            self.wake_stream();
+        }
+    }
+
+    pub(super) fn applied(&self) -> Lsn {
+        Lsn(self.applied.load(Ordering::Acquire))
+    }
+
+    /// Everything before this is on replicas or disk, where that is asked for.
+    pub(super) fn set_durable(&self, lsn: Lsn) {
+        if self.durable.fetch_max(lsn.0, Ordering::AcqRel) < lsn.0 {
+            self.wake_stream();
+        }
+    }
+
+    pub(super) fn durable(&self) -> Lsn {
+        Lsn(self.durable.load(Ordering::Acquire))
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        match self.phase.load(Ordering::Acquire) {
+            0 => Phase::Running,
+            1 => Phase::Draining,
+            _ => Phase::Closing,
+        }
+    }
+
+    pub(super) fn enter(&self, phase: Phase) {
+        self.phase.fetch_max(phase as u8, Ordering::AcqRel);
+        self.wake_stream();
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        self.phase() == Phase::Running
+    }
+
+    /// Keeps the first error of the session: the others follow from it. One that only says that a wait was interrupted
+    /// comes when the session ends already, and is none.
+    pub(super) fn fail(&self, error: Error) {
+        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        if failure.is_none() && self.is_running() {
+            *failure = Some(error);
+        } else {
+            tracing::debug!("while the session ends: {error}");
+        }
+        drop(failure);
+        self.enter(Phase::Draining);
+    }
+
+    pub(super) fn take_failure(&self) -> Option<Error> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
