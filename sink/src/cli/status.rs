@@ -151,12 +151,11 @@ fn print(slot: &SlotName, postgres: Option<&Postgres>, redis: Option<&Redis>) ->
         .map(|postgres| postgres.tables.as_slice())
         .unwrap_or_default()
     {
-        let cursor =
-            cursor(redis, table.oid).map_or(String::new(), |cursor| format!("   backfill at {cursor}"));
+        let backfill = redis.map_or(String::new(), |_| backfill(cursor(redis, table.oid)));
         line(
             "table",
             format!(
-                "{}  {} {} {}{cursor}",
+                "{}  {} {} {}{backfill}",
                 table.name, table.mode, table.value, table.key
             ),
         )?;
@@ -164,8 +163,28 @@ fn print(slot: &SlotName, postgres: Option<&Postgres>, redis: Option<&Redis>) ->
     Ok(())
 }
 
-fn cursor(redis: Option<&Redis>, oid: u32) -> Option<&String> {
-    redis?.progress.as_ref()?.cursors.get(&oid)
+/// The cursor of a table's backfill, which is JSON.
+fn cursor(redis: Option<&Redis>, oid: u32) -> Option<serde_json::Value> {
+    let text = redis?.progress.as_ref()?.cursors.get(&oid)?;
+    Some(serde_json::from_str(text).unwrap_or_else(|_| json!(text)))
+}
+
+/// A cursor for people.
+fn backfill(cursor: Option<serde_json::Value>) -> String {
+    let Some(cursor) = cursor else {
+        return "   not backfilled yet".to_owned();
+    };
+    let number = |field: &str| cursor.get(field).and_then(serde_json::Value::as_u64).unwrap_or(0);
+    match cursor.get("stage").and_then(|stage| stage.as_str()) {
+        Some("done") => "   complete".to_owned(),
+        Some("fill") => format!(
+            "   backfilling: {} rows, at block {}",
+            number("rows"),
+            number("block")
+        ),
+        Some("sweep") => "   backfilling: looking for keys without a row".to_owned(),
+        _ => format!("   backfill at {cursor}"),
+    }
 }
 
 fn position(at: Option<Lsn>, wal: Option<Lsn>) -> String {
@@ -244,6 +263,14 @@ fn as_json(slot: &SlotName, postgres: Option<&Postgres>, redis: Option<&Redis>) 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_backfill_is_told_in_words() {
+        assert_eq!(backfill(None), "   not backfilled yet");
+        assert_eq!(backfill(Some(json!({"stage": "done"}))), "   complete");
+        let fill = json!({"stage": "fill", "rows": 7, "block": 3});
+        assert_eq!(backfill(Some(fill)), "   backfilling: 7 rows, at block 3");
+    }
 
     #[test]
     fn sizes_are_for_people() {

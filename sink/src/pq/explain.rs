@@ -7,6 +7,15 @@ use crate::error::Error;
 /// Makes an [`Error`] with the next command out of a failed [`super::Connection::connect`].
 pub fn connect_failed(source: PqError) -> Error {
     let target = source.target.clone().unwrap_or_default();
+    // What libpq takes by itself needs no saying.
+    let flag = |flag: &str, value: &str| {
+        if value.is_empty() {
+            String::new()
+        } else {
+            format!(" {flag} {value}")
+        }
+    };
+    let at = flag("-h", &target.host) + &flag("-p", &target.port);
     let next = match (source.kind, source.sqlstate.as_deref()) {
         (ErrorKind::Settings, _) if source.message.contains("no password supplied") => {
             format!("psql \"{target}\"   # put the password that works into ~/.pgpass, or into PGPASSWORD")
@@ -18,16 +27,16 @@ pub fn connect_failed(source: PqError) -> Error {
             format!("psql \"{target}\"   # put the password that works into ~/.pgpass, or into PGPASSWORD")
         }
         (_, Some("28000")) if source.message.contains("does not exist") => {
-            format!("createuser --replication -h {} -p {} {}", target.host, target.port, target.user)
+            format!("createuser --replication{at} {}", target.user)
         }
         (_, Some("28000")) => {
             "SELECT * FROM pg_hba_file_rules;   -- a rule for this role is missing; then SELECT pg_reload_conf();".into()
         }
-        (_, Some("3D000")) => format!("createdb -h {} -p {} {}", target.host, target.port, target.database),
+        (_, Some("3D000")) => format!("createdb{at} {}", target.database),
         // Only a replication connection asks for a right this early.
         (_, Some("42501")) => format!("ALTER ROLE {} REPLICATION;", quote_identifier(&target.user)),
         (_, Some("53300")) => "SHOW max_connections;   -- for the stream, max_wal_senders counts too".into(),
-        _ => format!("pg_isready -h {} -p {}", target.host, target.port),
+        _ => format!("pg_isready{at}"),
     };
     let what = match (target.user.as_str(), target.host.as_str()) {
         ("", _) | (_, "") => "cannot connect to Postgres".to_owned(),
