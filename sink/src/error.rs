@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use walmirror_proto::lsn::Lsn;
 
-use crate::pq::PqError;
+use crate::pq::{PqError, next_after_connect};
 
 /// What can be done about an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,7 +118,8 @@ impl Error {
 
     /// An error of libpq or the server, with what was tried: `cannot create the slot "x"`.
     pub fn postgres(what: impl Into<String>, source: PqError) -> Self {
-        Self::Postgres(report(what), Box::new(source))
+        let next = next_after_connect(&source);
+        Self::Postgres(Report { next, ..report(what) }, Box::new(source))
     }
 
     /// PostgreSQL is not set up for what was asked.

@@ -12,8 +12,10 @@ use crate::redis::Connection;
 
 /// Connects, and gives the next command where that fails.
 pub fn connect(url: &RedisUrl) -> Result<Connection, Error> {
-    let next =
-        format!("redis-cli -u {url} PING   # the user and password that work there belong into --redis");
+    let next = format!(
+        "{} PING   # the user and password that work there belong into --redis",
+        url.redis_cli()
+    );
     Connection::connect(url).map_err(|error| error.next(next))
 }
 

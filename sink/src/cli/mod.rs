@@ -134,7 +134,7 @@ fn report(error: &Error, given: &Options) {
 /// The next command for an error whose place has none of its own.
 fn next_command(error: &Error, given: &Options) -> Option<String> {
     match error {
-        Error::Redis(..) => given.redis.as_ref().map(|url| format!("redis-cli -u {url} PING")),
+        Error::Redis(..) => given.redis.as_ref().map(|url| format!("{} PING", url.redis_cli())),
         Error::Postgres(..) | Error::Setup(_) | Error::Unreachable(..) => {
             Some(format!("walmirror doctor --slot {}", given.slot()))
         }

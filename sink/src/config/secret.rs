@@ -49,6 +49,18 @@ impl RedisUrl {
 }
 
 impl RedisUrl {
+    /// The beginning of a redis-cli command for this server, without the password.
+    pub fn redis_cli(&self) -> String {
+        let socket = self
+            .0
+            .strip_prefix("redis+unix://")
+            .or_else(|| self.0.strip_prefix("unix://"));
+        match socket.map(|rest| rest.split('?').next().unwrap_or(rest)) {
+            Some(path) => format!("redis-cli -s {path}"),
+            None => format!("redis-cli -u {self}"),
+        }
+    }
+
     /// Says what is wrong with the URL, without repeating it.
     ///
     /// Not part of reading it, because clap repeats a value that cannot be read, password and all.
@@ -289,6 +301,9 @@ mod tests {
         let url: RedisUrl = "redis://:geheim@localhost:6379/1".parse().unwrap();
         assert_eq!(url.to_string(), "redis://:***@localhost:6379/1");
         assert!(!format!("{url:?}").contains("geheim"));
+        assert_eq!(url.redis_cli(), "redis-cli -u redis://:***@localhost:6379/1");
+        let url: RedisUrl = "redis+unix:///tmp/x.sock?pass=geheim".parse().unwrap();
+        assert_eq!(url.redis_cli(), "redis-cli -s /tmp/x.sock");
         for wrong in [
             "localhost:6379",
             "http://localhost",

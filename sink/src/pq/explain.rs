@@ -4,9 +4,20 @@ use super::error::{ErrorKind, PqError};
 use super::quote_identifier;
 use crate::error::Error;
 
-/// Makes an [`Error`] with the next command out of a failed [`super::Connection::connect`].
+/// Makes an [`Error`] out of a failed [`super::Connection::connect`].
 pub fn connect_failed(source: PqError) -> Error {
-    let target = source.target.clone().unwrap_or_default();
+    let what = match source.target.as_deref().map(ToString::to_string) {
+        Some(target) if !target.is_empty() && source.kind != ErrorKind::Settings => {
+            format!("cannot connect to Postgres ({target})")
+        }
+        _ => "cannot connect to Postgres".to_owned(),
+    };
+    Error::postgres(what, source)
+}
+
+/// The next command after a failed connection attempt; None for every other error.
+pub fn next_after_connect(source: &PqError) -> Option<String> {
+    let target = source.target.as_deref()?;
     // What libpq takes by itself needs no saying.
     let flag = |flag: &str, value: &str| {
         if value.is_empty() {
@@ -16,7 +27,7 @@ pub fn connect_failed(source: PqError) -> Error {
         }
     };
     let at = flag("-h", &target.host) + &flag("-p", &target.port);
-    let next = match (source.kind, source.sqlstate.as_deref()) {
+    Some(match (source.kind, source.sqlstate.as_deref()) {
         (ErrorKind::Settings, _) if source.message.contains("no password supplied") => {
             format!("psql \"{target}\"   # put the password that works into ~/.pgpass, or into PGPASSWORD")
         }
@@ -33,14 +44,13 @@ pub fn connect_failed(source: PqError) -> Error {
             "SELECT * FROM pg_hba_file_rules;   -- a rule for this role is missing; then SELECT pg_reload_conf();".into()
         }
         (_, Some("3D000")) => format!("createdb{at} {}", target.database),
-        // Only a replication connection asks for a right this early.
+        (_, Some("42501")) if source.message.contains("permission denied for database") => {
+            let (database, role) = (quote_identifier(&target.database), quote_identifier(&target.user));
+            format!("GRANT CONNECT ON DATABASE {database} TO {role};")
+        }
+        // Apart from that, only a replication connection asks for a right this early.
         (_, Some("42501")) => format!("ALTER ROLE {} REPLICATION;", quote_identifier(&target.user)),
         (_, Some("53300")) => "SHOW max_connections;   -- for the stream, max_wal_senders counts too".into(),
         _ => format!("pg_isready{at}"),
-    };
-    let what = match (target.user.as_str(), target.host.as_str()) {
-        ("", _) | (_, "") => "cannot connect to Postgres".to_owned(),
-        _ => format!("cannot connect to Postgres ({target})"),
-    };
-    Error::postgres(what, source).next(next)
+    })
 }

@@ -142,6 +142,9 @@ pub(crate) fn explain(error: Error, slot: &str) -> Error {
         _ if message.contains("may not be used as an output plugin") => {
             "ALTER SYSTEM SET output_plugin_libraries = pgoutput, test_decoding, walmirror; SELECT pg_reload_conf();".to_owned()
         }
+        _ if message.contains("shared_preload_libraries") => {
+            "ALTER SYSTEM SET shared_preload_libraries = walmirror;   -- then restart Postgres".to_owned()
+        }
         Some("58P01") => format!("make install   # {PLUGIN}.so is not where this server looks for libraries"),
         Some("42704") => format!("walmirror init --slot {slot}"),
         Some("42710") => format!("walmirror status --slot {slot}"),
