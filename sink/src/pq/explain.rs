@@ -51,6 +51,6 @@ pub fn next_after_connect(source: &PqError) -> Option<String> {
         // Apart from that, only a replication connection asks for a right this early.
         (_, Some("42501")) => format!("ALTER ROLE {} REPLICATION;", quote_identifier(&target.user)),
         (_, Some("53300")) => "SHOW max_connections;   -- for the stream, max_wal_senders counts too".into(),
-        _ => format!("pg_isready{at}"),
+        _ => format!("pg_isready -d \"{target}\""),
     })
 }
