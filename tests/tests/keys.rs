@@ -162,7 +162,7 @@ fn replica_identity_full_and_index() {
          ALTER TABLE f REPLICA IDENTITY FULL; \
          CREATE TABLE x (id int PRIMARY KEY, email text NOT NULL UNIQUE, v text); \
          ALTER TABLE x REPLICA IDENTITY USING INDEX x_email_key; \
-         CREATE TABLE nopk (a text, b int, v text); ALTER TABLE nopk REPLICA IDENTITY FULL; \
+         CREATE TABLE nopk (a text, b int, v text, UNIQUE (b, a)); ALTER TABLE nopk REPLICA IDENTITY FULL; \
          SELECT walmirror.mirror('f', key => 'f:{email}:{id}'), walmirror.mirror('x', key => 'x:{email}'), \
                 walmirror.mirror('nopk', key => 'nopk:{a}:{b}'); \
          INSERT INTO f SELECT i, 'e' || i || '@x', repeat(md5(i::text), 1000) FROM generate_series(1, 20) i; \
@@ -185,7 +185,7 @@ fn replica_identity_full_and_index() {
 #[test]
 fn a_null_in_the_key_means_no_key() {
     let m = Mirror::with(
-        "CREATE TABLE t (id int PRIMARY KEY, nick text); ALTER TABLE t REPLICA IDENTITY FULL; \
+        "CREATE TABLE t (id int PRIMARY KEY, nick text UNIQUE); ALTER TABLE t REPLICA IDENTITY FULL; \
          SELECT walmirror.mirror('t', key => 'nick:{nick}'); INSERT INTO t VALUES (1, 'a'), (2, NULL), (3, NULL)",
     );
     assert_eq!(m.redis.keys(), ["nick:a"]);

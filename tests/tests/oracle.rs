@@ -1,6 +1,11 @@
 //! The comparison itself: it must find every kind of difference, or all other tests prove nothing.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
 
 use walmirror_tests::{Db, Pg, Redis, compare};
 
