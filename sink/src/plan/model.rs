@@ -249,7 +249,7 @@ fn schedule(server: &Server, value: ValueKind, seed: u64) {
                     break;
                 }
                 (dice.0, table.rows, table.lost) = before.clone();
-                (0..3).for_each(|sides| drop(dice.roll([4, 12, 3][sides])));
+                [4, 12, 3].iter().for_each(|sides| _ = dice.roll(*sides));
             }
             Writer::open(fixture.batch.bookkeeping());
             for _ in 0..changes {

@@ -7,6 +7,8 @@ mod error;
 mod scan;
 #[cfg(test)]
 pub(crate) mod server;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 pub use claim::{Claim, Identity, Stored, read_stored};

@@ -112,6 +112,12 @@ impl Writer {
         Ok(Some(Applied { step, pending }))
     }
 
+    /// Takes the name away by which a newer session would find this connection.
+    #[cfg(test)]
+    pub(crate) fn rename_for_test(&mut self) {
+        let _ = self.connection.call("rename", &[b"CLIENT", b"SETNAME", b"nobody"]);
+    }
+
     /// Whether a MULTI is open.
     pub fn is_open(&self) -> bool {
         !self.open.is_empty()

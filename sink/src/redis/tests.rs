@@ -1,0 +1,164 @@
+//! The writer against a real Redis: fencing, refused commands, purges.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use redis::Value;
+use walmirror_proto::Lsn;
+use walmirror_proto::key::KeyTemplate;
+
+use super::server::Server;
+use super::*;
+use crate::error::{Class, Error};
+use crate::plan::{Batch, OpKind, Purge, RedisKeys};
+use crate::progress::{Step, write_step};
+
+fn keys() -> RedisKeys {
+    RedisKeys::new("s")
+}
+
+fn claim(server: &Server, start: Option<Lsn>) -> Writer {
+    let identity = Identity { system_id: "1".into(), timeline: 1, database: "d".into() };
+    let claim = Claim::take(server.connect(), &keys(), "s", &identity, start).unwrap();
+    Writer::new(claim, keys()).unwrap()
+}
+
+/// A batch of one command for each key, and a step to this position.
+fn segment(lsn: u64, commands: &[(&str, &[&str])]) -> Segment {
+    let mut batch = Batch::new();
+    Writer::open(batch.bookkeeping());
+    for (number, (key, command)) in commands.iter().enumerate() {
+        let mut op = batch.op(77, number as u64, OpKind::Whole, key.as_bytes());
+        op.commands().begin(command.len() + 2).arg(command.first().unwrap().as_bytes());
+        let rest = op.key(key.as_bytes());
+        for arg in command.iter().skip(1).chain(&["x"]) {
+            rest.arg(arg.as_bytes());
+        }
+    }
+    let step = Step { lsn: Lsn(lsn), commit_time: None, part: None, clear_part: false };
+    write_step(batch.bookkeeping(), &keys(), &step);
+    Writer::close(batch.bookkeeping(), &keys());
+    Segment { batch, opens: true, step: Some(step), ..Segment::default() }
+}
+
+fn set(lsn: u64, key: &str) -> Segment {
+    segment(lsn, &[(key, &["SET"])])
+}
+
+fn get(connection: &mut Connection, args: &[&str]) -> String {
+    let args: Vec<&[u8]> = args.iter().map(|arg| arg.as_bytes()).collect();
+    match connection.call("ask", &args).unwrap() {
+        Value::BulkString(bytes) => String::from_utf8(bytes).unwrap(),
+        other => format!("{other:?}"),
+    }
+}
+
+const PROGRESS: &str = "walmirror:{s}:progress";
+
+fn failed(writer: &mut Writer, segment: Segment) -> Error {
+    writer.apply(segment, &|| false).unwrap_err()
+}
+
+#[test]
+fn data_and_progress_arrive_together() {
+    let Some(server) = Server::start() else { return };
+    let mut writer = claim(&server, Some(Lsn(1)));
+    for lsn in 2..5 {
+        let applied = writer.apply(set(lsn, "a"), &|| false).unwrap().unwrap();
+        assert_eq!(applied.step.lsn, Lsn(lsn));
+    }
+    let mut reader = server.connect();
+    assert_eq!((get(&mut reader, &["GET", "a"]), get(&mut reader, &["HGET", PROGRESS, "lsn"])), ("x".into(), "0/4".into()));
+    let stored = read_stored(&mut reader, &keys()).unwrap();
+    assert_eq!(stored.progress.map(|progress| (progress.lsn, progress.epoch)), Some((Lsn(4), 1)));
+}
+
+#[test]
+fn who_lost_the_claim_writes_nothing() {
+    let Some(server) = Server::start() else { return };
+    let mut old = claim(&server, Some(Lsn(1)));
+    // Without a name the newer one cannot end its connection: only the epoch stands between them.
+    old.rename_for_test();
+    let mut new = claim(&server, None);
+    let error = failed(&mut old, set(2, "a"));
+    assert_eq!(error.class(), Class::Operator, "{error}");
+    assert!(error.to_string().contains("another walmirror"), "{error}");
+    assert_eq!(get(&mut server.connect(), &["EXISTS", "a"]), "int(0)");
+    assert!(new.apply(set(2, "b"), &|| false).unwrap().is_some());
+}
+
+#[test]
+fn a_takeover_ends_the_older_connection() {
+    let Some(server) = Server::start() else { return };
+    let mut old = claim(&server, Some(Lsn(1)));
+    let _new = claim(&server, None);
+    assert_eq!(failed(&mut old, set(2, "a")).class(), Class::Retry);
+    assert_eq!(get(&mut server.connect(), &["EXISTS", "a"]), "int(0)");
+}
+
+#[test]
+fn an_emptied_redis_is_noticed_before_anything_is_written() {
+    let Some(server) = Server::start() else { return };
+    let mut writer = claim(&server, Some(Lsn(1)));
+    get(&mut server.connect(), &["FLUSHALL"]);
+    assert_eq!(failed(&mut writer, set(2, "a")).class(), Class::Retry);
+    assert_eq!(get(&mut server.connect(), &["DBSIZE"]), "int(0)");
+}
+
+#[test]
+fn a_command_that_fails_inside_of_the_exec_is_named_and_noted_for_repair() {
+    let Some(server) = Server::start() else { return };
+    let mut writer = claim(&server, Some(Lsn(1)));
+    let mut reader = server.connect();
+    get(&mut reader, &["SET", "foreign", "1"]);
+    let error = failed(&mut writer, segment(2, &[("a", &["SET"]), ("foreign", &["HSET", "f"]), ("b", &["SET"])]));
+    assert_eq!(error.class(), Class::Operator);
+    let text = error.to_string();
+    assert!(text.contains("\"foreign\"") && text.contains("WRONGTYPE") && text.contains("0/2"), "{text}");
+    assert_eq!(get(&mut reader, &["HGET", "walmirror:{s}:pending", "foreign"]), "77");
+    assert_eq!(get(&mut reader, &["HLEN", "walmirror:{s}:pending"]), "int(1)");
+}
+
+#[test]
+fn a_command_that_is_not_queued_aborts_the_batch_and_is_classed() {
+    let Some(server) = Server::start() else { return };
+    let mut writer = claim(&server, Some(Lsn(1)));
+    let mut reader = server.connect();
+    get(&mut reader, &["CONFIG", "SET", "maxmemory", "1"]);
+    let error = failed(&mut writer, set(2, "a"));
+    assert_eq!(error.class(), Class::Retry, "{error}");
+    assert!(error.to_string().contains("OOM"), "{error}");
+    get(&mut reader, &["CONFIG", "SET", "maxmemory", "0"]);
+    assert_eq!(get(&mut reader, &["HGET", PROGRESS, "lsn"]), "0/1");
+}
+
+#[test]
+fn a_purge_takes_the_keys_of_its_template_and_no_others() {
+    let Some(server) = Server::start() else { return };
+    let mut writer = claim(&server, Some(Lsn(1)));
+    let mut reader = server.connect();
+    // More than fit into one atomic step in the second round.
+    for (round, count) in [(0, 50), (1, 25_000)] {
+        get(&mut reader, &["EVAL", "for i = 1, ARGV[1] do redis.call('SET', 't:' .. i, 1) end return 'ok'", "0", &count.to_string()]);
+        for other in ["t2:1", "t:a:7", "other"] {
+            get(&mut reader, &["SET", other, "1"]);
+        }
+        let template = |text: &str| KeyTemplate::parse(text).unwrap();
+        let purge = Purge::new(77, &template("t:{id}"), &[template("t:a:{id}")]);
+        let segment = Segment { purges: vec![purge], ..set(2 + round, "t:new") };
+        assert!(writer.apply(segment, &|| false).unwrap().is_some());
+        assert_eq!(get(&mut reader, &["EXISTS", "t:new", "t2:1", "t:a:7", "other"]), "int(4)");
+        assert_eq!(get(&mut reader, &["DBSIZE"]), "int(5)");
+    }
+}
+
+#[test]
+fn a_resync_begins_anew_but_the_epoch_goes_on() {
+    let Some(server) = Server::start() else { return };
+    let mut writer = claim(&server, Some(Lsn(1)));
+    writer.apply(set(9, "a"), &|| false).unwrap();
+    let mut reader = server.connect();
+    get(&mut reader, &["HSET", PROGRESS, "backfill:5", "{}"]);
+    drop(claim(&server, Some(Lsn(3))));
+    let progress = read_stored(&mut reader, &keys()).unwrap().progress.unwrap();
+    assert_eq!((progress.lsn, progress.epoch, progress.cursors.len()), (Lsn(3), 2, 0));
+}
