@@ -7,6 +7,8 @@ PG ?= 15
 INSTALL_PG_CONFIG = $(or $(PG_CONFIG),pg_config)
 # Further arguments of cargo test, for example: make test ARGS='--test dml'
 ARGS ?=
+# The cases that make bench runs; all of them by default.
+CASE ?=
 
 server = PG_CONFIG='$(PG_CONFIG)' scripts/postgres.sh
 # Every major version gets a target directory of its own, so that switching versions rebuilds nothing.
@@ -86,8 +88,10 @@ lint: ## formatting and clippy, warnings are errors
 	cargo clippy --workspace --exclude walmirror-decoder --all-targets -- -D warnings
 	config=$$($(server) config $(PG)) && $(call decoder,$(PG),clippy --release) -- -D warnings
 
-bench: build ## quick numbers, compared in one run
-	@if [ -x tests/bench/run ]; then $(private) && tests/bench/run; else echo "no benchmark here yet"; fi
+# The plugins and client libraries of the peers are looked for when the benchmark runs; what is missing is skipped.
+bench: build ## compare with the peers in one run: CASE=decode for one case, QUICK=1 for a tenth, LONG=1 for 10 M rows
+	@$(private) && peers=$$(tests/bench/deps.sh) && eval "$$peers" && \
+		cargo run --quiet --release -p walmirror-bench -- $(CASE)
 
 clean: ## remove everything that was built
 	cargo clean
