@@ -25,8 +25,21 @@ pub(super) struct Channels {
     pub(super) room: Receiver<()>,
 }
 
-/// Plans until the session ends.
+/// Plans until the session ends. What is complete by then still goes out.
 pub(super) fn plan(mut planning: Planning, channels: &Channels, shared: &Arc<Shared>) -> Result<(), Error> {
+    follow(&mut planning, channels, shared)?;
+    if planning.is_dirty() {
+        planning.flush();
+    }
+    while let Some(segment) = planning.next_segment() {
+        if channels.segments.send(segment).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) -> Result<(), Error> {
     let mut outstanding = 0usize;
     let mut written = Instant::now();
     while shared.is_running() {
