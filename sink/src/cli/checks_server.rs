@@ -3,7 +3,7 @@
 use super::checks::{Check, Outcome, from_error, value};
 use crate::config::Conninfo;
 use crate::pq::{Connection, PqError, connect_failed, quote_identifier};
-use crate::replication::{self, slot::PLUGIN};
+use crate::replication::{self, settings, slot::PLUGIN};
 
 pub fn server(connection: &mut Connection) -> Check {
     let (version, target) = (connection.server_version(), connection.target());
@@ -39,29 +39,12 @@ pub fn wal_level(connection: &mut Connection) -> Result<Outcome, PqError> {
 }
 
 pub fn preloaded(connection: &mut Connection) -> Result<Outcome, PqError> {
-    let list = value(
-        connection,
-        "SELECT pg_catalog.current_setting('shared_preload_libraries')",
-    )?;
-    Ok(
-        if names(&list)
-            .iter()
-            .any(|name| name == PLUGIN || name.ends_with("/walmirror") || name.ends_with("/walmirror.so"))
-        {
-            Outcome::Ok(format!("shared_preload_libraries = {list}"))
-        } else {
-            Outcome::Fail(
-                format!(
-                    "walmirror is not in shared_preload_libraries ({})",
-                    if list.is_empty() { "empty" } else { &list }
-                ),
-                format!(
-                    "ALTER SYSTEM SET shared_preload_libraries = {};   -- then restart Postgres",
-                    with_walmirror(&list)
-                ),
-            )
-        },
-    )
+    let list = settings::preloaded(connection)?;
+    Ok(if settings::is_preloaded(&list) {
+        Outcome::Ok(format!("shared_preload_libraries = {list}"))
+    } else {
+        Outcome::Fail(settings::not_preloaded(&list), settings::preload_command(&list))
+    })
 }
 
 pub fn extension(connection: &mut Connection) -> Result<Outcome, PqError> {
@@ -101,14 +84,14 @@ pub fn plugin_list(connection: &mut Connection) -> Result<Outcome, PqError> {
     let Some(list) = result.text(0, 0) else {
         return Ok(Outcome::Ok("this server allows every plugin".into()));
     };
-    Ok(if names(list).iter().any(|name| name == PLUGIN) {
+    Ok(if settings::names(list).iter().any(|name| name == PLUGIN) {
         Outcome::Ok(list.to_owned())
     } else {
         Outcome::Fail(
             format!("walmirror is not in output_plugin_libraries ({list})"),
             format!(
                 "ALTER SYSTEM SET output_plugin_libraries = {}; SELECT pg_reload_conf();",
-                with_walmirror(list)
+                settings::with_walmirror(list)
             ),
         )
     })
@@ -146,42 +129,5 @@ pub fn replication_connection(conninfo: &Conninfo) -> Check {
             )),
         },
         Err(error) => from_error(name, &error),
-    }
-}
-
-/// The names of a list setting.
-fn names(list: &str) -> Vec<String> {
-    list.split(',')
-        .map(|name| name.trim().trim_matches('"').to_owned())
-        .filter(|name| !name.is_empty())
-        .collect()
-}
-
-/// The list with walmirror at its end, as ALTER SYSTEM takes it: one word each, not one string with commas.
-fn with_walmirror(list: &str) -> String {
-    let plain = |name: &String| {
-        name.bytes()
-            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
-    };
-    let mut names: Vec<String> = names(list)
-        .into_iter()
-        .map(|name| if plain(&name) { name } else { format!("'{name}'") })
-        .collect();
-    names.push(PLUGIN.to_owned());
-    names.join(", ")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_list_is_extended_and_never_replaced() {
-        assert_eq!(
-            with_walmirror("pgoutput, test_decoding"),
-            "pgoutput, test_decoding, walmirror"
-        );
-        assert_eq!(with_walmirror(""), "walmirror");
-        assert_eq!(with_walmirror("\"Odd-Name\", x"), "'Odd-Name', x, walmirror");
     }
 }

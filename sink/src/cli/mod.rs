@@ -26,6 +26,19 @@ use args::{Cli, Command};
 
 /// What the binary does.
 pub fn main() -> ExitCode {
+    std::panic::set_hook(Box::new(report_panic));
+    // A panic of this thread ends like every internal error; those of other threads are noticed by who joins them.
+    std::panic::catch_unwind(run_command).unwrap_or(ExitCode::from(exit::INTERNAL))
+}
+
+/// One line, and no backtrace. INVARIANT I8: without the panic's text, which may quote values (a slice out of range quotes
+/// the string).
+fn report_panic(panic: &std::panic::PanicHookInfo<'_>) {
+    let place = panic.location().map(ToString::to_string).unwrap_or_default();
+    tracing::error!("internal error at {place}: please report it, with the lines before this one");
+}
+
+fn run_command() -> ExitCode {
     let matches = match Cli::command().try_get_matches() {
         Ok(matches) => matches,
         // clap prints help and version as "errors", too, and knows which is which: exit code 0 or 2.
@@ -69,8 +82,9 @@ fn start(command: Command, matches: &ArgMatches, options: &mut Options) -> Resul
         Some(Command::Status(status)) => status::run(options, &status),
         Some(Command::Wait(wait)) => wait::run(options, &wait, &Shutdown::install()?),
         Some(Command::Completions { shell }) => {
-            clap_complete::generate(shell, &mut Cli::command(), "walmirror", &mut std::io::stdout());
-            Ok(())
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "walmirror", &mut script);
+            std::io::stdout().write_all(&script).map_err(output_failed)
         }
         Some(Command::Run(_)) => Err(Error::bug("`run` was taken out before")),
     }
@@ -134,7 +148,10 @@ fn report(error: &Error, given: &Options) {
 /// The next command for an error whose place has none of its own.
 fn next_command(error: &Error, given: &Options) -> Option<String> {
     match error {
-        Error::Redis(..) => given.redis.as_ref().map(|url| format!("{} PING", url.redis_cli())),
+        Error::Redis(..) => given
+            .redis
+            .as_ref()
+            .map(|url| format!("{} PING", url.redis_cli())),
         Error::Postgres(..) | Error::Setup(_) | Error::Unreachable(..) => {
             Some(format!("walmirror doctor --slot {}", given.slot()))
         }
@@ -144,5 +161,9 @@ fn next_command(error: &Error, given: &Options) -> Option<String> {
 
 /// Writes a line to standard output.
 fn say(line: impl std::fmt::Display) -> Result<(), Error> {
-    writeln!(std::io::stdout(), "{line}").map_err(|error| Error::io("cannot write to standard output", error))
+    writeln!(std::io::stdout(), "{line}").map_err(output_failed)
+}
+
+fn output_failed(error: std::io::Error) -> Error {
+    Error::io("cannot write to standard output", error)
 }

@@ -13,6 +13,7 @@ use crate::error::Error;
 
 /// The options that every command has, as they were given; what was not given is None.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
+#[command(next_help_heading = "Options of every command")]
 #[serde(rename_all = "kebab-case", default)]
 pub struct Options {
     /// Read options from this TOML file: the flags' names without the dashes, like `slot = "walmirror"`.
@@ -84,6 +85,7 @@ pub struct Options {
 
 /// The options that only `run` has, as they were given. They may stand in the file whatever the command.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
+#[command(next_help_heading = "Options of run")]
 #[serde(rename_all = "kebab-case", default)]
 pub struct RunOptions {
     /// Stop, with exit code 0, once everything before this LSN is in Redis.

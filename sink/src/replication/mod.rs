@@ -5,6 +5,7 @@
 //! INVARIANT I7), and the status updates that `hold` goes on sending keep it from ending the connection.
 
 mod message;
+pub mod settings;
 pub mod slot;
 mod stream;
 

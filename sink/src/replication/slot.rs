@@ -46,7 +46,7 @@ pub struct SystemInfo {
 
 /// Makes a logical slot, and returns its consistent point: every transaction that commits after it is in the stream.
 ///
-/// Waits for all transactions that run at this moment. A temporary slot lives as long as the connection.
+/// Refuses where walmirror is not preloaded. Waits for all transactions that run at this moment. A temporary slot lives as long as the connection.
 pub fn create_slot(
     connection: &mut Connection,
     slot: &str,
@@ -60,6 +60,9 @@ pub fn create_slot(
         quote_identifier(plugin)
     );
     let what = || format!("cannot create the slot {slot:?}");
+    if plugin == PLUGIN {
+        super::settings::require_preload(connection)?;
+    }
     let results = connection
         .simple(&command)
         .map_err(|error| explain(Error::postgres(what(), error), slot))?;
