@@ -21,10 +21,10 @@ CREATE FUNCTION walmirror.check_label(tbl oid, restoring boolean DEFAULT false) 
 COMMENT ON FUNCTION walmirror.check_label(oid, boolean) IS
     'raises an error if the label of a table no longer fits it; restoring: a table without any index passes';
 
-CREATE FUNCTION walmirror.set_label(tbl oid, label text) RETURNS void
+CREATE FUNCTION walmirror.set_label(tbl oid, label bytea) RETURNS void
     LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'set_label_wrapper';
-COMMENT ON FUNCTION walmirror.set_label(oid, text) IS
-    'SECURITY LABEL FOR walmirror, with all checks made first';
+COMMENT ON FUNCTION walmirror.set_label(oid, bytea) IS
+    'SECURITY LABEL FOR walmirror, with all checks made first; the label in UTF-8';
 
 -- Looking at labels -------------------------------------------------------------------------------------------------
 
@@ -90,9 +90,9 @@ CREATE FUNCTION walmirror.mirror(rel regclass, key text DEFAULT NULL, value text
                                  ttl interval DEFAULT NULL, capture boolean DEFAULT NULL) RETURNS void
     LANGUAGE sql SET search_path = pg_catalog, pg_temp AS
 $$
-    SELECT walmirror.set_label(rel, jsonb_strip_nulls(jsonb_build_object(
+    SELECT walmirror.set_label(rel, convert_to(jsonb_strip_nulls(jsonb_build_object(
         'mode', 'mirror', 'key', coalesce(mirror.key, walmirror.default_key(rel)), 'value', mirror.value, 'columns', mirror.columns,
-        'ttl_ms', round(extract(epoch FROM mirror.ttl) * 1000)::bigint, 'capture', mirror.capture))::text)
+        'ttl_ms', round(extract(epoch FROM mirror.ttl) * 1000)::bigint, 'capture', mirror.capture))::text, 'UTF8'))
 $$;
 COMMENT ON FUNCTION walmirror.mirror(regclass, text, text, text[], interval, boolean) IS
     'keeps every row of a table in Redis';
@@ -101,9 +101,9 @@ CREATE FUNCTION walmirror.cache(rel regclass, key text DEFAULT NULL, value text 
                                 ttl interval DEFAULT NULL, on_write text DEFAULT 'refresh') RETURNS void
     LANGUAGE sql SET search_path = pg_catalog, pg_temp AS
 $$
-    SELECT walmirror.set_label(rel, jsonb_strip_nulls(jsonb_build_object(
+    SELECT walmirror.set_label(rel, convert_to(jsonb_strip_nulls(jsonb_build_object(
         'mode', 'cache', 'key', coalesce(cache.key, walmirror.default_key(rel)), 'value', cache.value, 'columns', cache.columns,
-        'ttl_ms', round(extract(epoch FROM cache.ttl) * 1000)::bigint, 'on_write', cache.on_write))::text)
+        'ttl_ms', round(extract(epoch FROM cache.ttl) * 1000)::bigint, 'on_write', cache.on_write))::text, 'UTF8'))
 $$;
 COMMENT ON FUNCTION walmirror.cache(regclass, text, text, text[], interval, text) IS
     'keeps those rows of a table in Redis that SELECTs read';

@@ -10,6 +10,7 @@ use crate::error::Refusal;
 use crate::ffi::hooks;
 use crate::ffi::memory::Context;
 use crate::ffi::relation::{self, Rel};
+use crate::ffi::text;
 use crate::label::Label;
 use crate::plan::Plan;
 
@@ -29,24 +30,26 @@ fn relation(table: pg_sys::Oid) -> Option<Vec<u8>> {
     }
 }
 
-/// `walmirror.set_label(oid, text)`: checks all that could be wrong, then runs `SECURITY LABEL FOR walmirror`.
+/// `walmirror.set_label(oid, bytea)`: checks all that could be wrong, then runs `SECURITY LABEL FOR walmirror`. The label is
+/// in UTF-8, whatever the encoding of the database.
 #[pg_extern]
-fn set_label(table: pg_sys::Oid, label: &str) {
-    if let Err(refusal) = require_preload()
-        .and_then(|()| Label::parse(label))
-        .and_then(|parsed| ddl::validate(table, &parsed, Check::Strict))
-    {
+fn set_label(table: pg_sys::Oid, label: &[u8]) {
+    let label = String::from_utf8_lossy(label);
+    let checked = require_preload()
+        .and_then(|()| Label::parse(&label))
+        .and_then(|parsed| ddl::validate(table, &parsed, Check::Strict));
+    if let Err(refusal) = checked {
         refusal.raise();
     }
-    let run = || -> Result<(), spi::Error> {
-        let statement = Spi::get_one_with_args::<String>(
-            "SELECT pg_catalog.format('SECURITY LABEL FOR walmirror ON TABLE %s IS %L', $1::pg_catalog.regclass, $2)",
-            &[table.into(), label.into()],
-        )?;
-        Spi::run(&statement.unwrap_or_default())
-    };
-    if let Err(error) = run() {
-        error!("walmirror could not set the label: {error}");
+    let statement = Spi::get_one_with_args::<Vec<u8>>(
+        "SELECT pg_catalog.convert_to(pg_catalog.format('SECURITY LABEL FOR walmirror ON TABLE %s IS %L',
+            $1::pg_catalog.regclass, pg_catalog.convert_from($2, 'UTF8')), 'UTF8')",
+        &[table.into(), label.as_bytes().into()],
+    );
+    match statement {
+        Ok(Some(statement)) => text::run_utf8(&statement),
+        Ok(None) => error!("walmirror could not set the label"),
+        Err(error) => error!("walmirror could not set the label: {error}"),
     }
     let virtual_columns: Vec<String> = Rel::open(table)
         .map(|table| table.columns())

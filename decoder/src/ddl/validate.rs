@@ -79,8 +79,8 @@ fn check_options(label: &Label, template: &KeyTemplate) -> Result<(), Refusal> {
 /// Only ordinary and partitioned tables whose changes are in the WAL can be mirrored.
 fn check_kind(table: pg_sys::Oid) -> Result<(), Refusal> {
     let row = query(
-        "SELECT c.oid::regclass::text, c.relkind::text, c.relpersistence::text, c.oid < 16384 OR n.nspname IN ('pg_catalog', 'information_schema'),
-                c.relispartition
+        "SELECT c.oid::regclass::text AS name, c.relkind::text AS kind, c.relpersistence::text AS persistence,
+                c.oid < 16384 OR n.nspname IN ('pg_catalog', 'information_schema') AS system, c.relispartition AS partition
          FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1",
         table,
     )?;
@@ -154,7 +154,7 @@ fn has_unique_index(table: pg_sys::Oid) -> Result<bool, Refusal> {
 fn check_unique(table: pg_sys::Oid, name: &str, key: &[String]) -> Result<(), Refusal> {
     let indexes = query(
         "SELECT (SELECT string_agg(a.attname, E'\\x01' ORDER BY k.ord) FROM unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
-                 JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum WHERE k.ord <= i.indnkeyatts)
+                 JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum WHERE k.ord <= i.indnkeyatts) AS columns
          FROM pg_catalog.pg_index i
          WHERE i.indrelid = $1 AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL AND i.indexprs IS NULL",
         table,
@@ -182,12 +182,12 @@ fn check_unique(table: pg_sys::Oid, name: &str, key: &[String]) -> Result<(), Re
 /// The old row in the WAL of an UPDATE or DELETE has to hold the key's columns, in each partition.
 fn check_replica_identity(table: pg_sys::Oid, key: &[String]) -> Result<(), Refusal> {
     let leaves = query(
-        "SELECT l.oid::regclass::text, c.relreplident::text,
+        "SELECT l.oid::regclass::text AS name, c.relreplident::text AS identity,
                 (SELECT string_agg(a.attname, E'\\x01') FROM pg_catalog.pg_index i
                  JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::int2[])
                  WHERE i.indrelid = l.oid AND i.indisvalid AND i.indimmediate
-                   AND CASE c.relreplident WHEN 'd' THEN i.indisprimary ELSE i.indisreplident END),
-                c.relkind::text, c.relpersistence::text
+                   AND CASE c.relreplident WHEN 'd' THEN i.indisprimary ELSE i.indisreplident END) AS columns,
+                c.relkind::text AS kind, c.relpersistence::text AS persistence
          FROM (SELECT $1::oid AS oid WHERE NOT EXISTS (SELECT 1 FROM pg_catalog.pg_class WHERE oid = $1 AND relkind = 'p')
                UNION ALL SELECT relid::oid FROM pg_catalog.pg_partition_tree($1::oid::regclass) WHERE isleaf AND relid::oid <> $1) l
          JOIN pg_catalog.pg_class c ON c.oid = l.oid",
@@ -234,7 +234,7 @@ fn check_replica_identity(table: pg_sys::Oid, key: &[String]) -> Result<(), Refu
 /// Two tables may not write the same keys.
 fn check_other_templates(table: pg_sys::Oid, key: &str, template: &KeyTemplate) -> Result<(), Refusal> {
     let others = query(
-        "SELECT l.objoid::text, l.objoid::regclass::text FROM pg_catalog.pg_seclabel l
+        "SELECT l.objoid::text AS oid, l.objoid::regclass::text AS name FROM pg_catalog.pg_seclabel l
          WHERE l.provider = 'walmirror' AND l.classoid = 'pg_catalog.pg_class'::regclass AND l.objsubid = 0 AND l.objoid <> $1",
         table,
     )?;
@@ -269,35 +269,45 @@ fn check_other_templates(table: pg_sys::Oid, key: &str, template: &KeyTemplate) 
     Ok(())
 }
 
-/// A row of text columns.
+/// A row of text columns; booleans are "t" and "f".
 type Texts = Vec<Option<String>>;
 
-/// Runs a catalog query whose only parameter is an oid, and returns its columns as text.
+/// Runs a catalog query whose only parameter is an oid, and returns its columns as text. Each row travels as JSON in
+/// UTF-8, because names in other database encodings are no Rust strings.
 fn query(sql: &str, table: pg_sys::Oid) -> Result<Vec<Texts>, Refusal> {
-    let failed = |error: spi::Error| {
+    let failed = |error: String| {
         Refusal::new(
             PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
             format!("walmirror could not read the catalogs: {error}"),
             "Report this.",
         )
     };
+    let wrapped = format!(
+        "SELECT pg_catalog.convert_to(pg_catalog.row_to_json(r)::pg_catalog.text, 'UTF8') FROM ({sql}) r"
+    );
     Spi::connect(|client| {
-        let rows = client.select(sql, None, &[table.into()]).map_err(failed)?;
+        let rows = client
+            .select(wrapped.as_str(), None, &[table.into()])
+            .map_err(|error| failed(error.to_string()))?;
         let mut texts = Vec::new();
         for row in rows {
-            let mut values = Vec::with_capacity(row.columns());
-            for column in 1..=row.columns() {
-                let value = match row.get_datum_by_ordinal(column).map_err(failed)?.oid() {
-                    pg_sys::BOOLOID => row
-                        .get::<bool>(column)
-                        .map_err(failed)?
-                        .map(|value| if value { "t" } else { "f" }.to_owned()),
-                    _ => row.get::<String>(column).map_err(failed)?,
-                };
-                values.push(value);
-            }
-            texts.push(values);
+            let json = row
+                .get::<Vec<u8>>(1)
+                .map_err(|error| failed(error.to_string()))?
+                .unwrap_or_default();
+            let object: serde_json::Map<String, serde_json::Value> =
+                serde_json::from_slice(&json).map_err(|error| failed(error.to_string()))?;
+            texts.push(object.into_iter().map(|(_, value)| text(value)).collect());
         }
         Ok(texts)
     })
+}
+
+fn text(value: serde_json::Value) -> Option<String> {
+    match value {
+        serde_json::Value::Null => None,
+        serde_json::Value::Bool(value) => Some(if value { "t" } else { "f" }.to_owned()),
+        serde_json::Value::String(text) => Some(text),
+        other => Some(other.to_string()),
+    }
 }

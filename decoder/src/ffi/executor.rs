@@ -3,6 +3,10 @@
 //! After ExecutorStart every scan node of a cached table gets a wrapper around its ExecProcNode: when the node has
 //! returned a tuple, its scan slot holds the whole row, whatever columns, joins or conditions the query has. Index-only
 //! scans have no whole row and are left alone.
+//!
+//! The hooks themselves are plain: they call the next hook or Postgres' own function without pgrx's guard and hold nothing
+//! that would have to be dropped, so that an ERROR of the user's query jumps over them as it would over C, with all of its
+//! fields. Only what they do before and after is guarded.
 
 use std::cell::RefCell;
 use std::ffi::{c_int, c_void};
@@ -29,6 +33,8 @@ thread_local! {
     static SESSION: RefCell<Option<Session>> = const { RefCell::new(None) };
 }
 
+/// Whether a query that captures is running. Read by the hooks, which may not touch anything that needs dropping.
+static mut BUSY: bool = false;
 static mut NEXT_START: pg_sys::ExecutorStart_hook_type = None;
 static mut NEXT_RUN: pg_sys::ExecutorRun_hook_type = None;
 static mut NEXT_END: pg_sys::ExecutorEnd_hook_type = None;
@@ -57,14 +63,42 @@ fn with_session<R>(work: impl FnOnce(&mut Session) -> R) -> Option<R> {
     })
 }
 
-#[pg_guard]
+unsafe extern "C-unwind" {
+    // The functions themselves, without the guard that pgrx's bindings put around them.
+    fn standard_ExecutorStart(query: *mut pg_sys::QueryDesc, flags: c_int);
+    #[cfg(not(feature = "pg18"))]
+    fn standard_ExecutorRun(
+        query: *mut pg_sys::QueryDesc,
+        direction: pg_sys::ScanDirection::Type,
+        count: u64,
+        once: bool,
+    );
+    #[cfg(feature = "pg18")]
+    fn standard_ExecutorRun(
+        query: *mut pg_sys::QueryDesc,
+        direction: pg_sys::ScanDirection::Type,
+        count: u64,
+    );
+    fn standard_ExecutorEnd(query: *mut pg_sys::QueryDesc);
+}
+
 unsafe extern "C-unwind" fn start(query: *mut pg_sys::QueryDesc, flags: c_int) {
     // SAFETY: the query is passed on as it came, and is valid and started afterwards.
     unsafe {
         match NEXT_START {
             Some(next) => next(query, flags),
-            None => pg_sys::standard_ExecutorStart(query, flags),
+            None => standard_ExecutorStart(query, flags),
         }
+        if settings::capture() && (*query).operation == pg_sys::CmdType::CMD_SELECT {
+            started(query, flags);
+        }
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn started(query: *mut pg_sys::QueryDesc, flags: c_int) {
+    // SAFETY: the query is valid and started.
+    unsafe {
         if is_candidate(query, flags) {
             catching(|| attach(query));
         }
@@ -79,9 +113,7 @@ unsafe fn is_candidate(query: *mut pg_sys::QueryDesc, flags: c_int) -> bool {
     // SAFETY: a started query has a planned statement and an MVCC snapshot or none.
     unsafe {
         let statement = (*query).plannedstmt;
-        if !settings::capture()
-            || !shared::is_there()
-            || (*query).operation != pg_sys::CmdType::CMD_SELECT
+        if !shared::is_there()
             || (*statement).relationOids.is_null()
             || flags & pg_sys::EXEC_FLAG_EXPLAIN_ONLY as c_int != 0
             || (*statement).hasModifyingCTE
@@ -138,6 +170,7 @@ unsafe fn attach(query: *mut pg_sys::QueryDesc) {
         pg_sys::MemoryContextRegisterResetCallback(context, callback);
         let snapshot = snapshot((*query).snapshot);
         if with_session(|session| session.start(query as usize, snapshot)).is_some() {
+            BUSY = true;
             visit((*query).planstate, std::ptr::null_mut());
         }
     }
@@ -145,7 +178,7 @@ unsafe fn attach(query: *mut pg_sys::QueryDesc) {
 
 /// The query's memory goes, be it at its end or after an error.
 unsafe extern "C-unwind" fn forget(query: *mut c_void) {
-    with_session(|session| session.end(query as usize));
+    end_query(query as usize);
 }
 
 /// Wraps this node if it scans a cached table, and visits those below it.
@@ -212,36 +245,47 @@ unsafe fn walk(node: *mut pg_sys::PlanState, context: *mut c_void) -> bool {
 }
 
 /// Runs in place of a scan node: the node itself, and then capture of the row that it returned.
-#[pg_guard]
 unsafe extern "C-unwind" fn wrapper(node: *mut pg_sys::PlanState) -> *mut pg_sys::TupleTableSlot {
-    let scan = with_session(|session| session.scan(node as usize)).flatten();
-    let Some(scan) = scan else {
-        // The wrapper stands only on nodes that were attached, and those are kept as long as the query.
-        error!("walmirror: a captured scan is unknown");
-    };
-    // SAFETY: the original function of this very node; the guard turns an ERROR in it into an unwind.
+    // SAFETY: the original function of this very node.
     unsafe {
-        let slot = pg_sys::submodules::ffi::pg_guard_ffi_boundary(|| (scan.original)(node));
+        let original = original(node);
+        let slot = original(node);
         if !slot.is_null() && (*slot).tts_flags & pg_sys::TTS_FLAG_EMPTY as u16 == 0 {
-            let source = ScanSlot {
-                slot: (*node.cast::<pg_sys::ScanState>()).ss_ScanTupleSlot,
-                _node: std::marker::PhantomData,
-            };
-            let next = if source.is_filled() {
-                with_session(|session| session.row(node as usize, &source))
-            } else {
-                None
-            };
-            if next == Some(Next::Stop) {
-                pg_sys::ExecSetExecProcNode(node, Some(scan.original));
-            }
+            returned(node, original);
         }
         slot
     }
 }
 
-#[cfg(not(feature = "pg18"))]
+/// The function that runs a wrapped node when nobody captures.
 #[pg_guard]
+unsafe extern "C-unwind" fn original(node: *mut pg_sys::PlanState) -> ExecProcNode {
+    match with_session(|session| session.scan(node as usize)).flatten() {
+        Some(scan) => scan.original,
+        // The wrapper stands only on nodes that were attached, and those are known as long as the query lives.
+        None => error!("walmirror: a captured scan is unknown"),
+    }
+}
+
+/// A wrapped node has returned a row.
+#[pg_guard]
+unsafe extern "C-unwind" fn returned(node: *mut pg_sys::PlanState, original: ExecProcNode) {
+    // SAFETY: a wrapped node is a ScanState.
+    unsafe {
+        let source = ScanSlot {
+            slot: (*node.cast::<pg_sys::ScanState>()).ss_ScanTupleSlot,
+            _node: std::marker::PhantomData,
+        };
+        if !source.is_filled() {
+            return;
+        }
+        if with_session(|session| session.row(node as usize, &source)) == Some(Next::Stop) {
+            pg_sys::ExecSetExecProcNode(node, Some(original));
+        }
+    }
+}
+
+#[cfg(not(feature = "pg18"))]
 unsafe extern "C-unwind" fn run(
     query: *mut pg_sys::QueryDesc,
     direction: pg_sys::ScanDirection::Type,
@@ -252,14 +296,15 @@ unsafe extern "C-unwind" fn run(
     unsafe {
         match NEXT_RUN {
             Some(next) => next(query, direction, count, once),
-            None => pg_sys::standard_ExecutorRun(query, direction, count, once),
+            None => standard_ExecutorRun(query, direction, count, once),
+        }
+        if BUSY {
+            emit(query);
         }
     }
-    emit(query);
 }
 
 #[cfg(feature = "pg18")]
-#[pg_guard]
 unsafe extern "C-unwind" fn run(
     query: *mut pg_sys::QueryDesc,
     direction: pg_sys::ScanDirection::Type,
@@ -269,33 +314,44 @@ unsafe extern "C-unwind" fn run(
     unsafe {
         match NEXT_RUN {
             Some(next) => next(query, direction, count),
-            None => pg_sys::standard_ExecutorRun(query, direction, count),
+            None => standard_ExecutorRun(query, direction, count),
         }
-    }
-    emit(query);
-}
-
-fn emit(query: *mut pg_sys::QueryDesc) {
-    if SESSION.with(|session| {
-        session
-            .try_borrow()
-            .is_ok_and(|session| session.as_ref().is_some_and(|session| !session.is_idle()))
-    }) {
-        with_session(|session| session.emit(query as usize));
+        if BUSY {
+            emit(query);
+        }
     }
 }
 
 #[pg_guard]
+unsafe extern "C-unwind" fn emit(query: *mut pg_sys::QueryDesc) {
+    with_session(|session| session.emit(query as usize));
+}
+
 unsafe extern "C-unwind" fn end(query: *mut pg_sys::QueryDesc) {
-    // Its nodes go now, so their addresses may come again.
-    with_session(|session| session.end(query as usize));
     // SAFETY: the argument is passed on as it came.
     unsafe {
+        if BUSY {
+            // Its nodes go now, so their addresses may come again.
+            ended(query);
+        }
         match NEXT_END {
             Some(next) => next(query),
-            None => pg_sys::standard_ExecutorEnd(query),
+            None => standard_ExecutorEnd(query),
         }
     }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn ended(query: *mut pg_sys::QueryDesc) {
+    end_query(query as usize);
+}
+
+fn end_query(query: usize) {
+    with_session(|session| {
+        session.end(query);
+        // SAFETY: a plain variable of this single-threaded backend.
+        unsafe { BUSY = !session.is_idle() };
+    });
 }
 
 /// The scan slot of a node that has just returned a row.

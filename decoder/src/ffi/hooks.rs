@@ -27,6 +27,11 @@ pub unsafe extern "C-unwind" fn _PG_init() {
         NEXT_OBJECT_ACCESS = pg_sys::object_access_hook;
         pg_sys::object_access_hook = Some(object_access);
     }
+    // An error is for a person: pgrx would put a backtrace into its DETAIL when the server's environment asks for one.
+    for variable in ["RUST_BACKTRACE", "RUST_LIB_BACKTRACE"] {
+        // SAFETY: the postmaster and backends have one thread.
+        unsafe { std::env::remove_var(variable) };
+    }
     settings::define(is_preloaded());
     if is_preloaded() {
         shared::request();
@@ -69,7 +74,7 @@ unsafe extern "C-unwind" fn check_label(object: *const pg_sys::ObjectAddress, la
 
 static mut NEXT_OBJECT_ACCESS: pg_sys::object_access_hook_type = None;
 
-#[pg_guard]
+/// Unguarded, with nothing to drop: an ERROR of the next hook jumps over it as over C.
 unsafe extern "C-unwind" fn object_access(
     access: pg_sys::ObjectAccessType::Type,
     class: pg_sys::Oid,
@@ -82,10 +87,16 @@ unsafe extern "C-unwind" fn object_access(
         if let Some(next) = NEXT_OBJECT_ACCESS {
             next(access, class, object, sub_id, argument);
         }
+        if access == pg_sys::ObjectAccessType::OAT_DROP && class == pg_sys::RelationRelationId && sub_id == 0
+        {
+            relation_dropped(object);
+        }
     }
-    if access == pg_sys::ObjectAccessType::OAT_DROP && class == pg_sys::RelationRelationId && sub_id == 0 {
-        ddl::table_dropped(object);
-    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn relation_dropped(relation: pg_sys::Oid) {
+    ddl::table_dropped(relation);
 }
 
 /// Writes a transactional logical message (`LogLogicalMessage`): decoders meet it where this transaction does its change.

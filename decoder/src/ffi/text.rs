@@ -1,7 +1,7 @@
 //! Text between the database encoding and UTF-8.
 
 use std::borrow::Cow;
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, CString, c_char};
 
 use pgrx::pg_sys;
 
@@ -25,6 +25,22 @@ pub fn to_utf8(bytes: &[u8]) -> Cow<'_, [u8]> {
         }
         Cow::Owned(CStr::from_ptr(converted).to_bytes().to_vec())
     }
+}
+
+/// Runs an SQL command that is given in UTF-8 (`SPI_execute`); an ERROR in it ends the statement.
+pub fn run_utf8(command: &[u8]) {
+    let Ok(command) = CString::new(command) else {
+        return;
+    };
+    pgrx::Spi::connect_mut(|_| {
+        // SAFETY: within an SPI connection. pg_any_to_server returns the same pointer or a palloc'd string, both
+        // NUL-terminated.
+        unsafe {
+            let length = i32::try_from(command.as_bytes().len()).unwrap_or(i32::MAX);
+            let command = pg_sys::pg_any_to_server(command.as_ptr(), length, pg_sys::pg_enc::PG_UTF8 as i32);
+            pg_sys::SPI_execute(command, false, 0);
+        }
+    });
 }
 
 /// A C string of the database as a Rust string; `None` for NULL.
