@@ -67,7 +67,7 @@ fn measure(
             contestant.add(RATE, rows / pass.seconds);
             contestant.add(BYTES, pass.bytes as f64 / rows);
             contestant.add(WALSENDER_CPU, pass.walsender.cpu * 1e6 / rows);
-            contestant.add(WALSENDER_MEMORY, pass.walsender.private as f64 / 1e6);
+            contestant.add(WALSENDER_MEMORY, pass.walsender.private as f64 / 1048576.0);
         }
     }
     for contestant in contestants.iter().filter(|c| c.skipped.is_none()) {

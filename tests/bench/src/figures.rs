@@ -30,7 +30,7 @@ pub const WALSENDER_CPU: Metric = Metric {
     digits: 2,
 };
 pub const WALSENDER_MEMORY: Metric = Metric {
-    name: "walsender MB",
+    name: "walsender MiB",
     digits: 1,
 };
 

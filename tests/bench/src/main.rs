@@ -19,6 +19,7 @@ mod options;
 // What is run.
 mod bed;
 mod receive;
+mod rivals;
 mod workload;
 
 // How it is measured and shown.
@@ -29,12 +30,13 @@ mod plot;
 
 // The cases.
 mod decode;
+mod e2e;
 
 use options::Options;
 
 type Case = (&'static str, fn(&Options) -> Vec<figures::Outcome>);
 
-const CASES: [Case; 1] = [("decode", decode::run)];
+const CASES: [Case; 2] = [("decode", decode::run), ("e2e", e2e::run)];
 
 fn main() {
     end_on_signal();

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 /// How to measure.
+#[derive(Clone)]
 pub struct Options {
     /// The cases to run; empty: all.
     pub cases: Vec<String>,
