@@ -155,8 +155,8 @@ fn class_of_sqlstate(sqlstate: &str) -> Class {
         // 08: connection lost. 53: out of connections, memory or disk. 57P: shutting down, crashed, starting up.
         // 58030: an I/O error. 25006: a read-only server, which a failover may heal.
         "58030" | "25006" => Class::Retry,
-        // The slot's WAL is gone, or the database was dropped.
-        "57P04" => Class::Operator,
+        // The database was dropped; a limit of the configuration (max_replication_slots).
+        "57P04" | "53400" => Class::Operator,
         _ => match sqlstate.get(..2) {
             Some("08" | "53" | "57") => Class::Retry,
             // 28: who may log in. 3D, 3F: no such database, schema. 42: rights and missing objects. 0A, 55: the server is
@@ -320,6 +320,7 @@ mod tests {
             ("57P03", Class::Retry),
             ("55006", Class::Retry),
             ("53300", Class::Retry),
+            ("53400", Class::Operator),
             ("42704", Class::Operator),
             ("42501", Class::Operator),
             ("55000", Class::Operator),
