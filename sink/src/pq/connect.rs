@@ -20,6 +20,8 @@ pub(super) fn start(conninfo: &str, extra: &[(&str, &str)]) -> Result<RawConnect
         ("fallback_application_name", "walmirror"),
         ("keepalives_idle", "30"),
         ("keepalives_interval", "10"),
+        // Status updates leave every second, so that a server that has vanished is noticed after this many milliseconds.
+        ("tcp_user_timeout", "60000"),
     ];
     let parameters = defaults
         .into_iter()
