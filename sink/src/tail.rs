@@ -159,7 +159,10 @@ fn print_all(
                         .map_err(|error| broken(error, wal_start))?
                 };
                 // A transaction never shares a frame with the one before it.
-                if seen.begins.is_some_and(|begins| args.until_lsn.is_some_and(|until| begins >= until)) {
+                if seen
+                    .begins
+                    .is_some_and(|begins| args.until_lsn.is_some_and(|until| begins >= until))
+                {
                     return Ok(());
                 }
                 if text.last().is_some_and(|byte| *byte != b'\n') {
@@ -188,7 +191,10 @@ fn print_all(
                 false,
             )?;
         }
-        if seen.done.is_some_and(|done| args.until_lsn.is_some_and(|until| done >= until)) {
+        if seen
+            .done
+            .is_some_and(|done| args.until_lsn.is_some_and(|until| done >= until))
+        {
             return Ok(());
         }
     }
