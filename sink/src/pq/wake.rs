@@ -48,9 +48,12 @@ impl Waker {
 
     /// Takes the wake-up back. Called by the waiting thread before it looks at what it was woken for.
     pub fn clear(&self) {
-        self.pair.raised.store(false, Ordering::Release);
+        // First the bytes, then the flag. The other way round, a wake-up in between loses its byte and leaves the flag
+        // up, so that no later one would send a byte again. In this order it only finds the flag up, and the caller
+        // sees what it is about: the swap makes everything before the wake-up visible.
         let mut bytes = [0u8; 16];
         while matches!((&self.pair.receiver).read(&mut bytes), Ok(count) if count == bytes.len()) {}
+        self.pair.raised.swap(false, Ordering::AcqRel);
     }
 
     /// Whether this is the only clone left, so that nobody can be waiting on it.
@@ -86,5 +89,31 @@ mod tests {
         assert!(!readable(&waker));
         waker.wake();
         assert!(readable(&waker));
+    }
+
+    /// The story: the flag was lowered before the bytes were read, so a wake-up in between was the last one ever. The
+    /// feedback then came with the next tick, and synchronous commits took 100 ms.
+    #[test]
+    fn no_wake_up_is_lost_while_another_is_cleared() {
+        let waker = Waker::new().unwrap();
+        let count = std::sync::atomic::AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..20_000 {
+                    count.fetch_add(1, Ordering::Release);
+                    waker.wake();
+                }
+            });
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+            while count.load(Ordering::Acquire) < 20_000 {
+                assert!(std::time::Instant::now() < deadline, "a wake-up was lost");
+                let fd = waker.as_fd();
+                let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+                let step = rustix::event::Timespec { tv_sec: 10, tv_nsec: 0 };
+                let ready = rustix::event::poll(&mut fds, Some(&step)).unwrap();
+                assert!(ready > 0 || count.load(Ordering::Acquire) == 20_000, "slept through a wake-up");
+                waker.clear();
+            }
+        });
     }
 }

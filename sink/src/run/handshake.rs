@@ -18,6 +18,8 @@ pub(super) struct Handshake {
     pub(super) claim: Claim,
     /// Where the progress begins anew, if it does.
     pub(super) fresh: Option<Lsn>,
+    /// What the slot is confirmed up to.
+    pub(super) confirmed: Lsn,
     /// A transaction id above those of all transactions that earlier sessions applied.
     pub(super) horizon: u64,
 }
@@ -80,7 +82,8 @@ pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> 
         return Err(Error::redis(what, crate::error::Class::Retry, "it went back or was removed"));
     }
     let horizon = horizon(&mut sql)?;
-    Ok(Handshake { stream, claim, fresh, horizon })
+    let confirmed = fresh.or_else(|| info.and_then(|slot| slot.confirmed_flush_lsn)).unwrap_or_default();
+    Ok(Handshake { stream, claim, fresh, confirmed, horizon })
 }
 
 fn check_extension(sql: &mut Postgres) -> Result<(), Error> {

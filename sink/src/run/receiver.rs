@@ -25,8 +25,14 @@ const ASK_EVERY: Duration = Duration::from_millis(500);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Receives until the session ends, then sends the last feedback.
-pub(super) fn receive(mut stream: Stream, shared: &Arc<Shared>, queue: &Sender<Input>, durability: Durability) -> Result<(), Error> {
-    let mut trail = Trail::new(durability);
+pub(super) fn receive(
+    mut stream: Stream,
+    shared: &Arc<Shared>,
+    queue: &Sender<Input>,
+    durability: Durability,
+    confirmed: Lsn,
+) -> Result<(), Error> {
+    let mut trail = Trail::new(durability, confirmed);
     let mut asked = Instant::now();
     loop {
         let applied = shared.applied();
@@ -82,8 +88,10 @@ struct Trail {
 }
 
 impl Trail {
-    fn new(durability: Durability) -> Self {
-        Self { durability, steps: VecDeque::new(), durable: Lsn::INVALID }
+    /// `confirmed`: what the slot was confirmed up to before. Without any position the server would release no COMMIT that
+    /// waits for this standby until the first window is over.
+    fn new(durability: Durability, confirmed: Lsn) -> Self {
+        Self { durability, steps: VecDeque::new(), durable: confirmed }
     }
 
     fn feedback(&mut self, shared: &Shared, applied: Lsn, now: Instant) -> Feedback {
@@ -99,7 +107,7 @@ impl Trail {
                     self.steps.pop_front();
                 }
             }
-            Durability::Replicas { .. } | Durability::Aof => self.durable = shared.durable(),
+            Durability::Replicas { .. } | Durability::Aof => self.durable = self.durable.max(shared.durable()),
         }
         Feedback { written: applied, flushed: self.durable, applied }
     }
@@ -108,7 +116,7 @@ impl Trail {
     fn last(&self, shared: &Shared, applied: Lsn) -> Feedback {
         let flushed = match self.durability {
             Durability::Memory { .. } => applied,
-            Durability::Replicas { .. } | Durability::Aof => shared.durable(),
+            Durability::Replicas { .. } | Durability::Aof => self.durable.max(shared.durable()),
         };
         Feedback { written: applied, flushed, applied }
     }
@@ -131,12 +139,12 @@ mod tests {
     #[test]
     fn memory_is_durable_after_its_window() {
         let window = Duration::from_secs(1);
-        let mut trail = Trail::new(Durability::Memory { window });
+        let mut trail = Trail::new(Durability::Memory { window }, Lsn(1));
         let shared = Shared::default();
         let start = Instant::now();
-        assert_eq!(trail.feedback(&shared, Lsn(10), start).flushed, Lsn(0));
+        assert_eq!(trail.feedback(&shared, Lsn(10), start).flushed, Lsn(1));
         let later = trail.feedback(&shared, Lsn(20), start + Duration::from_millis(500));
-        assert_eq!((later.written, later.flushed, later.applied), (Lsn(20), Lsn(0), Lsn(20)));
+        assert_eq!((later.written, later.flushed, later.applied), (Lsn(20), Lsn(1), Lsn(20)));
         assert_eq!(trail.feedback(&shared, Lsn(30), start + Duration::from_millis(1_000)).flushed, Lsn(10));
         assert_eq!(trail.feedback(&shared, Lsn(30), start + Duration::from_millis(1_500)).flushed, Lsn(20));
         assert_eq!(trail.feedback(&shared, Lsn(30), start + Duration::from_millis(2_600)).flushed, Lsn(30));
@@ -145,10 +153,10 @@ mod tests {
 
     #[test]
     fn replicas_are_durable_when_they_say_so() {
-        let mut trail = Trail::new(Durability::Replicas { count: 1 });
+        let mut trail = Trail::new(Durability::Replicas { count: 1 }, Lsn(1));
         let shared = Shared::default();
         let start = Instant::now();
-        assert_eq!(trail.feedback(&shared, Lsn(10), start + Duration::from_secs(9)).flushed, Lsn(0));
+        assert_eq!(trail.feedback(&shared, Lsn(10), start + Duration::from_secs(9)).flushed, Lsn(1));
         shared.set_durable(Lsn(5));
         assert_eq!(trail.feedback(&shared, Lsn(10), start).flushed, Lsn(5));
         assert_eq!(trail.last(&shared, Lsn(10)).flushed, Lsn(5));

@@ -41,7 +41,7 @@ pub(super) enum Ended {
 pub(super) fn run(config: &RunConfig, shutdown: &Shutdown, began: impl FnOnce()) -> Result<Ended, Error> {
     let keys = RedisKeys::new(config.slot.as_str());
     let interrupt = shutdown.waker()?;
-    let Handshake { stream, claim, fresh, horizon } = shake(config, &keys, &interrupt)?;
+    let Handshake { stream, claim, fresh, confirmed, horizon } = shake(config, &keys, &interrupt)?;
     let start_lsn = fresh.unwrap_or_else(|| claim.stored.progress.as_ref().map(|progress| progress.lsn).unwrap_or_default());
     let shared = Arc::new(Shared::new(start_lsn));
     shared.set_stream_waker(stream.waker());
@@ -80,7 +80,7 @@ pub(super) fn run(config: &RunConfig, shutdown: &Shutdown, began: impl FnOnce())
     let (shared, backfill) = (&shared, &backfill);
     let ended = std::thread::scope(|scope| {
         let sender = input_sender.clone();
-        let receiver = guard(scope, shared, "receiver", move || receiver::receive(stream, shared, &sender, config.durability))?;
+        let receiver = guard(scope, shared, "receiver", move || receiver::receive(stream, shared, &sender, config.durability, confirmed))?;
         let channels = Channels { input, segments: segment_sender, room };
         let planner = guard(scope, shared, "planner", move || plan_loop::plan(planning, &channels, shared))?;
         let applier =
