@@ -67,7 +67,10 @@ struct Demo {
 impl Demo {
     fn set_up() -> Demo {
         let start = Instant::now();
-        let pg = Arc::new(Pg::start(""));
+        // What psql would show with the usual settings; the tests' defaults are unusual on purpose.
+        let pg = Arc::new(Pg::start(
+            "TimeZone = 'UTC'\nDateStyle = 'ISO'\nextra_float_digits = 1",
+        ));
         heading(&format!(
             "A private Postgres {} and a private Redis",
             version(&pg)
@@ -154,20 +157,22 @@ impl Demo {
         let mut redis = self.mirror.redis.connect();
         self.wait(&mut redis, committed);
         let lag = start.elapsed();
-        let row = self
-            .mirror
-            .db
-            .rows(&format!("SELECT to_jsonb(q)::text FROM ({query}) q"));
-        let row = row
-            .first()
-            .and_then(|r| r[0].clone())
-            .unwrap_or_else(|| "no row".to_owned());
-        println!("      Postgres  {}", cut(&row));
+        let rows = self.mirror.db.rows(&query);
+        let row = match rows.first() {
+            Some(row) => row
+                .iter()
+                .map(|v| v.as_deref().unwrap_or("NULL"))
+                .collect::<Vec<_>>()
+                .join(" | "),
+            None => "no row".to_owned(),
+        };
+        println!("      Postgres  {}", dim(&query));
+        println!("                {}", cut(&row));
         println!(
-            "      Redis     {}  {}",
-            cut(&self.redis_says(&command)),
-            dim(&format!("{command}, {lag:.1?} after the statement began"))
+            "      Redis     {}",
+            dim(&format!("{command}   {lag:.1?} after the statement began"))
         );
+        println!("                {}", cut(&self.redis_says(&command)));
     }
 
     fn redis_says(&self, command: &str) -> String {
@@ -175,7 +180,7 @@ impl Demo {
         let mut cmd = redis::cmd(words.next().unwrap());
         cmd.arg(words.collect::<Vec<_>>());
         if command.starts_with("HGETALL") {
-            let fields = self.mirror.redis.hash(command.trim_start_matches("HGETALL "));
+            let fields: Vec<(String, String)> = cmd.query(&mut self.mirror.redis.connect()).unwrap();
             let fields: Vec<String> = fields
                 .iter()
                 .map(|(name, value)| format!("{name}={value}"))
@@ -183,7 +188,7 @@ impl Demo {
             return if fields.is_empty() {
                 "no key".to_owned()
             } else {
-                fields.join(" ")
+                fields.join(" | ")
             };
         }
         match cmd.query::<redis::Value>(&mut self.mirror.redis.connect()) {
