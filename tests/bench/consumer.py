@@ -3,7 +3,8 @@
     consumer.py CONNINFO REDIS_PORT SLOT END_LSN
 
 It does what a careful author would do for speed: format version 2 (a row a message, so memory is bounded), numbers kept as
-text, pipelines without MULTI, feedback once a pipeline. It keeps no progress and knows one table.
+text, pipelines without MULTI, feedback once a pipeline. What is queued goes out when nothing more is there to read. It keeps no progress,
+and takes every table to have the key column id.
 """
 import json
 import select
@@ -41,6 +42,10 @@ def main():
     while True:
         message = cursor.read_message()
         if message is None:
+            if queued:
+                pipeline.execute()
+                queued = 0
+                continue
             if position >= end or cursor.wal_end >= end:
                 break
             select.select([cursor], [], [], 1.0)
@@ -49,10 +54,10 @@ def main():
         action = change["action"]
         if action in "IU":
             row = {c["name"]: text(c["value"]) for c in change["columns"] if c["value"] is not None}
-            pipeline.hset("bench:" + row["id"], mapping=row)
+            pipeline.hset(change["table"] + ":" + row["id"], mapping=row)
             queued += 1
         elif action == "D":
-            pipeline.delete("bench:" + change["identity"][0]["value"])
+            pipeline.delete(change["table"] + ":" + change["identity"][0]["value"])
             queued += 1
         elif action == "C":
             position = message.data_start

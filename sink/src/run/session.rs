@@ -46,7 +46,9 @@ pub(super) fn run(config: &RunConfig, shutdown: &Shutdown, began: impl FnOnce())
     let shared = Arc::new(Shared::new(start_lsn));
     shared.set_stream_waker(stream.waker());
     let backfill = Arc::new(Backfill::default());
-    let marker_prefix = format!("{}:{}:", config.slot.as_str(), claim.epoch);
+    // A transaction id is used once: markers of earlier sessions, which may come again, are told apart. The epoch would
+    // not do, because it begins anew in an emptied Redis.
+    let marker_prefix = format!("{}:{horizon}:", config.slot.as_str());
     tracing::info!(slot = config.slot.as_str(), lsn = %start_lsn, epoch = claim.epoch, "streaming");
     let planning = Planning::new(Start {
         keys: keys.clone(),

@@ -33,14 +33,14 @@ const SLOT: &str = "mirror";
 const ORIGIN: &str = "origin";
 
 /// How a table is mirrored, and what the ready-made commands for it are.
-struct Kind {
-    name: &'static str,
-    label: &'static str,
-    query: &'static str,
-    shapes: &'static [(&'static str, Shape)],
+pub struct Kind {
+    pub name: &'static str,
+    pub label: &'static str,
+    pub query: &'static str,
+    pub shapes: &'static [(&'static str, Shape)],
 }
 
-const KINDS: [Kind; 3] = [
+pub const KINDS: [Kind; 3] = [
     Kind {
         name: "hash",
         label: "SELECT walmirror.mirror('bench')",
@@ -71,7 +71,12 @@ const KINDS: [Kind; 3] = [
 /// Each kind of value; with LONG=1 also 10 M rows in one transaction.
 pub fn run(options: &Options) -> Vec<Outcome> {
     let rows = options.rows(1_000_000);
-    let mut outcomes: Vec<Outcome> = KINDS.iter().map(|kind| measure(options, kind, rows)).collect();
+    let wanted = |kind: &&Kind| options.wants(&format!("e2e-{}", kind.name));
+    let mut outcomes: Vec<Outcome> = KINDS
+        .iter()
+        .filter(wanted)
+        .map(|kind| measure(options, kind, rows))
+        .collect();
     if options.long {
         let mut long = measure(
             &Options {
@@ -160,12 +165,23 @@ impl Backlog {
         self.bed.copy_slot(ORIGIN, SLOT, plugin);
     }
 
-    /// The sink from there to the end.
-    pub fn sink(&self) -> Run {
-        self.rewind("walmirror");
+    /// Redis with nothing in it, and no slot: the sink will make one, and read the table.
+    pub fn empty(&self) {
+        redis::cmd("FLUSHALL").exec(&mut self.redis.connect()).unwrap();
+        self.bed.drop_slot(SLOT);
+    }
+
+    /// The sink from where it stands to the end.
+    pub fn run_sink(&self) -> Run {
         let arguments = self.arguments();
         let mut command: Command = Sink::command(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
         rivals::run(&mut command, "walmirror", &self.bed, &self.redis, Some(SLOT))
+    }
+
+    /// The sink from the start of the load to the end.
+    pub fn sink(&self) -> Run {
+        self.rewind("walmirror");
+        self.run_sink()
     }
 
     /// What Redis holds, but for the mirror's own keys: the same data, the same digest.
@@ -275,7 +291,8 @@ fn measure(options: &Options, kind: &Kind, rows: u64) -> Outcome {
     outcome
 }
 
-fn note(contestant: &mut Contestant, run: &Run, rows: u64) {
+/// Adds the figures of a run.
+pub fn note(contestant: &mut Contestant, run: &Run, rows: u64) {
     let rows = rows as f64;
     contestant.add(RATE, rows / run.seconds);
     if let Some(walsender) = run.walsender {

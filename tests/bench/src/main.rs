@@ -2,6 +2,8 @@
 //!
 //!     bench [CASE]...        decode, e2e, latency, backfill, workloads, capture; all of them without a name
 //!
+//! A part of a case has a name of its own: `e2e-hash`, `e2e-json`, `e2e-string`.
+//!
 //! `QUICK=1` measures on a tenth of the rows, `LONG=1` adds 10 M rows, `ROUNDS=n` repeats n times (at least 3), and
 //! `OUT=dir` says where the results go. The contestants of a case take turns within each round, so that a machine that
 //! slows down slows down all of them, and CPU time per row stands beside every rate. A case compares what its
@@ -29,20 +31,28 @@ mod meter;
 mod plot;
 
 // The cases.
+mod backfill;
 mod decode;
 mod e2e;
+mod latency;
 
 use options::Options;
 
 type Case = (&'static str, fn(&Options) -> Vec<figures::Outcome>);
 
-const CASES: [Case; 2] = [("decode", decode::run), ("e2e", e2e::run)];
+const CASES: [Case; 4] = [
+    ("decode", decode::run),
+    ("e2e", e2e::run),
+    ("latency", latency::run),
+    ("backfill", backfill::run),
+];
 
 fn main() {
     end_on_signal();
     let options = Options::from_environment();
     let known = CASES.map(|(name, _)| name);
-    if let Some(unknown) = options.cases.iter().find(|case| !known.contains(&case.as_str())) {
+    let is_known = |case: &String| known.contains(&case.split('-').next().unwrap_or_default());
+    if let Some(unknown) = options.cases.iter().find(|case| !is_known(case)) {
         eprintln!(
             "bench: there is no case {unknown}; there are {}",
             known.join(", ")
@@ -53,7 +63,7 @@ fn main() {
     let machine = machine::describe();
     println!("{machine}");
     for (name, run) in CASES {
-        if options.cases.is_empty() || options.cases.iter().any(|case| case == name) {
+        if options.wants(name) {
             println!("\n== {name}");
             for outcome in run(&options) {
                 println!("\n{outcome}");

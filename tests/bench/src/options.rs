@@ -34,6 +34,17 @@ impl Options {
         }
     }
 
+    /// Whether a case, or a part of one (`e2e-hash`), is asked for.
+    pub fn wants(&self, name: &str) -> bool {
+        let within =
+            |whole: &str, part: &str| part.strip_prefix(whole).is_some_and(|rest| rest.starts_with('-'));
+        self.cases.is_empty()
+            || self
+                .cases
+                .iter()
+                .any(|case| case == name || within(case, name) || within(name, case))
+    }
+
     /// So many rows, or a tenth of them.
     pub fn rows(&self, full: u64) -> u64 {
         if self.quick { full / 10 } else { full }
