@@ -393,7 +393,7 @@ impl Buffers {
     ) -> Result<(), EncodeError> {
         let descriptor = table.descriptor();
         let entered = self.context.enter();
-        let session = plan.needs_session.then(TextSession::enter);
+        let session = TextSession::enter(plan.needs);
         let result = match change {
             Change::Insert(new) => {
                 self.new_row.deform(new, &descriptor);
@@ -451,7 +451,7 @@ impl Buffers {
             &self.new_row
         };
         let _entered = self.context.enter();
-        let _session = plan.needs_session.then(TextSession::enter);
+        let _session = TextSession::enter(plan.needs);
         if encode::encode(plan, row, None, Columns::Key, &mut self.new_key).is_err() {
             return String::new();
         }

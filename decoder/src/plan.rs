@@ -13,6 +13,7 @@ use crate::error::Refusal;
 use crate::ffi::function::Function;
 use crate::ffi::memory::Context;
 use crate::ffi::relation::{self, Column, Rel};
+use crate::ffi::session::Needs;
 use crate::label::{Label, Value};
 use types::Form;
 
@@ -26,8 +27,8 @@ pub struct Plan {
     pub fields: Vec<Field>,
     /// A hash of `relation`: another value, another definition to send.
     pub identity: u64,
-    /// Whether a column is read by a function whose result depends on settings.
-    pub needs_session: bool,
+    /// Which settings the functions that read its columns depend on.
+    pub needs: Needs,
     /// How the stream of this session names the table, once it was met.
     pub index: Option<u32>,
     /// Holds what the functions cache.
@@ -139,7 +140,7 @@ impl Plan {
             },
             fields: Vec::with_capacity(columns.len()),
             identity: 0,
-            needs_session: false,
+            needs: Needs::Nothing,
             index: None,
             context,
         };
@@ -181,7 +182,9 @@ impl Plan {
 
     fn add_field(&mut self, column: &Column, position: usize, in_key: bool, in_value: bool, form: Form) {
         let (encoding, read) = types::reading(column.type_oid, form, self.context);
-        self.needs_session |= matches!(read, Read::Output { .. } | Read::Cast { .. } | Read::Json { .. });
+        if matches!(read, Read::Output { .. } | Read::Cast { .. } | Read::Json { .. }) {
+            self.needs = self.needs.max(types::needs(column.type_oid));
+        }
         self.relation.columns.push(pb::Column {
             name: column.name.clone(),
             type_oid: u32::from(column.type_oid),

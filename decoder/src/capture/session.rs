@@ -150,7 +150,7 @@ impl Session {
         };
         let encoded = {
             let _entered = self.context.enter();
-            let _session = plan.needs_session.then(TextSession::enter);
+            let _session = TextSession::enter(plan.needs);
             executor::catching(|| {
                 settings::failpoint(settings::Failpoint::CaptureEncode);
                 source.read(&mut self.row, plan, settings::capture_max_bytes())

@@ -49,13 +49,24 @@ pub fn cast_to(target: pg_sys::Oid, source: pg_sys::Oid) -> Cast {
     }
 }
 
+/// The element type of an array type (`get_element_type`).
+pub fn element_type(base: pg_sys::Oid) -> Option<pg_sys::Oid> {
+    // SAFETY: a syscache look-up.
+    let element = unsafe { pg_sys::get_element_type(base) };
+    (element != pg_sys::InvalidOid).then_some(element)
+}
+
+/// Whether values of a type are rows (`type_is_rowtype`).
+pub fn is_row(base: pg_sys::Oid) -> bool {
+    // SAFETY: a syscache look-up.
+    unsafe { pg_sys::type_is_rowtype(base) }
+}
+
 /// Whether `to_jsonb` gives the type's values a structure (arrays, rows, json, a cast to json), rather than a string of
 /// their text.
 pub fn is_structured_json(base: pg_sys::Oid) -> bool {
-    // SAFETY: syscache look-ups.
-    let (element, is_row) = unsafe { (pg_sys::get_element_type(base), pg_sys::type_is_rowtype(base)) };
-    if element != pg_sys::InvalidOid
-        || is_row
+    if element_type(base).is_some()
+        || is_row(base)
         || base == pg_sys::JSONOID
         || base == pg_sys::JSONBOID
         || base == pg_sys::RECORDARRAYOID

@@ -123,7 +123,7 @@ impl Packer {
         self.row.deform(tuple, &table.descriptor());
         let result = {
             let _entered = self.context.enter();
-            let _session = plan.needs_session.then(TextSession::enter);
+            let _session = TextSession::enter(plan.needs);
             encode::encode(plan, &self.row, None, Columns::All, &mut self.tuple)
         };
         self.context.reset();

@@ -8,6 +8,7 @@ use super::Read;
 use crate::ffi::catalog_types as catalog;
 use crate::ffi::function::Function;
 use crate::ffi::memory::Context;
+use crate::ffi::session::Needs;
 
 /// Which form of a value is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +34,21 @@ pub fn reading(type_oid: pg_sys::Oid, form: Form, context: Context) -> (Encoding
         Form::Json => json_read(type_oid, base, context),
     }
 }
+
+/// Which settings the output of a type depends on. Rows may hold anything.
+pub fn needs(type_oid: pg_sys::Oid) -> Needs {
+    let base = catalog::base_type(type_oid);
+    let element = catalog::base_type(catalog::element_type(base).unwrap_or(base));
+    if catalog::is_row(element) || NAMES.contains(&u32::from(element)) {
+        Needs::Names
+    } else {
+        Needs::Formats
+    }
+}
+
+/// regproc, regprocedure, regoper, regoperator, regclass, regtype, regconfig, regdictionary, regcollation: their text is
+/// qualified when search_path does not lead to the name.
+const NAMES: [u32; 9] = [24, 2202, 2203, 2204, 2205, 2206, 3734, 3769, 4191];
 
 /// The natively encoded types, whose text and JSON the reader of the stream makes.
 fn native(base: pg_sys::Oid) -> Option<Encoding> {
