@@ -31,6 +31,16 @@ fn setup(m: &Mirror) {
     m.sql("ANALYZE c, o, p");
 }
 
+/// Starts the sink and waits until it knows the labelled tables: what is captured before that is left out.
+fn start(m: &Mirror) {
+    m.start();
+    let labelled: i64 = m.db.value("SELECT count(*) FROM walmirror.mirrors").parse().unwrap();
+    wait_for(DEADLINE, "the sink to know its tables", || {
+        let known: i64 = m.redis.command(&format!("HLEN walmirror:{{{}}}:relations", m.db.name));
+        (known == labelled).then_some(())
+    });
+}
+
 /// Everything that was captured so far is in Redis afterwards: a commit flushes the messages before it.
 fn sync(m: &Mirror) {
     m.sql("SELECT txid_current()");
@@ -74,8 +84,7 @@ fn assert_whole_rows(m: &Mirror) {
 fn every_shape_of_select_captures_whole_rows() {
     let m = Mirror::new();
     setup(&m);
-    m.start();
-    sync(&m);
+    start(&m);
     let mut s = session(&m);
     s.batch_execute("SET enable_indexonlyscan = off; PREPARE by_id(int) AS SELECT name FROM c WHERE id = $1").unwrap();
     let grp = |grp: i32| c_keys((1..=60).filter(move |id| id % 10 == grp));
@@ -143,10 +152,9 @@ fn a_row_that_a_filter_keeps_back_is_not_captured() {
     setup(&m);
     m.sql(
         "CREATE ROLE reader_of_some LOGIN; GRANT SELECT ON c TO reader_of_some; ALTER TABLE c ENABLE ROW LEVEL SECURITY; \
-         CREATE POLICY some ON c FOR SELECT TO reader_of_some USING (grp = 1)",
+         CREATE POLICY few ON c FOR SELECT TO reader_of_some USING (grp = 1)",
     );
-    m.start();
-    sync(&m);
+    start(&m);
     let mut s = session(&m);
     s.batch_execute("SET ROLE reader_of_some; SELECT v FROM c; RESET ROLE").unwrap();
     sync(&m);
@@ -158,8 +166,7 @@ fn a_row_that_a_filter_keeps_back_is_not_captured() {
 fn what_must_not_be_captured_is_not() {
     let m = Mirror::new();
     setup(&m);
-    m.start();
-    sync(&m);
+    start(&m);
     let mut s = session(&m);
     for (why, query) in [
         ("the transaction wrote", "BEGIN; UPDATE o SET c_id = 1 WHERE id = 1; SELECT * FROM c WHERE id = 1; COMMIT"),
@@ -195,8 +202,7 @@ fn parallel_plans_capture_right_rows_or_none() {
          SELECT walmirror.cache('c')",
     );
     m.sql("ANALYZE c");
-    m.start();
-    sync(&m);
+    start(&m);
     let mut s = session(&m);
     s.batch_execute(
         "SET max_parallel_workers_per_gather = 2; SET parallel_setup_cost = 0; SET parallel_tuple_cost = 0; \
@@ -217,8 +223,7 @@ fn parallel_plans_capture_right_rows_or_none() {
 fn a_row_is_not_captured_again_within_the_interval() {
     let m = Mirror::new();
     setup(&m);
-    m.start();
-    sync(&m);
+    start(&m);
     let mut s = m.db.connect();
     s.batch_execute("SET walmirror.capture_interval = '1h'; SELECT * FROM c WHERE id = 1").unwrap();
     sync(&m);
@@ -244,8 +249,7 @@ fn writes_refresh_populate_or_invalidate() {
              SELECT walmirror.cache('{mode}', on_write => '{mode}')"
         ));
     }
-    m.start();
-    sync(&m);
+    start(&m);
     let mut s = session(&m);
     for mode in ["refresh", "populate", "invalidate"] {
         s.batch_execute(&format!("SELECT * FROM {mode} WHERE id = 1")).unwrap();
@@ -274,8 +278,7 @@ fn a_changed_key_and_an_unchanged_large_column_follow_in_a_cache_too() {
              SELECT walmirror.cache('t_{value}', value => '{value}')"
         ));
     }
-    m.start();
-    sync(&m);
+    start(&m);
     let mut s = session(&m);
     for value in ["hash", "json"] {
         s.batch_execute(&format!("SELECT n FROM t_{value} WHERE id IN (1, 2)")).unwrap();
@@ -309,8 +312,7 @@ fn an_expired_key_comes_back_when_it_is_read() {
          CREATE TABLE w (id int PRIMARY KEY, v text); INSERT INTO w VALUES (1, 'x'); \
          SELECT walmirror.mirror('w', ttl => '500 ms', capture => true)",
     );
-    m.start();
-    sync(&m);
+    start(&m);
     let mut s = m.db.connect();
     for (table, key) in [("c", "c:1"), ("w", "w:1")] {
         for round in 0..3 {
@@ -331,8 +333,7 @@ fn an_expired_key_comes_back_when_it_is_read() {
 fn ddl_on_a_cached_table_removes_its_keys_and_old_captures_do_not_return() {
     let m = Mirror::new();
     setup(&m);
-    m.start();
-    sync(&m);
+    start(&m);
     let mut s = session(&m);
     for (ddl, fields) in [
         ("ALTER TABLE c ADD COLUMN extra int DEFAULT 7", 5),
@@ -366,8 +367,7 @@ fn ddl_on_a_cached_table_removes_its_keys_and_old_captures_do_not_return() {
 fn a_failure_of_capture_leaves_the_query_alone() {
     let m = Mirror::new();
     setup(&m);
-    m.start();
-    sync(&m);
+    start(&m);
     let mut s = session(&m);
     // An error and a panic in the encoder; see `Failpoint::CaptureEncode`.
     for failpoint in [1, 2] {
@@ -410,8 +410,7 @@ fn errors_of_queries_keep_all_of_their_fields() {
 fn a_select_on_an_idle_server_is_in_redis_soon() {
     let m = Mirror::new();
     setup(&m);
-    m.start();
-    sync(&m);
+    start(&m);
     let mut s = session(&m);
     let mut redis = m.redis.connect();
     for id in 1..=5 {

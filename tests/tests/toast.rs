@@ -143,17 +143,17 @@ fn an_expired_row_comes_back_whole() {
 #[test]
 fn updates_meet_a_running_backfill() {
     let m = Mirror::new();
-    setup(&m, 4000);
+    setup(&m, 1500);
     let done = AtomicBool::new(false);
-    watched(&m, 4000, || {
+    watched(&m, 1500, || {
         std::thread::scope(|scope| {
             for worker in 0..2 {
                 let (db, done) = (&m.db, &done);
                 scope.spawn(move || {
                     let mut client = db.connect();
-                    let mut id = worker * 1999;
+                    let mut id = worker * 749;
                     while !done.load(Ordering::Relaxed) {
-                        id = (id + 37) % 4000 + 1;
+                        id = (id + 37) % 1500 + 1;
                         for table in TABLES {
                             client
                                 .batch_execute(&format!("UPDATE {table} SET n = n + 1 WHERE id = {id}"))
@@ -165,7 +165,7 @@ fn updates_meet_a_running_backfill() {
             m.start();
             let start = Instant::now();
             // As long as it takes for all keys to be there, and a little load after that.
-            let all = || (m.redis.keys().len() == 12_000).then_some(());
+            let all = || (m.redis.keys().len() == 4_500).then_some(());
             wait_for(Duration::from_secs(60), "the backfill", all);
             println!("backfilled in {:?}", start.elapsed());
             m.sync();
