@@ -43,16 +43,26 @@ pub struct ProgressError {
 
 impl Progress {
     /// Reads the fields and values of HGETALL. None: there is no such hash.
-    pub fn parse<'a>(fields: impl IntoIterator<Item = (&'a [u8], &'a [u8])>) -> Result<Option<Self>, ProgressError> {
+    pub fn parse<'a>(
+        fields: impl IntoIterator<Item = (&'a [u8], &'a [u8])>,
+    ) -> Result<Option<Self>, ProgressError> {
         let fields: BTreeMap<&str, &str> = fields
             .into_iter()
-            .filter_map(|(field, value)| Some((std::str::from_utf8(field).ok()?, std::str::from_utf8(value).ok()?)))
+            .filter_map(|(field, value)| {
+                Some((std::str::from_utf8(field).ok()?, std::str::from_utf8(value).ok()?))
+            })
             .collect();
         if fields.is_empty() {
             return Ok(None);
         }
-        fn number<T: std::str::FromStr>(fields: &BTreeMap<&str, &str>, field: &'static str) -> Result<T, ProgressError> {
-            fields.get(field).and_then(|text| text.parse().ok()).ok_or(ProgressError { field })
+        fn number<T: std::str::FromStr>(
+            fields: &BTreeMap<&str, &str>,
+            field: &'static str,
+        ) -> Result<T, ProgressError> {
+            fields
+                .get(field)
+                .and_then(|text| text.parse().ok())
+                .ok_or(ProgressError { field })
         }
         let text = |field: &str| fields.get(field).map(|text| (*text).to_owned());
         let part = if fields.contains_key("part_xid") {
@@ -66,7 +76,9 @@ impl Progress {
         };
         let cursors = fields
             .iter()
-            .filter_map(|(field, value)| Some((field.strip_prefix(BACKFILL)?.parse().ok()?, (*value).to_owned())))
+            .filter_map(|(field, value)| {
+                Some((field.strip_prefix(BACKFILL)?.parse().ok()?, (*value).to_owned()))
+            })
             .collect();
         Ok(Some(Self {
             lsn: number(&fields, "lsn")?,
@@ -105,12 +117,21 @@ pub fn write_step(commands: &mut Commands, keys: &RedisKeys, step: &Step) {
         fields.push((b"part_commit_lsn", part.commit_lsn.to_string()));
         fields.push((b"part_records", part.records.to_string()));
     }
-    commands.begin(2 + 2 * fields.len()).arg(b"HSET").arg(&keys.progress);
+    commands
+        .begin(2 + 2 * fields.len())
+        .arg(b"HSET")
+        .arg(&keys.progress);
     for (field, value) in &fields {
         commands.arg(field).arg(value.as_bytes());
     }
     if step.clear_part && step.part.is_none() {
-        commands.command(&[b"HDEL", &keys.progress, b"part_xid", b"part_commit_lsn", b"part_records"]);
+        commands.command(&[
+            b"HDEL",
+            &keys.progress,
+            b"part_xid",
+            b"part_commit_lsn",
+            b"part_records",
+        ]);
     }
 }
 
@@ -141,14 +162,21 @@ mod tests {
         for command in parse(commands.as_bytes()) {
             let (name, args) = (command.first().unwrap(), command.get(2..).unwrap());
             match name.as_slice() {
-                b"HSET" => fields.extend(args.chunks(2).map(|pair| (pair.first().unwrap().clone(), pair.last().unwrap().clone()))),
+                b"HSET" => fields.extend(
+                    args.chunks(2)
+                        .map(|pair| (pair.first().unwrap().clone(), pair.last().unwrap().clone())),
+                ),
                 _ => fields.retain(|field, _| !args.contains(field)),
             }
         }
     }
 
     fn read(fields: &BTreeMap<Vec<u8>, Vec<u8>>) -> Result<Option<Progress>, ProgressError> {
-        Progress::parse(fields.iter().map(|(field, value)| (field.as_slice(), value.as_slice())))
+        Progress::parse(
+            fields
+                .iter()
+                .map(|(field, value)| (field.as_slice(), value.as_slice())),
+        )
     }
 
     #[test]
@@ -156,26 +184,59 @@ mod tests {
         let keys = RedisKeys::new("s");
         let mut fields = BTreeMap::new();
         assert_eq!(read(&fields), Ok(None));
-        for (field, value) in [("epoch", "3"), ("system_id", "77"), ("timeline", "1"), ("database", "d")] {
+        for (field, value) in [
+            ("epoch", "3"),
+            ("system_id", "77"),
+            ("timeline", "1"),
+            ("database", "d"),
+        ] {
             fields.insert(field.as_bytes().to_vec(), value.as_bytes().to_vec());
         }
         assert_eq!(read(&fields), Err(ProgressError { field: "lsn" }));
 
-        let part = Part { xid: 9, commit_lsn: Lsn(0x1_0000_0020), records: 5 };
+        let part = Part {
+            xid: 9,
+            commit_lsn: Lsn(0x1_0000_0020),
+            records: 5,
+        };
         let mut commands = Commands::new();
-        write_step(&mut commands, &keys, &Step { lsn: Lsn(16), commit_time: Some(0), part: Some(part), clear_part: false });
+        write_step(
+            &mut commands,
+            &keys,
+            &Step {
+                lsn: Lsn(16),
+                commit_time: Some(0),
+                part: Some(part),
+                clear_part: false,
+            },
+        );
         write_cursor(&mut commands, &keys, 42, Some("{}"));
         apply(&commands, &mut fields);
         let progress = read(&fields).unwrap().unwrap();
-        assert_eq!((progress.lsn, progress.part, progress.epoch), (Lsn(16), Some(part), 3));
+        assert_eq!(
+            (progress.lsn, progress.part, progress.epoch),
+            (Lsn(16), Some(part), 3)
+        );
         assert_eq!(progress.commit_ts.as_deref(), Some("2000-01-01 00:00:00+00"));
         assert_eq!(progress.cursors, BTreeMap::from([(42, "{}".to_owned())]));
 
         commands.clear();
-        write_step(&mut commands, &keys, &Step { lsn: Lsn(17), commit_time: None, part: None, clear_part: true });
+        write_step(
+            &mut commands,
+            &keys,
+            &Step {
+                lsn: Lsn(17),
+                commit_time: None,
+                part: None,
+                clear_part: true,
+            },
+        );
         write_cursor(&mut commands, &keys, 42, None);
         apply(&commands, &mut fields);
         let progress = read(&fields).unwrap().unwrap();
-        assert_eq!((progress.lsn, progress.part, progress.cursors.len()), (Lsn(17), None, 0));
+        assert_eq!(
+            (progress.lsn, progress.part, progress.cursors.len()),
+            (Lsn(17), None, 0)
+        );
     }
 }

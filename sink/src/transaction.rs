@@ -58,7 +58,9 @@ pub enum OrderError {
         end: Lsn,
     },
     /// The transaction that was applied in part is not the next one.
-    #[error("transaction {xid} (commit at {commit}) was applied in part, but the stream goes on with {next} (commit at {next_commit})")]
+    #[error(
+        "transaction {xid} (commit at {commit}) was applied in part, but the stream goes on with {next} (commit at {next_commit})"
+    )]
     PartLost {
         /// The one that was cut.
         xid: u64,
@@ -91,13 +93,20 @@ pub struct Transactions {
 impl Transactions {
     /// Everything before `from` is applied, and this part of the transaction that comes first.
     pub fn resume(from: Lsn, part: Option<Part>) -> Self {
-        Self { from, part, open: None }
+        Self {
+            from,
+            part,
+            open: None,
+        }
     }
 
     /// A BEGIN record.
     pub fn begin(&mut self, begin: &pb::Begin) -> Result<(), OrderError> {
         if let Some(open) = self.open {
-            return Err(OrderError::Nested { open: open.xid, new: begin.xid });
+            return Err(OrderError::Nested {
+                open: open.xid,
+                new: begin.xid,
+            });
         }
         let commit_lsn = Lsn(begin.commit_lsn);
         // The progress LSN is the end of a record, so a commit record that starts before it ends at it or before.
@@ -117,7 +126,13 @@ impl Transactions {
                 }
             }
         };
-        self.open = Some(Open { xid: begin.xid, commit_lsn, commit_time: begin.commit_time, records: 0, skip });
+        self.open = Some(Open {
+            xid: begin.xid,
+            commit_lsn,
+            commit_time: begin.commit_time,
+            records: 0,
+            skip,
+        });
         Ok(())
     }
 
@@ -134,19 +149,30 @@ impl Transactions {
         let open = self.open.take().ok_or(OrderError::Outside("COMMIT"))?;
         let end_lsn = Lsn(commit.end_lsn);
         if end_lsn <= open.commit_lsn {
-            return Err(OrderError::Backwards { xid: open.xid, commit: open.commit_lsn, end: end_lsn });
+            return Err(OrderError::Backwards {
+                xid: open.xid,
+                commit: open.commit_lsn,
+                end: end_lsn,
+            });
         }
         if open.skip == u64::MAX {
             return Ok(None);
         }
         self.part = None;
-        Ok(Some(Ended { end_lsn, commit_time: open.commit_time }))
+        Ok(Some(Ended {
+            end_lsn,
+            commit_time: open.commit_time,
+        }))
     }
 
     /// What the progress has to say if the open transaction is cut here. None: no transaction is open.
     pub fn part(&self) -> Option<Part> {
         let open = self.open.as_ref()?;
-        Some(Part { xid: open.xid, commit_lsn: open.commit_lsn, records: open.records })
+        Some(Part {
+            xid: open.xid,
+            commit_lsn: open.commit_lsn,
+            records: open.records,
+        })
     }
 
     /// Whether the stream is inside of a transaction.
@@ -162,12 +188,21 @@ mod tests {
     use proptest::prelude::*;
 
     fn begin(xid: u64, commit_lsn: u64) -> pb::Begin {
-        pb::Begin { xid, commit_lsn, commit_time: 7 }
+        pb::Begin {
+            xid,
+            commit_lsn,
+            commit_time: 7,
+        }
     }
 
     /// Feeds transactions of so many records, the i-th with its commit record at 100 * (i + 1) and its end 10 later.
     /// Returns (transaction, record) of what was to be applied, and the progress after `stop` records in all.
-    fn feed(mut transactions: Transactions, sizes: &[u64], stop: usize, mut lsn: Lsn) -> (Vec<(u64, u64)>, Lsn, Option<Part>) {
+    fn feed(
+        mut transactions: Transactions,
+        sizes: &[u64],
+        stop: usize,
+        mut lsn: Lsn,
+    ) -> (Vec<(u64, u64)>, Lsn, Option<Part>) {
         let mut applied = Vec::new();
         let mut seen = 0;
         for (i, &size) in sizes.iter().enumerate() {
@@ -175,7 +210,9 @@ mod tests {
             transactions.begin(&begin(xid, xid * 100)).unwrap();
             for record in 0..size {
                 if seen == stop {
-                    let part = transactions.part().filter(|part| part.records > 0 && part.commit_lsn >= lsn);
+                    let part = transactions
+                        .part()
+                        .filter(|part| part.records > 0 && part.commit_lsn >= lsn);
                     return (applied, lsn, part);
                 }
                 seen += 1;
@@ -183,7 +220,12 @@ mod tests {
                     applied.push((xid, record));
                 }
             }
-            if let Some(ended) = transactions.commit(&pb::Commit { end_lsn: xid * 100 + 10 }).unwrap() {
+            if let Some(ended) = transactions
+                .commit(&pb::Commit {
+                    end_lsn: xid * 100 + 10,
+                })
+                .unwrap()
+            {
                 lsn = ended.end_lsn;
             }
         }
@@ -214,21 +256,43 @@ mod tests {
         transactions.begin(&begin(2, 110)).unwrap();
         assert!(transactions.change("row").unwrap().is_some());
         let ended = transactions.commit(&pb::Commit { end_lsn: 120 }).unwrap();
-        assert_eq!(ended, Some(Ended { end_lsn: Lsn(120), commit_time: 7 }));
+        assert_eq!(
+            ended,
+            Some(Ended {
+                end_lsn: Lsn(120),
+                commit_time: 7
+            })
+        );
     }
 
     #[test]
     fn a_part_belongs_to_its_transaction_only() {
-        let part = Part { xid: 5, commit_lsn: Lsn(100), records: 2 };
+        let part = Part {
+            xid: 5,
+            commit_lsn: Lsn(100),
+            records: 2,
+        };
         let mut transactions = Transactions::resume(Lsn(50), Some(part));
         // Older transactions may come before it and are skipped.
         transactions.begin(&begin(4, 40)).unwrap();
         transactions.commit(&pb::Commit { end_lsn: 50 }).unwrap();
-        assert!(matches!(transactions.begin(&begin(6, 100)), Err(OrderError::PartLost { xid: 5, next: 6, .. })));
+        assert!(matches!(
+            transactions.begin(&begin(6, 100)),
+            Err(OrderError::PartLost { xid: 5, next: 6, .. })
+        ));
         transactions.begin(&begin(5, 100)).unwrap();
-        let applied: Vec<bool> = (0..4).map(|_| transactions.change("row").unwrap().is_some()).collect();
+        let applied: Vec<bool> = (0..4)
+            .map(|_| transactions.change("row").unwrap().is_some())
+            .collect();
         assert_eq!(applied, [false, false, true, true]);
-        assert_eq!(transactions.part(), Some(Part { xid: 5, commit_lsn: Lsn(100), records: 4 }));
+        assert_eq!(
+            transactions.part(),
+            Some(Part {
+                xid: 5,
+                commit_lsn: Lsn(100),
+                records: 4
+            })
+        );
         transactions.commit(&pb::Commit { end_lsn: 110 }).unwrap();
         transactions.begin(&begin(6, 120)).unwrap();
         assert!(transactions.change("row").unwrap().is_some());
@@ -238,9 +302,18 @@ mod tests {
     fn impossible_orders_are_errors() {
         let mut transactions = Transactions::resume(Lsn(0), None);
         assert_eq!(transactions.change("row"), Err(OrderError::Outside("row")));
-        assert_eq!(transactions.commit(&pb::Commit { end_lsn: 1 }), Err(OrderError::Outside("COMMIT")));
+        assert_eq!(
+            transactions.commit(&pb::Commit { end_lsn: 1 }),
+            Err(OrderError::Outside("COMMIT"))
+        );
         transactions.begin(&begin(1, 100)).unwrap();
-        assert_eq!(transactions.begin(&begin(2, 200)), Err(OrderError::Nested { open: 1, new: 2 }));
-        assert!(matches!(transactions.commit(&pb::Commit { end_lsn: 100 }), Err(OrderError::Backwards { .. })));
+        assert_eq!(
+            transactions.begin(&begin(2, 200)),
+            Err(OrderError::Nested { open: 1, new: 2 })
+        );
+        assert!(matches!(
+            transactions.commit(&pb::Commit { end_lsn: 100 }),
+            Err(OrderError::Backwards { .. })
+        ));
     }
 }

@@ -48,7 +48,9 @@ impl PackedRows {
 
     /// A row.
     pub fn get(&self, index: usize) -> Option<&[u8]> {
-        let start = index.checked_sub(1).map_or(Some(0), |before| self.ends.get(before).copied())?;
+        let start = index
+            .checked_sub(1)
+            .map_or(Some(0), |before| self.ends.get(before).copied())?;
         let range: Range<usize> = start..*self.ends.get(index)?;
         self.bytes.get(range)
     }
@@ -174,7 +176,10 @@ mod tests {
             rows.push(row);
         }
         assert_eq!((rows.len(), rows.byte_len()), (3, 5));
-        assert_eq!([rows.get(0), rows.get(1), rows.get(2), rows.get(3)], [Some(b"abc".as_slice()), Some(b""), Some(b"de"), None]);
+        assert_eq!(
+            [rows.get(0), rows.get(1), rows.get(2), rows.get(3)],
+            [Some(b"abc".as_slice()), Some(b""), Some(b"de"), None]
+        );
         assert!(!format!("{rows:?}").contains("abc"));
     }
 

@@ -38,12 +38,23 @@ pub struct Cursor {
 impl Cursor {
     /// The beginning.
     pub fn start(fingerprint: u64, old_keys: Vec<String>) -> Self {
-        Self { fingerprint, stage: Stage::Fill, leaf: 0, block: 0, offset: 0, rows: 0, old_keys }
+        Self {
+            fingerprint,
+            stage: Stage::Fill,
+            leaf: 0,
+            block: 0,
+            offset: 0,
+            rows: 0,
+            old_keys,
+        }
     }
 
     /// Nothing is to be done for this version of the table.
     pub fn done(fingerprint: u64) -> Self {
-        Self { stage: Stage::Done, ..Self::start(fingerprint, Vec::new()) }
+        Self {
+            stage: Stage::Done,
+            ..Self::start(fingerprint, Vec::new())
+        }
     }
 
     /// Whether the table's keys can be trusted.

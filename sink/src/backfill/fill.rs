@@ -18,18 +18,33 @@ const BLOCKS_MAX: u32 = 4096;
 const READ_AHEAD: usize = 2;
 
 /// Reads the table from its cursor on, and hands the chunks to the planner.
-pub(super) fn fill(context: &Context, sql: &mut Sql, window: &Arc<Window>, relation: u32, task: &Task) -> Result<Flow, Error> {
+pub(super) fn fill(
+    context: &Context,
+    sql: &mut Sql,
+    window: &Arc<Window>,
+    relation: u32,
+    task: &Task,
+) -> Result<Flow, Error> {
     let mut cursor = task.cursor.clone();
     let leaves = leaves(sql, relation)?;
     let mut report = Report::start(&task.mapping.table, total_blocks(sql, &leaves)?, cursor.rows);
     for leaf in leaves.into_iter().filter(|leaf| *leaf >= task.cursor.leaf) {
         if leaf != cursor.leaf {
-            cursor = Cursor { leaf, block: 0, offset: 0, ..cursor };
+            cursor = Cursor {
+                leaf,
+                block: 0,
+                offset: 0,
+                ..cursor
+            };
         }
-        let Some((name, blocks)) = leaf_size(sql, leaf)? else { continue };
+        let Some((name, blocks)) = leaf_size(sql, leaf)? else {
+            continue;
+        };
         let mut step = 64;
         while cursor.block < blocks {
-            if !window.wait(READ_AHEAD - 1, || context.stopped()) || !context.is_current(relation, task.generation) {
+            if !window.wait(READ_AHEAD - 1, || context.stopped())
+                || !context.is_current(relation, task.generation)
+            {
                 return Ok(Flow::Restart);
             }
             if context.stopped() {
@@ -39,16 +54,50 @@ pub(super) fn fill(context: &Context, sql: &mut Sql, window: &Arc<Window>, relat
                 Some(read) => read,
                 None => return Ok(Flow::Restart),
             };
-            report.add(read.end.0.min(blocks).saturating_sub(cursor.block), read.rows.len() as u64);
-            step = if read.rows.byte_len() < CHUNK_BYTES / 2 { (step * 2).min(BLOCKS_MAX) } else { (step / 2).max(1) };
-            cursor = Cursor { block: read.end.0, offset: read.end.1, rows: cursor.rows + read.rows.len() as u64, ..cursor };
-            context.submit(sql, window, relation, task, read.snapshot, Content::Rows(read.rows), Some(cursor.clone()))?;
+            report.add(
+                read.end.0.min(blocks).saturating_sub(cursor.block),
+                read.rows.len() as u64,
+            );
+            step = if read.rows.byte_len() < CHUNK_BYTES / 2 {
+                (step * 2).min(BLOCKS_MAX)
+            } else {
+                (step / 2).max(1)
+            };
+            cursor = Cursor {
+                block: read.end.0,
+                offset: read.end.1,
+                rows: cursor.rows + read.rows.len() as u64,
+                ..cursor
+            };
+            context.submit(
+                sql,
+                window,
+                relation,
+                task,
+                read.snapshot,
+                Content::Rows(read.rows),
+                Some(cursor.clone()),
+            )?;
         }
     }
-    cursor = Cursor { stage: Stage::Sweep, leaf: 0, block: 0, offset: 0, ..cursor };
+    cursor = Cursor {
+        stage: Stage::Sweep,
+        leaf: 0,
+        block: 0,
+        offset: 0,
+        ..cursor
+    };
     let snapshot = sql.begin()?;
     sql.end()?;
-    context.submit(sql, window, relation, task, snapshot, Content::Rows(PackedRows::default()), Some(cursor))?;
+    context.submit(
+        sql,
+        window,
+        relation,
+        task,
+        snapshot,
+        Content::Rows(PackedRows::default()),
+        Some(cursor),
+    )?;
     if !window.wait(0, || context.stopped()) {
         return Ok(Flow::Restart);
     }
@@ -64,7 +113,14 @@ struct Read {
 }
 
 /// One chunk. None: the table is not what it was when its definition was announced.
-fn read_chunk(context: &Context, sql: &mut Sql, table: &str, name: &str, cursor: &Cursor, blocks: u32) -> Result<Option<Read>, Error> {
+fn read_chunk(
+    context: &Context,
+    sql: &mut Sql,
+    table: &str,
+    name: &str,
+    cursor: &Cursor,
+    blocks: u32,
+) -> Result<Option<Read>, Error> {
     let snapshot = context.usable_snapshot(sql, table)?;
     let Some(snapshot) = snapshot else { return Ok(None) };
     let until = cursor.block.saturating_add(blocks);
@@ -86,8 +142,15 @@ fn read_chunk(context: &Context, sql: &mut Sql, table: &str, name: &str, cursor:
                 break;
             }
         };
-        let Some(mut fields) = binary_fields(&message) else { continue };
-        let ctid = fields.next().transpose().map_err(failed)?.flatten().and_then(ctid);
+        let Some(mut fields) = binary_fields(&message) else {
+            continue;
+        };
+        let ctid = fields
+            .next()
+            .transpose()
+            .map_err(failed)?
+            .flatten()
+            .and_then(ctid);
         let packed = fields.next().transpose().map_err(failed)?.flatten();
         let (Some((block, offset)), Some(packed)) = (ctid, packed) else {
             // walmirror.pack gives NULL for a table that is no longer labelled.
@@ -97,7 +160,11 @@ fn read_chunk(context: &Context, sql: &mut Sql, table: &str, name: &str, cursor:
         };
         rows.push(packed);
         if rows.byte_len() >= CHUNK_BYTES {
-            end = if offset == u16::MAX { (block + 1, 0) } else { (block, offset + 1) };
+            end = if offset == u16::MAX {
+                (block + 1, 0)
+            } else {
+                (block, offset + 1)
+            };
             break;
         }
     }
@@ -120,14 +187,21 @@ fn read_chunk(context: &Context, sql: &mut Sql, table: &str, name: &str, cursor:
 /// Block and offset of a tid in binary.
 fn ctid(bytes: &[u8]) -> Option<(u32, u16)> {
     let (block, offset) = bytes.split_first_chunk::<4>()?;
-    Some((u32::from_be_bytes(*block), u16::from_be_bytes(*offset.first_chunk::<2>()?)))
+    Some((
+        u32::from_be_bytes(*block),
+        u16::from_be_bytes(*offset.first_chunk::<2>()?),
+    ))
 }
 
 /// The tables that hold the rows, in a stable order.
 fn leaves(sql: &mut Sql, relation: u32) -> Result<Vec<u32>, Error> {
     let oid = relation.to_string();
     let what = "cannot list the partitions of a table";
-    let result = sql.query(what, "SELECT l FROM walmirror.leaves($1::oid) l ORDER BY l", &[Some(oid.as_bytes())])?;
+    let result = sql.query(
+        what,
+        "SELECT l FROM walmirror.leaves($1::oid) l ORDER BY l",
+        &[Some(oid.as_bytes())],
+    )?;
     Ok(result.rows().filter_map(|row| row.parse(0)).collect())
 }
 
@@ -135,8 +209,15 @@ fn leaves(sql: &mut Sql, relation: u32) -> Result<Vec<u32>, Error> {
 fn leaf_size(sql: &mut Sql, leaf: u32) -> Result<Option<(String, u32)>, Error> {
     let statement = "SELECT format('%I.%I', n.nspname, c.relname), pg_relation_size(c.oid) / current_setting('block_size')::int \
                      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1::oid";
-    let result = sql.query("cannot look at a table", statement, &[Some(leaf.to_string().as_bytes())])?;
-    Ok(result.rows().next().and_then(|row| Some((row.text(0)?.to_owned(), row.parse(1)?))))
+    let result = sql.query(
+        "cannot look at a table",
+        statement,
+        &[Some(leaf.to_string().as_bytes())],
+    )?;
+    Ok(result
+        .rows()
+        .next()
+        .and_then(|row| Some((row.text(0)?.to_owned(), row.parse(1)?))))
 }
 
 fn total_blocks(sql: &mut Sql, leaves: &[u32]) -> Result<u64, Error> {

@@ -8,7 +8,7 @@ use super::worker::Context;
 use crate::error::Error;
 use crate::gate::Snapshot;
 use crate::plan::Mapping;
-use crate::pq::{PqError, quote_identifier};
+use crate::pq::{PqError, QueryResult, quote_identifier};
 
 /// How to find the rows of a table by the values of its key template.
 pub(super) struct Lookup {
@@ -22,6 +22,9 @@ pub(super) struct Lookup {
 
 /// A key and the values of its placeholders.
 pub(super) type ParsedKey = (Vec<u8>, Vec<Vec<u8>>);
+
+/// Takes the answer for some of the keys; None: their values are not of their columns' types.
+type Take<'t> = dyn FnMut(Snapshot, Vec<ParsedKey>, Option<&QueryResult>) -> Result<(), Error> + 't;
 
 /// A snapshot, and for each key that was asked for whether (and as what) it has a row.
 pub(super) struct Found<T> {
@@ -38,7 +41,11 @@ impl Lookup {
         let statement = "SELECT format('%I.%I', n.nspname, c.relname), c.relkind = 'p' FROM pg_class c \
                          JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1::oid";
         let result = sql.query(what, statement, &[Some(oid.as_bytes())])?;
-        let Some((name, partitioned)) = result.rows().next().and_then(|row| Some((row.text(0)?.to_owned(), row.text(1)? == "t"))) else {
+        let Some((name, partitioned)) = result
+            .rows()
+            .next()
+            .and_then(|row| Some((row.text(0)?.to_owned(), row.text(1)? == "t")))
+        else {
             return Ok(None);
         };
         let (mut arrays, mut joins, mut columns) = (Vec::new(), Vec::new(), Vec::new());
@@ -46,7 +53,9 @@ impl Lookup {
             // With -1 the type has its name without a length: "character" would mean one character.
             let statement = "SELECT format_type(atttypid, -1) FROM pg_attribute WHERE attrelid = $1::oid AND attname = $2 AND NOT attisdropped";
             let result = sql.query(what, statement, &[Some(oid.as_bytes()), Some(column.as_bytes())])?;
-            let Some(kind) = result.text(0, 0) else { return Ok(None) };
+            let Some(kind) = result.text(0, 0) else {
+                return Ok(None);
+            };
             let quoted = quote_identifier(column);
             arrays.push(format!("${}::text[]", index + 1));
             joins.push(format!("t.{quoted} = k.v{index}::{kind}"));
@@ -60,44 +69,96 @@ impl Lookup {
             aliases.join(", "),
             joins.join(" AND ")
         );
-        Ok(Some(Self { table: mapping.table.clone(), from, columns: columns.join(", "), placeholders: names.len() }))
+        Ok(Some(Self {
+            table: mapping.table.clone(),
+            from,
+            columns: columns.join(", "),
+            placeholders: names.len(),
+        }))
     }
 
     /// Which of the keys have a row. A row counts for the key that it renders to, so `users:007` is no key of row 7.
-    pub(super) fn present(&self, context: &Context, sql: &mut Sql, mapping: &Mapping, keys: Vec<ParsedKey>) -> Result<Vec<Found<()>>, Error> {
+    pub(super) fn present(
+        &self,
+        context: &Context,
+        sql: &mut Sql,
+        mapping: &Mapping,
+        keys: Vec<ParsedKey>,
+    ) -> Result<Vec<Found<()>>, Error> {
         let statement = format!("SELECT {} {}", self.columns, self.from);
         let mut found = Vec::new();
-        self.bisect(context, sql, &statement, false, keys, &mut |snapshot, keys, result| {
-            let mut rendered: HashSet<Vec<u8>> = HashSet::new();
-            for row in result.into_iter().flat_map(crate::pq::QueryResult::rows) {
-                let mut key = Vec::new();
-                let value = |placeholder: usize, out: &mut Vec<u8>| out.extend_from_slice(row.get(placeholder).unwrap_or_default());
-                if mapping.template.render(value, &mut key).is_ok() {
-                    rendered.insert(key);
+        self.bisect(
+            context,
+            sql,
+            &statement,
+            false,
+            keys,
+            &mut |snapshot, keys, result| {
+                let mut rendered: HashSet<Vec<u8>> = HashSet::new();
+                for row in result.into_iter().flat_map(QueryResult::rows) {
+                    let mut key = Vec::new();
+                    let value = |placeholder: usize, out: &mut Vec<u8>| {
+                        out.extend_from_slice(row.get(placeholder).unwrap_or_default())
+                    };
+                    if mapping.template.render(value, &mut key).is_ok() {
+                        rendered.insert(key);
+                    }
                 }
-            }
-            let keys = keys.into_iter().map(|(key, _)| if rendered.contains(&key) { (key, Some(())) } else { (key, None) }).collect();
-            found.push(Found { snapshot, keys });
-            Ok(())
-        })?;
+                let keys = keys
+                    .into_iter()
+                    .map(|(key, _)| {
+                        if rendered.contains(&key) {
+                            (key, Some(()))
+                        } else {
+                            (key, None)
+                        }
+                    })
+                    .collect();
+                found.push(Found { snapshot, keys });
+                Ok(())
+            },
+        )?;
         Ok(found)
     }
 
     /// The packed rows of the keys.
-    pub(super) fn rows(&self, context: &Context, sql: &mut Sql, mapping: &Mapping, keys: Vec<ParsedKey>) -> Result<Vec<Found<Vec<u8>>>, Error> {
+    pub(super) fn rows(
+        &self,
+        context: &Context,
+        sql: &mut Sql,
+        mapping: &Mapping,
+        keys: Vec<ParsedKey>,
+    ) -> Result<Vec<Found<Vec<u8>>>, Error> {
         let statement = format!("SELECT walmirror.pack(t) {}", self.from);
         let mut found = Vec::new();
-        self.bisect(context, sql, &statement, true, keys, &mut |snapshot, keys, result| {
-            let mut rows: std::collections::HashMap<Vec<u8>, Vec<u8>> = std::collections::HashMap::new();
-            for packed in result.into_iter().flat_map(crate::pq::QueryResult::rows).filter_map(|row| row.get(0)) {
-                if let Some(key) = key_of(mapping, packed) {
-                    rows.insert(key, packed.to_vec());
+        self.bisect(
+            context,
+            sql,
+            &statement,
+            true,
+            keys,
+            &mut |snapshot, keys, result| {
+                let mut rows: std::collections::HashMap<Vec<u8>, Vec<u8>> = std::collections::HashMap::new();
+                for packed in result
+                    .into_iter()
+                    .flat_map(QueryResult::rows)
+                    .filter_map(|row| row.get(0))
+                {
+                    if let Some(key) = key_of(mapping, packed) {
+                        rows.insert(key, packed.to_vec());
+                    }
                 }
-            }
-            let keys = keys.into_iter().map(|(key, _)| { let row = rows.remove(&key); (key, row) }).collect();
-            found.push(Found { snapshot, keys });
-            Ok(())
-        })?;
+                let keys = keys
+                    .into_iter()
+                    .map(|(key, _)| {
+                        let row = rows.remove(&key);
+                        (key, row)
+                    })
+                    .collect();
+                found.push(Found { snapshot, keys });
+                Ok(())
+            },
+        )?;
         Ok(found)
     }
 
@@ -110,12 +171,20 @@ impl Lookup {
         statement: &str,
         binary: bool,
         mut keys: Vec<ParsedKey>,
-        take: &mut dyn FnMut(Snapshot, Vec<ParsedKey>, Option<&crate::pq::QueryResult>) -> Result<(), Error>,
+        take: &mut Take<'_>,
     ) -> Result<(), Error> {
-        let Some(snapshot) = context.usable_snapshot(sql, &self.table)? else { return Ok(()) };
-        let arrays: Vec<Vec<u8>> = (0..self.placeholders).map(|index| array(keys.iter().map(|(_, values)| values.get(index)))).collect();
+        let Some(snapshot) = context.usable_snapshot(sql, &self.table)? else {
+            return Ok(());
+        };
+        let arrays: Vec<Vec<u8>> = (0..self.placeholders)
+            .map(|index| array(keys.iter().map(|(_, values)| values.get(index))))
+            .collect();
         let params: Vec<Option<&[u8]>> = arrays.iter().map(|array| Some(array.as_slice())).collect();
-        let result = if binary { sql.connection.query_binary(statement, &params) } else { sql.connection.query(statement, &params) };
+        let result = if binary {
+            sql.connection.query_binary(statement, &params)
+        } else {
+            sql.connection.query(statement, &params)
+        };
         sql.end()?;
         match result {
             Ok(result) => take(snapshot, keys, Some(&result)),
@@ -125,14 +194,19 @@ impl Lookup {
                 self.bisect(context, sql, statement, binary, half, take)
             }
             Err(error) if is_bad_value(&error) => take(snapshot, keys, None),
-            Err(error) => Err(explain(format!("cannot look for rows of the table {}", self.table), error)),
+            Err(error) => Err(explain(
+                format!("cannot look for rows of the table {}", self.table),
+                error,
+            )),
         }
     }
 }
 
 /// A value that its type does not take: class 22 (data exception), and what some input functions say instead.
 fn is_bad_value(error: &PqError) -> bool {
-    error.sqlstate.as_deref().is_some_and(|state| state.starts_with("22") || matches!(state, "42704" | "42883" | "42601" | "0A000" | "54000"))
+    error.sqlstate.as_deref().is_some_and(|state| {
+        state.starts_with("22") || matches!(state, "42704" | "42883" | "42601" | "0A000" | "54000")
+    })
 }
 
 /// The key of a packed row.
@@ -165,7 +239,9 @@ fn array<'v>(values: impl Iterator<Item = Option<&'v Vec<u8>>>) -> Vec<u8> {
 
 /// Whether Postgres could hold these values as text at all.
 pub(super) fn is_text(values: &[Vec<u8>]) -> bool {
-    values.iter().all(|value| !value.contains(&0) && std::str::from_utf8(value).is_ok())
+    values
+        .iter()
+        .all(|value| !value.contains(&0) && std::str::from_utf8(value).is_ok())
 }
 
 #[cfg(test)]
@@ -174,14 +250,22 @@ mod tests {
 
     #[test]
     fn arrays_are_quoted() {
-        let values = [b"a".to_vec(), b"b\"\\,{}".to_vec(), b"".to_vec(), b"NULL".to_vec()];
+        let values = [
+            b"a".to_vec(),
+            b"b\"\\,{}".to_vec(),
+            b"".to_vec(),
+            b"NULL".to_vec(),
+        ];
         assert_eq!(array(values.iter().map(Some)), br#"{"a","b\"\\,{}","","NULL"}"#);
         assert_eq!(array(std::iter::empty()), b"{}");
     }
 
     #[test]
     fn bad_values_are_told_from_real_errors() {
-        let error = |state: &str| PqError { sqlstate: Some(state.to_owned()), ..PqError::new(crate::pq::ErrorKind::Server, "x") };
+        let error = |state: &str| PqError {
+            sqlstate: Some(state.to_owned()),
+            ..PqError::new(crate::pq::ErrorKind::Server, "x")
+        };
         assert!(is_bad_value(&error("22P02")) && is_bad_value(&error("22003")));
         assert!(!is_bad_value(&error("42501")) && !is_bad_value(&error("57P01")));
         assert!(is_text(&[b"x".to_vec()]) && !is_text(&[vec![0]]) && !is_text(&[vec![0xff]]));

@@ -71,7 +71,11 @@ impl Backfill {
 
     /// What a worker read of this life of the table is planned.
     pub fn advance(&self, relation: u32, generation: u64, cursor: &Cursor) {
-        if let Some(task) = self.lock().get_mut(&relation).filter(|task| task.generation == generation) {
+        if let Some(task) = self
+            .lock()
+            .get_mut(&relation)
+            .filter(|task| task.generation == generation)
+        {
             task.cursor = cursor.clone();
         }
         self.changed.notify_all();
@@ -124,18 +128,27 @@ impl Backfill {
     }
 
     fn is_current(&self, relation: u32, generation: u64) -> bool {
-        self.lock().get(&relation).is_some_and(|task| task.generation == generation)
+        self.lock()
+            .get(&relation)
+            .is_some_and(|task| task.generation == generation)
     }
 
     /// The first table that is not done.
     fn next_task(&self) -> Option<(u32, Task)> {
-        self.lock().iter().find(|(_, task)| !task.cursor.is_done()).map(|(relation, task)| (*relation, task.clone()))
+        self.lock()
+            .iter()
+            .find(|(_, task)| !task.cursor.is_done())
+            .map(|(relation, task)| (*relation, task.clone()))
     }
 
     /// The key templates of all other tables.
     fn other_templates(&self, relation: u32) -> Vec<KeyTemplate> {
         let tasks = self.lock();
-        tasks.iter().filter(|(other, _)| **other != relation).map(|(_, task)| task.mapping.template.clone()).collect()
+        tasks
+            .iter()
+            .filter(|(other, _)| **other != relation)
+            .map(|(_, task)| task.mapping.template.clone())
+            .collect()
     }
 
     fn marker(&self) -> u64 {

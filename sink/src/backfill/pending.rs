@@ -23,7 +23,12 @@ const ROWS_MAX: usize = 512;
 const ROWS_BYTES: usize = 1024 * 1024;
 
 /// Goes over the pending hash once. True: it was empty.
-pub(super) fn pass(context: &Context, sql: &mut Sql, redis: &mut Connection, window: &Arc<Window>) -> Result<bool, Error> {
+pub(super) fn pass(
+    context: &Context,
+    sql: &mut Sql,
+    redis: &mut Connection,
+    window: &Arc<Window>,
+) -> Result<bool, Error> {
     let mut cursor = b"0".to_vec();
     let mut empty = true;
     loop {
@@ -50,29 +55,56 @@ type Page = BTreeMap<u32, Vec<Vec<u8>>>;
 
 fn page(reply: Value) -> Result<(Vec<u8>, Page), Error> {
     let unreadable = || Error::bug("Redis' answer to HSCAN cannot be read");
-    let Value::Array(parts) = reply else { return Err(unreadable()) };
+    let Value::Array(parts) = reply else {
+        return Err(unreadable());
+    };
     let mut parts = parts.into_iter();
-    let (Some(Value::BulkString(next)), Some(Value::Array(items))) = (parts.next(), parts.next()) else { return Err(unreadable()) };
+    let (Some(Value::BulkString(next)), Some(Value::Array(items))) = (parts.next(), parts.next()) else {
+        return Err(unreadable());
+    };
     let mut page: BTreeMap<u32, Vec<Vec<u8>>> = BTreeMap::new();
     let mut items = items.into_iter();
     while let (Some(Value::BulkString(key)), Some(Value::BulkString(oid))) = (items.next(), items.next()) {
-        let oid = std::str::from_utf8(&oid).ok().and_then(|text| text.parse().ok()).unwrap_or(0);
+        let oid = std::str::from_utf8(&oid)
+            .ok()
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(0);
         page.entry(oid).or_default().push(key);
     }
     Ok((next, page))
 }
 
-fn reread(context: &Context, sql: &mut Sql, window: &Arc<Window>, relation: u32, keys: Vec<Vec<u8>>) -> Result<(), Error> {
+fn reread(
+    context: &Context,
+    sql: &mut Sql,
+    window: &Arc<Window>,
+    relation: u32,
+    keys: Vec<Vec<u8>>,
+) -> Result<(), Error> {
     let orphans = |sql: &mut Sql, keys: Vec<Vec<u8>>, task: Option<&Task>| {
-        context.submit_for(sql, window, relation, task.map_or(0, |task| task.generation), Snapshot::default(), Content::Orphans(keys), None)
+        context.submit_for(
+            sql,
+            window,
+            relation,
+            task.map_or(0, |task| task.generation),
+            Snapshot::default(),
+            Content::Orphans(keys),
+            None,
+        )
     };
-    let Some(task) = context.backfill.task(relation) else { return orphans(sql, keys, None) };
+    let Some(task) = context.backfill.task(relation) else {
+        return orphans(sql, keys, None);
+    };
     let Some(lookup) = Lookup::new(sql, &task.mapping)? else {
         std::thread::sleep(Duration::from_millis(100));
         return Ok(());
     };
     // A key that is no longer one of this table's is somebody else's business: the sweep of the table removes it.
-    let own = Purge::new(relation, &task.mapping.template, &context.backfill.other_templates(relation));
+    let own = Purge::new(
+        relation,
+        &task.mapping.template,
+        &context.backfill.other_templates(relation),
+    );
     let mut parsed: Vec<ParsedKey> = Vec::new();
     let mut foreign = Vec::new();
     for key in keys {
@@ -90,9 +122,26 @@ fn reread(context: &Context, sql: &mut Sql, window: &Arc<Window>, relation: u32,
         let keys = std::mem::replace(&mut parsed, rest);
         window.wait(1, || context.stopped());
         for found in lookup.rows(context, sql, &task.mapping, keys)? {
-            let bytes: usize = found.keys.iter().filter_map(|(_, row)| row.as_ref()).map(Vec::len).sum();
-            count = if bytes > ROWS_BYTES { (count / 2).max(1) } else { (count * 2).min(ROWS_MAX) };
-            context.submit(sql, window, relation, &task, found.snapshot, Content::Keys(found.keys), None)?;
+            let bytes: usize = found
+                .keys
+                .iter()
+                .filter_map(|(_, row)| row.as_ref())
+                .map(Vec::len)
+                .sum();
+            count = if bytes > ROWS_BYTES {
+                (count / 2).max(1)
+            } else {
+                (count * 2).min(ROWS_MAX)
+            };
+            context.submit(
+                sql,
+                window,
+                relation,
+                &task,
+                found.snapshot,
+                Content::Keys(found.keys),
+                None,
+            )?;
         }
     }
     Ok(())

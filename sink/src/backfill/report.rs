@@ -31,9 +31,23 @@ impl Report {
             bar.set_prefix(table.to_owned());
             bar
         });
-        tracing::info!(table, blocks = total_blocks, resumed = rows_before > 0, "backfill begins");
+        tracing::info!(
+            table,
+            blocks = total_blocks,
+            resumed = rows_before > 0,
+            "backfill begins"
+        );
         let now = Instant::now();
-        Self { table: table.to_owned(), bar, total_blocks, blocks: 0, rows: 0, rows_before, started: now, logged: now }
+        Self {
+            table: table.to_owned(),
+            bar,
+            total_blocks,
+            blocks: 0,
+            rows: 0,
+            rows_before,
+            started: now,
+            logged: now,
+        }
     }
 
     /// So many more blocks and rows were read.
@@ -48,7 +62,13 @@ impl Report {
             None if self.logged.elapsed() >= LOG_EVERY => {
                 self.logged = Instant::now();
                 let percent = self.blocks.min(self.total_blocks) * 100 / self.total_blocks.max(1);
-                tracing::info!(table = self.table, percent, rows = self.rows, rows_per_s = self.rows_per_s(), "backfill goes on");
+                tracing::info!(
+                    table = self.table,
+                    percent,
+                    rows = self.rows,
+                    rows_per_s = self.rows_per_s(),
+                    "backfill goes on"
+                );
             }
             None => {}
         }
@@ -61,7 +81,13 @@ impl Report {
         }
         let seconds = self.started.elapsed().as_secs_f64();
         let rows = self.rows + self.rows_before;
-        tracing::info!(table = self.table, rows, rows_per_s = self.rows_per_s(), seconds, "backfill has read the table");
+        tracing::info!(
+            table = self.table,
+            rows,
+            rows_per_s = self.rows_per_s(),
+            seconds,
+            "backfill has read the table"
+        );
     }
 
     fn rows_per_s(&self) -> u64 {

@@ -40,49 +40,86 @@ impl Sql {
         let mut connection = Connection::connect(conninfo, &extra)
             .map_err(|error| Error::postgres("cannot connect to Postgres for the backfill", error))?;
         connection.interrupt_with(interrupt);
-        connection.simple(SETTINGS).map_err(|error| explain("cannot prepare the session of the backfill", error))?;
+        connection
+            .simple(SETTINGS)
+            .map_err(|error| explain("cannot prepare the session of the backfill", error))?;
         Ok(Self { connection })
     }
 
     /// Begins a transaction whose one snapshot every statement of it reads in, and says which one that is.
     pub(super) fn begin(&mut self) -> Result<Snapshot, Error> {
         let sql = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT pg_current_snapshot()";
-        let results = self.connection.simple(sql).map_err(|error| explain("cannot take a snapshot", error))?;
-        let text = results.last().and_then(|result| result.text(0, 0)).unwrap_or_default();
-        text.parse().map_err(|error: crate::gate::ParseSnapshotError| Error::bug(error.to_string()))
+        let results = self
+            .connection
+            .simple(sql)
+            .map_err(|error| explain("cannot take a snapshot", error))?;
+        let text = results
+            .last()
+            .and_then(|result| result.text(0, 0))
+            .unwrap_or_default();
+        text.parse()
+            .map_err(|error: crate::gate::ParseSnapshotError| Error::bug(error.to_string()))
     }
 
     pub(super) fn end(&mut self) -> Result<(), Error> {
-        self.connection.simple("ROLLBACK").map(drop).map_err(|error| explain("cannot end a snapshot", error))
+        self.connection
+            .simple("ROLLBACK")
+            .map(drop)
+            .map_err(|error| explain("cannot end a snapshot", error))
     }
 
     /// Writes a marker into the WAL. The transaction id that it takes makes the commit flush the WAL, so that the marker
     /// is on its way when this returns.
     pub(super) fn marker(&mut self, content: &str) -> Result<(), Error> {
         let sql = "SELECT pg_logical_emit_message(false, 'walmirror.marker', $1), pg_current_xact_id()";
-        self.query("cannot write a marker into the WAL", sql, &[Some(content.as_bytes())]).map(drop)
+        self.query(
+            "cannot write a marker into the WAL",
+            sql,
+            &[Some(content.as_bytes())],
+        )
+        .map(drop)
     }
 
-    pub(super) fn query(&mut self, what: &str, sql: &str, params: &[Option<&[u8]>]) -> Result<QueryResult, Error> {
-        self.connection.query(sql, params).map_err(|error| explain(what, error))
+    pub(super) fn query(
+        &mut self,
+        what: &str,
+        sql: &str,
+        params: &[Option<&[u8]>],
+    ) -> Result<QueryResult, Error> {
+        self.connection
+            .query(sql, params)
+            .map_err(|error| explain(what, error))
     }
 
     /// Waits until every transaction that runs now is over. What such a transaction did before the table was labelled
     /// is not in the stream, so a snapshot that does not see it would bring rows that nothing corrects; and what the
     /// gate has forgotten at the start of a session is older than this as well.
     pub(super) fn outlast_running(&mut self, table: &str, stopped: impl Fn() -> bool) -> Result<(), Error> {
-        let id = |result: &QueryResult| result.text(0, 0).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
+        let id = |result: &QueryResult| {
+            result
+                .text(0, 0)
+                .and_then(|text| text.parse::<u64>().ok())
+                .unwrap_or(0)
+        };
         let newest = id(&self.query("cannot take a transaction id", "SELECT pg_current_xact_id()", &[])?);
         let (started, mut told) = (Instant::now(), false);
         loop {
-            let oldest = id(&self.query("cannot take a snapshot", "SELECT pg_snapshot_xmin(pg_current_snapshot())", &[])?);
+            let oldest = id(&self.query(
+                "cannot take a snapshot",
+                "SELECT pg_snapshot_xmin(pg_current_snapshot())",
+                &[],
+            )?);
             if oldest > newest || stopped() {
                 return Ok(());
             }
             if !told && started.elapsed() > Duration::from_secs(1) {
                 told = true;
                 let who = self.whoever_runs(oldest)?;
-                tracing::info!(table, xid = oldest, "the backfill waits for a transaction that is older than it: {who}");
+                tracing::info!(
+                    table,
+                    xid = oldest,
+                    "the backfill waits for a transaction that is older than it: {who}"
+                );
             }
             std::thread::sleep(Duration::from_millis(if told { 200 } else { 10 }));
         }
@@ -94,7 +131,11 @@ impl Sql {
                    FROM pg_stat_activity WHERE backend_xid = ($1::bigint & 4294967295)::text::xid \
                    UNION ALL SELECT format('prepared transaction %s, since %s', gid, prepared) FROM pg_prepared_xacts \
                    WHERE transaction = ($1::bigint & 4294967295)::text::xid LIMIT 1";
-        let result = self.query("cannot look for a transaction", sql, &[Some(xid.to_string().as_bytes())])?;
+        let result = self.query(
+            "cannot look for a transaction",
+            sql,
+            &[Some(xid.to_string().as_bytes())],
+        )?;
         Ok(result.text(0, 0).unwrap_or("it has just ended").to_owned())
     }
 }

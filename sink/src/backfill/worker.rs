@@ -86,7 +86,10 @@ fn tables(context: &Context) -> Result<(), Error> {
         };
         let sql = match &mut connections {
             Some(sql) => sql,
-            none => none.insert(Sql::connect(context.postgres.expose(), context.interrupt.clone())?),
+            none => none.insert(Sql::connect(
+                context.postgres.expose(),
+                context.interrupt.clone(),
+            )?),
         };
         window.reset(|| context.stopped());
         sql.outlast_running(&task.mapping.table, || context.stopped())?;
@@ -148,12 +151,24 @@ fn reconcile(context: &Context, sql: &mut Sql, window: &Arc<Window>) -> Result<(
     sql.outlast_running("(the list of mirrored tables)", || context.stopped())?;
     let mut relations = Vec::new();
     let statement = "SELECT relation FROM walmirror.relations()";
-    let result = sql.connection.query_binary(statement, &[]).map_err(|error| super::sql::explain("cannot list the mirrored tables", error))?;
+    let result = sql
+        .connection
+        .query_binary(statement, &[])
+        .map_err(|error| super::sql::explain("cannot list the mirrored tables", error))?;
     for bytes in result.rows().filter_map(|row| row.get(0)) {
-        let relation = pb::Relation::decode(bytes).map_err(|error| Error::bug(format!("walmirror.relations() cannot be read: {error}")))?;
+        let relation = pb::Relation::decode(bytes)
+            .map_err(|error| Error::bug(format!("walmirror.relations() cannot be read: {error}")))?;
         relations.push(relation);
     }
-    context.submit_for(sql, window, 0, 0, Snapshot::default(), Content::Catalog(relations), None)
+    context.submit_for(
+        sql,
+        window,
+        0,
+        0,
+        Snapshot::default(),
+        Content::Catalog(relations),
+        None,
+    )
 }
 
 impl Context {
@@ -193,7 +208,15 @@ impl Context {
     ) -> Result<(), Error> {
         let id = self.backfill.marker();
         window.sent();
-        let chunk = Chunk { id, relation, generation, snapshot, content, cursor, window: Arc::clone(window) };
+        let chunk = Chunk {
+            id,
+            relation,
+            generation,
+            snapshot,
+            content,
+            cursor,
+            window: Arc::clone(window),
+        };
         // The planner is gone only when the session ends.
         let _ = self.chunks.send(Input::Chunk(chunk));
         sql.marker(&format!("{}{id}", self.marker_prefix))
@@ -214,7 +237,10 @@ impl Context {
             if !told && started.elapsed() > Duration::from_secs(1) {
                 told = true;
                 let who = sql.whoever_runs(snapshot.oldest_in_progress().unwrap_or(snapshot.xmax))?;
-                tracing::info!(table, "the backfill waits until the transactions that the gate has forgotten are over: {who}");
+                tracing::info!(
+                    table,
+                    "the backfill waits until the transactions that the gate has forgotten are over: {who}"
+                );
             }
             std::thread::sleep(Duration::from_millis(if told { 200 } else { 10 }));
         }

@@ -43,7 +43,11 @@ impl Gate {
     /// must have an id below `horizon`: the planner takes a freshly assigned xid, which is above all of them, while a
     /// snapshot's xmax may be below one that is committed in the WAL and still in progress for snapshots.
     pub fn new(memory_bytes: usize, horizon: u64, seed: u64) -> Self {
-        Self { changers: ChangerTable::new(memory_bytes, horizon), truncations: HashMap::new(), seed }
+        Self {
+            changers: ChangerTable::new(memory_bytes, horizon),
+            truncations: HashMap::new(),
+            seed,
+        }
     }
 
     /// The hash that `record` and `admit` know a key by.
@@ -71,7 +75,11 @@ impl Gate {
 
     /// Whether a row of `relation` with this key, read in `snapshot`, may be written at this point of the stream.
     pub fn admit(&self, relation: u32, key_hash: u64, snapshot: &Snapshot) -> Verdict {
-        if self.truncations.get(&relation).is_some_and(|&xid| !snapshot.sees(xid)) {
+        if self
+            .truncations
+            .get(&relation)
+            .is_some_and(|&xid| !snapshot.sees(xid))
+        {
             return Verdict::Changed;
         }
         match self.changers.get(key_hash) {

@@ -50,7 +50,10 @@ struct LsnRule {
 
 impl Rule for LsnRule {
     fn start(_next_xid: u64) -> Self {
-        Self { last: BTreeMap::new(), truncated: 0 }
+        Self {
+            last: BTreeMap::new(),
+            truncated: 0,
+        }
     }
 
     fn changed(&mut self, key: u64, _xid: u64, commit_lsn: u64) {
@@ -63,7 +66,11 @@ impl Rule for LsnRule {
 
     fn admit(&self, key: u64, read: &Read) -> Verdict {
         let changed = self.last.get(&key).copied().unwrap_or(0).max(self.truncated);
-        if changed <= read.lsn { Verdict::Admit } else { Verdict::Changed }
+        if changed <= read.lsn {
+            Verdict::Admit
+        } else {
+            Verdict::Changed
+        }
     }
 }
 
@@ -91,7 +98,11 @@ struct Read {
 
 #[derive(Debug)]
 enum Wal {
-    Commit { xid: u64, changes: Vec<Change>, truncate: Option<u64> },
+    Commit {
+        xid: u64,
+        changes: Vec<Change>,
+        truncate: Option<u64>,
+    },
     Marker(usize),
 }
 
@@ -119,7 +130,9 @@ struct Postgres {
 
 impl Postgres {
     fn locked(&self, key: u64) -> bool {
-        self.open.iter().any(|t| t.truncate || t.changes.iter().any(|c| c.key == key))
+        self.open
+            .iter()
+            .any(|t| t.truncate || t.changes.iter().any(|c| c.key == key))
     }
 
     fn write(&mut self, index: usize, key: u64, present: bool) {
@@ -128,20 +141,30 @@ impl Postgres {
             return;
         }
         self.next_write += 1;
-        let version = Version { write: self.next_write, present };
+        let version = Version {
+            write: self.next_write,
+            present,
+        };
         self.open[index].changes.push(Change { key, version });
     }
 
     fn truncate(&mut self, index: usize) {
         // TRUNCATE takes the table for itself: nobody else may have written and not ended.
-        let alone = self.open.iter().enumerate().all(|(i, t)| i == index || (t.changes.is_empty() && !t.truncate));
+        let alone = self
+            .open
+            .iter()
+            .enumerate()
+            .all(|(i, t)| i == index || (t.changes.is_empty() && !t.truncate));
         if self.open[index].logged || !alone {
             return;
         }
         self.open[index].truncate = true;
         for key in 0..KEYS {
             self.next_write += 1;
-            let version = Version { write: self.next_write, present: false };
+            let version = Version {
+                write: self.next_write,
+                present: false,
+            };
             self.open[index].changes.push(Change { key, version });
         }
     }
@@ -154,7 +177,11 @@ impl Postgres {
         }
         transaction.logged = true;
         let truncate = transaction.truncate.then_some(transaction.xid);
-        self.wal.push(Wal::Commit { xid: transaction.xid, changes: transaction.changes.clone(), truncate });
+        self.wal.push(Wal::Commit {
+            xid: transaction.xid,
+            changes: transaction.changes.clone(),
+            truncate,
+        });
     }
 
     /// Snapshots see it from now on, and its locks are gone.
@@ -165,23 +192,38 @@ impl Postgres {
         let transaction = self.open.remove(index);
         self.latest_completed = self.latest_completed.max(transaction.xid);
         for change in transaction.changes {
-            self.history.entry(change.key).or_default().push((transaction.xid, change.version));
+            self.history
+                .entry(change.key)
+                .or_default()
+                .push((transaction.xid, change.version));
         }
     }
 
     fn read(&mut self) {
         let xmax = self.latest_completed + 1;
-        let xip: Vec<u64> = self.open.iter().map(|t| t.xid).filter(|&xid| xid < xmax).collect();
+        let xip: Vec<u64> = self
+            .open
+            .iter()
+            .map(|t| t.xid)
+            .filter(|&xid| xid < xmax)
+            .collect();
         let xmin = xip.iter().copied().min().unwrap_or(xmax);
         let snapshot = Snapshot::new(xmin, xmax, xip);
         let rows = (0..KEYS)
             .map(|key| {
-                let seen = self.history.get(&key).and_then(|h| h.iter().rev().find(|(xid, _)| snapshot.sees(*xid)));
+                let seen = self
+                    .history
+                    .get(&key)
+                    .and_then(|h| h.iter().rev().find(|(xid, _)| snapshot.sees(*xid)));
                 (key, seen.map(|(_, version)| *version).unwrap_or_default())
             })
             .collect();
         self.unmarked.push(self.reads.len());
-        self.reads.push(Read { snapshot, lsn: self.wal.len() as u64, rows });
+        self.reads.push(Read {
+            snapshot,
+            lsn: self.wal.len() as u64,
+            rows,
+        });
     }
 }
 
@@ -196,10 +238,16 @@ struct Sink<R> {
 
 impl<R: Rule> Sink<R> {
     fn step(&mut self, postgres: &Postgres) -> Result<(), String> {
-        let Some(record) = postgres.wal.get(self.position) else { return Ok(()) };
+        let Some(record) = postgres.wal.get(self.position) else {
+            return Ok(());
+        };
         self.position += 1;
         match record {
-            Wal::Commit { xid, changes, truncate } => {
+            Wal::Commit {
+                xid,
+                changes,
+                truncate,
+            } => {
                 if let Some(truncater) = truncate {
                     self.rule.truncated(*truncater, self.position as u64);
                 }
@@ -235,7 +283,10 @@ impl<R: Rule> Sink<R> {
         for (key, version) in expected {
             let held = self.cache.get(&key).copied().unwrap_or_default();
             if held.write < version.write {
-                return Err(format!("key {key} holds {held:?} at position {}, which says {version:?}", self.position));
+                return Err(format!(
+                    "key {key} holds {held:?} at position {}, which says {version:?}",
+                    self.position
+                ));
             }
         }
         Ok(())
@@ -258,15 +309,30 @@ impl Dice {
 /// Runs one schedule; returns how many rows were admitted.
 fn schedule<R: Rule>(seed: u64) -> Result<usize, String> {
     let mut dice = Dice(seed);
-    let mut postgres = Postgres { next_xid: 100, latest_completed: 99, ..Postgres::default() };
-    let mut sink = Sink { rule: R::start(100), position: 0, cache: BTreeMap::new(), first_read: 0, admitted: 0 };
+    let mut postgres = Postgres {
+        next_xid: 100,
+        latest_completed: 99,
+        ..Postgres::default()
+    };
+    let mut sink = Sink {
+        rule: R::start(100),
+        position: 0,
+        cache: BTreeMap::new(),
+        first_read: 0,
+        admitted: 0,
+    };
     for _ in 0..200 {
         let transaction = (!postgres.open.is_empty()).then(|| dice.roll(postgres.open.len() as u64) as usize);
         match (dice.roll(20), transaction) {
             (0..=2, _) if postgres.open.len() < 4 => {
                 let xid = postgres.next_xid;
                 postgres.next_xid += 1;
-                postgres.open.push(Transaction { xid, changes: Vec::new(), truncate: false, logged: false });
+                postgres.open.push(Transaction {
+                    xid,
+                    changes: Vec::new(),
+                    truncate: false,
+                    logged: false,
+                });
             }
             (3..=7, Some(index)) => postgres.write(index, dice.roll(KEYS), dice.roll(5) > 0),
             (8, Some(index)) if dice.roll(3) == 0 => postgres.truncate(index),
@@ -299,7 +365,10 @@ fn schedule<R: Rule>(seed: u64) -> Result<usize, String> {
 
 #[test]
 fn no_schedule_makes_a_key_older_than_the_stream() {
-    if let Some(seed) = std::env::var("WALMIRROR_GATE_SEED").ok().and_then(|seed| seed.parse().ok()) {
+    if let Some(seed) = std::env::var("WALMIRROR_GATE_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+    {
         println!("seed {seed}: {:?}", schedule::<Gate>(seed));
     }
     let mut admitted = 0;
@@ -315,6 +384,8 @@ fn no_schedule_makes_a_key_older_than_the_stream() {
 
 #[test]
 fn the_model_finds_the_fault_of_comparing_lsns() {
-    let caught = (0..5_000).filter(|&seed| schedule::<LsnRule>(seed).is_err()).count();
+    let caught = (0..5_000)
+        .filter(|&seed| schedule::<LsnRule>(seed).is_err())
+        .count();
     assert!(caught > 10, "{caught} schedules caught it");
 }

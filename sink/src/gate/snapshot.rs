@@ -56,7 +56,11 @@ impl FromStr for Snapshot {
             if parts.next().is_some() {
                 return None;
             }
-            let xip: Option<Vec<u64>> = list.split(',').filter(|id| !id.is_empty()).map(|id| id.parse().ok()).collect();
+            let xip: Option<Vec<u64>> = list
+                .split(',')
+                .filter(|id| !id.is_empty())
+                .map(|id| id.parse().ok())
+                .collect();
             Some(Self::new(xmin, xmax, xip?))
         };
         parse().ok_or_else(|| ParseSnapshotError(text.to_owned()))
@@ -76,7 +80,10 @@ mod tests {
 
     #[test]
     fn reads_what_postgres_prints() {
-        assert_eq!("10:20:10,14,15".parse(), Ok(Snapshot::new(10, 20, vec![15, 10, 14])));
+        assert_eq!(
+            "10:20:10,14,15".parse(),
+            Ok(Snapshot::new(10, 20, vec![15, 10, 14]))
+        );
         assert_eq!("738:738:".parse(), Ok(Snapshot::new(738, 738, vec![])));
         for text in ["", "1", "1:2", "1:2:x", "1:2:3:4", "a:b:"] {
             assert!(text.parse::<Snapshot>().is_err(), "{text}");

@@ -25,8 +25,16 @@ pub(super) struct ChangerTable {
 impl ChangerTable {
     pub(super) fn new(memory_bytes: usize, horizon: u64) -> Self {
         let wanted = (memory_bytes / size_of::<Bucket>()).max(1);
-        let count = if wanted.is_power_of_two() { wanted } else { wanted.next_power_of_two() / 2 };
-        Self { buckets: vec![Bucket::default(); count], mask: count - 1, horizon }
+        let count = if wanted.is_power_of_two() {
+            wanted
+        } else {
+            wanted.next_power_of_two() / 2
+        };
+        Self {
+            buckets: vec![Bucket::default(); count],
+            mask: count - 1,
+            horizon,
+        }
     }
 
     pub(super) fn horizon(&self) -> u64 {
@@ -36,12 +44,18 @@ impl ChangerTable {
     #[inline]
     pub(super) fn get(&self, hash: u64) -> Option<u64> {
         let bucket = self.buckets.get(hash as usize & self.mask)?;
-        bucket.0.iter().find(|entry| entry.hash == hash && entry.xid != 0).map(|entry| entry.xid)
+        bucket
+            .0
+            .iter()
+            .find(|entry| entry.hash == hash && entry.xid != 0)
+            .map(|entry| entry.xid)
     }
 
     #[inline]
     pub(super) fn set(&mut self, hash: u64, xid: u64) {
-        let Some(bucket) = self.buckets.get_mut(hash as usize & self.mask) else { return };
+        let Some(bucket) = self.buckets.get_mut(hash as usize & self.mask) else {
+            return;
+        };
         let Bucket([first, rest @ ..]) = bucket;
         // The last changer replaces whatever stood there, even with a smaller id: ids are given out at the first write,
         // and the order of the stream is the order of the commits.
@@ -94,8 +108,14 @@ mod tests {
 
     #[test]
     fn memory_is_what_was_asked_for() {
-        assert_eq!(ChangerTable::new(1 << 20, 0).buckets.len() * size_of::<Bucket>(), 1 << 20);
-        assert_eq!(ChangerTable::new((1 << 20) + 5, 0).buckets.len() * size_of::<Bucket>(), 1 << 20);
+        assert_eq!(
+            ChangerTable::new(1 << 20, 0).buckets.len() * size_of::<Bucket>(),
+            1 << 20
+        );
+        assert_eq!(
+            ChangerTable::new((1 << 20) + 5, 0).buckets.len() * size_of::<Bucket>(),
+            1 << 20
+        );
         assert_eq!(ChangerTable::new(0, 0).buckets.len(), 1);
     }
 
@@ -106,7 +126,10 @@ mod tests {
         let started = std::time::Instant::now();
         let changes = 1_000_000u64;
         for change in 0..changes {
-            table.set((change % 50_000).wrapping_mul(0x9E37_79B9_7F4A_7C15), 1_000 + change / 7);
+            table.set(
+                (change % 50_000).wrapping_mul(0x9E37_79B9_7F4A_7C15),
+                1_000 + change / 7,
+            );
         }
         println!("{:?} a change", started.elapsed() / changes as u32);
     }

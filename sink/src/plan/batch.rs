@@ -90,15 +90,29 @@ impl Batch {
         }
         let start = position(self.commands.len());
         let first_command = position(self.commands.count());
-        self.ops.push(Op { relation, kind, dead: false, key_start: start, key_len: 0, start, first_command, previous });
+        self.ops.push(Op {
+            relation,
+            kind,
+            dead: false,
+            key_start: start,
+            key_len: 0,
+            start,
+            first_command,
+            previous,
+        });
         OpWriter { batch: self }
     }
 
     /// Marks what came before on the same key, back to an operation that touches other keys.
     fn kill(&mut self, mut number: u32, key: &[u8]) {
         while let Some(index) = (number as usize).checked_sub(1) {
-            let same_key = self.ops.get(index).is_some_and(|op| op.kind != OpKind::Other && self.key_of(op) == key);
-            let Some(op) = self.ops.get_mut(index).filter(|_| same_key) else { return };
+            let same_key = self
+                .ops
+                .get(index)
+                .is_some_and(|op| op.kind != OpKind::Other && self.key_of(op) == key);
+            let Some(op) = self.ops.get_mut(index).filter(|_| same_key) else {
+                return;
+            };
             if !op.dead {
                 op.dead = true;
                 self.dead += 1;
@@ -117,7 +131,16 @@ impl Batch {
     pub fn bookkeeping(&mut self) -> &mut Commands {
         let start = position(self.commands.len());
         let first_command = position(self.commands.count());
-        let op = Op { relation: 0, kind: OpKind::Other, dead: false, key_start: start, key_len: 0, start, first_command, previous: 0 };
+        let op = Op {
+            relation: 0,
+            kind: OpKind::Other,
+            dead: false,
+            key_start: start,
+            key_len: 0,
+            start,
+            first_command,
+            previous: 0,
+        };
         self.ops.push(op);
         &mut self.commands
     }
@@ -125,12 +148,17 @@ impl Batch {
     /// The key of an operation.
     pub fn key_of(&self, op: &Op) -> &[u8] {
         let start = op.key_start as usize;
-        self.commands.as_bytes().get(start..start + op.key_len as usize).unwrap_or_default()
+        self.commands
+            .as_bytes()
+            .get(start..start + op.key_len as usize)
+            .unwrap_or_default()
     }
 
     /// The operation that the command with this number (from 0) belongs to. Valid after [`Self::seal`].
     pub fn op_of_command(&self, command: usize) -> Option<&Op> {
-        let after = self.ops.partition_point(|op| op.first_command as usize <= command);
+        let after = self
+            .ops
+            .partition_point(|op| op.first_command as usize <= command);
         self.ops.get(after.checked_sub(1)?)
     }
 
@@ -165,7 +193,12 @@ impl Batch {
             }
             let (bytes, count) = self.span(index);
             let start = position(commands.len());
-            kept.push(Op { start, key_start: op.key_start - op.start + start, first_command: position(commands.count()), ..*op });
+            kept.push(Op {
+                start,
+                key_start: op.key_start - op.start + start,
+                first_command: position(commands.count()),
+                ..*op
+            });
             commands.append(self.commands.as_bytes().get(bytes).unwrap_or_default(), count);
         }
         self.commands = commands;
@@ -175,7 +208,9 @@ impl Batch {
 
     /// The bytes and the number of commands of an operation.
     fn span(&self, index: usize) -> (Range<usize>, usize) {
-        let Some(op) = self.ops.get(index) else { return (0..0, 0) };
+        let Some(op) = self.ops.get(index) else {
+            return (0..0, 0);
+        };
         let (end, last) = match self.ops.get(index + 1) {
             Some(next) => (next.start as usize, next.first_command as usize),
             None => (self.commands.len(), self.commands.count()),
@@ -236,7 +271,13 @@ mod tests {
     }
 
     fn shown(batch: &Batch) -> Vec<String> {
-        let line = |command: &Vec<Vec<u8>>| command.iter().map(|arg| String::from_utf8_lossy(arg).into_owned()).collect::<Vec<_>>().join(" ");
+        let line = |command: &Vec<Vec<u8>>| {
+            command
+                .iter()
+                .map(|arg| String::from_utf8_lossy(arg).into_owned())
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
         parse(batch.commands().as_bytes()).iter().map(line).collect()
     }
 

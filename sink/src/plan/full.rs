@@ -9,7 +9,14 @@ use crate::resp::Commands;
 
 impl Planner {
     /// Writes the row whose key was rendered last.
-    pub(super) fn write(&mut self, batch: &mut Batch, mapping: &Mapping, trust: Trust, row: &[Datum<'_>], hash: u64) {
+    pub(super) fn write(
+        &mut self,
+        batch: &mut Batch,
+        mapping: &Mapping,
+        trust: Trust,
+        row: &[Datum<'_>],
+        hash: u64,
+    ) {
         match mapping.value {
             ValueKind::Hash => self.write_hash(batch, mapping, trust, row, hash),
             ValueKind::String | ValueKind::Json => self.write_string(batch, mapping, row, hash, false),
@@ -17,7 +24,13 @@ impl Planner {
     }
 
     /// Brings a cached key up to date, if it is there.
-    pub(super) fn refresh_cached(&mut self, batch: &mut Batch, mapping: &Mapping, row: &[Datum<'_>], hash: u64) {
+    pub(super) fn refresh_cached(
+        &mut self,
+        batch: &mut Batch,
+        mapping: &Mapping,
+        row: &[Datum<'_>],
+        hash: u64,
+    ) {
         match mapping.value {
             // A patch of all columns is a write that needs the key to be there.
             ValueKind::Hash => self.patch_hash(batch, mapping, PatchMode::Cache, row, hash, None),
@@ -25,9 +38,20 @@ impl Planner {
         }
     }
 
-    fn write_hash(&mut self, batch: &mut Batch, mapping: &Mapping, trust: Trust, row: &[Datum<'_>], hash: u64) {
+    fn write_hash(
+        &mut self,
+        batch: &mut Batch,
+        mapping: &Mapping,
+        trust: Trust,
+        row: &[Datum<'_>],
+        hash: u64,
+    ) {
         let value = |column: usize| row.get(column).unwrap_or(&Datum::Null);
-        let nulls = mapping.fields.iter().filter(|field| *value(field.column) == Datum::Null).count();
+        let nulls = mapping
+            .fields
+            .iter()
+            .filter(|field| *value(field.column) == Datum::Null)
+            .count();
         if nulls == mapping.fields.len() {
             // Redis has no empty hash.
             return unlink(batch, mapping.oid, hash, &self.key);
@@ -36,7 +60,9 @@ impl Planner {
         if trust == Trust::Refreshing {
             op.commands().begin(2).arg(b"UNLINK").arg(&self.key);
         }
-        op.commands().begin(2 + 2 * (mapping.fields.len() - nulls)).arg(b"HSET");
+        op.commands()
+            .begin(2 + 2 * (mapping.fields.len() - nulls))
+            .arg(b"HSET");
         let commands = op.key(&self.key);
         for field in &mapping.fields {
             let datum = value(field.column);
@@ -47,7 +73,11 @@ impl Planner {
         }
         if nulls > 0 && trust == Trust::Settled {
             commands.begin(2 + nulls).arg(b"HDEL").arg(&self.key);
-            for field in mapping.fields.iter().filter(|field| *value(field.column) == Datum::Null) {
+            for field in mapping
+                .fields
+                .iter()
+                .filter(|field| *value(field.column) == Datum::Null)
+            {
                 commands.encoded(&field.name);
             }
         }
@@ -57,13 +87,24 @@ impl Planner {
     }
 
     /// SET, for strings and JSON; `existing`: only if the key is there.
-    fn write_string(&mut self, batch: &mut Batch, mapping: &Mapping, row: &[Datum<'_>], hash: u64, existing: bool) {
+    fn write_string(
+        &mut self,
+        batch: &mut Batch,
+        mapping: &Mapping,
+        row: &[Datum<'_>],
+        hash: u64,
+        existing: bool,
+    ) {
         self.text.clear();
         let mut present = true;
         if mapping.value == ValueKind::Json {
             present = mapping.json.write(row, &mut self.text);
         } else {
-            let datum = mapping.fields.first().and_then(|field| row.get(field.column)).unwrap_or(&Datum::Null);
+            let datum = mapping
+                .fields
+                .first()
+                .and_then(|field| row.get(field.column))
+                .unwrap_or(&Datum::Null);
             present &= *datum != Datum::Null;
             datum.write_text(&mut self.text);
         }
@@ -102,4 +143,3 @@ pub(super) fn text_arg(commands: &mut Commands, datum: &Datum<'_>, scratch: &mut
         }
     }
 }
-

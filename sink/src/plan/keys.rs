@@ -15,7 +15,11 @@ impl RedisKeys {
     /// The keys of this slot.
     pub fn new(slot: &str) -> Self {
         let key = |what: &str| format!("walmirror:{{{slot}}}:{what}").into_bytes();
-        Self { progress: key("progress"), relations: key("relations"), pending: key("pending") }
+        Self {
+            progress: key("progress"),
+            relations: key("relations"),
+            pending: key("pending"),
+        }
     }
 
     /// Whether this is a bookkeeping key of any sink: no purge may take it, whatever its template matches.

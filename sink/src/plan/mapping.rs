@@ -36,7 +36,9 @@ pub enum MappingError {
         what: &'static str,
     },
     /// A string mapping needs exactly one value column.
-    #[error("the value of {table} is a string, so it must have exactly one value column, but it has {columns}")]
+    #[error(
+        "the value of {table} is a string, so it must have exactly one value column, but it has {columns}"
+    )]
     NotOneColumn {
         /// `schema.name`
         table: String,
@@ -89,20 +91,49 @@ impl Mapping {
     /// Compiles a definition.
     pub fn new(relation: &Relation) -> Result<Self, MappingError> {
         let table = format!("{}.{}", relation.schema, relation.name);
-        let unknown = |what| MappingError::Unknown { table: table.clone(), what };
-        let template = KeyTemplate::parse(&relation.key)
-            .map_err(|error| MappingError::Template { table: table.clone(), reason: error.to_string() })?;
-        let place = |name: &String| {
-            let missing = || MappingError::KeyColumn { table: table.clone(), column: name.clone() };
-            relation.columns.iter().position(|column| column.name == *name).ok_or_else(missing)
+        let unknown = |what| MappingError::Unknown {
+            table: table.clone(),
+            what,
         };
-        let key_columns = template.placeholders().iter().map(place).collect::<Result<_, _>>()?;
-        let in_value = || relation.columns.iter().enumerate().filter(|(_, column)| column.in_value);
-        let fields: Vec<Field> =
-            in_value().map(|(column, definition)| Field { column, name: bulk(definition.name.as_bytes()) }).collect();
+        let template = KeyTemplate::parse(&relation.key).map_err(|error| MappingError::Template {
+            table: table.clone(),
+            reason: error.to_string(),
+        })?;
+        let place = |name: &String| {
+            let missing = || MappingError::KeyColumn {
+                table: table.clone(),
+                column: name.clone(),
+            };
+            relation
+                .columns
+                .iter()
+                .position(|column| column.name == *name)
+                .ok_or_else(missing)
+        };
+        let key_columns = template
+            .placeholders()
+            .iter()
+            .map(place)
+            .collect::<Result<_, _>>()?;
+        let in_value = || {
+            relation
+                .columns
+                .iter()
+                .enumerate()
+                .filter(|(_, column)| column.in_value)
+        };
+        let fields: Vec<Field> = in_value()
+            .map(|(column, definition)| Field {
+                column,
+                name: bulk(definition.name.as_bytes()),
+            })
+            .collect();
         let value = ValueKind::try_from(relation.value).map_err(|_| unknown("value kind"))?;
         if value == ValueKind::String && fields.len() != 1 {
-            return Err(MappingError::NotOneColumn { table, columns: fields.len() });
+            return Err(MappingError::NotOneColumn {
+                table,
+                columns: fields.len(),
+            });
         }
         Ok(Self {
             oid: relation.oid,
@@ -113,7 +144,11 @@ impl Mapping {
             ttl: (relation.ttl_ms > 0).then(|| relation.ttl_ms.to_string().into_bytes()),
             encodings: encodings(relation).map_err(|_| unknown("column encoding"))?,
             json: JsonShape::new(relation),
-            members: members(in_value().map(|(column, definition)| (column, definition.name.as_str())).collect()),
+            members: members(
+                in_value()
+                    .map(|(column, definition)| (column, definition.name.as_str()))
+                    .collect(),
+            ),
             table,
             template,
             key_columns,
@@ -134,14 +169,26 @@ impl Mapping {
     /// Replaces `out` by the row's key. False: a key column is NULL, so the row has no key.
     pub fn key(&self, row: &[Datum<'_>], out: &mut Vec<u8>) -> Result<bool, MappingError> {
         out.clear();
-        let column = |placeholder: usize| self.key_columns.get(placeholder).and_then(|&column| row.get(column));
+        let column = |placeholder: usize| {
+            self.key_columns
+                .get(placeholder)
+                .and_then(|&column| row.get(column))
+        };
         for placeholder in 0..self.key_columns.len() {
             match column(placeholder) {
                 None | Some(Datum::Null) => return Ok(false),
                 // The decoder fills key columns in from the old tuple, so this would be a row that it did not finish.
                 Some(Datum::Unchanged) => {
-                    let name = self.template.placeholders().get(placeholder).cloned().unwrap_or_default();
-                    return Err(MappingError::KeyColumn { table: self.table.clone(), column: name });
+                    let name = self
+                        .template
+                        .placeholders()
+                        .get(placeholder)
+                        .cloned()
+                        .unwrap_or_default();
+                    return Err(MappingError::KeyColumn {
+                        table: self.table.clone(),
+                        column: name,
+                    });
                 }
                 Some(_) => {}
             }
@@ -153,13 +200,20 @@ impl Mapping {
         };
         self.template
             .render(value, out)
-            .map_err(|error| MappingError::Template { table: self.table.clone(), reason: error.to_string() })?;
+            .map_err(|error| MappingError::Template {
+                table: self.table.clone(),
+                reason: error.to_string(),
+            })?;
         Ok(true)
     }
 
     /// The type that Redis' TYPE names for this value kind.
     pub fn redis_type(&self) -> &'static str {
-        if self.value == ValueKind::Hash { "hash" } else { "string" }
+        if self.value == ValueKind::Hash {
+            "hash"
+        } else {
+            "string"
+        }
     }
 }
 
@@ -169,7 +223,10 @@ fn members(mut names: Vec<(usize, &str)>) -> Vec<Field> {
     let member = |(column, name): (usize, &str)| {
         let mut quoted = Vec::new();
         walmirror_proto::value::write_json_string(&mut quoted, name.as_bytes());
-        Field { column, name: bulk(&quoted) }
+        Field {
+            column,
+            name: bulk(&quoted),
+        }
     };
     names.into_iter().map(member).collect()
 }

@@ -86,7 +86,13 @@ pub struct Planner {
 impl Planner {
     /// A planner for this slot's bookkeeping keys.
     pub fn new(keys: RedisKeys, scripts: Scripts) -> Self {
-        Self { keys, scripts, key: Vec::new(), old_key: Vec::new(), text: Vec::new() }
+        Self {
+            keys,
+            scripts,
+            key: Vec::new(),
+            old_key: Vec::new(),
+            text: Vec::new(),
+        }
     }
 
     /// The slot's bookkeeping keys.
@@ -104,7 +110,10 @@ impl Planner {
         trust: Trust,
         change: &Change<'_>,
     ) -> Result<Planned, PlanError> {
-        let broken = |source| PlanError::Row { table: mapping.table.clone(), source };
+        let broken = |source| PlanError::Row {
+            table: mapping.table.clone(),
+            source,
+        };
         let row = mapping.datums(&change.tuple).map_err(broken)?;
         let has_old_key = match &change.old_key {
             Some(tuple) => mapping.key(&mapping.datums(tuple).map_err(broken)?, &mut self.old_key)?,
@@ -147,7 +156,12 @@ impl Planner {
     }
 
     /// Renders the key of a row that SQL read, and its hash for the gate. None: a key column is NULL.
-    pub fn read_key(&mut self, gate: &Gate, mapping: &Mapping, row: &[Datum<'_>]) -> Result<Option<u64>, PlanError> {
+    pub fn read_key(
+        &mut self,
+        gate: &Gate,
+        mapping: &Mapping,
+        row: &[Datum<'_>],
+    ) -> Result<Option<u64>, PlanError> {
         Ok(mapping.key(row, &mut self.key)?.then(|| gate.hash(&self.key)))
     }
 
@@ -161,7 +175,12 @@ impl Planner {
     pub fn pend(&mut self, batch: &mut Batch, mapping: &Mapping) {
         let mut oid = itoa::Buffer::new();
         let commands = batch.bookkeeping();
-        commands.command(&[b"HSET", &self.keys.pending, &self.key, oid.format(mapping.oid).as_bytes()]);
+        commands.command(&[
+            b"HSET",
+            &self.keys.pending,
+            &self.key,
+            oid.format(mapping.oid).as_bytes(),
+        ]);
     }
 
     /// The key rendered last.
@@ -182,5 +201,8 @@ fn unlink(batch: &mut Batch, relation: u32, hash: u64, key: &[u8]) {
 }
 
 fn value_has_unchanged(mapping: &Mapping, row: &[Datum<'_>]) -> bool {
-    mapping.fields.iter().any(|field| row.get(field.column) == Some(&Datum::Unchanged))
+    mapping
+        .fields
+        .iter()
+        .any(|field| row.get(field.column) == Some(&Datum::Unchanged))
 }

@@ -2,7 +2,12 @@
 //! string and JSON, with unchanged TOAST, key changes, lost keys, truncates, several batches, and every batch sent twice
 //! now and then (INVARIANT I3). A failure prints its seed.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, clippy::expect_used)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::expect_used
+)]
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -110,12 +115,22 @@ fn rendering(value: ValueKind, row: &Row) -> Option<BTreeMap<String, String>> {
 }
 
 fn stored(connection: &mut Connection, value: ValueKind) -> BTreeMap<String, BTreeMap<String, String>> {
-    let text = |value: Value| if let Value::BulkString(bytes) = value { String::from_utf8(bytes).unwrap() } else { panic!("{value:?}") };
-    let Value::Array(keys) = connection.call("list", &[b"KEYS", b"t:*"]).unwrap() else { panic!("no list") };
+    let text = |value: Value| {
+        if let Value::BulkString(bytes) = value {
+            String::from_utf8(bytes).unwrap()
+        } else {
+            panic!("{value:?}")
+        }
+    };
+    let Value::Array(keys) = connection.call("list", &[b"KEYS", b"t:*"]).unwrap() else {
+        panic!("no list")
+    };
     let mut all = BTreeMap::new();
     for key in keys.into_iter().map(text) {
         let fields = if value == ValueKind::Hash {
-            let Value::Array(items) = connection.call("read", &[b"HGETALL", key.as_bytes()]).unwrap() else { panic!("no hash") };
+            let Value::Array(items) = connection.call("read", &[b"HGETALL", key.as_bytes()]).unwrap() else {
+                panic!("no hash")
+            };
             let mut items = items.into_iter().map(text);
             let mut fields = BTreeMap::new();
             while let (Some(field), Some(value)) = (items.next(), items.next()) {
@@ -123,7 +138,10 @@ fn stored(connection: &mut Connection, value: ValueKind) -> BTreeMap<String, BTr
             }
             fields
         } else {
-            BTreeMap::from([(String::new(), text(connection.call("read", &[b"GET", key.as_bytes()]).unwrap()))])
+            BTreeMap::from([(
+                String::new(),
+                text(connection.call("read", &[b"GET", key.as_bytes()]).unwrap()),
+            )])
         };
         all.insert(key, fields);
     }
@@ -134,14 +152,21 @@ struct Dice(u64);
 
 impl Dice {
     fn roll(&mut self, sides: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % sides
     }
 
     fn text(&mut self) -> String {
-        let pieces = ["a", "\"", "\\", "{", "}", "[", "]", ", ", ": ", "ü", "\n", "\u{1}", "null", "\\\""];
+        let pieces = [
+            "a", "\"", "\\", "{", "}", "[", "]", ", ", ": ", "ü", "\n", "\u{1}", "null", "\\\"",
+        ];
         let count = self.roll(6);
-        (0..count).map(|_| pieces[self.roll(pieces.len() as u64) as usize]).collect()
+        (0..count)
+            .map(|_| pieces[self.roll(pieces.len() as u64) as usize])
+            .collect()
     }
 
     fn maybe(&mut self) -> Option<String> {
@@ -149,7 +174,12 @@ impl Dice {
     }
 
     fn row(&mut self, id: String) -> Row {
-        Row { id, small: (self.roll(3) > 0).then(|| self.roll(1000) as i64 - 500), big: self.maybe(), note: self.maybe() }
+        Row {
+            id,
+            small: (self.roll(3) > 0).then(|| self.roll(1000) as i64 - 500),
+            big: self.maybe(),
+            note: self.maybe(),
+        }
     }
 }
 
@@ -175,7 +205,9 @@ impl Fixture {
             tuple: TupleRef::parse(tuple).unwrap(),
             old_key: old_key.map(|bytes| TupleRef::parse(bytes).unwrap()),
         };
-        self.planner.change(&mut self.batch, &mut self.gate, 9, &self.mapping, trust, &change).unwrap();
+        self.planner
+            .change(&mut self.batch, &mut self.gate, 9, &self.mapping, trust, &change)
+            .unwrap();
     }
 
     fn change(&mut self, dice: &mut Dice, table: &mut Table, trust: Trust) {
@@ -200,8 +232,21 @@ impl Fixture {
                 }
                 // A rename is the one command that is not the same twice; the progress in its EXEC keeps it from that.
                 let unchanged = old.big.is_some() && !self.replay && dice.roll(2) == 0;
-                let new = Row { id: moved.clone(), big: if unchanged { old.big.clone() } else { new.big.clone() }, ..new };
-                self.plan(trust, Kind::Update, &tuple(&new, unchanged, false), Some(&tuple(&old, false, true)));
+                let new = Row {
+                    id: moved.clone(),
+                    big: if unchanged {
+                        old.big.clone()
+                    } else {
+                        new.big.clone()
+                    },
+                    ..new
+                };
+                self.plan(
+                    trust,
+                    Kind::Update,
+                    &tuple(&new, unchanged, false),
+                    Some(&tuple(&old, false, true)),
+                );
                 let was_lost = table.lost.remove(&id);
                 if unchanged && was_lost {
                     table.lost.insert(moved.clone());
@@ -210,7 +255,10 @@ impl Fixture {
                 table.rows.insert(moved, new);
             }
             2..=4 if old.big.is_some() => {
-                let new = Row { big: old.big.clone(), ..new };
+                let new = Row {
+                    big: old.big.clone(),
+                    ..new
+                };
                 self.plan(trust, Kind::Update, &tuple(&new, true, false), None);
                 table.rows.insert(id, new);
             }
@@ -239,7 +287,11 @@ fn schedule(server: &Server, value: ValueKind, seed: u64) {
     let (mut dice, mut table) = (Dice(seed), Table::default());
     for round in 0..25u64 {
         let before = (dice.0, table.rows.clone(), table.lost.clone());
-        let trust = if dice.roll(4) == 0 { Trust::Refreshing } else { Trust::Settled };
+        let trust = if dice.roll(4) == 0 {
+            Trust::Refreshing
+        } else {
+            Trust::Settled
+        };
         let changes = dice.roll(12);
         fixture.replay = dice.roll(3) == 0;
         for twice in [false, true] {
@@ -258,26 +310,49 @@ fn schedule(server: &Server, value: ValueKind, seed: u64) {
                     let all: Vec<String> = table.rows.keys().cloned().collect();
                     for id in all {
                         let key = format!("t:{id}");
-                        fixture.planner.remove(&mut fixture.batch, OID, fixture.gate.hash(key.as_bytes()), key.as_bytes());
+                        fixture.planner.remove(
+                            &mut fixture.batch,
+                            OID,
+                            fixture.gate.hash(key.as_bytes()),
+                            key.as_bytes(),
+                        );
                     }
                     (table.rows, table.lost) = Default::default();
                 }
                 fixture.change(&mut dice, &mut table, trust);
             }
-            let step = Step { lsn: Lsn(round + 2), commit_time: Some(0), part: None, clear_part: false };
+            let step = Step {
+                lsn: Lsn(round + 2),
+                commit_time: Some(0),
+                part: None,
+                clear_part: false,
+            };
             write_step(fixture.batch.bookkeeping(), &keys, &step);
             Writer::close(fixture.batch.bookkeeping(), &keys);
             fixture.batch.seal();
             let batch = std::mem::take(&mut fixture.batch);
-            let segment = Segment { batch, opens: true, step: Some(step), ..Segment::default() };
+            let segment = Segment {
+                batch,
+                opens: true,
+                step: Some(step),
+                ..Segment::default()
+            };
             let applied = writer.apply(segment, &|| false).unwrap().expect("an EXEC");
             assert_eq!(applied.step, step);
         }
-        check(&mut reader, &keys, value, &table, &format!("{value:?} seed {seed} round {round}"));
+        check(
+            &mut reader,
+            &keys,
+            value,
+            &table,
+            &format!("{value:?} seed {seed} round {round}"),
+        );
         if dice.roll(3) == 0 {
             // A key expires or is evicted.
             let id = format!("k{}", dice.roll(12));
-            reader.call("lose", &[b"UNLINK", format!("t:{id}").as_bytes()]).unwrap();
+            reader
+                .call("lose", &[b"UNLINK", format!("t:{id}").as_bytes()])
+                .unwrap();
             if table.rows.contains_key(&id) {
                 table.lost.insert(id);
             }
@@ -331,16 +406,33 @@ fn a_patch_that_finds_no_key_is_noted_and_writes_nothing() {
         };
         let mut writer = Writer::new(claim, keys.clone()).unwrap();
         Writer::open(fixture.batch.bookkeeping());
-        let row = Row { id: "1".into(), small: Some(1), big: Some("x".into()), note: None };
+        let row = Row {
+            id: "1".into(),
+            small: Some(1),
+            big: Some("x".into()),
+            note: None,
+        };
         fixture.plan(Trust::Settled, Kind::Update, &tuple(&row, true, false), None);
-        let step = Step { lsn: Lsn(2), commit_time: Some(0), part: None, clear_part: false };
+        let step = Step {
+            lsn: Lsn(2),
+            commit_time: Some(0),
+            part: None,
+            clear_part: false,
+        };
         write_step(fixture.batch.bookkeeping(), &keys, &step);
         Writer::close(fixture.batch.bookkeeping(), &keys);
-        let segment = Segment { batch: std::mem::take(&mut fixture.batch), opens: true, step: Some(step), ..Segment::default() };
+        let segment = Segment {
+            batch: std::mem::take(&mut fixture.batch),
+            opens: true,
+            step: Some(step),
+            ..Segment::default()
+        };
         let applied = writer.apply(segment, &|| false).unwrap().unwrap();
         assert!(applied.pending, "{value:?}");
         assert!(stored(&mut reader, value).is_empty());
-        let pending = reader.call("read", &[b"HGET".as_slice(), &keys.pending, b"t:1"]).unwrap();
+        let pending = reader
+            .call("read", &[b"HGET".as_slice(), &keys.pending, b"t:1"])
+            .unwrap();
         assert_eq!(pending, Value::BulkString(b"77".to_vec()));
     }
 }

@@ -81,9 +81,21 @@ impl Planner {
         let is_null = |column: usize| *value(column) == Datum::Null;
         let is_set = |column: usize| !is_null(column) && *value(column) != Datum::Unchanged;
         let sets = mapping.fields.iter().filter(|field| is_set(field.column)).count();
-        let nulls = mapping.fields.iter().filter(|field| is_null(field.column)).count();
+        let nulls = mapping
+            .fields
+            .iter()
+            .filter(|field| is_null(field.column))
+            .count();
         let mut text = std::mem::take(&mut self.text);
-        let commands = self.eval(batch, mapping, Script::PatchHash, mode, hash, moved_from, 1 + 2 * sets + nulls);
+        let commands = self.eval(
+            batch,
+            mapping,
+            Script::PatchHash,
+            mode,
+            hash,
+            moved_from,
+            1 + 2 * sets + nulls,
+        );
         commands.int(sets as u64);
         for field in mapping.fields.iter().filter(|field| is_set(field.column)) {
             commands.encoded(&field.name);
@@ -116,12 +128,19 @@ impl Planner {
         };
         let keys = if moved_from.is_some() { 3 } else { 2 };
         let mut op = batch.op(mapping.oid, hash, kind, &self.key);
-        op.commands().begin(3 + keys + 3 + args).arg(b"EVALSHA").arg(self.scripts.hash(script)).int(keys as u64);
+        op.commands()
+            .begin(3 + keys + 3 + args)
+            .arg(b"EVALSHA")
+            .arg(self.scripts.hash(script))
+            .int(keys as u64);
         op.key(&self.key).arg(&self.keys.pending);
         if moved_from.is_some() {
             op.commands().arg(&self.old_key);
         }
-        op.commands().int(u64::from(mapping.oid)).arg(mapping.ttl.as_deref().unwrap_or(b"0")).arg(mode.letter());
+        op.commands()
+            .int(u64::from(mapping.oid))
+            .arg(mapping.ttl.as_deref().unwrap_or(b"0"))
+            .arg(mode.letter());
         op.into_commands()
     }
 }

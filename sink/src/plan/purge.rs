@@ -17,16 +17,36 @@ pub struct Purge {
 
 impl Purge {
     /// The keys of `template` that none of `others` (the templates of the other relations) claims.
-    pub fn new<'t>(relation: u32, template: &KeyTemplate, others: impl IntoIterator<Item = &'t KeyTemplate>) -> Self {
+    pub fn new<'t>(
+        relation: u32,
+        template: &KeyTemplate,
+        others: impl IntoIterator<Item = &'t KeyTemplate>,
+    ) -> Self {
         let own = literal_prefix(template);
-        let others = others.into_iter().filter(|other| literal_prefix(other) > own).cloned().collect();
-        Self { relation, template: template.clone(), others }
+        let others = others
+            .into_iter()
+            .filter(|other| literal_prefix(other) > own)
+            .cloned()
+            .collect();
+        Self {
+            relation,
+            template: template.clone(),
+            others,
+        }
     }
 
     /// The keys of a template that its relation no longer has. Another relation may have taken it over, so every key that
     /// any of `others` matches is left alone.
-    pub fn retired<'t>(relation: u32, template: &KeyTemplate, others: impl IntoIterator<Item = &'t KeyTemplate>) -> Self {
-        Self { relation, template: template.clone(), others: others.into_iter().cloned().collect() }
+    pub fn retired<'t>(
+        relation: u32,
+        template: &KeyTemplate,
+        others: impl IntoIterator<Item = &'t KeyTemplate>,
+    ) -> Self {
+        Self {
+            relation,
+            template: template.clone(),
+            others: others.into_iter().cloned().collect(),
+        }
     }
 
     /// The glob for SCAN MATCH.

@@ -109,9 +109,15 @@ mod tests {
                 assert!(std::time::Instant::now() < deadline, "a wake-up was lost");
                 let fd = waker.as_fd();
                 let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
-                let step = rustix::event::Timespec { tv_sec: 10, tv_nsec: 0 };
+                let step = rustix::event::Timespec {
+                    tv_sec: 10,
+                    tv_nsec: 0,
+                };
                 let ready = rustix::event::poll(&mut fds, Some(&step)).unwrap();
-                assert!(ready > 0 || count.load(Ordering::Acquire) == 20_000, "slept through a wake-up");
+                assert!(
+                    ready > 0 || count.load(Ordering::Acquire) == 20_000,
+                    "slept through a wake-up"
+                );
                 waker.clear();
             }
         });

@@ -48,8 +48,12 @@ pub struct Claim {
 /// Reads what earlier sessions left.
 pub fn read_stored(connection: &mut Connection, keys: &RedisKeys) -> Result<Stored, Error> {
     let fields = hash(connection, &keys.progress)?;
-    let progress = Progress::parse(fields.iter().map(|(field, value)| (field.as_slice(), value.as_slice())))
-        .map_err(|error| damaged(&keys.progress, &error.to_string()))?;
+    let progress = Progress::parse(
+        fields
+            .iter()
+            .map(|(field, value)| (field.as_slice(), value.as_slice())),
+    )
+    .map_err(|error| damaged(&keys.progress, &error.to_string()))?;
     let mut relations = BTreeMap::new();
     for (oid, bytes) in hash(connection, &keys.relations)? {
         let oid = std::str::from_utf8(&oid).ok().and_then(|text| text.parse().ok());
@@ -64,8 +68,14 @@ pub fn read_stored(connection: &mut Connection, keys: &RedisKeys) -> Result<Stor
 
 fn damaged(key: &[u8], why: &str) -> Error {
     let key = String::from_utf8_lossy(key);
-    Error::redis(format!("the key {key} was changed by somebody else"), Class::Operator, why.to_owned())
-        .next(format!("redis-cli UNLINK '{key}'   # then walmirror mirrors everything anew"))
+    Error::redis(
+        format!("the key {key} was changed by somebody else"),
+        Class::Operator,
+        why.to_owned(),
+    )
+    .next(format!(
+        "redis-cli UNLINK '{key}'   # then walmirror mirrors everything anew"
+    ))
 }
 
 impl Claim {
@@ -95,13 +105,26 @@ impl Claim {
             fields.push(("lsn", lsn.to_string()));
         }
         let mut command: Vec<&[u8]> = vec![b"HSET", &keys.progress];
-        command.extend(fields.iter().flat_map(|(field, value)| [field.as_bytes(), value.as_bytes()]));
+        command.extend(
+            fields
+                .iter()
+                .flat_map(|(field, value)| [field.as_bytes(), value.as_bytes()]),
+        );
         connection.call("claim the progress", &command)?;
         if connection.call("claim the progress", &[b"EXEC"])? == Value::Nil {
-            return Err(Error::redis("cannot claim the progress key", Class::Retry, "another walmirror claimed it at the same time"));
+            return Err(Error::redis(
+                "cannot claim the progress key",
+                Class::Retry,
+                "another walmirror claimed it at the same time",
+            ));
         }
         kill_older(&mut connection, slot, epoch);
-        Ok(Self { connection, epoch, scripts, stored })
+        Ok(Self {
+            connection,
+            epoch,
+            scripts,
+            stored,
+        })
     }
 }
 
@@ -121,11 +144,21 @@ fn load_scripts(connection: &mut Connection) -> Result<Scripts, Error> {
 /// off anyway, so a Redis that does not allow this is fine.
 fn kill_older(connection: &mut Connection, slot: &str, epoch: u64) {
     let prefix = format!("walmirror:{slot}:");
-    let _ = connection.call("name the connection", &[b"CLIENT", b"SETNAME", format!("{prefix}{epoch}").as_bytes()]);
-    let Ok(Value::BulkString(list)) = connection.call("list the connections", &[b"CLIENT", b"LIST"]) else { return };
+    let _ = connection.call(
+        "name the connection",
+        &[b"CLIENT", b"SETNAME", format!("{prefix}{epoch}").as_bytes()],
+    );
+    let Ok(Value::BulkString(list)) = connection.call("list the connections", &[b"CLIENT", b"LIST"]) else {
+        return;
+    };
     for line in String::from_utf8_lossy(&list).lines() {
-        let field = |name: &str| line.split(' ').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='));
-        let older = field("name").and_then(|name| name.strip_prefix(&prefix)?.parse::<u64>().ok()).is_some_and(|other| other < epoch);
+        let field = |name: &str| {
+            line.split(' ')
+                .find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
+        };
+        let older = field("name")
+            .and_then(|name| name.strip_prefix(&prefix)?.parse::<u64>().ok())
+            .is_some_and(|other| other < epoch);
         if let (true, Some(id)) = (older, field("id")) {
             tracing::info!(epoch, "ending the Redis connection of an older walmirror");
             let _ = connection.call("end a connection", &[b"CLIENT", b"KILL", b"ID", id.as_bytes()]);
@@ -133,8 +166,14 @@ fn kill_older(connection: &mut Connection, slot: &str, epoch: u64) {
     }
 }
 
-fn hash(connection: &mut Connection, key: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Error> {
-    let reply = connection.call(&format!("read {}", String::from_utf8_lossy(key)), &[b"HGETALL", key])?;
+/// The fields and values of a hash.
+type Fields = Vec<(Vec<u8>, Vec<u8>)>;
+
+fn hash(connection: &mut Connection, key: &[u8]) -> Result<Fields, Error> {
+    let reply = connection.call(
+        &format!("read {}", String::from_utf8_lossy(key)),
+        &[b"HGETALL", key],
+    )?;
     let mut pairs = Vec::new();
     let mut take = |field: Value, value: Value| {
         if let (Value::BulkString(field), Value::BulkString(value)) = (field, value) {

@@ -36,15 +36,22 @@ impl Connection {
         // Without nodelay a batch waits for the acknowledgement of the one before.
         let info = info.set_tcp_settings(TcpSettings::default().set_nodelay(true));
         let client = redis::Client::open(info).map_err(failed)?;
-        let inner = client.get_connection_with_timeout(CONNECT_TIMEOUT).map_err(failed)?;
+        let inner = client
+            .get_connection_with_timeout(CONNECT_TIMEOUT)
+            .map_err(failed)?;
         inner.set_read_timeout(Some(REPLY_TIMEOUT)).map_err(failed)?;
         inner.set_write_timeout(Some(REPLY_TIMEOUT)).map_err(failed)?;
-        Ok(Self { inner, url: url.clone() })
+        Ok(Self {
+            inner,
+            url: url.clone(),
+        })
     }
 
     /// Sends commands without reading replies.
     pub fn send(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        self.inner.send_packed_command(bytes).map_err(|error| self.broken(error))
+        self.inner
+            .send_packed_command(bytes)
+            .map_err(|error| self.broken(error))
     }
 
     /// Reads the next reply; an error reply is a value here.
@@ -64,6 +71,10 @@ impl Connection {
     }
 
     fn broken(&self, error: redis::RedisError) -> Error {
-        client_error(format!("the connection to Redis at {} broke", self.url), error, self.url.expose())
+        client_error(
+            format!("the connection to Redis at {} broke", self.url),
+            error,
+            self.url.expose(),
+        )
     }
 }

@@ -9,13 +9,20 @@ pub fn class_of(code: &str, detail: Option<&str>) -> Class {
     match code {
         // The server is starting, full, failing over, or busy with a script: it heals, or somebody is on it. Dropping the
         // batch or stopping would only make it worse.
-        "LOADING" | "OOM" | "READONLY" | "MISCONF" | "CLUSTERDOWN" | "TRYAGAIN" | "BUSY" | "MASTERDOWN" | "NOREPLICAS"
-        | "UNKILLABLE" | "UNBLOCKED" => Class::Retry,
+        "LOADING" | "OOM" | "READONLY" | "MISCONF" | "CLUSTERDOWN" | "TRYAGAIN" | "BUSY" | "MASTERDOWN"
+        | "NOREPLICAS" | "UNKILLABLE" | "UNBLOCKED" => Class::Retry,
         // Somebody flushed the scripts: the next session loads them again.
         "NOSCRIPT" => Class::Retry,
-        "NOAUTH" | "WRONGPASS" | "NOPERM" | "WRONGTYPE" | "DENIED" | "MOVED" | "ASK" | "CROSSSLOT" => Class::Operator,
+        "NOAUTH" | "WRONGPASS" | "NOPERM" | "WRONGTYPE" | "DENIED" | "MOVED" | "ASK" | "CROSSSLOT" => {
+            Class::Operator
+        }
         _ if detail.is_some_and(|text| text.contains("max number of clients")) => Class::Retry,
-        _ if detail.is_some_and(|text| ["AUTH", "password", "DB index", "unknown command"].iter().any(|word| text.contains(word))) => {
+        _ if detail.is_some_and(|text| {
+            ["AUTH", "password", "DB index", "unknown command"]
+                .iter()
+                .any(|word| text.contains(word))
+        }) =>
+        {
             Class::Operator
         }
         _ => Class::Bug,
@@ -27,9 +34,15 @@ fn next_command(code: &str) -> Option<&'static str> {
     match code {
         "NOAUTH" => Some("walmirror run --redis redis://user:password@host:6379/0 …"),
         "WRONGPASS" => Some("redis-cli ACL WHOAMI   # with the user and password of --redis"),
-        "NOPERM" => Some("redis-cli ACL SETUSER <user> ~* +@read +@write +@transaction +@scripting +@connection"),
-        "WRONGTYPE" => Some("redis-cli TYPE <key>   # if nobody needs it: UNLINK <key>, then start walmirror again"),
-        "MOVED" | "ASK" | "CROSSSLOT" => Some("redis-cli INFO cluster   # a Redis Cluster is not supported yet: give a single Redis"),
+        "NOPERM" => {
+            Some("redis-cli ACL SETUSER <user> ~* +@read +@write +@transaction +@scripting +@connection")
+        }
+        "WRONGTYPE" => {
+            Some("redis-cli TYPE <key>   # if nobody needs it: UNLINK <key>, then start walmirror again")
+        }
+        "MOVED" | "ASK" | "CROSSSLOT" => {
+            Some("redis-cli INFO cluster   # a Redis Cluster is not supported yet: give a single Redis")
+        }
         "DENIED" => Some("redis-cli CONFIG GET protected-mode"),
         _ => None,
     }
@@ -61,7 +74,9 @@ pub(super) fn client_error(what: impl Into<String>, error: RedisError, secret_ho
     };
     // A greeting that fails hides its code in the text.
     let text = crate::config::scrub(&error.to_string(), secret_holder);
-    let hidden = ["NOAUTH", "WRONGPASS", "NOPERM", "LOADING", "DENIED"].into_iter().find(|code| text.contains(code));
+    let hidden = ["NOAUTH", "WRONGPASS", "NOPERM", "LOADING", "DENIED"]
+        .into_iter()
+        .find(|code| text.contains(code));
     let class = hidden.map_or(class, |code| class_of(code, None));
     let wrapped = Error::redis(what, class, text);
     match next_command(hidden.unwrap_or(&code)) {
@@ -76,14 +91,30 @@ mod tests {
 
     #[test]
     fn errors_that_heal_are_retried() {
-        for code in ["LOADING", "OOM", "READONLY", "MISCONF", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "MASTERDOWN", "NOSCRIPT"] {
+        for code in [
+            "LOADING",
+            "OOM",
+            "READONLY",
+            "MISCONF",
+            "CLUSTERDOWN",
+            "TRYAGAIN",
+            "BUSY",
+            "MASTERDOWN",
+            "NOSCRIPT",
+        ] {
             assert_eq!(class_of(code, Some("x")), Class::Retry, "{code}");
         }
         for code in ["NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE", "CROSSSLOT"] {
             assert_eq!(class_of(code, Some("x")), Class::Operator, "{code}");
         }
-        assert_eq!(class_of("ERR", Some("max number of clients reached")), Class::Retry);
-        assert_eq!(class_of("ERR", Some("wrong number of arguments for 'hset' command")), Class::Bug);
+        assert_eq!(
+            class_of("ERR", Some("max number of clients reached")),
+            Class::Retry
+        );
+        assert_eq!(
+            class_of("ERR", Some("wrong number of arguments for 'hset' command")),
+            Class::Bug
+        );
         assert_eq!(class_of("ERR", Some("DB index is out of range")), Class::Operator);
     }
 }

@@ -22,16 +22,23 @@ pub type Pages = Vec<Vec<u8>>;
 impl Scan {
     /// A walk over the keys that match this glob.
     pub fn new(pattern: Vec<u8>) -> Self {
-        Self { pattern, cursor: Some(b"0".to_vec()) }
+        Self {
+            pattern,
+            cursor: Some(b"0".to_vec()),
+        }
     }
 
     /// The next page, possibly empty; None at the end.
     pub fn page(&mut self, connection: &mut Connection) -> Result<Option<Pages>, Error> {
-        let Some(cursor) = self.cursor.take() else { return Ok(None) };
+        let Some(cursor) = self.cursor.take() else {
+            return Ok(None);
+        };
         let command: [&[u8]; 6] = [b"SCAN", &cursor, b"MATCH", &self.pattern, b"COUNT", PAGE];
         let reply = connection.call("scan the keys", &command)?;
         let unreadable = || Error::bug("Redis' answer to SCAN cannot be read");
-        let Value::Array(parts) = reply else { return Err(unreadable()) };
+        let Value::Array(parts) = reply else {
+            return Err(unreadable());
+        };
         let mut parts = parts.into_iter();
         let (Some(Value::BulkString(next)), Some(Value::Array(keys))) = (parts.next(), parts.next()) else {
             return Err(unreadable());
@@ -39,6 +46,16 @@ impl Scan {
         if next != b"0" {
             self.cursor = Some(next);
         }
-        Ok(Some(keys.into_iter().filter_map(|key| if let Value::BulkString(key) = key { Some(key) } else { None }).collect()))
+        Ok(Some(
+            keys.into_iter()
+                .filter_map(|key| {
+                    if let Value::BulkString(key) = key {
+                        Some(key)
+                    } else {
+                        None
+                    }
+                })
+                .collect(),
+        ))
     }
 }

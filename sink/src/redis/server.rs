@@ -21,7 +21,16 @@ impl Server {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("redis.sock");
         let spawned = Command::new("redis-server")
-            .args(["--port", "0", "--save", "", "--appendonly", "no", "--loglevel", "warning"])
+            .args([
+                "--port",
+                "0",
+                "--save",
+                "",
+                "--appendonly",
+                "no",
+                "--loglevel",
+                "warning",
+            ])
             .arg("--unixsocket")
             .arg(&socket)
             .arg("--dir")
@@ -43,7 +52,12 @@ impl Server {
     }
 
     pub(crate) fn url(&self) -> RedisUrl {
-        format!("redis+unix://{}", self.directory.path().join("redis.sock").display()).parse().unwrap()
+        format!(
+            "redis+unix://{}",
+            self.directory.path().join("redis.sock").display()
+        )
+        .parse()
+        .unwrap()
     }
 
     pub(crate) fn connect(&self) -> Connection {

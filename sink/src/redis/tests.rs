@@ -17,7 +17,11 @@ fn keys() -> RedisKeys {
 }
 
 fn claim(server: &Server, start: Option<Lsn>) -> Writer {
-    let identity = Identity { system_id: "1".into(), timeline: 1, database: "d".into() };
+    let identity = Identity {
+        system_id: "1".into(),
+        timeline: 1,
+        database: "d".into(),
+    };
     let claim = Claim::take(server.connect(), &keys(), "s", &identity, start).unwrap();
     Writer::new(claim, keys()).unwrap()
 }
@@ -28,16 +32,28 @@ fn segment(lsn: u64, commands: &[(&str, &[&str])]) -> Segment {
     Writer::open(batch.bookkeeping());
     for (number, (key, command)) in commands.iter().enumerate() {
         let mut op = batch.op(77, number as u64, OpKind::Whole, key.as_bytes());
-        op.commands().begin(command.len() + 2).arg(command.first().unwrap().as_bytes());
+        op.commands()
+            .begin(command.len() + 2)
+            .arg(command.first().unwrap().as_bytes());
         let rest = op.key(key.as_bytes());
         for arg in command.iter().skip(1).chain(&["x"]) {
             rest.arg(arg.as_bytes());
         }
     }
-    let step = Step { lsn: Lsn(lsn), commit_time: None, part: None, clear_part: false };
+    let step = Step {
+        lsn: Lsn(lsn),
+        commit_time: None,
+        part: None,
+        clear_part: false,
+    };
     write_step(batch.bookkeeping(), &keys(), &step);
     Writer::close(batch.bookkeeping(), &keys());
-    Segment { batch, opens: true, step: Some(step), ..Segment::default() }
+    Segment {
+        batch,
+        opens: true,
+        step: Some(step),
+        ..Segment::default()
+    }
 }
 
 fn set(lsn: u64, key: &str) -> Segment {
@@ -67,9 +83,18 @@ fn data_and_progress_arrive_together() {
         assert_eq!(applied.step.lsn, Lsn(lsn));
     }
     let mut reader = server.connect();
-    assert_eq!((get(&mut reader, &["GET", "a"]), get(&mut reader, &["HGET", PROGRESS, "lsn"])), ("x".into(), "0/4".into()));
+    assert_eq!(
+        (
+            get(&mut reader, &["GET", "a"]),
+            get(&mut reader, &["HGET", PROGRESS, "lsn"])
+        ),
+        ("x".into(), "0/4".into())
+    );
     let stored = read_stored(&mut reader, &keys()).unwrap();
-    assert_eq!(stored.progress.map(|progress| (progress.lsn, progress.epoch)), Some((Lsn(4), 1)));
+    assert_eq!(
+        stored.progress.map(|progress| (progress.lsn, progress.epoch)),
+        Some((Lsn(4), 1))
+    );
 }
 
 #[test]
@@ -110,11 +135,23 @@ fn a_command_that_fails_inside_of_the_exec_is_named_and_noted_for_repair() {
     let mut writer = claim(&server, Some(Lsn(1)));
     let mut reader = server.connect();
     get(&mut reader, &["SET", "foreign", "1"]);
-    let error = failed(&mut writer, segment(2, &[("a", &["SET"]), ("foreign", &["HSET", "f"]), ("b", &["SET"])]));
+    let error = failed(
+        &mut writer,
+        segment(
+            2,
+            &[("a", &["SET"]), ("foreign", &["HSET", "f"]), ("b", &["SET"])],
+        ),
+    );
     assert_eq!(error.class(), Class::Operator);
     let text = error.to_string();
-    assert!(text.contains("\"foreign\"") && text.contains("WRONGTYPE") && text.contains("0/2"), "{text}");
-    assert_eq!(get(&mut reader, &["HGET", "walmirror:{s}:pending", "foreign"]), "77");
+    assert!(
+        text.contains("\"foreign\"") && text.contains("WRONGTYPE") && text.contains("0/2"),
+        "{text}"
+    );
+    assert_eq!(
+        get(&mut reader, &["HGET", "walmirror:{s}:pending", "foreign"]),
+        "77"
+    );
     assert_eq!(get(&mut reader, &["HLEN", "walmirror:{s}:pending"]), "int(1)");
 }
 
@@ -138,15 +175,29 @@ fn a_purge_takes_the_keys_of_its_template_and_no_others() {
     let mut reader = server.connect();
     // More than fit into one atomic step in the second round.
     for (round, count) in [(0, 50), (1, 25_000)] {
-        get(&mut reader, &["EVAL", "for i = 1, ARGV[1] do redis.call('SET', 't:' .. i, 1) end return 'ok'", "0", &count.to_string()]);
+        get(
+            &mut reader,
+            &[
+                "EVAL",
+                "for i = 1, ARGV[1] do redis.call('SET', 't:' .. i, 1) end return 'ok'",
+                "0",
+                &count.to_string(),
+            ],
+        );
         for other in ["t2:1", "t:a:7", "other"] {
             get(&mut reader, &["SET", other, "1"]);
         }
         let template = |text: &str| KeyTemplate::parse(text).unwrap();
         let purge = Purge::new(77, &template("t:{id}"), &[template("t:a:{id}")]);
-        let segment = Segment { purges: vec![purge], ..set(2 + round, "t:new") };
+        let segment = Segment {
+            purges: vec![purge],
+            ..set(2 + round, "t:new")
+        };
         assert!(writer.apply(segment, &|| false).unwrap().is_some());
-        assert_eq!(get(&mut reader, &["EXISTS", "t:new", "t2:1", "t:a:7", "other"]), "int(4)");
+        assert_eq!(
+            get(&mut reader, &["EXISTS", "t:new", "t2:1", "t:a:7", "other"]),
+            "int(4)"
+        );
         assert_eq!(get(&mut reader, &["DBSIZE"]), "int(5)");
     }
 }
@@ -160,5 +211,8 @@ fn a_resync_begins_anew_but_the_epoch_goes_on() {
     get(&mut reader, &["HSET", PROGRESS, "backfill:5", "{}"]);
     drop(claim(&server, Some(Lsn(3))));
     let progress = read_stored(&mut reader, &keys()).unwrap().progress.unwrap();
-    assert_eq!((progress.lsn, progress.epoch, progress.cursors.len()), (Lsn(3), 2, 0));
+    assert_eq!(
+        (progress.lsn, progress.epoch, progress.cursors.len()),
+        (Lsn(3), 2, 0)
+    );
 }

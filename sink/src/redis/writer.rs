@@ -62,8 +62,21 @@ pub struct Writer {
 impl Writer {
     /// Begins to write with the right that was claimed.
     pub fn new(claim: Claim, keys: RedisKeys) -> Result<Self, Error> {
-        let Claim { connection, epoch, scripts, .. } = claim;
-        let mut writer = Self { connection, keys, scripts, epoch, open: Vec::new(), prefix: 0, not_queued: None };
+        let Claim {
+            connection,
+            epoch,
+            scripts,
+            ..
+        } = claim;
+        let mut writer = Self {
+            connection,
+            keys,
+            scripts,
+            epoch,
+            open: Vec::new(),
+            prefix: 0,
+            not_queued: None,
+        };
         writer.check()?;
         Ok(writer)
     }
@@ -89,14 +102,19 @@ impl Writer {
             self.prefix = commands.count() - 1;
             self.expect_queued(self.prefix)?;
             // The MULTI of the purge stands for that of the segment.
-            self.connection.send(bytes.get(MULTI.len()..).unwrap_or_default())?;
+            self.connection
+                .send(bytes.get(MULTI.len()..).unwrap_or_default())?;
         } else {
             self.connection.send(bytes)?;
             if segment.opens {
                 self.expect_ok("MULTI")?;
             }
         }
-        let expected = segment.batch.commands().count().saturating_sub(usize::from(segment.opens));
+        let expected = segment
+            .batch
+            .commands()
+            .count()
+            .saturating_sub(usize::from(segment.opens));
         let step = segment.step;
         self.open.push(segment);
         let Some(step) = step else {
@@ -115,7 +133,9 @@ impl Writer {
     /// Takes the name away by which a newer session would find this connection.
     #[cfg(test)]
     pub(crate) fn rename_for_test(&mut self) {
-        let _ = self.connection.call("rename", &[b"CLIENT", b"SETNAME", b"nobody"]);
+        let _ = self
+            .connection
+            .call("rename", &[b"CLIENT", b"SETNAME", b"nobody"]);
     }
 
     /// Whether a MULTI is open.
@@ -135,16 +155,25 @@ impl Writer {
     /// How many replicas have acknowledged everything so far, waited for at most so long.
     pub fn wait_replicas(&mut self, count: u32, timeout_ms: u64) -> Result<bool, Error> {
         let (count_text, timeout) = (count.to_string(), timeout_ms.to_string());
-        let reply = self.connection.call("wait for replicas", &[b"WAIT", count_text.as_bytes(), timeout.as_bytes()])?;
+        let reply = self.connection.call(
+            "wait for replicas",
+            &[b"WAIT", count_text.as_bytes(), timeout.as_bytes()],
+        )?;
         Ok(matches!(reply, Value::Int(acknowledged) if acknowledged >= i64::from(count)))
     }
 
     /// Whether the append-only file holds everything so far, waited for at most so long.
     pub fn wait_aof(&mut self, timeout_ms: u64) -> Result<bool, Error> {
         let timeout = timeout_ms.to_string();
-        let reply = self.connection.call("wait for the append-only file", &[b"WAITAOF", b"1", b"0", timeout.as_bytes()]).map_err(|error| {
-            error.next("walmirror run --durability memory   # or Redis 7.2 or later with appendonly yes")
-        })?;
+        let reply = self
+            .connection
+            .call(
+                "wait for the append-only file",
+                &[b"WAITAOF", b"1", b"0", timeout.as_bytes()],
+            )
+            .map_err(|error| {
+                error.next("walmirror run --durability memory   # or Redis 7.2 or later with appendonly yes")
+            })?;
         Ok(matches!(reply, Value::Array(counts) if matches!(counts.first(), Some(Value::Int(1..)))))
     }
 
@@ -163,7 +192,11 @@ impl Writer {
                     held.clear();
                 }
                 if stopped() {
-                    return Err(Error::redis("a purge was interrupted", Class::Retry, "the session ends"));
+                    return Err(Error::redis(
+                        "a purge was interrupted",
+                        Class::Retry,
+                        "the session ends",
+                    ));
                 }
             }
         }
@@ -180,7 +213,12 @@ impl Writer {
         let epoch = self.epoch.to_string();
         for keys in keys.chunks(UNLINK_KEYS) {
             let count = (keys.len() + 1).to_string();
-            let mut command: Vec<&[u8]> = vec![b"EVALSHA", self.scripts.hash(Script::Purge), count.as_bytes(), &self.keys.progress];
+            let mut command: Vec<&[u8]> = vec![
+                b"EVALSHA",
+                self.scripts.hash(Script::Purge),
+                count.as_bytes(),
+                &self.keys.progress,
+            ];
             command.extend(keys.iter().map(Vec::as_slice));
             command.push(epoch.as_bytes());
             if self.connection.call("remove the keys of a table", &command)? == Value::Int(-1) {
@@ -217,7 +255,9 @@ impl Writer {
             Value::Nil => return Err(self.check_watch().err().unwrap_or_else(|| touched(&self.keys))),
             Value::ServerError(reply) => {
                 let cause = self.not_queued.take().unwrap_or(reply);
-                return Err(reply_error("Redis refused a batch, and nothing of it was applied", &cause).at(step.lsn));
+                return Err(
+                    reply_error("Redis refused a batch, and nothing of it was applied", &cause).at(step.lsn),
+                );
             }
             _ => return Err(Error::bug("Redis' answer to EXEC cannot be read").at(step.lsn)),
         };
@@ -230,13 +270,19 @@ impl Writer {
                 _ => {}
             }
         }
-        if refused.is_empty() { Ok(pending) } else { Err(self.refused(&refused, step)) }
+        if refused.is_empty() {
+            Ok(pending)
+        } else {
+            Err(self.refused(&refused, step))
+        }
     }
 
     /// Redis does not undo a transaction of which one command failed, so the progress counts as applied what is not. The
     /// keys are noted as pending: once the cause is gone, their rows are read again.
     fn refused(&mut self, refused: &[(usize, ServerError)], step: Step) -> Error {
-        let Some((first, reply)) = refused.first() else { return Error::bug("nothing was refused") };
+        let Some((first, reply)) = refused.first() else {
+            return Error::bug("nothing was refused");
+        };
         let (key, relation) = self.locate(*first).unwrap_or_default();
         let what = format!(
             "Redis refused to write the key \"{}\" of the table with oid {relation} ({} refused in this batch)",
@@ -292,22 +338,35 @@ impl Writer {
         match self.connection.receive()? {
             Value::BulkString(epoch) if epoch == self.epoch.to_string().as_bytes() => Ok(()),
             Value::BulkString(epoch) => Err(self.fenced(Some(&epoch))),
-            Value::Nil => Err(Error::redis("Redis lost the progress key", Class::Retry, "it was emptied, or the key was evicted or removed")),
+            Value::Nil => Err(Error::redis(
+                "Redis lost the progress key",
+                Class::Retry,
+                "it was emptied, or the key was evicted or removed",
+            )),
             Value::ServerError(reply) => Err(reply_error("cannot read the epoch", &reply)),
             _ => Err(Error::bug("Redis' answer to HGET cannot be read")),
         }
     }
 
     fn fenced(&self, other: Option<&[u8]>) -> Error {
-        let other = other.map_or_else(|| "a later one".to_owned(), |epoch| String::from_utf8_lossy(epoch).into_owned());
-        let text = format!("this one has epoch {}, Redis belongs to epoch {other}", self.epoch);
+        let other = other.map_or_else(
+            || "a later one".to_owned(),
+            |epoch| String::from_utf8_lossy(epoch).into_owned(),
+        );
+        let text = format!(
+            "this one has epoch {}, Redis belongs to epoch {other}",
+            self.epoch
+        );
         Error::redis("another walmirror has taken over this slot", Class::Operator, text)
             .next("redis-cli CLIENT LIST   # the connection named walmirror:<slot>:<epoch> shows where the other one runs")
     }
 }
 
 fn touched(keys: &RedisKeys) -> Error {
-    let what = format!("somebody changed the key {} during a batch, which was not applied", String::from_utf8_lossy(&keys.progress));
+    let what = format!(
+        "somebody changed the key {} during a batch, which was not applied",
+        String::from_utf8_lossy(&keys.progress)
+    );
     Error::redis(what, class_of("TRYAGAIN", None), "the WATCH was broken")
 }
 

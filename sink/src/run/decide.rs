@@ -27,18 +27,24 @@ pub(super) enum Decision {
 
 /// Compares what Redis and Postgres say.
 pub(super) fn decide(progress: Option<&Progress>, slot: Option<&SlotInfo>, identity: &Identity) -> Decision {
-    let usable = slot.filter(|slot| slot.wal_status.as_deref() != Some("lost")).and_then(|slot| slot.confirmed_flush_lsn);
+    let usable = slot
+        .filter(|slot| slot.wal_status.as_deref() != Some("lost"))
+        .and_then(|slot| slot.confirmed_flush_lsn);
     let gap = |why: String| Decision::Gap { why, slot: usable };
     match (progress, slot) {
         (None, None) => Decision::First,
-        (None, Some(_)) => gap("the slot exists, but Redis has no progress of it: it was emptied, or it is another one".to_owned()),
+        (None, Some(_)) => gap(
+            "the slot exists, but Redis has no progress of it: it was emptied, or it is another one"
+                .to_owned(),
+        ),
         (Some(progress), _) if progress.system_id != identity.system_id => gap(format!(
             "Redis mirrors the cluster with system identifier {}, this one has {}",
             progress.system_id, identity.system_id
         )),
-        (Some(progress), _) if progress.database != identity.database => {
-            gap(format!("Redis mirrors the database {:?}, this one is {:?}", progress.database, identity.database))
-        }
+        (Some(progress), _) if progress.database != identity.database => gap(format!(
+            "Redis mirrors the database {:?}, this one is {:?}",
+            progress.database, identity.database
+        )),
         (Some(progress), None) => gap(format!("Redis is at {}, but the slot is gone", progress.lsn)),
         (Some(progress), Some(slot)) if usable.is_none() => gap(format!(
             "Redis is at {}, but the slot has lost the WAL from there on (wal_status {})",
@@ -50,9 +56,10 @@ pub(super) fn decide(progress: Option<&Progress>, slot: Option<&SlotInfo>, ident
             progress.timeline, identity.timeline
         )),
         (Some(progress), Some(_)) => match usable {
-            Some(confirmed) if confirmed > progress.lsn => {
-                gap(format!("the slot is confirmed up to {confirmed}, but Redis is only at {}: it lost what is between", progress.lsn))
-            }
+            Some(confirmed) if confirmed > progress.lsn => gap(format!(
+                "the slot is confirmed up to {confirmed}, but Redis is only at {}: it lost what is between",
+                progress.lsn
+            )),
             _ => Decision::Resume(progress.lsn),
         },
     }
@@ -63,12 +70,27 @@ mod tests {
     use super::*;
 
     fn identity() -> Identity {
-        Identity { system_id: "1".into(), timeline: 1, database: "d".into() }
+        Identity {
+            system_id: "1".into(),
+            timeline: 1,
+            database: "d".into(),
+        }
     }
 
     fn progress(lsn: u64) -> Progress {
-        let Identity { system_id, timeline, database } = identity();
-        Progress { lsn: Lsn(lsn), epoch: 1, system_id, timeline, database, ..Progress::default() }
+        let Identity {
+            system_id,
+            timeline,
+            database,
+        } = identity();
+        Progress {
+            lsn: Lsn(lsn),
+            epoch: 1,
+            system_id,
+            timeline,
+            database,
+            ..Progress::default()
+        }
     }
 
     fn slot(confirmed: u64) -> SlotInfo {
@@ -84,32 +106,78 @@ mod tests {
     }
 
     fn why(decision: &Decision) -> &str {
-        if let Decision::Gap { why, .. } = decision { why } else { "" }
+        if let Decision::Gap { why, .. } = decision {
+            why
+        } else {
+            ""
+        }
     }
 
     #[test]
     fn what_fits_goes_on() {
         assert_eq!(decide(None, None, &identity()), Decision::First);
-        assert_eq!(decide(Some(&progress(10)), Some(&slot(10)), &identity()), Decision::Resume(Lsn(10)));
-        assert_eq!(decide(Some(&progress(10)), Some(&slot(5)), &identity()), Decision::Resume(Lsn(10)));
+        assert_eq!(
+            decide(Some(&progress(10)), Some(&slot(10)), &identity()),
+            Decision::Resume(Lsn(10))
+        );
+        assert_eq!(
+            decide(Some(&progress(10)), Some(&slot(5)), &identity()),
+            Decision::Resume(Lsn(10))
+        );
     }
 
     #[test]
     fn what_does_not_fit_is_a_gap_with_a_reason() {
         let ahead = decide(Some(&progress(10)), Some(&slot(11)), &identity());
-        assert!(matches!(&ahead, Decision::Gap { slot: Some(Lsn(11)), .. }) && why(&ahead).contains("0/B"), "{ahead:?}");
+        assert!(
+            matches!(
+                &ahead,
+                Decision::Gap {
+                    slot: Some(Lsn(11)),
+                    ..
+                }
+            ) && why(&ahead).contains("0/B"),
+            "{ahead:?}"
+        );
         let gone = decide(Some(&progress(10)), None, &identity());
         assert!(matches!(&gone, Decision::Gap { slot: None, .. }) && why(&gone).contains("slot is gone"));
         let emptied = decide(None, Some(&slot(5)), &identity());
-        assert!(matches!(&emptied, Decision::Gap { slot: Some(Lsn(5)), .. }));
+        assert!(matches!(
+            &emptied,
+            Decision::Gap {
+                slot: Some(Lsn(5)),
+                ..
+            }
+        ));
         for changed in [
-            Identity { system_id: "2".into(), ..identity() },
-            Identity { timeline: 2, ..identity() },
-            Identity { database: "e".into(), ..identity() },
+            Identity {
+                system_id: "2".into(),
+                ..identity()
+            },
+            Identity {
+                timeline: 2,
+                ..identity()
+            },
+            Identity {
+                database: "e".into(),
+                ..identity()
+            },
         ] {
-            assert!(matches!(decide(Some(&progress(10)), Some(&slot(5)), &changed), Decision::Gap { .. }), "{changed:?}");
+            assert!(
+                matches!(
+                    decide(Some(&progress(10)), Some(&slot(5)), &changed),
+                    Decision::Gap { .. }
+                ),
+                "{changed:?}"
+            );
         }
-        let lost = SlotInfo { wal_status: Some("lost".into()), ..slot(5) };
-        assert!(matches!(decide(Some(&progress(10)), Some(&lost), &identity()), Decision::Gap { slot: None, .. }));
+        let lost = SlotInfo {
+            wal_status: Some("lost".into()),
+            ..slot(5)
+        };
+        assert!(matches!(
+            decide(Some(&progress(10)), Some(&lost), &identity()),
+            Decision::Gap { slot: None, .. }
+        ));
     }
 }

@@ -1,6 +1,5 @@
 //! The beginning of a session: look at both sides, decide, make or take what is missing, and get the right to write.
 
-
 use walmirror_proto::Lsn;
 
 use super::decide::{Decision, decide};
@@ -36,8 +35,9 @@ pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> 
     check_extension(&mut sql)?;
     let info = slot_info(&mut sql, slot)?;
     check_slot(slot, info.as_ref(), &sql)?;
-    let mut replication = Postgres::connect(config.postgres.expose(), &[("replication", "database"), extra[0]])
-        .map_err(|error| Error::postgres("cannot open a replication connection to Postgres", error))?;
+    let mut replication =
+        Postgres::connect(config.postgres.expose(), &[("replication", "database"), extra[0]])
+            .map_err(|error| Error::postgres("cannot open a replication connection to Postgres", error))?;
     replication.interrupt_with(interrupt.clone());
     let system = identify_system(&mut replication)?;
     let identity = Identity {
@@ -55,11 +55,17 @@ pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> 
             (lsn, Some(lsn))
         }
         Decision::Gap { why, .. } if config.on_gap == OnGap::Fail => {
-            return Err(Error::gap(format!("Redis and the slot {slot:?} do not fit together: {why}"))
-                .next(format!("walmirror run --slot {slot} --on-gap resync …   # backfills every table online")));
+            return Err(
+                Error::gap(format!("Redis and the slot {slot:?} do not fit together: {why}")).next(format!(
+                    "walmirror run --slot {slot} --on-gap resync …   # backfills every table online"
+                )),
+            );
         }
         Decision::Gap { why, slot: usable } => {
-            tracing::warn!(slot, "Redis and the slot do not fit together: {why}; every table is backfilled anew");
+            tracing::warn!(
+                slot,
+                "Redis and the slot do not fit together: {why}; every table is backfilled anew"
+            );
             let lsn = match usable {
                 Some(lsn) => lsn,
                 None => {
@@ -77,23 +83,46 @@ pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> 
     let options = [("proto_version", "1")];
     let stream = Stream::start_on(replication, slot, start, &options, config.status_interval)?;
     let claim = Claim::take(redis, keys, slot, &identity, fresh)?;
-    if fresh.is_none() && claim.stored.progress.as_ref().is_none_or(|progress| progress.lsn < start) {
+    if fresh.is_none()
+        && claim
+            .stored
+            .progress
+            .as_ref()
+            .is_none_or(|progress| progress.lsn < start)
+    {
         let what = "the progress changed while this session began";
-        return Err(Error::redis(what, crate::error::Class::Retry, "it went back or was removed"));
+        return Err(Error::redis(
+            what,
+            crate::error::Class::Retry,
+            "it went back or was removed",
+        ));
     }
     let horizon = horizon(&mut sql)?;
-    let confirmed = fresh.or_else(|| info.and_then(|slot| slot.confirmed_flush_lsn)).unwrap_or_default();
-    Ok(Handshake { stream, claim, fresh, confirmed, horizon })
+    let confirmed = fresh
+        .or_else(|| info.and_then(|slot| slot.confirmed_flush_lsn))
+        .unwrap_or_default();
+    Ok(Handshake {
+        stream,
+        claim,
+        fresh,
+        confirmed,
+        horizon,
+    })
 }
 
 fn check_extension(sql: &mut Postgres) -> Result<(), Error> {
     let database = sql.database().unwrap_or_default();
     let result = sql
-        .query("SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'walmirror'", &[])
+        .query(
+            "SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'walmirror'",
+            &[],
+        )
         .map_err(|error| Error::postgres("cannot look for the extension", error))?;
     if result.is_empty() {
-        return Err(Error::setup(format!("the database {database:?} does not have the extension walmirror"))
-            .next(format!("psql -d {database} -c 'CREATE EXTENSION walmirror'")));
+        return Err(Error::setup(format!(
+            "the database {database:?} does not have the extension walmirror"
+        ))
+        .next(format!("psql -d {database} -c 'CREATE EXTENSION walmirror'")));
     }
     Ok(())
 }
@@ -102,14 +131,21 @@ fn check_slot(slot: &str, info: Option<&SlotInfo>, sql: &Postgres) -> Result<(),
     let Some(info) = info else { return Ok(()) };
     let plugin = info.plugin.as_deref();
     if plugin != Some(PLUGIN) {
-        let other = plugin.map_or_else(|| "is a physical slot".to_owned(), |plugin| format!("belongs to the plugin {plugin}"));
-        return Err(Error::setup(format!("the slot {slot:?} {other}, not to {PLUGIN}"))
-            .next("walmirror run --slot <another name> …"));
+        let other = plugin.map_or_else(
+            || "is a physical slot".to_owned(),
+            |plugin| format!("belongs to the plugin {plugin}"),
+        );
+        return Err(
+            Error::setup(format!("the slot {slot:?} {other}, not to {PLUGIN}"))
+                .next("walmirror run --slot <another name> …"),
+        );
     }
     if info.database != sql.database() {
         let database = info.database.as_deref().unwrap_or_default();
-        return Err(Error::setup(format!("the slot {slot:?} belongs to the database {database:?}"))
-            .next("walmirror run --slot <another name> …"));
+        return Err(
+            Error::setup(format!("the slot {slot:?} belongs to the database {database:?}"))
+                .next("walmirror run --slot <another name> …"),
+        );
     }
     Ok(())
 }
@@ -119,6 +155,8 @@ fn horizon(sql: &mut Postgres) -> Result<u64, Error> {
     let failed = |error| Error::postgres("cannot take a transaction id", error);
     sql.simple("SET synchronous_commit = local").map_err(failed)?;
     let result = sql.query("SELECT pg_current_xact_id()", &[]).map_err(failed)?;
-    result.text(0, 0).and_then(|text| text.parse().ok()).ok_or_else(|| Error::bug("pg_current_xact_id() cannot be read"))
+    result
+        .text(0, 0)
+        .and_then(|text| text.parse().ok())
+        .ok_or_else(|| Error::bug("pg_current_xact_id() cannot be read"))
 }
-

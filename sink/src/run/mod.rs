@@ -53,7 +53,10 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
         if error.class() != Class::Retry || config.once {
             return Err(error);
         }
-        if let Some(limit) = config.connect_timeout.filter(|limit| !streamed && started.elapsed() >= *limit) {
+        if let Some(limit) = config
+            .connect_timeout
+            .filter(|limit| !streamed && started.elapsed() >= *limit)
+        {
             return Err(Error::unreachable("cannot begin to mirror", limit, error));
         }
         let pause = pause(failures);
@@ -67,7 +70,9 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
 
 /// Doubles from 100 ms; up to a quarter more or less, so that many sinks do not come back at once.
 fn pause(failures: u32) -> Duration {
-    let base = Duration::from_millis(100).saturating_mul(1 << failures.min(10)).min(PAUSE_MAX);
+    let base = Duration::from_millis(100)
+        .saturating_mul(1 << failures.min(10))
+        .min(PAUSE_MAX);
     let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let jitter = (clock.subsec_nanos() ^ std::process::id().rotate_left(16)) % 512;
     base * 3 / 4 + base * jitter / 1024
@@ -81,7 +86,10 @@ mod tests {
     fn pauses_grow_to_a_limit() {
         for failures in 0..40 {
             let pause = pause(failures);
-            assert!(pause >= Duration::from_millis(75) && pause <= PAUSE_MAX * 5 / 4, "{failures}: {pause:?}");
+            assert!(
+                pause >= Duration::from_millis(75) && pause <= PAUSE_MAX * 5 / 4,
+                "{failures}: {pause:?}"
+            );
         }
         assert!(pause(0) <= Duration::from_millis(125));
         assert!(pause(9) >= PAUSE_MAX * 3 / 4);

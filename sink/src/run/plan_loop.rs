@@ -75,7 +75,11 @@ fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) ->
                 if outstanding < AHEAD && planning.wants_piece() {
                     continue;
                 }
-                let timeout = if planning.is_advanced() { KEEPALIVE_EVERY.saturating_sub(written.elapsed()) } else { KEEPALIVE_EVERY };
+                let timeout = if planning.is_advanced() {
+                    KEEPALIVE_EVERY.saturating_sub(written.elapsed())
+                } else {
+                    KEEPALIVE_EVERY
+                };
                 select! {
                     recv(channels.input) -> input => match input {
                         Ok(input) => Some(input),

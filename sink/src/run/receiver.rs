@@ -72,7 +72,10 @@ pub(super) fn receive(
             Event::Keepalive { wal_end, .. } => drop(queue.send(Input::Keepalive(wal_end))),
             Event::Timeout | Event::Woken => {}
             Event::End => {
-                let error = PqError::new(ErrorKind::Connection, "the server ended the stream (it is shutting down)");
+                let error = PqError::new(
+                    ErrorKind::Connection,
+                    "the server ended the stream (it is shutting down)",
+                );
                 debug_assert_eq!(error.class(), Class::Retry);
                 return Err(Error::postgres("the stream ended", error).at(applied));
             }
@@ -91,7 +94,11 @@ impl Trail {
     /// `confirmed`: what the slot was confirmed up to before. Without any position the server would release no COMMIT that
     /// waits for this standby until the first window is over.
     fn new(durability: Durability, confirmed: Lsn) -> Self {
-        Self { durability, steps: VecDeque::new(), durable: confirmed }
+        Self {
+            durability,
+            steps: VecDeque::new(),
+            durable: confirmed,
+        }
     }
 
     fn feedback(&mut self, shared: &Shared, applied: Lsn, now: Instant) -> Feedback {
@@ -99,17 +106,31 @@ impl Trail {
             Durability::Memory { window } => {
                 // A few steps a window say enough, and keep the queue short.
                 let space = window / 16;
-                if self.steps.back().is_none_or(|(at, lsn)| *lsn < applied && now.duration_since(*at) >= space) {
+                if self
+                    .steps
+                    .back()
+                    .is_none_or(|(at, lsn)| *lsn < applied && now.duration_since(*at) >= space)
+                {
                     self.steps.push_back((now, applied));
                 }
-                while let Some((_, lsn)) = self.steps.front().filter(|(at, _)| now.duration_since(*at) >= window) {
+                while let Some((_, lsn)) = self
+                    .steps
+                    .front()
+                    .filter(|(at, _)| now.duration_since(*at) >= window)
+                {
                     self.durable = self.durable.max(*lsn);
                     self.steps.pop_front();
                 }
             }
-            Durability::Replicas { .. } | Durability::Aof => self.durable = self.durable.max(shared.durable()),
+            Durability::Replicas { .. } | Durability::Aof => {
+                self.durable = self.durable.max(shared.durable())
+            }
         }
-        Feedback { written: applied, flushed: self.durable, applied }
+        Feedback {
+            written: applied,
+            flushed: self.durable,
+            applied,
+        }
     }
 
     /// At the end: memory counts as durable, because a Redis that goes on running has it.
@@ -118,15 +139,19 @@ impl Trail {
             Durability::Memory { .. } => applied,
             Durability::Replicas { .. } | Durability::Aof => self.durable.max(shared.durable()),
         };
-        Feedback { written: applied, flushed, applied }
+        Feedback {
+            written: applied,
+            flushed,
+            applied,
+        }
     }
 
     /// How long to wait until there is something to say.
     fn wait(&self, now: Instant) -> Duration {
         match (self.durability, self.steps.front()) {
-            (Durability::Memory { window }, Some((at, _))) => {
-                (*at + window).saturating_duration_since(now).clamp(Duration::from_millis(1), TICK)
-            }
+            (Durability::Memory { window }, Some((at, _))) => (*at + window)
+                .saturating_duration_since(now)
+                .clamp(Duration::from_millis(1), TICK),
             _ => TICK,
         }
     }
@@ -144,10 +169,28 @@ mod tests {
         let start = Instant::now();
         assert_eq!(trail.feedback(&shared, Lsn(10), start).flushed, Lsn(1));
         let later = trail.feedback(&shared, Lsn(20), start + Duration::from_millis(500));
-        assert_eq!((later.written, later.flushed, later.applied), (Lsn(20), Lsn(1), Lsn(20)));
-        assert_eq!(trail.feedback(&shared, Lsn(30), start + Duration::from_millis(1_000)).flushed, Lsn(10));
-        assert_eq!(trail.feedback(&shared, Lsn(30), start + Duration::from_millis(1_500)).flushed, Lsn(20));
-        assert_eq!(trail.feedback(&shared, Lsn(30), start + Duration::from_millis(2_600)).flushed, Lsn(30));
+        assert_eq!(
+            (later.written, later.flushed, later.applied),
+            (Lsn(20), Lsn(1), Lsn(20))
+        );
+        assert_eq!(
+            trail
+                .feedback(&shared, Lsn(30), start + Duration::from_millis(1_000))
+                .flushed,
+            Lsn(10)
+        );
+        assert_eq!(
+            trail
+                .feedback(&shared, Lsn(30), start + Duration::from_millis(1_500))
+                .flushed,
+            Lsn(20)
+        );
+        assert_eq!(
+            trail
+                .feedback(&shared, Lsn(30), start + Duration::from_millis(2_600))
+                .flushed,
+            Lsn(30)
+        );
         assert_eq!(trail.last(&shared, Lsn(31)).flushed, Lsn(31));
     }
 
@@ -156,7 +199,12 @@ mod tests {
         let mut trail = Trail::new(Durability::Replicas { count: 1 }, Lsn(1));
         let shared = Shared::default();
         let start = Instant::now();
-        assert_eq!(trail.feedback(&shared, Lsn(10), start + Duration::from_secs(9)).flushed, Lsn(1));
+        assert_eq!(
+            trail
+                .feedback(&shared, Lsn(10), start + Duration::from_secs(9))
+                .flushed,
+            Lsn(1)
+        );
         shared.set_durable(Lsn(5));
         assert_eq!(trail.feedback(&shared, Lsn(10), start).flushed, Lsn(5));
         assert_eq!(trail.last(&shared, Lsn(10)).flushed, Lsn(5));

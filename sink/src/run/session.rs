@@ -41,8 +41,21 @@ pub(super) enum Ended {
 pub(super) fn run(config: &RunConfig, shutdown: &Shutdown, began: impl FnOnce()) -> Result<Ended, Error> {
     let keys = RedisKeys::new(config.slot.as_str());
     let interrupt = shutdown.waker()?;
-    let Handshake { stream, claim, fresh, confirmed, horizon } = shake(config, &keys, &interrupt)?;
-    let start_lsn = fresh.unwrap_or_else(|| claim.stored.progress.as_ref().map(|progress| progress.lsn).unwrap_or_default());
+    let Handshake {
+        stream,
+        claim,
+        fresh,
+        confirmed,
+        horizon,
+    } = shake(config, &keys, &interrupt)?;
+    let start_lsn = fresh.unwrap_or_else(|| {
+        claim
+            .stored
+            .progress
+            .as_ref()
+            .map(|progress| progress.lsn)
+            .unwrap_or_default()
+    });
     let shared = Arc::new(Shared::new(start_lsn));
     shared.set_stream_waker(stream.waker());
     let backfill = Arc::new(Backfill::default());
@@ -55,9 +68,16 @@ pub(super) fn run(config: &RunConfig, shutdown: &Shutdown, began: impl FnOnce())
         scripts: claim.scripts.clone(),
         stored: claim.stored.clone(),
         fresh,
-        gate: Gate::new(GATE_BYTES, horizon, horizon ^ u64::from(std::process::id()).rotate_left(32)),
+        gate: Gate::new(
+            GATE_BYTES,
+            horizon,
+            horizon ^ u64::from(std::process::id()).rotate_left(32),
+        ),
         marker_prefix: marker_prefix.clone(),
-        limits: Limits { batch_bytes: config.batch_bytes, transaction_bytes: config.transaction_bytes },
+        limits: Limits {
+            batch_bytes: config.batch_bytes,
+            transaction_bytes: config.transaction_bytes,
+        },
         backfill: Arc::clone(&backfill),
         shared: Arc::clone(&shared),
     })?;
@@ -78,18 +98,41 @@ pub(super) fn run(config: &RunConfig, shutdown: &Shutdown, began: impl FnOnce())
         marker_prefix: marker_prefix.clone(),
         interrupt: interrupt.clone(),
     };
-    let contexts: Vec<(Role, Context)> = [Role::Tables, Role::Pending].into_iter().zip(interrupts.iter().map(context)).collect();
+    let contexts: Vec<(Role, Context)> = [Role::Tables, Role::Pending]
+        .into_iter()
+        .zip(interrupts.iter().map(context))
+        .collect();
     let (shared, backfill) = (&shared, &backfill);
     let ended = std::thread::scope(|scope| {
         let sender = input_sender.clone();
-        let receiver = guard(scope, shared, "receiver", move || receiver::receive(stream, shared, &sender, config.durability, confirmed))?;
-        let channels = Channels { input, segments: segment_sender, room };
-        let planner = guard(scope, shared, "planner", move || plan_loop::plan(planning, &channels, shared))?;
-        let applier =
-            guard(scope, shared, "applier", move || applier::apply(writer, &segments, &room_sender, shared, backfill, config.durability))?;
+        let receiver = guard(scope, shared, "receiver", move || {
+            receiver::receive(stream, shared, &sender, config.durability, confirmed)
+        })?;
+        let channels = Channels {
+            input,
+            segments: segment_sender,
+            room,
+        };
+        let planner = guard(scope, shared, "planner", move || {
+            plan_loop::plan(planning, &channels, shared)
+        })?;
+        let applier = guard(scope, shared, "applier", move || {
+            applier::apply(
+                writer,
+                &segments,
+                &room_sender,
+                shared,
+                backfill,
+                config.durability,
+            )
+        })?;
         let mut workers = Vec::new();
         for (role, context) in contexts {
-            let name = if role == Role::Tables { "backfill" } else { "pending" };
+            let name = if role == Role::Tables {
+                "backfill"
+            } else {
+                "pending"
+            };
             workers.push(guard(scope, shared, name, move || work(&context, role))?);
         }
         let ended = watch(config, shutdown, shared, backfill);
@@ -129,11 +172,14 @@ fn guard<'scope>(
             shared.fail(error);
         }
     };
-    std::thread::Builder::new().name(name.to_owned()).spawn_scoped(scope, run).map_err(|error| {
-        // Those that run already must not wait for this one.
-        shared.enter(Phase::Closing);
-        Error::io(format!("cannot start the thread {name}"), error)
-    })
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn_scoped(scope, run)
+        .map_err(|error| {
+            // Those that run already must not wait for this one.
+            shared.enter(Phase::Closing);
+            Error::io(format!("cannot start the thread {name}"), error)
+        })
 }
 
 fn waker() -> Result<Waker, Error> {
@@ -149,7 +195,12 @@ fn watch(config: &RunConfig, shutdown: &Shutdown, shared: &Shared, backfill: &Ba
         }
         if logged.elapsed() >= LOG_EVERY {
             logged = Instant::now();
-            let counters: Vec<String> = shared.metrics.read().into_iter().map(|(name, count)| format!("{name}={count}")).collect();
+            let counters: Vec<String> = shared
+                .metrics
+                .read()
+                .into_iter()
+                .map(|(name, count)| format!("{name}={count}"))
+                .collect();
             tracing::info!(lsn = %shared.applied(), "{}", counters.join(" "));
         }
     }

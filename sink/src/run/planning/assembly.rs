@@ -20,7 +20,14 @@ pub(super) struct Assembly {
 
 impl Assembly {
     pub(super) fn new(keys: RedisKeys) -> Self {
-        Self { keys, batch: Batch::new(), purges: Vec::new(), opens: false, continues: false, before: 0 }
+        Self {
+            keys,
+            batch: Batch::new(),
+            purges: Vec::new(),
+            opens: false,
+            continues: false,
+            before: 0,
+        }
     }
 
     /// Where commands go; begins a MULTI if none is open.
@@ -76,6 +83,11 @@ impl Assembly {
     fn take(&mut self, step: Option<Step>) -> Segment {
         let mut batch = std::mem::take(&mut self.batch);
         batch.seal();
-        Segment { batch, opens: std::mem::take(&mut self.opens), purges: std::mem::take(&mut self.purges), step }
+        Segment {
+            batch,
+            opens: std::mem::take(&mut self.opens),
+            purges: std::mem::take(&mut self.purges),
+            step,
+        }
     }
 }

@@ -42,14 +42,19 @@ impl Chunks {
 impl Planning {
     /// Plans a piece of the first chunk that is ready.
     pub(crate) fn piece(&mut self) -> Result<(), Error> {
-        let Some(chunk) = self.chunks.ready.pop_front() else { return Ok(()) };
+        let Some(chunk) = self.chunks.ready.pop_front() else {
+            return Ok(());
+        };
         let start = std::mem::take(&mut self.chunks.position);
         if let Content::Catalog(relations) = &chunk.content {
             self.reconcile(relations)?;
             chunk.window.done(false);
             return Ok(());
         }
-        let is_current = self.registry.get(chunk.relation).is_some_and(|registered| registered.generation == chunk.generation);
+        let is_current = self
+            .registry
+            .get(chunk.relation)
+            .is_some_and(|registered| registered.generation == chunk.generation);
         let is_orphaned = matches!(chunk.content, Content::Orphans(_));
         if !is_orphaned && (!is_current || chunk.window.is_stale()) {
             chunk.window.done(true);
@@ -72,7 +77,8 @@ impl Planning {
             position += 1;
         }
         if let Some(cursor) = &chunk.cursor {
-            self.registry.advance(self.assembly.batch(), chunk.relation, cursor);
+            self.registry
+                .advance(self.assembly.batch(), chunk.relation, cursor);
             if cursor.is_done() {
                 self.restate();
             }
@@ -97,7 +103,9 @@ impl Planning {
                 None => Ok(true),
             },
             Content::Absent(keys) => {
-                keys.get(position).into_iter().for_each(|key| self.absent(chunk, key, false));
+                keys.get(position)
+                    .into_iter()
+                    .for_each(|key| self.absent(chunk, key, false));
                 Ok(true)
             }
             Content::Orphans(keys) => {
@@ -110,18 +118,34 @@ impl Planning {
 
     /// A row that SQL read; `pending`: because its key was noted, so the note goes with the row.
     fn read_row(&mut self, chunk: &Chunk, packed: &[u8], pending: Option<&[u8]>) -> Result<bool, Error> {
-        let Some(registered) = self.registry.get(chunk.relation) else { return Ok(false) };
+        let Some(registered) = self.registry.get(chunk.relation) else {
+            return Ok(false);
+        };
         let mapping = std::sync::Arc::clone(&registered.mapping);
         let Some((fingerprint, tuple)) = packed.split_first_chunk::<8>() else {
-            return Err(Error::bug(format!("walmirror.pack gave too few bytes for a row of {}", mapping.table)));
+            return Err(Error::bug(format!(
+                "walmirror.pack gave too few bytes for a row of {}",
+                mapping.table
+            )));
         };
         if u64::from_be_bytes(*fingerprint) != mapping.fingerprint {
             return Ok(false);
         }
-        let unreadable = |error| Error::stream(format!("a row of {} that walmirror.pack made cannot be read", mapping.table), error);
+        let unreadable = |error| {
+            Error::stream(
+                format!(
+                    "a row of {} that walmirror.pack made cannot be read",
+                    mapping.table
+                ),
+                error,
+            )
+        };
         let tuple = TupleRef::parse(tuple).map_err(unreadable)?;
         let row = mapping.datums(&tuple).map_err(unreadable)?;
-        let hash = self.planner.read_key(&self.gate, &mapping, &row).map_err(|error| Error::bug(error.to_string()))?;
+        let hash = self
+            .planner
+            .read_key(&self.gate, &mapping, &row)
+            .map_err(|error| Error::bug(error.to_string()))?;
         let Some(hash) = hash else {
             add(&self.shared.metrics.rows_without_key, 1);
             return Ok(true);
@@ -151,7 +175,8 @@ impl Planning {
         match self.gate.admit(chunk.relation, hash, &chunk.snapshot) {
             Verdict::Admit => {
                 add(&self.shared.metrics.keys_removed, 1);
-                self.planner.remove(self.assembly.batch(), chunk.relation, hash, key);
+                self.planner
+                    .remove(self.assembly.batch(), chunk.relation, hash, key);
                 if pending {
                     self.settle(key);
                 }
@@ -160,7 +185,12 @@ impl Planning {
             Verdict::Forgotten => {
                 let relation = chunk.relation.to_string();
                 let keys = self.planner.keys().clone();
-                self.assembly.batch().bookkeeping().command(&[b"HSET", &keys.pending, key, relation.as_bytes()]);
+                self.assembly.batch().bookkeeping().command(&[
+                    b"HSET",
+                    &keys.pending,
+                    key,
+                    relation.as_bytes(),
+                ]);
                 self.backfill.note_pending();
             }
         }
@@ -169,6 +199,9 @@ impl Planning {
     /// The key need not be read again.
     fn settle(&mut self, key: &[u8]) {
         let keys = self.planner.keys().clone();
-        self.assembly.batch().bookkeeping().command(&[b"HDEL", &keys.pending, key]);
+        self.assembly
+            .batch()
+            .bookkeeping()
+            .command(&[b"HDEL", &keys.pending, key]);
     }
 }

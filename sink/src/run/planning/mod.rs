@@ -97,12 +97,31 @@ pub(super) struct Planning {
 
 impl Planning {
     pub(super) fn new(start: Start) -> Result<Self, Error> {
-        let Start { keys, scripts, stored, fresh, gate, marker_prefix, limits, backfill, shared } = start;
+        let Start {
+            keys,
+            scripts,
+            stored,
+            fresh,
+            gate,
+            marker_prefix,
+            limits,
+            backfill,
+            shared,
+        } = start;
         let bug = |error: crate::plan::MappingError| Error::bug(error.to_string());
         let progress = stored.progress.unwrap_or_default();
-        let progress = fresh.map_or(progress, |lsn| Progress { lsn, ..Progress::default() });
+        let progress = fresh.map_or(progress, |lsn| Progress {
+            lsn,
+            ..Progress::default()
+        });
         backfill.set_horizon(gate.horizon());
-        let registry = Registry::new(keys.clone(), Arc::clone(&backfill), stored.relations, &progress.cursors).map_err(bug)?;
+        let registry = Registry::new(
+            keys.clone(),
+            Arc::clone(&backfill),
+            stored.relations,
+            &progress.cursors,
+        )
+        .map_err(bug)?;
         let mut planning = Self {
             transactions: Transactions::resume(progress.lsn, progress.part),
             gate,
@@ -125,7 +144,10 @@ impl Planning {
             out: VecDeque::new(),
         };
         if fresh.is_some() {
-            planning.registry.restart_all(planning.assembly.batch()).map_err(bug)?;
+            planning
+                .registry
+                .restart_all(planning.assembly.batch())
+                .map_err(bug)?;
             planning.dirty = true;
         }
         Ok(planning)
@@ -178,7 +200,9 @@ impl Planning {
         }
         match self.transactions.part() {
             None => self.close(None),
-            Some(part) if self.assembly.total_weight() >= self.limits.transaction_bytes => self.close(Some(part)),
+            Some(part) if self.assembly.total_weight() >= self.limits.transaction_bytes => {
+                self.close(Some(part))
+            }
             Some(_) => {
                 let segment = self.assembly.split();
                 self.out.push_back(segment);
@@ -188,7 +212,12 @@ impl Planning {
 
     /// Ends the MULTI. INVARIANT I2: the step that it makes is written by it.
     fn close(&mut self, part: Option<crate::transaction::Part>) {
-        let step = Step { lsn: self.lsn, commit_time: self.commit_time.take(), part, clear_part: self.part_stored };
+        let step = Step {
+            lsn: self.lsn,
+            commit_time: self.commit_time.take(),
+            part,
+            clear_part: self.part_stored,
+        };
         self.part_stored = part.is_some();
         self.dirty = false;
         self.advanced = false;
@@ -207,7 +236,9 @@ impl Planning {
 
 fn standing(registry: &Registry, forgotten: &HashSet<u32>, mapping: &Mapping) -> Standing {
     match registry.get(mapping.oid) {
-        Some(registered) if registered.cursor.is_done() && registered.relation.fingerprint == mapping.fingerprint => {
+        Some(registered)
+            if registered.cursor.is_done() && registered.relation.fingerprint == mapping.fingerprint =>
+        {
             Standing::Trusted(Trust::Settled)
         }
         Some(_) => Standing::Trusted(Trust::Refreshing),

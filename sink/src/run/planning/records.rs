@@ -24,7 +24,12 @@ impl Planning {
         for record in FrameReader::new(frame) {
             let record = record.map_err(|error| self.broken("a frame cannot be read", error))?;
             match record {
-                RecordRef::Row { kind, relation, tuple, old_key } => {
+                RecordRef::Row {
+                    kind,
+                    relation,
+                    tuple,
+                    old_key,
+                } => {
                     rows += 1;
                     self.row(relation, &Change { kind, tuple, old_key })?;
                     // Frames hold tens of rows, but a row can be large.
@@ -32,7 +37,10 @@ impl Planning {
                         self.flush_if_full();
                     }
                 }
-                RecordRef::Begin(begin) => self.transactions.begin(&begin).map_err(|error| self.broken("BEGIN", error))?,
+                RecordRef::Begin(begin) => self
+                    .transactions
+                    .begin(&begin)
+                    .map_err(|error| self.broken("BEGIN", error))?,
                 RecordRef::Commit(commit) => self.commit(&commit)?,
                 RecordRef::Relation(relation) => self.relation(relation)?,
                 RecordRef::Truncate(truncate) => self.truncate(&truncate)?,
@@ -50,7 +58,10 @@ impl Planning {
     }
 
     fn row(&mut self, index: u32, change: &Change<'_>) -> Result<(), Error> {
-        let open = self.transactions.change("a row").map_err(|error| self.broken("a row", error))?;
+        let open = self
+            .transactions
+            .change("a row")
+            .map_err(|error| self.broken("a row", error))?;
         let Some(open) = open else { return Ok(()) };
         let definition = self.definitions.get(index as usize).and_then(Option::as_ref);
         let Some(definition) = definition else {
@@ -70,9 +81,24 @@ impl Planning {
     }
 
     #[inline]
-    fn planned_row(&mut self, xid: u64, index: u32, trust: crate::plan::Trust, change: &Change<'_>) -> Result<(), Error> {
-        let Some(Some(definition)) = self.definitions.get(index as usize) else { return Ok(()) };
-        let planned = self.planner.change(self.assembly.batch(), &mut self.gate, xid, &definition.mapping, trust, change);
+    fn planned_row(
+        &mut self,
+        xid: u64,
+        index: u32,
+        trust: crate::plan::Trust,
+        change: &Change<'_>,
+    ) -> Result<(), Error> {
+        let Some(Some(definition)) = self.definitions.get(index as usize) else {
+            return Ok(());
+        };
+        let planned = self.planner.change(
+            self.assembly.batch(),
+            &mut self.gate,
+            xid,
+            &definition.mapping,
+            trust,
+            change,
+        );
         match planned {
             Ok(Planned::Done) => Ok(()),
             Ok(Planned::NoKey) => {
@@ -84,7 +110,10 @@ impl Planning {
     }
 
     fn commit(&mut self, commit: &pb::Commit) -> Result<(), Error> {
-        let ended = self.transactions.commit(commit).map_err(|error| self.broken("COMMIT", error))?;
+        let ended = self
+            .transactions
+            .commit(commit)
+            .map_err(|error| self.broken("COMMIT", error))?;
         if let Some(ended) = ended {
             self.lsn = self.lsn.max(ended.end_lsn);
             self.commit_time = Some(ended.commit_time);
@@ -114,7 +143,11 @@ impl Planning {
         }
         let standing = standing(&self.registry, &self.forgotten, &mapping);
         if let Some(place) = self.definitions.get_mut(index) {
-            *place = Some(Definition { relation, mapping: Arc::new(mapping), standing });
+            *place = Some(Definition {
+                relation,
+                mapping: Arc::new(mapping),
+                standing,
+            });
         }
         Ok(())
     }
@@ -132,9 +165,16 @@ impl Planning {
     }
 
     fn register(&mut self, relation: pb::Relation) -> Result<(), Error> {
-        tracing::info!(table = format!("{}.{}", relation.schema, relation.name), key = relation.key, "mirroring a table");
+        tracing::info!(
+            table = format!("{}.{}", relation.schema, relation.name),
+            key = relation.key,
+            "mirroring a table"
+        );
         self.forgotten.remove(&relation.oid);
-        let purges = self.registry.register(self.assembly.batch(), relation).map_err(|error| self.broken("RELATION", error))?;
+        let purges = self
+            .registry
+            .register(self.assembly.batch(), relation)
+            .map_err(|error| self.broken("RELATION", error))?;
         self.purge(purges);
         self.dirty = true;
         self.restate();
@@ -143,7 +183,10 @@ impl Planning {
 
     fn truncate(&mut self, truncate: &pb::Truncate) -> Result<(), Error> {
         self.cut_before_purge();
-        let open = self.transactions.change("TRUNCATE").map_err(|error| self.broken("TRUNCATE", error))?;
+        let open = self
+            .transactions
+            .change("TRUNCATE")
+            .map_err(|error| self.broken("TRUNCATE", error))?;
         let Some(open) = open else { return Ok(()) };
         for &index in &truncate.relations {
             let Some(Some(definition)) = self.definitions.get(index as usize) else {
@@ -171,8 +214,13 @@ impl Planning {
     }
 
     fn forget_relation(&mut self, oid: u32, keep_keys: bool) {
-        let table = self.registry.get(oid).map(|registered| registered.mapping.table.clone());
-        let Some(purges) = self.registry.forget(self.assembly.batch(), oid) else { return };
+        let table = self
+            .registry
+            .get(oid)
+            .map(|registered| registered.mapping.table.clone());
+        let Some(purges) = self.registry.forget(self.assembly.batch(), oid) else {
+            return;
+        };
         tracing::info!(table, keep_keys, "a table is no longer mirrored");
         if !keep_keys {
             self.purge(purges);
@@ -199,7 +247,10 @@ impl Planning {
 
     /// Counts a change record; whether it is to be applied.
     fn counted(&mut self, what: &'static str) -> Result<bool, Error> {
-        let open = self.transactions.change(what).map_err(|error| self.broken(what, error))?;
+        let open = self
+            .transactions
+            .change(what)
+            .map_err(|error| self.broken(what, error))?;
         Ok(open.is_some())
     }
 
@@ -222,15 +273,22 @@ impl Planning {
 
     /// Rows that a SELECT read. INVARIANT I10: through the gate. Dropping any of them is safe.
     fn capture(&mut self, capture: &CaptureRef<'_>) -> Result<(), Error> {
-        let Some(registered) = self.registry.get(capture.oid) else { return Ok(()) };
+        let Some(registered) = self.registry.get(capture.oid) else {
+            return Ok(());
+        };
         if registered.relation.fingerprint != capture.fingerprint {
             return Ok(());
         }
         let mapping = Arc::clone(&registered.mapping);
         let snapshot = Snapshot::from(&capture.snapshot);
         for tuple in capture.rows() {
-            let row = mapping.datums(&tuple).map_err(|error| self.broken("a captured row", error))?;
-            let hash = self.planner.read_key(&self.gate, &mapping, &row).map_err(|error| self.broken("a captured row", error))?;
+            let row = mapping
+                .datums(&tuple)
+                .map_err(|error| self.broken("a captured row", error))?;
+            let hash = self
+                .planner
+                .read_key(&self.gate, &mapping, &row)
+                .map_err(|error| self.broken("a captured row", error))?;
             if let Some(hash) = hash
                 && !tuple.has_unchanged()
                 && self.gate.admit(capture.oid, hash, &snapshot) == Verdict::Admit
@@ -245,8 +303,15 @@ impl Planning {
 
     /// Compares what the catalog says with the registry, at the place of the stream where it was read.
     pub(super) fn reconcile(&mut self, catalog: &[pb::Relation]) -> Result<(), Error> {
-        for relation in catalog.iter().filter(|relation| !self.announced.contains(&relation.oid)).collect::<Vec<_>>() {
-            let known = self.registry.get(relation.oid).map(|registered| registered.relation.fingerprint);
+        for relation in catalog
+            .iter()
+            .filter(|relation| !self.announced.contains(&relation.oid))
+            .collect::<Vec<_>>()
+        {
+            let known = self
+                .registry
+                .get(relation.oid)
+                .map(|registered| registered.relation.fingerprint);
             if known != Some(relation.fingerprint) {
                 self.register(relation.clone())?;
             }

@@ -38,7 +38,12 @@ impl Registry {
         stored: BTreeMap<u32, pb::Relation>,
         cursors: &BTreeMap<u32, String>,
     ) -> Result<Self, MappingError> {
-        let mut registry = Self { keys, relations: BTreeMap::new(), generations: 0, backfill };
+        let mut registry = Self {
+            keys,
+            relations: BTreeMap::new(),
+            generations: 0,
+            backfill,
+        };
         for (oid, relation) in stored {
             let cursor = cursors
                 .get(&oid)
@@ -60,7 +65,12 @@ impl Registry {
 
     /// Begins every backfill anew: Redis and the stream do not fit together.
     pub(super) fn restart_all(&mut self, batch: &mut Batch) -> Result<(), MappingError> {
-        for relation in self.relations.values().map(|registered| registered.relation.clone()).collect::<Vec<_>>() {
+        for relation in self
+            .relations
+            .values()
+            .map(|registered| registered.relation.clone())
+            .collect::<Vec<_>>()
+        {
             self.register(batch, relation)?;
         }
         Ok(())
@@ -68,7 +78,11 @@ impl Registry {
 
     /// A version of a table counts from here on, and its keys are made anew. Returns the purges of a cache, whose keys
     /// simply go.
-    pub(super) fn register(&mut self, batch: &mut Batch, relation: pb::Relation) -> Result<Vec<Purge>, MappingError> {
+    pub(super) fn register(
+        &mut self,
+        batch: &mut Batch,
+        relation: pb::Relation,
+    ) -> Result<Vec<Purge>, MappingError> {
         let oid = relation.oid;
         let mut old_keys = Vec::new();
         let mut purges = Vec::new();
@@ -107,11 +121,17 @@ impl Registry {
         let registered = self.relations.remove(&oid)?;
         self.backfill.remove(oid);
         let field = oid.to_string();
-        batch.bookkeeping().command(&[b"HDEL", &self.keys.relations, field.as_bytes()]);
+        batch
+            .bookkeeping()
+            .command(&[b"HDEL", &self.keys.relations, field.as_bytes()]);
         write_cursor(batch.bookkeeping(), &self.keys, oid, None);
         let others = self.templates(oid);
         let mut purges = vec![Purge::new(oid, &registered.mapping.template, &others)];
-        let old = registered.cursor.old_keys.iter().filter_map(|key| KeyTemplate::parse(key).ok());
+        let old = registered
+            .cursor
+            .old_keys
+            .iter()
+            .filter_map(|key| KeyTemplate::parse(key).ok());
         purges.extend(old.map(|template| Purge::retired(oid, &template, &others)));
         Some(purges)
     }
@@ -132,28 +152,57 @@ impl Registry {
 
     fn store(&self, batch: &mut Batch, relation: &pb::Relation) {
         // What is stored has no place in any stream.
-        let relation = pb::Relation { index: 0, announced: false, refresh: false, ..relation.clone() };
+        let relation = pb::Relation {
+            index: 0,
+            announced: false,
+            refresh: false,
+            ..relation.clone()
+        };
         let field = relation.oid.to_string();
-        batch.bookkeeping().command(&[b"HSET", &self.keys.relations, field.as_bytes(), &relation.encode_to_vec()]);
+        batch.bookkeeping().command(&[
+            b"HSET",
+            &self.keys.relations,
+            field.as_bytes(),
+            &relation.encode_to_vec(),
+        ]);
     }
 
     fn insert(&mut self, relation: pb::Relation, cursor: Cursor) -> Result<(), MappingError> {
         let mapping = Arc::new(Mapping::new(&relation)?);
         self.generations += 1;
-        let registered = Registered { mapping, generation: self.generations, cursor, relation };
+        let registered = Registered {
+            mapping,
+            generation: self.generations,
+            cursor,
+            relation,
+        };
         self.tell(registered.clone());
         self.relations.insert(registered.relation.oid, registered);
         Ok(())
     }
 
     fn tell(&self, registered: Registered) {
-        let Registered { relation, mapping, generation, cursor } = registered;
-        self.backfill.set(relation.oid, Task { mapping, generation, cursor });
+        let Registered {
+            relation,
+            mapping,
+            generation,
+            cursor,
+        } = registered;
+        self.backfill.set(
+            relation.oid,
+            Task {
+                mapping,
+                generation,
+                cursor,
+            },
+        );
     }
 
     fn templates(&self, without: u32) -> Vec<KeyTemplate> {
         let others = self.relations.iter().filter(|(oid, _)| **oid != without);
-        others.map(|(_, registered)| registered.mapping.template.clone()).collect()
+        others
+            .map(|(_, registered)| registered.mapping.template.clone())
+            .collect()
     }
 }
 
@@ -163,5 +212,9 @@ fn is_cache(relation: &pb::Relation) -> bool {
 
 /// A cache is filled by what is SELECTed: there is nothing to be read.
 fn fresh(relation: &pb::Relation, old_keys: Vec<String>) -> Cursor {
-    if is_cache(relation) { Cursor::done(relation.fingerprint) } else { Cursor::start(relation.fingerprint, old_keys) }
+    if is_cache(relation) {
+        Cursor::done(relation.fingerprint)
+    } else {
+        Cursor::start(relation.fingerprint, old_keys)
+    }
 }

@@ -15,7 +15,12 @@ use crate::resp::tests::parse;
 const OID: u32 = 500;
 
 fn relation(fingerprint: u64, key: &str) -> pb::Relation {
-    let column = |name: &str| Column { name: name.into(), encoding: Encoding::Text.into(), in_value: true, ..Column::default() };
+    let column = |name: &str| Column {
+        name: name.into(),
+        encoding: Encoding::Text.into(),
+        in_value: true,
+        ..Column::default()
+    };
     pb::Relation {
         index: 1,
         oid: OID,
@@ -29,8 +34,15 @@ fn relation(fingerprint: u64, key: &str) -> pb::Relation {
 }
 
 fn settled() -> Stored {
-    let progress = Progress { lsn: Lsn(10), cursors: BTreeMap::from([(OID, Cursor::done(1).to_json())]), ..Progress::default() };
-    Stored { progress: Some(progress), relations: BTreeMap::from([(OID, relation(1, "t:{id}"))]) }
+    let progress = Progress {
+        lsn: Lsn(10),
+        cursors: BTreeMap::from([(OID, Cursor::done(1).to_json())]),
+        ..Progress::default()
+    };
+    Stored {
+        progress: Some(progress),
+        relations: BTreeMap::from([(OID, relation(1, "t:{id}"))]),
+    }
 }
 
 fn planning(stored: Stored, batch_bytes: usize, transaction_bytes: usize) -> Planning {
@@ -41,7 +53,10 @@ fn planning(stored: Stored, batch_bytes: usize, transaction_bytes: usize) -> Pla
         stored,
         gate: Gate::new(1 << 16, 100, 0),
         marker_prefix: "m:".into(),
-        limits: Limits { batch_bytes, transaction_bytes },
+        limits: Limits {
+            batch_bytes,
+            transaction_bytes,
+        },
         backfill: Arc::new(Backfill::default()),
         shared: Arc::new(Shared::default()),
     })
@@ -54,7 +69,14 @@ struct Frame(FrameWriter);
 
 impl Frame {
     fn begin(mut self, xid: u64, commit_lsn: u64) -> Self {
-        self.0.record(&pb::Begin { xid, commit_lsn, commit_time: 0 }.into());
+        self.0.record(
+            &pb::Begin {
+                xid,
+                commit_lsn,
+                commit_time: 0,
+            }
+            .into(),
+        );
         self
     }
 
@@ -99,8 +121,17 @@ fn packed(fingerprint: u64, id: &str, v: &str) -> Vec<u8> {
 }
 
 fn lines(segment: &Segment) -> Vec<String> {
-    let line = |command: &Vec<Vec<u8>>| command.iter().map(|arg| String::from_utf8_lossy(arg).into_owned()).collect::<Vec<_>>().join(" ");
-    parse(segment.batch.commands().as_bytes()).iter().map(line).collect()
+    let line = |command: &Vec<Vec<u8>>| {
+        command
+            .iter()
+            .map(|arg| String::from_utf8_lossy(arg).into_owned())
+            .collect::<Vec<_>>()
+            .join(" ")
+    };
+    parse(segment.batch.commands().as_bytes())
+        .iter()
+        .map(line)
+        .collect()
 }
 
 /// Everything that would go to Redis now, without the frame of a MULTI.
@@ -112,17 +143,32 @@ fn flushed(planning: &mut Planning) -> Vec<String> {
     while let Some(segment) = planning.next_segment() {
         all.extend(lines(&segment));
     }
-    all.retain(|line| !["MULTI", "EXEC"].contains(&line.as_str()) && !line.starts_with("WATCH") && !line.starts_with("HGET"));
+    all.retain(|line| {
+        !["MULTI", "EXEC"].contains(&line.as_str()) && !line.starts_with("WATCH") && !line.starts_with("HGET")
+    });
     all
 }
 
 #[test]
 fn transactions_that_are_complete_share_one_multi_with_their_progress() {
     let mut planning = planning(settled(), 1 << 20, 1 << 24);
-    Frame::default().relation(relation(1, "t:{id}")).begin(100, 10).row(Kind::Insert, "1", Some("a")).commit(20).feed(&mut planning);
-    Frame::default().begin(101, 20).row(Kind::Insert, "2", None).row(Kind::Delete, "1", None).commit(30).feed(&mut planning);
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(100, 10)
+        .row(Kind::Insert, "1", Some("a"))
+        .commit(20)
+        .feed(&mut planning);
+    Frame::default()
+        .begin(101, 20)
+        .row(Kind::Insert, "2", None)
+        .row(Kind::Delete, "1", None)
+        .commit(30)
+        .feed(&mut planning);
     // One that is not complete waits, and so does what is in front of it.
-    Frame::default().begin(102, 30).row(Kind::Insert, "3", Some("c")).feed(&mut planning);
+    Frame::default()
+        .begin(102, 30)
+        .row(Kind::Insert, "3", Some("c"))
+        .feed(&mut planning);
     assert!(!planning.is_dirty());
     Frame::default().commit(40).feed(&mut planning);
     planning.flush();
@@ -148,9 +194,18 @@ fn transactions_that_are_complete_share_one_multi_with_their_progress() {
 #[test]
 fn what_the_progress_says_is_applied_is_skipped() {
     let mut planning = planning(settled(), 1 << 20, 1 << 24);
-    Frame::default().relation(relation(1, "t:{id}")).begin(99, 5).row(Kind::Insert, "1", Some("a")).commit(10).feed(&mut planning);
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(99, 5)
+        .row(Kind::Insert, "1", Some("a"))
+        .commit(10)
+        .feed(&mut planning);
     assert!(flushed(&mut planning).is_empty());
-    Frame::default().begin(100, 10).row(Kind::Insert, "2", Some("b")).commit(20).feed(&mut planning);
+    Frame::default()
+        .begin(100, 10)
+        .row(Kind::Insert, "2", Some("b"))
+        .commit(20)
+        .feed(&mut planning);
     assert_eq!(flushed(&mut planning)[0], "HSET t:2 id 2 v b");
 }
 
@@ -159,9 +214,14 @@ fn what_the_progress_says_is_applied_is_skipped() {
 fn a_large_transaction_is_cut_and_goes_on_where_it_was_cut() {
     let rows = 600;
     let feed = |planning: &mut Planning| {
-        Frame::default().relation(relation(1, "t:{id}")).begin(100, 10).feed(planning);
+        Frame::default()
+            .relation(relation(1, "t:{id}"))
+            .begin(100, 10)
+            .feed(planning);
         for row in 0..rows {
-            Frame::default().row(Kind::Insert, &row.to_string(), Some("value")).feed(planning);
+            Frame::default()
+                .row(Kind::Insert, &row.to_string(), Some("value"))
+                .feed(planning);
         }
         Frame::default().commit(20).feed(planning);
         if planning.is_dirty() {
@@ -176,7 +236,11 @@ fn a_large_transaction_is_cut_and_goes_on_where_it_was_cut() {
         segments += 1;
         steps.extend(segment.step);
     }
-    assert!(steps.len() > 2 && segments > 2 * steps.len(), "{segments} segments, {} steps", steps.len());
+    assert!(
+        steps.len() > 2 && segments > 2 * steps.len(),
+        "{segments} segments, {} steps",
+        steps.len()
+    );
     let (last, parts) = steps.split_last().unwrap();
     assert_eq!((last.lsn, last.part, last.clear_part), (Lsn(20), None, true));
     for step in parts {
@@ -186,7 +250,10 @@ fn a_large_transaction_is_cut_and_goes_on_where_it_was_cut() {
         stored.progress.as_mut().unwrap().part = Some(part);
         let mut resumed = planning(stored, 2_000, 20_000);
         feed(&mut resumed);
-        let written = flushed(&mut resumed).into_iter().filter(|line| line.starts_with("HSET t:")).collect::<Vec<_>>();
+        let written = flushed(&mut resumed)
+            .into_iter()
+            .filter(|line| line.starts_with("HSET t:"))
+            .collect::<Vec<_>>();
         assert_eq!(written.len() as u64, rows - part.records);
         assert_eq!(written[0], format!("HSET t:{0} id {0} v value", part.records));
     }
@@ -194,19 +261,57 @@ fn a_large_transaction_is_cut_and_goes_on_where_it_was_cut() {
 
 #[test]
 fn a_label_takes_effect_at_its_place() {
-    let mut planning = planning(Stored { progress: Some(Progress { lsn: Lsn(10), ..Progress::default() }), ..Stored::default() }, 1 << 20, 1 << 24);
-    let announced = pb::Relation { announced: true, ..relation(1, "t:{id}") };
-    Frame::default().begin(100, 10).relation(announced).row(Kind::Insert, "1", Some("a")).commit(20).feed(&mut planning);
+    let mut planning = planning(
+        Stored {
+            progress: Some(Progress {
+                lsn: Lsn(10),
+                ..Progress::default()
+            }),
+            ..Stored::default()
+        },
+        1 << 20,
+        1 << 24,
+    );
+    let announced = pb::Relation {
+        announced: true,
+        ..relation(1, "t:{id}")
+    };
+    Frame::default()
+        .begin(100, 10)
+        .relation(announced)
+        .row(Kind::Insert, "1", Some("a"))
+        .commit(20)
+        .feed(&mut planning);
     let lines = flushed(&mut planning);
-    assert!(lines[0].starts_with("HSET walmirror:{s}:relations 500 "), "{}", lines[0]);
-    assert!(lines[1].starts_with("HSET walmirror:{s}:progress backfill:500 {"), "{}", lines[1]);
+    assert!(
+        lines[0].starts_with("HSET walmirror:{s}:relations 500 "),
+        "{}",
+        lines[0]
+    );
+    assert!(
+        lines[1].starts_with("HSET walmirror:{s}:progress backfill:500 {"),
+        "{}",
+        lines[1]
+    );
     // The table is not filled yet: a key may hold anything.
     assert_eq!(lines[2..4], ["UNLINK t:1", "HSET t:1 id 1 v a"]);
 
     // Another key: rows of a transaction that began before still have the old one.
-    let changed = pb::Relation { announced: true, ..relation(2, "u:{id}") };
-    Frame::default().begin(101, 20).relation(changed).commit(30).feed(&mut planning);
-    Frame::default().relation(relation(1, "t:{id}")).begin(99, 30).row(Kind::Insert, "2", Some("b")).commit(40).feed(&mut planning);
+    let changed = pb::Relation {
+        announced: true,
+        ..relation(2, "u:{id}")
+    };
+    Frame::default()
+        .begin(101, 20)
+        .relation(changed)
+        .commit(30)
+        .feed(&mut planning);
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(99, 30)
+        .row(Kind::Insert, "2", Some("b"))
+        .commit(40)
+        .feed(&mut planning);
     let lines = flushed(&mut planning);
     assert!(lines[1].contains("\"old_keys\":[\"t:{id}\"]"), "{}", lines[1]);
     assert_eq!(lines[2..4], ["UNLINK t:2", "HSET t:2 id 2 v b"]);
@@ -214,9 +319,24 @@ fn a_label_takes_effect_at_its_place() {
 
     // The same version once more, without a refresh: nothing begins anew.
     let generation = planning.registry.get(OID).unwrap().generation;
-    Frame::default().begin(102, 40).relation(pb::Relation { announced: true, ..relation(2, "u:{id}") }).commit(50).feed(&mut planning);
+    Frame::default()
+        .begin(102, 40)
+        .relation(pb::Relation {
+            announced: true,
+            ..relation(2, "u:{id}")
+        })
+        .commit(50)
+        .feed(&mut planning);
     assert_eq!(planning.registry.get(OID).unwrap().generation, generation);
-    Frame::default().begin(103, 50).relation(pb::Relation { announced: true, refresh: true, ..relation(2, "u:{id}") }).commit(60).feed(&mut planning);
+    Frame::default()
+        .begin(103, 50)
+        .relation(pb::Relation {
+            announced: true,
+            refresh: true,
+            ..relation(2, "u:{id}")
+        })
+        .commit(60)
+        .feed(&mut planning);
     assert!(planning.registry.get(OID).unwrap().generation > generation);
 }
 
@@ -235,21 +355,38 @@ fn a_truncate_removes_what_was_written_before_it_and_nothing_behind_it() {
     let segment = planning.next_segment().unwrap();
     assert_eq!(segment.purges.len(), 1);
     assert!(segment.opens);
-    assert_eq!(lines(&segment)[1..4], ["HSET t:1 id 1 v a", "UNLINK t:1", "HSET t:2 id 2 v b"]);
+    assert_eq!(
+        lines(&segment)[1..4],
+        ["HSET t:1 id 1 v a", "UNLINK t:1", "HSET t:2 id 2 v b"]
+    );
 }
 
 #[test]
 fn a_truncate_behind_what_redis_has_begun_already_cuts_the_transaction() {
     let mut planning = planning(settled(), 500, 1 << 24);
-    Frame::default().relation(relation(1, "t:{id}")).begin(100, 10).feed(&mut planning);
-    (0..100).for_each(|row| Frame::default().row(Kind::Insert, &row.to_string(), None).feed(&mut planning));
-    Frame::default().record(pb::Truncate { relations: vec![1] }).row(Kind::Insert, "new", None).commit(20).feed(&mut planning);
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(100, 10)
+        .feed(&mut planning);
+    (0..100).for_each(|row| {
+        Frame::default()
+            .row(Kind::Insert, &row.to_string(), None)
+            .feed(&mut planning)
+    });
+    Frame::default()
+        .record(pb::Truncate { relations: vec![1] })
+        .row(Kind::Insert, "new", None)
+        .commit(20)
+        .feed(&mut planning);
     planning.flush();
     let mut segments = Vec::new();
     while let Some(segment) = planning.next_segment() {
         segments.push(segment);
     }
-    let cut = segments.iter().position(|segment| segment.step.is_some_and(|step| step.part.is_some())).unwrap();
+    let cut = segments
+        .iter()
+        .position(|segment| segment.step.is_some_and(|step| step.part.is_some()))
+        .unwrap();
     assert_eq!(segments[cut].step.unwrap().part.unwrap().records, 100);
     let next = &segments[cut + 1];
     assert!(next.opens && next.purges.len() == 1, "{:?}", lines(next));
@@ -258,19 +395,54 @@ fn a_truncate_behind_what_redis_has_begun_already_cuts_the_transaction() {
 #[test]
 fn a_forgotten_table_stays_forgotten() {
     let mut planning = planning(settled(), 1 << 20, 1 << 24);
-    Frame::default().relation(relation(1, "t:{id}")).begin(100, 10).record(pb::Forget { oid: OID, keep_keys: false }).commit(20).feed(&mut planning);
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(100, 10)
+        .record(pb::Forget {
+            oid: OID,
+            keep_keys: false,
+        })
+        .commit(20)
+        .feed(&mut planning);
     planning.flush();
     let segment = planning.next_segment().unwrap();
     assert_eq!(segment.purges.len(), 1);
-    assert_eq!(lines(&segment)[1..3], ["HDEL walmirror:{s}:relations 500", "HDEL walmirror:{s}:progress backfill:500"]);
-    Frame::default().begin(99, 20).row(Kind::Insert, "1", Some("a")).commit(30).feed(&mut planning);
+    assert_eq!(
+        lines(&segment)[1..3],
+        [
+            "HDEL walmirror:{s}:relations 500",
+            "HDEL walmirror:{s}:progress backfill:500"
+        ]
+    );
+    Frame::default()
+        .begin(99, 20)
+        .row(Kind::Insert, "1", Some("a"))
+        .commit(30)
+        .feed(&mut planning);
     assert_eq!(flushed(&mut planning).len(), 1, "only the progress");
 }
 
-fn chunk(planning: &Planning, id: u64, content: Content, cursor: Option<Cursor>, window: &Arc<Window>) -> Chunk {
-    let generation = planning.registry.get(OID).map_or(0, |registered| registered.generation);
+fn chunk(
+    planning: &Planning,
+    id: u64,
+    content: Content,
+    cursor: Option<Cursor>,
+    window: &Arc<Window>,
+) -> Chunk {
+    let generation = planning
+        .registry
+        .get(OID)
+        .map_or(0, |registered| registered.generation);
     window.sent();
-    Chunk { id, relation: OID, generation, snapshot: Snapshot::new(105, 105, vec![]), content, cursor, window: Arc::clone(window) }
+    Chunk {
+        id,
+        relation: OID,
+        generation,
+        snapshot: Snapshot::new(105, 105, vec![]),
+        content,
+        cursor,
+        window: Arc::clone(window),
+    }
 }
 
 fn rows(rows: &[Vec<u8>]) -> Content {
@@ -285,20 +457,49 @@ fn a_chunk_waits_for_its_marker_and_passes_the_gate() {
     stored.progress.as_mut().unwrap().cursors.clear();
     let mut planning = planning(stored, 1 << 20, 1 << 24);
     let window = Arc::new(Window::default());
-    let content = rows(&[packed(1, "1", "read"), packed(1, "2", "read"), packed(1, "3", "read")]);
-    let cursor = Cursor { block: 9, ..Cursor::start(1, Vec::new()) };
+    let content = rows(&[
+        packed(1, "1", "read"),
+        packed(1, "2", "read"),
+        packed(1, "3", "read"),
+    ]);
+    let cursor = Cursor {
+        block: 9,
+        ..Cursor::start(1, Vec::new())
+    };
     planning.chunk(chunk(&planning, 7, content, Some(cursor), &window));
     // 104 is visible to the snapshot of the chunk, 110 is not.
-    Frame::default().relation(relation(1, "t:{id}")).begin(104, 10).row(Kind::Insert, "1", Some("old")).commit(20).feed(&mut planning);
-    Frame::default().begin(110, 20).row(Kind::Update, "2", Some("new")).commit(30).feed(&mut planning);
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(104, 10)
+        .row(Kind::Insert, "1", Some("old"))
+        .commit(20)
+        .feed(&mut planning);
+    Frame::default()
+        .begin(110, 20)
+        .row(Kind::Update, "2", Some("new"))
+        .commit(30)
+        .feed(&mut planning);
     assert!(!planning.wants_piece());
     let before = flushed(&mut planning);
     assert!(before.contains(&"HSET t:2 id 2 v new".to_owned()));
-    Frame::default().record(pb::Marker { content: b"m:7".to_vec(), lsn: 31 }).feed(&mut planning);
+    Frame::default()
+        .record(pb::Marker {
+            content: b"m:7".to_vec(),
+            lsn: 31,
+        })
+        .feed(&mut planning);
     assert!(planning.wants_piece());
     planning.piece().unwrap();
     let written = flushed(&mut planning);
-    assert_eq!(written[..4], ["UNLINK t:1", "HSET t:1 id 1 v read", "UNLINK t:3", "HSET t:3 id 3 v read"]);
+    assert_eq!(
+        written[..4],
+        [
+            "UNLINK t:1",
+            "HSET t:1 id 1 v read",
+            "UNLINK t:3",
+            "HSET t:3 id 3 v read"
+        ]
+    );
     assert!(written[4].contains("\"block\":9"), "{}", written[4]);
     assert!(window.wait(0, || true) && !window.is_stale());
 }
@@ -312,7 +513,12 @@ fn a_chunk_of_another_version_is_dropped_with_those_behind_it() {
     planning.chunk(chunk(&planning, 1, rows(&[packed(2, "1", "x")]), None, &window));
     planning.chunk(chunk(&planning, 2, rows(&[packed(1, "1", "x")]), None, &window));
     for id in ["m:1", "m:2"] {
-        Frame::default().record(pb::Marker { content: id.into(), lsn: 31 }).feed(&mut planning);
+        Frame::default()
+            .record(pb::Marker {
+                content: id.into(),
+                lsn: 31,
+            })
+            .feed(&mut planning);
         planning.piece().unwrap();
     }
     assert!(window.is_stale());
@@ -323,8 +529,18 @@ fn a_chunk_of_another_version_is_dropped_with_those_behind_it() {
 fn keys_without_a_row_go_unless_something_newer_wrote_them() {
     let mut planning = planning(settled(), 1 << 20, 1 << 24);
     let window = Arc::new(Window::default());
-    planning.chunk(chunk(&planning, 1, Content::Absent(vec![b"t:1".to_vec(), b"t:2".to_vec()]), None, &window));
-    let pending = vec![(b"t:3".to_vec(), None), (b"t:4".to_vec(), Some(packed(1, "4", "again"))), (b"t:5".to_vec(), None)];
+    planning.chunk(chunk(
+        &planning,
+        1,
+        Content::Absent(vec![b"t:1".to_vec(), b"t:2".to_vec()]),
+        None,
+        &window,
+    ));
+    let pending = vec![
+        (b"t:3".to_vec(), None),
+        (b"t:4".to_vec(), Some(packed(1, "4", "again"))),
+        (b"t:5".to_vec(), None),
+    ];
     planning.chunk(chunk(&planning, 2, Content::Keys(pending), None, &window));
     Frame::default()
         .relation(relation(1, "t:{id}"))
@@ -332,8 +548,14 @@ fn keys_without_a_row_go_unless_something_newer_wrote_them() {
         .row(Kind::Insert, "2", Some("new"))
         .row(Kind::Insert, "5", Some("new"))
         .commit(30)
-        .record(pb::Marker { content: b"m:1".to_vec(), lsn: 31 })
-        .record(pb::Marker { content: b"m:2".to_vec(), lsn: 31 })
+        .record(pb::Marker {
+            content: b"m:1".to_vec(),
+            lsn: 31,
+        })
+        .record(pb::Marker {
+            content: b"m:2".to_vec(),
+            lsn: 31,
+        })
         .feed(&mut planning);
     flushed(&mut planning);
     planning.piece().unwrap();
@@ -341,18 +563,37 @@ fn keys_without_a_row_go_unless_something_newer_wrote_them() {
     let mut written = flushed(&mut planning);
     written.retain(|line| !line.contains("lsn"));
     let pending = |key: &str| format!("HDEL walmirror:{{s}}:pending {key}");
-    assert_eq!(written, ["UNLINK t:1", "UNLINK t:3", &pending("t:3"), "UNLINK t:4", "HSET t:4 id 4 v again", &pending("t:4")]);
+    assert_eq!(
+        written,
+        [
+            "UNLINK t:1",
+            "UNLINK t:3",
+            &pending("t:3"),
+            "UNLINK t:4",
+            "HSET t:4 id 4 v again",
+            &pending("t:4")
+        ]
+    );
 }
 
 #[test]
 fn the_catalog_corrects_the_registry_where_the_stream_has_said_nothing() {
     let mut planning = planning(settled(), 1 << 20, 1 << 24);
     let window = Arc::new(Window::default());
-    let other = pb::Relation { oid: 600, name: "u".into(), ..relation(3, "u:{id}") };
+    let other = pb::Relation {
+        oid: 600,
+        name: "u".into(),
+        ..relation(3, "u:{id}")
+    };
     let mut catalog = chunk(&planning, 1, Content::Catalog(vec![other]), None, &window);
     catalog.relation = 0;
     planning.chunk(catalog);
-    Frame::default().record(pb::Marker { content: b"m:1".to_vec(), lsn: 31 }).feed(&mut planning);
+    Frame::default()
+        .record(pb::Marker {
+            content: b"m:1".to_vec(),
+            lsn: 31,
+        })
+        .feed(&mut planning);
     planning.piece().unwrap();
     assert_eq!(planning.registry.oids(), [600]);
     assert!(planning.is_dirty());
@@ -366,7 +607,10 @@ fn a_keepalive_moves_the_position_between_transactions_only() {
     assert_eq!(flushed(&mut planning), ["HSET walmirror:{s}:progress lsn 0/32"]);
     planning.keepalive(Lsn(40));
     assert!(!planning.is_advanced());
-    Frame::default().relation(relation(1, "t:{id}")).begin(100, 60).feed(&mut planning);
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(100, 60)
+        .feed(&mut planning);
     planning.keepalive(Lsn(70));
     assert!(!planning.is_advanced());
 }
@@ -380,5 +624,11 @@ fn a_broken_stream_is_an_error_that_says_where() {
     let mut tuple = TupleBuilder::new();
     tuple.text(b"1");
     frame.0.row(Kind::Insert, 9, &tuple, None);
-    assert!(planning.frame(frame.0.as_bytes()).unwrap_err().to_string().contains("relation 9"));
+    assert!(
+        planning
+            .frame(frame.0.as_bytes())
+            .unwrap_err()
+            .to_string()
+            .contains("relation 9")
+    );
 }
