@@ -4,7 +4,12 @@
 //!
 //! 60 seconds in CI; `TORTURE_SECONDS=3600 make test ARGS='--test torture'` for longer.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -41,7 +46,11 @@ impl History {
     /// A write that had replaced `version` of a key before `position`.
     fn replaced(&self, key: i32, version: i64, position: Lsn) -> Option<Written> {
         let history = self.by_key.lock().unwrap();
-        history.get(&key)?.iter().copied().find(|&(newer, by)| newer > version && by <= position)
+        history
+            .get(&key)?
+            .iter()
+            .copied()
+            .find(|&(newer, by)| newer > version && by <= position)
     }
 }
 
@@ -69,7 +78,10 @@ fn write(client: &mut Client, rng: &mut StdRng) -> Result<(Vec<i32>, i64), postg
         }
         0..100 if keys.len() == 2 => {
             tx.execute("DELETE FROM hot WHERE id = $1", &[&keys[1]])?;
-            tx.execute("UPDATE hot SET id = $2, version = $3 WHERE id = $1", &[&key, &keys[1], &version])?;
+            tx.execute(
+                "UPDATE hot SET id = $2, version = $3 WHERE id = $1",
+                &[&key, &keys[1], &version],
+            )?;
         }
         100..250 => {
             tx.execute("DELETE FROM hot WHERE id = $1", &[&key])?;
@@ -77,7 +89,10 @@ fn write(client: &mut Client, rng: &mut StdRng) -> Result<(Vec<i32>, i64), postg
         250..300 => {
             // A subtransaction that is rolled back must leave no trace.
             tx.batch_execute("SAVEPOINT s")?;
-            tx.execute("UPDATE hot SET version = -1, pad = 'never' WHERE id = $1", &[&key])?;
+            tx.execute(
+                "UPDATE hot SET version = -1, pad = 'never' WHERE id = $1",
+                &[&key],
+            )?;
             tx.batch_execute("ROLLBACK TO s")?;
             tx.execute("UPDATE hot SET version = $2 WHERE id = $1", &[&key, &version])?;
         }
@@ -108,8 +123,12 @@ fn read(client: &mut Client, rng: &mut StdRng) -> Result<(), postgres::Error> {
         let key = rng.random_range(0..KEYS);
         match rng.random_range(0..3) {
             0 => client.batch_execute(&format!("SELECT * FROM hot WHERE id = {key}"))?,
-            1 => client.batch_execute(&format!("SELECT version FROM hot WHERE id BETWEEN {key} AND {key} + 9"))?,
-            _ => client.batch_execute(&format!("SELECT a.pad FROM hot a JOIN hot b ON a.id = b.id WHERE a.id = {key}"))?,
+            1 => client.batch_execute(&format!(
+                "SELECT version FROM hot WHERE id BETWEEN {key} AND {key} + 9"
+            ))?,
+            _ => client.batch_execute(&format!(
+                "SELECT a.pad FROM hot a JOIN hot b ON a.id = b.id WHERE a.id = {key}"
+            ))?,
         }
     }
     client.batch_execute("COMMIT")
@@ -117,7 +136,8 @@ fn read(client: &mut Client, rng: &mut StdRng) -> Result<(), postgres::Error> {
 
 #[test]
 fn no_select_ever_makes_the_cache_stale() {
-    let seconds: u64 = std::env::var("TORTURE_SECONDS").map_or(60, |text| text.parse().expect("TORTURE_SECONDS is a number"));
+    let seconds: u64 = std::env::var("TORTURE_SECONDS")
+        .map_or(60, |text| text.parse().expect("TORTURE_SECONDS is a number"));
     let mut seeds = rng("torture");
     let m = Mirror::alone("max_connections = 100\nwalmirror.capture_interval = 20");
     m.sql(
@@ -126,7 +146,12 @@ fn no_select_ever_makes_the_cache_stale() {
     );
     m.start();
     m.sync();
-    let (history, stop, checks, hits) = (History::default(), AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    let (history, stop, checks, hits) = (
+        History::default(),
+        AtomicBool::new(false),
+        AtomicU64::new(0),
+        AtomicU64::new(0),
+    );
     let start = Instant::now();
     let running = || !stop.load(Ordering::Relaxed) && start.elapsed() < Duration::from_secs(seconds);
     thread::scope(|scope| {
@@ -138,10 +163,18 @@ fn no_select_ever_makes_the_cache_stale() {
                 while running() {
                     match write(&mut client, &mut rng) {
                         Ok((keys, version)) => {
-                            let by: String = client.query_one("SELECT pg_current_wal_insert_lsn()::text", &[]).unwrap().get(0);
+                            let by: String = client
+                                .query_one("SELECT pg_current_wal_insert_lsn()::text", &[])
+                                .unwrap()
+                                .get(0);
                             history.note(&keys, version, by.parse().unwrap());
                         }
-                        Err(error) => assert!(error.as_db_error().is_some_and(|error| error.code().code().starts_with("40")), "writer {number}: {error}"),
+                        Err(error) => assert!(
+                            error
+                                .as_db_error()
+                                .is_some_and(|error| error.code().code().starts_with("40")),
+                            "writer {number}: {error}"
+                        ),
                     }
                     thread::sleep(Duration::from_millis(rng.random_range(0..8)));
                 }
@@ -154,7 +187,12 @@ fn no_select_ever_makes_the_cache_stale() {
                 let mut client = m.db.connect();
                 while running() {
                     if let Err(error) = read(&mut client, &mut rng) {
-                        assert!(error.as_db_error().is_some_and(|error| error.code().code().starts_with("40")), "reader {number}: {error}");
+                        assert!(
+                            error
+                                .as_db_error()
+                                .is_some_and(|error| error.code().code().starts_with("40")),
+                            "reader {number}: {error}"
+                        );
                         client.batch_execute("ROLLBACK").unwrap();
                     }
                 }
@@ -195,21 +233,44 @@ fn no_select_ever_makes_the_cache_stale() {
     });
     m.sync();
     let rows: HashMap<String, String> =
-        m.db.rows("SELECT id, version FROM hot").into_iter().map(|row| (format!("hot:{}", row[0].clone().unwrap()), row[1].clone().unwrap())).collect();
+        m.db.rows("SELECT id, version FROM hot")
+            .into_iter()
+            .map(|row| {
+                (
+                    format!("hot:{}", row[0].clone().unwrap()),
+                    row[1].clone().unwrap(),
+                )
+            })
+            .collect();
     let mut redis = m.redis.connect();
     let keys = m.redis.keys();
     for key in &keys {
-        let version: Option<String> = redis::cmd("HGET").arg(key).arg("version").query(&mut redis).unwrap();
+        let version: Option<String> = redis::cmd("HGET")
+            .arg(key)
+            .arg("version")
+            .query(&mut redis)
+            .unwrap();
         assert_eq!(version.as_ref(), rows.get(key), "{key}");
     }
     println!(
         "{} writes, {} looks at Redis of which {} found a key, {} keys at the end",
-        history.by_key.lock().unwrap().values().map(Vec::len).sum::<usize>(),
+        history
+            .by_key
+            .lock()
+            .unwrap()
+            .values()
+            .map(Vec::len)
+            .sum::<usize>(),
         checks.load(Ordering::Relaxed),
         hits.load(Ordering::Relaxed),
         keys.len()
     );
     // A cache that is always empty would pass, and prove nothing.
-    assert!(hits.load(Ordering::Relaxed) * 20 > checks.load(Ordering::Relaxed), "the cache was hardly ever filled");
-    wait_for(Duration::from_secs(1), "keys in the cache", || (!keys.is_empty()).then_some(()));
+    assert!(
+        hits.load(Ordering::Relaxed) * 20 > checks.load(Ordering::Relaxed),
+        "the cache was hardly ever filled"
+    );
+    wait_for(Duration::from_secs(1), "keys in the cache", || {
+        (!keys.is_empty()).then_some(())
+    });
 }
