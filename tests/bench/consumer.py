@@ -1,10 +1,11 @@
 """The consumer that people write by hand: psycopg2 reads wal2json, redis-py (with hiredis) writes pipelines of 1000.
 
-    consumer.py CONNINFO REDIS_PORT SLOT END_LSN
+    consumer.py CONNINFO REDIS_PORT SLOT
 
 It does what a careful author would do for speed: format version 2 (a row a message, so memory is bounded), numbers kept as
-text, pipelines without MULTI, feedback once a pipeline. What is queued goes out when nothing more is there to read. It keeps no progress,
-and takes every table to have the key column id.
+text, pipelines without MULTI, feedback once a pipeline; what is queued goes out when nothing more is there to read. It keeps
+no progress, takes every table to have the key column id, and ends at a logical message with the prefix bench, which the
+benchmark writes behind a load.
 """
 import json
 import select
@@ -17,11 +18,6 @@ import redis
 BATCH = 1000
 
 
-def lsn(text):
-    high, low = text.split("/")
-    return int(high, 16) << 32 | int(low, 16)
-
-
 def text(value):
     if value is True:
         return "true"
@@ -31,7 +27,7 @@ def text(value):
 
 
 def main():
-    conninfo, port, slot, end = sys.argv[1], int(sys.argv[2]), sys.argv[3], lsn(sys.argv[4])
+    conninfo, port, slot = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     connection = psycopg2.connect(conninfo, connection_factory=psycopg2.extras.LogicalReplicationConnection)
     cursor = connection.cursor()
     cursor.start_replication(slot_name=slot, decode=True, options={"format-version": "2", "include-transaction": "true"})
@@ -46,8 +42,6 @@ def main():
                 pipeline.execute()
                 queued = 0
                 continue
-            if position >= end or cursor.wal_end >= end:
-                break
             select.select([cursor], [], [], 1.0)
             continue
         change = loads(message.payload)
@@ -61,14 +55,14 @@ def main():
             queued += 1
         elif action == "C":
             position = message.data_start
+        elif action == "M" and change["prefix"] == "bench":
+            break
         if queued >= BATCH:
             pipeline.execute()
             queued = 0
             cursor.send_feedback(flush_lsn=position)
-        if position >= end:
-            break
     pipeline.execute()
-    cursor.send_feedback(flush_lsn=max(position, end), force=True)
+    cursor.send_feedback(flush_lsn=position, force=True)
 
 
 main()

@@ -261,7 +261,7 @@ fn measure(options: &Options, kind: &Kind, rows: u64) -> Outcome {
         limit.add(WALSENDER_CPU, pass.walsender.cpu * 1e6 / rows as f64);
 
         if hand_able && hand.skipped.is_none() {
-            match hand_written(bed, redis, SLOT, backlog.end).filter(|_| bed.has_plugin("wal2json").is_ok()) {
+            match hand_written(bed, redis, SLOT).filter(|_| bed.has_plugin("wal2json").is_ok()) {
                 Some(mut command) => {
                     backlog.rewind("wal2json");
                     let run = rivals::run(&mut command, "the hand-written consumer", bed, redis, Some(SLOT));
@@ -348,8 +348,8 @@ fn goals(outcome: &Outcome, kind: &Kind) -> Vec<Goal> {
         .unwrap_or(0.0);
     goals.push(Goal::at_most(
         "peak resident memory of the sink",
-        64.0 * 1.048576,
-        " MB",
+        64.0,
+        " MiB",
         memory,
     ));
     goals

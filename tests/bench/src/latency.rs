@@ -52,7 +52,7 @@ const REDIS_CPU: Metric = Metric {
 };
 
 const WRITERS: usize = 4;
-const ROWS: u64 = 100_000;
+const ROWS: u64 = 20_000;
 const RATES: [u64; 2] = [1_000, 5_000];
 const SLOT: &str = "mirror";
 
@@ -78,7 +78,7 @@ pub fn run(options: &Options) -> Vec<Outcome> {
             measure_ours(&bed, &redis, &mut ours, rate, duration);
             report(&ours, rate, round);
             let redis = Redis::start();
-            match hand_written(&bed, &redis, SLOT, walmirror_tests::Lsn(u64::MAX)) {
+            match hand_written(&bed, &redis, SLOT) {
                 Some(command) if bed.has_plugin("wal2json").is_ok() => {
                     measure_hand(&bed, &redis, command, &mut hand, rate, duration);
                     report(&hand, rate, round);
@@ -229,7 +229,7 @@ fn write(bed: &Bed, writer: usize, start: Instant, rate: u64, duration: Duration
     let pause = Duration::from_secs_f64(WRITERS as f64 / rate as f64);
     let first = start + pause * writer as u32 / WRITERS as u32;
     let mut commits = Vec::new();
-    let mut random = walmirror_tests::rng("latency");
+    let mut random = rand::rng();
     loop {
         let due = first + pause * commits.len() as u32;
         if due >= start + duration {

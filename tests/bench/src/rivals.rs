@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use walmirror_tests::{Lsn, Redis};
+use walmirror_tests::Redis;
 
 use crate::bed::Bed;
 use crate::meter::{Usage, Watch};
@@ -73,16 +73,11 @@ pub fn pipe(file: &Path, redis: &Redis) -> Command {
 }
 
 /// psycopg2, wal2json and redis-py; None where these are not installed.
-pub fn hand_written(bed: &Bed, redis: &Redis, slot: &str, end: Lsn) -> Option<Command> {
+pub fn hand_written(bed: &Bed, redis: &Redis, slot: &str) -> Option<Command> {
     let python = std::env::var_os("WALMIRROR_BENCH_PYTHON")?;
     let mut command = Command::new(python);
     command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/consumer.py"));
-    command.args([
-        &bed.db.pg.conninfo(&bed.db.name),
-        &redis.port().to_string(),
-        slot,
-        &end.to_string(),
-    ]);
+    command.args([&bed.db.pg.conninfo(&bed.db.name), &redis.port().to_string(), slot]);
     command.stdin(Stdio::null());
     Some(command)
 }
