@@ -115,9 +115,19 @@ impl Backfill {
         self.changed.notify_all();
     }
 
+    /// A table turned up that nobody announced: the catalog is to be compared again.
+    pub fn want_reconcile(&self) {
+        self.reconciled.store(false, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    fn is_reconciled(&self) -> bool {
+        self.reconciled.load(Ordering::Acquire)
+    }
+
     /// Whether nothing is left to be done but what the stream brings.
     pub fn is_idle(&self) -> bool {
-        self.reconciled.load(Ordering::Acquire)
+        self.is_reconciled()
             && !self.pending.load(Ordering::Acquire)
             && self.lock().values().all(|task| task.cursor.is_done())
     }

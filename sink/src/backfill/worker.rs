@@ -72,19 +72,17 @@ pub fn work(context: &Context, role: Role) -> Result<(), Error> {
 
 fn tables(context: &Context) -> Result<(), Error> {
     let window = Arc::new(Window::default());
-    let mut sql = Sql::connect(context.postgres.expose(), context.interrupt.clone())?;
-    reconcile(context, &mut sql, &window)?;
-    let mut connections = Some(sql);
+    let mut connection = None;
     while !context.stopped() {
-        let Some((relation, task)) = context.backfill.next_task() else {
+        let is_reconciled = context.backfill.is_reconciled();
+        let task = context.backfill.next_task();
+        if is_reconciled && task.is_none() {
             // An idle session is one that somebody else could use.
-            if context.backfill.reconciled.load(Ordering::Acquire) {
-                connections = None;
-            }
+            connection = None;
             context.backfill.wait(IDLE);
             continue;
-        };
-        let sql = match &mut connections {
+        }
+        let sql = match &mut connection {
             Some(sql) => sql,
             none => none.insert(Sql::connect(
                 context.postgres.expose(),
@@ -92,6 +90,11 @@ fn tables(context: &Context) -> Result<(), Error> {
             )?),
         };
         window.reset(|| context.stopped());
+        let Some((relation, task)) = task.filter(|_| is_reconciled) else {
+            reconcile(context, sql, &window)?;
+            window.wait(0, || context.stopped());
+            continue;
+        };
         sql.outlast_running(&task.mapping.table, || context.stopped())?;
         let flow = match task.cursor.stage {
             Stage::Fill => fill::fill(context, sql, &window, relation, &task)?,

@@ -14,7 +14,7 @@ use crate::resp::Commands;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a reply may take. A server that is stopped or unreachable without a reset is noticed after this; a huge
 /// transaction on a slow server has to fit in.
-const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
+const REPLY_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// One connection. After an error it must not be used any more: replies may be outstanding.
 pub struct Connection {

@@ -72,8 +72,10 @@ impl Planning {
             Standing::Trusted(trust) => trust,
             Standing::Forgotten => return Ok(()),
             Standing::Unregistered => {
+                // Perhaps the row of an old transaction, and the table was forgotten in an earlier session.
                 let relation = definition.relation.clone();
                 self.register(relation)?;
+                self.backfill.want_reconcile();
                 return self.planned_row(open.xid, index, crate::plan::Trust::Refreshing, change);
             }
         };
