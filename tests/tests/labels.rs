@@ -74,7 +74,7 @@ fn random_label(rng: &mut StdRng) -> String {
         "SELECT walmirror.mirror('t', key => 'k{id}', columns => '{a,b}')",
         "SELECT walmirror.mirror('t', value => 'string', columns => '{b}')",
         "SELECT walmirror.mirror('t', value => 'json', ttl => '1 h')",
-        "SELECT walmirror.unmirror('t')",
+        "SELECT walmirror.unmirror(relation) FROM walmirror.mirrors",
         "TRUNCATE t; INSERT INTO t SELECT i, 'fresh' FROM generate_series(1, 50) i",
         "UPDATE t SET id = id + 100000 WHERE id % 2 = 0",
         "ALTER TABLE t ADD COLUMN IF NOT EXISTS d int DEFAULT 7",
