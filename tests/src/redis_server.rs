@@ -49,6 +49,8 @@ impl Redis {
             "127.0.0.1",
             "--save",
             "",
+            "--loglevel",
+            "warning",
         ]);
         command.arg("--dir").arg(self.dir.path()).args(&self.options);
         let mut server = Process::start("redis", &self.dir.path().join("log"), None, &command);

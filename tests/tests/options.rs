@@ -122,6 +122,26 @@ fn names_of_every_kind() {
     assert_eq!(m.redis.hash("MiXed Case:20")[0], ("ID".into(), "20".into()));
 }
 
+/// Column names that a careless query would take for its own aliases.
+#[test]
+fn columns_named_like_anything() {
+    let m = Mirror::with(
+        "CREATE TABLE t (t int PRIMARY KEY, x text, r text, walmirror int, pack int, record bytea, relation int, oid oid, doc text); \
+         ALTER TABLE t ALTER doc SET STORAGE EXTERNAL; INSERT INTO t SELECT i, 'x', 'r', i FROM generate_series(1, 20) i; \
+         UPDATE t SET doc = repeat(md5(t::text), 100); SELECT walmirror.mirror('t')",
+    );
+    run(
+        &m,
+        &[
+            "UPDATE t SET x = 'y', record = '\\x00', oid = 7",
+            "DELETE FROM t WHERE t.t = 3",
+        ],
+    );
+    let _: i64 = m.redis.command("DEL t:4");
+    m.sql("UPDATE t SET pack = 1 WHERE t.t = 4");
+    m.settle();
+}
+
 /// The default key of two tables of one name would be the same.
 #[test]
 fn the_same_name_in_two_schemas_needs_a_key() {

@@ -1,0 +1,174 @@
+//! The output plugin inside of a server that must not suffer from it: failures stay in one session, a row that cannot be
+//! encoded does not stop the stream, and memory does not grow.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::sync::Arc;
+
+use walmirror_tests::{DEADLINE, Db, Mirror, Pg, wait_for};
+
+/// The bits of `walmirror.failpoint`: an error, and a panic at the bit after it.
+const CALLBACKS: [(&str, u32); 5] = [
+    ("begin", 4),
+    ("change", 16),
+    ("commit", 64),
+    ("truncate", 256),
+    ("message", 1024),
+];
+
+const PEEK: &str =
+    "SELECT count(*) FROM pg_logical_slot_peek_changes(current_database(), NULL, NULL, 'format', 'json')";
+
+#[test]
+fn a_failure_in_a_callback_is_an_error_of_one_session() {
+    let db = Db::create(Pg::shared());
+    db.sql("CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t')");
+    db.sql("SELECT pg_create_logical_replication_slot(current_database(), 'walmirror')");
+    db.sql("INSERT INTO t SELECT generate_series(1, 10)");
+    db.sql("TRUNCATE t");
+    db.sql("SELECT pg_logical_emit_message(false, 'walmirror.marker', 'x')");
+    // Flushes the marker.
+    db.sql("INSERT INTO t VALUES (11)");
+    let postmaster = db.value("SELECT pg_postmaster_start_time()");
+    let whole = db.value(PEEK);
+    for (callback, bit) in CALLBACKS {
+        for (kind, failpoint) in [("error", bit), ("panic", bit << 1)] {
+            let mut session = db.connect();
+            session
+                .batch_execute(&format!("SET walmirror.failpoint = {failpoint}"))
+                .unwrap();
+            let error = session
+                .batch_execute(PEEK)
+                .expect_err(&format!("{kind} in {callback}"));
+            let error = error
+                .as_db_error()
+                .unwrap_or_else(|| panic!("{kind} in {callback} ended the session: {error}"));
+            assert!(
+                error.message().contains("walmirror.failpoint"),
+                "{kind} in {callback}: {}",
+                error.message()
+            );
+            // The session goes on, and reads everything when nothing fails.
+            session.batch_execute("SET walmirror.failpoint = 0").unwrap();
+            assert_eq!(
+                session.query_one(PEEK, &[]).unwrap().get::<_, i64>(0).to_string(),
+                whole,
+                "after {kind} in {callback}"
+            );
+        }
+    }
+    assert_eq!(
+        db.value("SELECT pg_postmaster_start_time()"),
+        postmaster,
+        "the server was restarted"
+    );
+    db.sql("SELECT pg_drop_replication_slot(current_database())");
+}
+
+#[test]
+fn the_sink_survives_a_failing_decoder_and_goes_on_when_it_is_mended() {
+    let m = Mirror::alone("");
+    m.sql("CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t'); INSERT INTO t VALUES (1)");
+    m.start();
+    m.settle();
+    let arm = |failpoint: u32| {
+        m.sql(&format!("ALTER SYSTEM SET walmirror.failpoint = {failpoint}"));
+        m.db.pg.reload();
+        m.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'walsender'");
+    };
+    for failpoint in [16, 32] {
+        arm(failpoint);
+        m.sql(&format!("INSERT INTO t VALUES ({})", 100 + failpoint));
+        walmirror_tests::wait_for(
+            walmirror_tests::DEADLINE,
+            "the sink to hear of the failure",
+            || {
+                m.sink(|sink| sink.output().contains("walmirror.failpoint"))
+                    .then_some(())
+            },
+        );
+        arm(0);
+        m.check();
+    }
+}
+
+#[test]
+fn a_row_that_cannot_be_encoded_is_told_and_the_rest_flows() {
+    let m = Mirror::new();
+    // to_jsonb refuses a json value with an escaped NUL.
+    m.sql("CREATE TABLE t (id int PRIMARY KEY, doc json); SELECT walmirror.mirror('t', value => 'json')");
+    m.start();
+    m.settle();
+    m.sql(r#"INSERT INTO t VALUES (1, '{"a": 1}'), (2, '{"canary": "\u0000"}'), (3, '{"a": 3}')"#);
+    m.sql("INSERT INTO t VALUES (4, '{}')");
+    m.sync();
+    assert_eq!(m.redis.keys(), ["t:1", "t:3", "t:4"]);
+    let log = m.sink(|sink| sink.output());
+    let line = log
+        .lines()
+        .find(|line| line.contains("ERROR"))
+        .expect("an ERROR line");
+    assert!(
+        line.contains("public.t") && line.contains("column \"doc\"") && !line.contains("canary"),
+        "{line}"
+    );
+    // A row that becomes one takes its key away, and the old one when the key changed too.
+    m.sql(r#"UPDATE t SET doc = '{"canary": "\u0000"}' WHERE id = 1; UPDATE t SET id = 33, doc = '{"canary": "\u0000"}' WHERE id = 3"#);
+    m.sync();
+    assert_eq!(m.redis.keys(), ["t:4"]);
+    m.sql("DELETE FROM t WHERE id IN (1, 2, 33)");
+    m.check();
+}
+
+#[test]
+fn a_backfill_goes_past_a_row_that_cannot_be_encoded() {
+    let m = Mirror::new();
+    m.sql(
+        "CREATE TABLE t (id int PRIMARY KEY, doc json); INSERT INTO t SELECT i, '{}' FROM generate_series(1, 1000) i; \
+         SELECT walmirror.mirror('t', value => 'json')",
+    );
+    m.sql(r#"UPDATE t SET doc = '{"canary": "\u0000"}' WHERE id = 500"#);
+    m.start();
+    wait_for(DEADLINE, "the other rows", || (m.redis.keys().len() == 999).then_some(()));
+    assert!(!m.redis.keys().contains(&"t:500".to_owned()));
+    let log = m.sink(|sink| sink.output());
+    assert!(log.contains("public.t") && log.contains("could not be encoded") && !log.contains("canary"), "{log}");
+    m.sql("UPDATE t SET doc = '[]' WHERE id = 500");
+    m.check();
+}
+
+#[test]
+fn memory_does_not_grow_with_the_stream() {
+    let pg = Arc::new(Pg::start("max_wal_size = 4GB"));
+    let db = Db::create(pg);
+    db.sql(
+        "CREATE TABLE t (id int PRIMARY KEY, a text[], b jsonb, c numeric, d text, e interval); \
+         SELECT walmirror.mirror('t', value => 'json')",
+    );
+    db.sql("SELECT pg_create_logical_replication_slot(current_database(), 'walmirror')");
+    db.sql("INSERT INTO t SELECT i, ARRAY['a', 'b'], '{\"x\": [1, 2]}', 1e30 + i, repeat('x', 50), '1 day' FROM generate_series(1, 100000) i");
+    let mut session = db.connect();
+    let pid: i32 = session.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
+    let resident_kb = || {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("RssAnon:"))
+            .unwrap();
+        line.trim().trim_end_matches(" kB").parse::<i64>().unwrap()
+    };
+    let peek = "SELECT count(*) FROM pg_logical_slot_peek_binary_changes(current_database(), NULL, NULL)";
+    session.batch_execute(peek).unwrap();
+    let before = resident_kb();
+    for _ in 0..5 {
+        session.batch_execute(peek).unwrap();
+    }
+    let grown = resident_kb() - before;
+    assert!(grown < 8 * 1024, "{grown} kB more after half a million rows");
+    db.sql("SELECT pg_drop_replication_slot(current_database())");
+}
