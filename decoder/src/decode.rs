@@ -163,6 +163,8 @@ impl Decoder {
                 ..Default::default()
             };
             self.frame.record(&record);
+            // Better no key than one that holds what the row no longer is.
+            self.buffers.write_deletes(plan, change, index, &mut self.frame);
         }
         if self.frame.len() >= self.options.batch_bytes || self.json.is_some() {
             self.flush(output);
@@ -441,6 +443,28 @@ impl Buffers {
             &mut self.new_key,
         )?;
         Ok(self.old_key != self.new_key)
+    }
+
+    /// Deletes the keys of a row that could not be encoded: where it would be, and where it was.
+    fn write_deletes(&mut self, plan: &mut Plan, change: Change, index: u32, frame: &mut FrameWriter) {
+        let entered = self.context.enter();
+        let session = TextSession::enter(plan.needs);
+        if let Change::Update { old: Some(_), .. } = change
+            && encode::encode(plan, &self.old_row, None, Columns::Key, &mut self.old_key).is_ok()
+        {
+            frame.row(Kind::Delete, index, &self.old_key, None);
+        }
+        let (row, old) = match change {
+            Change::Delete(_) => (&self.old_row, None),
+            Change::Update { old: Some(_), .. } => (&self.new_row, Some(&self.old_row)),
+            Change::Insert(_) | Change::Update { old: None, .. } => (&self.new_row, None),
+        };
+        if encode::encode(plan, row, old, Columns::Key, &mut self.new_key).is_ok() {
+            frame.row(Kind::Delete, index, &self.new_key, None);
+        }
+        drop(session);
+        drop(entered);
+        self.context.reset();
     }
 
     /// The key of a row that could not be encoded, as far as it can be told; for the Error record.

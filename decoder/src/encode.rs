@@ -10,11 +10,14 @@ use crate::ffi::function::Failure;
 use crate::ffi::value::{self, Outcome};
 use crate::plan::Plan;
 
-/// Which columns of a row to encode; the others are sent as NULL.
+/// Which columns of a row to encode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Columns {
     All,
+    /// Those of the key; the others as NULL.
     Key,
+    /// Those of the key; the others as unchanged, that is, as not told.
+    KeyOnly,
 }
 
 /// A row that cannot be encoded: which column, and why.
@@ -35,9 +38,16 @@ pub fn encode(
 ) -> Result<(), EncodeError> {
     out.clear();
     for (field, column) in plan.fields.iter_mut().zip(&plan.relation.columns) {
-        if columns == Columns::Key && !field.in_key {
-            out.null();
-            continue;
+        match columns {
+            Columns::Key if !field.in_key => {
+                out.null();
+                continue;
+            }
+            Columns::KeyOnly if !field.in_key => {
+                out.unchanged();
+                continue;
+            }
+            _ => {}
         }
         let Some(raw) = row.get(field.position) else {
             out.null();

@@ -134,10 +134,15 @@ fn a_backfill_goes_past_a_row_that_cannot_be_encoded() {
     );
     m.sql(r#"UPDATE t SET doc = '{"canary": "\u0000"}' WHERE id = 500"#);
     m.start();
-    wait_for(DEADLINE, "the other rows", || (m.redis.keys().len() == 999).then_some(()));
+    wait_for(DEADLINE, "the other rows", || {
+        (m.redis.keys().len() == 999).then_some(())
+    });
     assert!(!m.redis.keys().contains(&"t:500".to_owned()));
     let log = m.sink(|sink| sink.output());
-    assert!(log.contains("public.t") && log.contains("could not be encoded") && !log.contains("canary"), "{log}");
+    assert!(
+        log.contains("public.t") && log.contains("could not be encoded") && !log.contains("canary"),
+        "{log}"
+    );
     m.sql("UPDATE t SET doc = '[]' WHERE id = 500");
     m.check();
 }

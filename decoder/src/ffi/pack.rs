@@ -37,7 +37,7 @@ pub extern "C" fn pg_finfo_walmirror_pack() -> &'static pg_sys::Pg_finfo_record 
 }
 
 /// `pack(record) RETURNS bytea`, strict: the fingerprint of the table's definition, 8 bytes, most significant first, and
-/// the row as a Tuple message.
+/// the row as a Tuple message. Of a row that cannot be encoded only the key is told, the rest as unchanged, with a WARNING.
 ///
 /// # Safety
 /// Called by the function manager with one non-NULL argument of a composite type.
@@ -124,13 +124,16 @@ impl Packer {
         let result = {
             let _entered = self.context.enter();
             let _session = TextSession::enter(plan.needs);
-            encode::encode(plan, &self.row, None, Columns::All, &mut self.tuple)
+            encode::encode(plan, &self.row, None, Columns::All, &mut self.tuple).or_else(|error| {
+                warning!("walmirror: table \"{}\": {}", table.name(), error.reason);
+                encode::encode(plan, &self.row, None, Columns::KeyOnly, &mut self.tuple)
+            })
         };
         self.context.reset();
         result.map_err(|error| {
             Refusal::invalid(
                 format!("table \"{}\": {}", table.name(), error.reason),
-                "The row cannot be mirrored as it is.",
+                "The key of a row cannot be told.",
             )
         })?;
         self.bytes.clear();

@@ -157,14 +157,17 @@ fn class_of_sqlstate(sqlstate: &str) -> Class {
         "58030" | "25006" => Class::Retry,
         // The database was dropped; a limit of the configuration (max_replication_slots).
         "57P04" | "53400" => Class::Operator,
+        // An internal error of one session, as when an output plugin fails. Corrupted data or indexes stay corrupted.
+        "XX000" => Class::Retry,
+        "XX001" | "XX002" => Class::Operator,
         _ => match sqlstate.get(..2) {
             Some("08" | "53" | "57") => Class::Retry,
             // 28: who may log in. 3D, 3F: no such database, schema. 42: rights and missing objects. 0A, 55: the server is
             // not set up for this. 58, F0: missing files, wrong configuration. 22, 23: what an operator's mapping asks
-            // of the data. XX: corrupted data and the like.
-            Some(
-                "28" | "3D" | "3F" | "42" | "0A" | "55" | "58" | "F0" | "22" | "23" | "XX" | "54" | "P0",
-            ) => Class::Operator,
+            // of the data.
+            Some("28" | "3D" | "3F" | "42" | "0A" | "55" | "58" | "F0" | "22" | "23" | "54" | "P0") => {
+                Class::Operator
+            }
             _ => Class::Bug,
         },
     }

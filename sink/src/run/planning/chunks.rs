@@ -153,7 +153,19 @@ impl Planning {
         match self.gate.admit(chunk.relation, hash, &chunk.snapshot) {
             Verdict::Admit => {
                 add(&self.shared.metrics.read_admitted, 1);
-                self.planner.read_row(self.assembly.batch(), &mapping, &row, hash);
+                if tuple.has_unchanged() {
+                    // walmirror.pack could tell only the key.
+                    add(&self.shared.metrics.errors, 1);
+                    tracing::error!(
+                        table = mapping.table,
+                        "a row could not be encoded and is not mirrored; the server's log tells why"
+                    );
+                    let key = self.planner.key().to_vec();
+                    self.planner
+                        .remove(self.assembly.batch(), chunk.relation, hash, &key);
+                } else {
+                    self.planner.read_row(self.assembly.batch(), &mapping, &row, hash);
+                }
                 if let Some(key) = pending {
                     self.settle(key);
                 }
