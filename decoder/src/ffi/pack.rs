@@ -100,7 +100,7 @@ impl Packer {
         let not_a_table = || {
             Refusal::invalid(
                 "walmirror.pack() takes the row of a mirrored table",
-                "SELECT walmirror.pack(t) FROM users t",
+                "SELECT walmirror.pack(t.*) FROM users t",
             )
         };
         let table = Rel::open(table).ok_or_else(not_a_table)?;

@@ -125,7 +125,7 @@ fn read_chunk(
     let Some(snapshot) = snapshot else { return Ok(None) };
     let until = cursor.block.saturating_add(blocks);
     let statement = format!(
-        "COPY (SELECT t.ctid, walmirror.pack(t) FROM ONLY {name} t WHERE t.ctid >= '({},{})'::tid AND t.ctid < '({until},0)'::tid) \
+        "COPY (SELECT t.ctid, walmirror.pack(t.*) FROM ONLY {name} t WHERE t.ctid >= '({},{})'::tid AND t.ctid < '({until},0)'::tid) \
          TO STDOUT (FORMAT binary)",
         cursor.block, cursor.offset
     );

@@ -129,7 +129,7 @@ impl Lookup {
         mapping: &Mapping,
         keys: Vec<ParsedKey>,
     ) -> Result<Vec<Found<Vec<u8>>>, Error> {
-        let statement = format!("SELECT walmirror.pack(t) {}", self.from);
+        let statement = format!("SELECT walmirror.pack(t.*) {}", self.from);
         let mut found = Vec::new();
         self.bisect(
             context,
