@@ -7,7 +7,7 @@ use super::Connection;
 use crate::error::Error;
 
 /// How many buckets Redis looks at for one page.
-const PAGE: &[u8] = b"2000";
+const PAGE: &[u8] = b"500";
 
 /// A walk over the keyspace.
 #[derive(Debug)]
