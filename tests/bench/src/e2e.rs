@@ -15,7 +15,8 @@ use crate::receive::{PLUGINS, receive};
 use crate::rivals::{self, Run, Shape, hand_written, pipe, ready_made};
 use crate::workload;
 
-const CLIENT_CPU: Metric = Metric {
+/// CPU of the program that fills Redis.
+pub const CLIENT_CPU: Metric = Metric {
     name: "client µs/row",
     digits: 2,
 };
@@ -30,7 +31,7 @@ const CLIENT_MEMORY: Metric = Metric {
 
 /// The slot, and the one that keeps its first position.
 const SLOT: &str = "mirror";
-const ORIGIN: &str = "origin";
+pub const ORIGIN: &str = "origin";
 
 /// How a table is mirrored, and what the ready-made commands for it are.
 pub struct Kind {

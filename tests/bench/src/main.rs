@@ -35,16 +35,18 @@ mod backfill;
 mod decode;
 mod e2e;
 mod latency;
+mod workloads;
 
 use options::Options;
 
 type Case = (&'static str, fn(&Options) -> Vec<figures::Outcome>);
 
-const CASES: [Case; 4] = [
+const CASES: [Case; 5] = [
     ("decode", decode::run),
     ("e2e", e2e::run),
     ("latency", latency::run),
     ("backfill", backfill::run),
+    ("workloads", workloads::run),
 ];
 
 fn main() {

@@ -144,7 +144,8 @@ impl Shape {
     }
 }
 
-fn write_command(file: &mut impl Write, command: &str, arguments: &[Vec<u8>]) {
+/// Appends a command as RESP.
+pub fn write_command(file: &mut impl Write, command: &str, arguments: &[Vec<u8>]) {
     write!(
         file,
         "*{}\r\n${}\r\n{command}\r\n",
