@@ -459,6 +459,7 @@ pub fn catching<R>(work: impl FnOnce() -> R) -> Option<R> {
 
 /// Writes captured rows to the WAL and has the WAL writer flush them soon.
 pub fn write_capture(content: &[u8]) {
+    settings::failpoint(settings::Failpoint::CaptureWrite);
     let lsn = super::hooks::log_message(capture::PREFIX, content, false);
     // SAFETY: both only touch shared memory; the WAL writer's latch is there while the server runs. Without the nudge the
     // message would wait for the next flush, up to wal_writer_delay.

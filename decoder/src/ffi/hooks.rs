@@ -36,6 +36,10 @@ pub unsafe extern "C-unwind" fn _PG_init() {
     if is_preloaded() {
         shared::request();
         executor::hook();
+    } else {
+        log!(
+            "walmirror is not in shared_preload_libraries: SELECT capture is off, and drops of mirrored tables go unnoticed"
+        );
     }
 }
 

@@ -163,6 +163,7 @@ pub enum Failpoint {
     Commit = 64,
     Truncate = 256,
     Message = 1024,
+    CaptureWrite = 4096,
 }
 
 /// Fails here if a test asked for it.
