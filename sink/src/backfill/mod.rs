@@ -143,12 +143,21 @@ impl Backfill {
             .is_some_and(|task| task.generation == generation)
     }
 
-    /// The first table that is not done.
+    /// The first table that is to be filled, or else the first of those whose keys are to be checked.
     fn next_task(&self) -> Option<(u32, Task)> {
-        self.lock()
-            .iter()
-            .find(|(_, task)| !task.cursor.is_done())
-            .map(|(relation, task)| (*relation, task.clone()))
+        let tasks = self.lock();
+        let first = |stage: Stage| {
+            let mut of_stage = tasks.iter().filter(move |(_, task)| task.cursor.stage == stage);
+            of_stage.next().map(|(relation, task)| (*relation, task.clone()))
+        };
+        first(Stage::Fill).or_else(|| first(Stage::Sweep))
+    }
+
+    /// The tables whose keys are to be checked.
+    fn sweeps(&self) -> Vec<(u32, Task)> {
+        let tasks = self.lock();
+        let due = tasks.iter().filter(|(_, task)| task.cursor.stage == Stage::Sweep);
+        due.map(|(relation, task)| (*relation, task.clone())).collect()
     }
 
     /// The key templates of all other tables.

@@ -1,13 +1,16 @@
 //! Removes keys that have no row: left over from an earlier life of Redis, from a table's old key template, or written by
-//! somebody else under a name that belongs to the table.
+//! somebody else under a name that belongs to the table. All tables that are due share one walk over the keyspace, which
+//! may be large and hold the keys of thousands of tables.
 
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use walmirror_proto::key::KeyTemplate;
 
 use super::lookup::{Lookup, ParsedKey, is_text};
 use super::sql::Sql;
-use super::worker::{Context, Flow};
+use super::worker::Context;
 use super::{Content, Cursor, Task, Window};
 use crate::error::Error;
 use crate::plan::Purge;
@@ -15,147 +18,239 @@ use crate::redis::{Connection, Scan};
 
 /// Keys that are looked up at once.
 const KEYS: usize = 500;
-/// Chunks on their way to the planner.
+/// The longest pause after a page of keys.
+const PAUSE_MAX: Duration = Duration::from_millis(10);
+/// Chunks of a table on their way to the planner.
 const AHEAD: usize = 2;
 
-/// Looks at every key of the table's templates, old ones included.
+/// A table that is swept.
+struct Swept {
+    relation: u32,
+    task: Task,
+    /// The keys of its template of today …
+    own: Purge,
+    /// … and of those that it had before.
+    retired: Vec<Purge>,
+    lookup: Lookup,
+    window: Arc<Window>,
+    /// Keys that a row could have.
+    held: Vec<ParsedKey>,
+    /// Keys that no row can have.
+    absent: Vec<Vec<u8>>,
+    removed: usize,
+}
+
+/// Looks at every key of the tables' templates, old ones included. A table that changes meanwhile is left for another
+/// time.
 pub(super) fn sweep(
     context: &Context,
     sql: &mut Sql,
     redis: &mut Connection,
-    window: &Arc<Window>,
-    relation: u32,
-    task: &Task,
-) -> Result<Flow, Error> {
-    let Some(lookup) = Lookup::new(sql, &task.mapping)? else {
-        return Ok(Flow::Restart);
-    };
-    let others = context.backfill.other_templates(relation);
-    let own = Purge::new(relation, &task.mapping.template, &others);
-    let old = task
-        .cursor
-        .old_keys
-        .iter()
-        .filter_map(|template| KeyTemplate::parse(template).ok());
-    let retired: Vec<Purge> = old
-        .map(|template| Purge::retired(relation, &template, &others))
-        .collect();
-    let mut removed = 0;
-    for purge in std::iter::once(&own).chain(&retired) {
-        let mut scan = Scan::new(purge.pattern());
-        let mut held: Vec<ParsedKey> = Vec::new();
-        let mut absent: Vec<Vec<u8>> = Vec::new();
-        loop {
-            let page = scan.page(redis)?;
-            let ended = page.is_none();
-            for key in page
-                .into_iter()
-                .flatten()
-                .filter(|key| purge.match_key(key).is_some())
-            {
-                // Which values the row must have is what the template of today says, also for a key of an old one.
-                match own.match_key(&key).filter(|values| is_text(values)) {
-                    Some(values) => held.push((key, values)),
-                    None => absent.push(key),
-                }
-            }
-            if held.len() >= KEYS || absent.len() >= KEYS || ended {
-                if !window.wait(AHEAD - 1, || context.stopped())
-                    || !context.is_current(relation, task.generation)
-                {
-                    return Ok(Flow::Restart);
-                }
-                if context.stopped() {
-                    return Ok(Flow::Stopped);
-                }
-                removed += remove_absent(
-                    context,
-                    sql,
-                    window,
-                    relation,
-                    task,
-                    &lookup,
-                    std::mem::take(&mut held),
-                    std::mem::take(&mut absent),
-                )?;
-            }
-            if ended {
-                break;
+    tasks: Vec<(u32, Task)>,
+) -> Result<(), Error> {
+    let mut tables = Vec::new();
+    for (relation, task) in tasks {
+        tables.extend(Swept::new(context, sql, relation, task)?);
+    }
+    let index = Index::new(&tables);
+    let mut scan = index.scan(&tables);
+    loop {
+        let started = Instant::now();
+        let Some(page) = scan.page(redis)? else { break };
+        if context.stopped() {
+            return Ok(());
+        }
+        // Redis does nothing else during a page. Nobody waits for a sweep, so it leaves half of the time to others.
+        std::thread::sleep(started.elapsed().min(PAUSE_MAX));
+        for key in page {
+            index.assign(&key, &mut tables);
+        }
+        for table in &mut tables {
+            if table.held.len() >= KEYS || table.absent.len() >= KEYS {
+                table.remove_absent(context, sql)?;
             }
         }
     }
-    let snapshot = sql.begin()?;
-    sql.end()?;
-    context.submit(
-        sql,
-        window,
-        relation,
-        task,
-        snapshot,
-        Content::Absent(Vec::new()),
-        Some(Cursor::done(task.cursor.fingerprint)),
-    )?;
-    if !window.wait(0, || context.stopped()) {
-        return Ok(Flow::Restart);
+    for table in &mut tables {
+        table.finish(context, sql)?;
     }
-    tracing::info!(
-        table = task.mapping.table,
-        keys_without_row = removed,
-        "the keys of the table are complete"
-    );
-    Ok(Flow::Go)
+    for table in &tables {
+        if table.window.wait(0, || context.stopped()) && !context.stopped() {
+            let name = &table.task.mapping.table;
+            tracing::info!(
+                table = name,
+                keys_without_row = table.removed,
+                "the keys of the table are complete"
+            );
+        }
+    }
+    Ok(())
 }
 
-/// Hands the keys that have no row to the planner; returns how many they are.
-#[allow(clippy::too_many_arguments)]
-fn remove_absent(
-    context: &Context,
-    sql: &mut Sql,
-    window: &Arc<Window>,
-    relation: u32,
-    task: &Task,
-    lookup: &Lookup,
-    held: Vec<ParsedKey>,
-    absent: Vec<Vec<u8>>,
-) -> Result<usize, Error> {
-    let mut count = absent.len();
-    if !absent.is_empty() {
-        // No row of today can render to these keys, whatever the snapshot.
-        if let Some(snapshot) = context.usable_snapshot(sql, &task.mapping.table)? {
-            sql.end()?;
-            context.submit(
-                sql,
-                window,
-                relation,
-                task,
-                snapshot,
-                Content::Absent(absent),
-                None,
-            )?;
+/// Finds the tables that a key may belong to by what it begins with.
+struct Index {
+    /// Literal prefix -> places in the list of tables.
+    tables: HashMap<Vec<u8>, BTreeSet<usize>>,
+    lengths: BTreeSet<usize>,
+}
+
+impl Index {
+    fn new(tables: &[Swept]) -> Self {
+        let mut index = Self {
+            tables: HashMap::new(),
+            lengths: BTreeSet::new(),
+        };
+        for (place, table) in tables.iter().enumerate() {
+            for purge in table.purges() {
+                index.lengths.insert(purge.prefix().len());
+                index
+                    .tables
+                    .entry(purge.prefix().to_vec())
+                    .or_default()
+                    .insert(place);
+            }
+        }
+        index
+    }
+
+    /// A walk that sees the keys of all tables.
+    fn scan(&self, tables: &[Swept]) -> Scan {
+        let mut purges = tables.iter().flat_map(Swept::purges);
+        match (purges.next(), purges.next()) {
+            (Some(only), None) => Scan::new(only.pattern()),
+            (Some(first), Some(_)) => {
+                let mut common = first.prefix();
+                for prefix in self.tables.keys() {
+                    let same = common.iter().zip(prefix).take_while(|(a, b)| a == b).count();
+                    common = common.get(..same).unwrap_or_default();
+                }
+                Scan::of_prefix(common)
+            }
+            _ => Scan::empty(),
         }
     }
-    if held.is_empty() {
-        return Ok(count);
-    }
-    for found in lookup.present(context, sql, &task.mapping, held)? {
-        let absent: Vec<Vec<u8>> = found
-            .keys
-            .into_iter()
-            .filter(|(_, row)| row.is_none())
-            .map(|(key, _)| key)
+
+    fn assign(&self, key: &[u8], tables: &mut [Swept]) {
+        let places: BTreeSet<usize> = self
+            .lengths
+            .iter()
+            .filter_map(|length| self.tables.get(key.get(..*length)?))
+            .flatten()
+            .copied()
             .collect();
-        if !absent.is_empty() {
-            count += absent.len();
-            context.submit(
-                sql,
-                window,
-                relation,
-                task,
-                found.snapshot,
-                Content::Absent(absent),
-                None,
-            )?;
+        for place in places {
+            if let Some(table) = tables.get_mut(place) {
+                table.take(key);
+            }
         }
     }
-    Ok(count)
+}
+
+impl Swept {
+    fn new(context: &Context, sql: &mut Sql, relation: u32, task: Task) -> Result<Option<Self>, Error> {
+        let Some(lookup) = Lookup::new(sql, &task.mapping)? else {
+            return Ok(None);
+        };
+        let others = context.backfill.other_templates(relation);
+        let old = task.cursor.old_keys.iter();
+        let old = old.filter_map(|template| KeyTemplate::parse(template).ok());
+        Ok(Some(Self {
+            relation,
+            own: Purge::new(relation, &task.mapping.template, &others),
+            retired: old
+                .map(|template| Purge::retired(relation, &template, &others))
+                .collect(),
+            lookup,
+            task,
+            window: Arc::new(Window::default()),
+            held: Vec::new(),
+            absent: Vec::new(),
+            removed: 0,
+        }))
+    }
+
+    fn purges(&self) -> impl Iterator<Item = &Purge> {
+        std::iter::once(&self.own).chain(&self.retired)
+    }
+
+    /// Which values the row must have is what the template of today says, also for a key of an old one.
+    fn take(&mut self, key: &[u8]) {
+        match self.own.match_key(key) {
+            Some(values) if is_text(&values) => self.held.push((key.to_vec(), values)),
+            Some(_) => self.absent.push(key.to_vec()),
+            None if self.retired.iter().any(|purge| purge.match_key(key).is_some()) => {
+                self.absent.push(key.to_vec());
+            }
+            None => {}
+        }
+    }
+
+    /// Hands the keys that have no row to the planner.
+    fn remove_absent(&mut self, context: &Context, sql: &mut Sql) -> Result<(), Error> {
+        let held = std::mem::take(&mut self.held);
+        let absent = std::mem::take(&mut self.absent);
+        if !self.is_alive(context) {
+            return Ok(());
+        }
+        if !absent.is_empty() {
+            // No row of today can render to these keys, whatever the snapshot.
+            if let Some(snapshot) = context.usable_snapshot(sql, &self.task.mapping.table)? {
+                sql.end()?;
+                self.submit(context, sql, snapshot, absent, None)?;
+            }
+        }
+        if held.is_empty() {
+            return Ok(());
+        }
+        for found in self.lookup.present(context, sql, &self.task.mapping, held)? {
+            let absent: Vec<Vec<u8>> = found
+                .keys
+                .into_iter()
+                .filter(|(_, row)| row.is_none())
+                .map(|(key, _)| key)
+                .collect();
+            if !absent.is_empty() {
+                self.submit(context, sql, found.snapshot, absent, None)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The rest, and the word that the table is done.
+    fn finish(&mut self, context: &Context, sql: &mut Sql) -> Result<(), Error> {
+        self.remove_absent(context, sql)?;
+        if !self.is_alive(context) {
+            return Ok(());
+        }
+        let snapshot = sql.begin()?;
+        sql.end()?;
+        let done = Cursor::done(self.task.cursor.fingerprint);
+        self.submit(context, sql, snapshot, Vec::new(), Some(done))
+    }
+
+    fn is_alive(&self, context: &Context) -> bool {
+        self.window.wait(AHEAD - 1, || context.stopped())
+            && !context.stopped()
+            && context.is_current(self.relation, self.task.generation)
+    }
+
+    fn submit(
+        &mut self,
+        context: &Context,
+        sql: &mut Sql,
+        snapshot: crate::gate::Snapshot,
+        absent: Vec<Vec<u8>>,
+        cursor: Option<Cursor>,
+    ) -> Result<(), Error> {
+        self.removed += absent.len();
+        context.submit(
+            sql,
+            &self.window,
+            self.relation,
+            &self.task,
+            snapshot,
+            Content::Absent(absent),
+            cursor,
+        )
+    }
 }

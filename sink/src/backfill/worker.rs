@@ -22,6 +22,9 @@ use crate::run::Input;
 /// How often a sleeping worker looks whether there is something to do, should a notice get lost.
 const IDLE: Duration = Duration::from_millis(500);
 
+/// How long a table that is filled waits for others before its keys are checked.
+const SWEEP_AFTER: Duration = Duration::from_secs(5);
+
 /// What a worker needs.
 #[derive(Clone)]
 pub struct Context {
@@ -73,6 +76,7 @@ pub fn work(context: &Context, role: Role) -> Result<(), Error> {
 fn tables(context: &Context) -> Result<(), Error> {
     let window = Arc::new(Window::default());
     let mut connection = None;
+    let mut waiting: Option<Instant> = None;
     while !context.stopped() {
         let is_reconciled = context.backfill.is_reconciled();
         let task = context.backfill.next_task();
@@ -95,16 +99,21 @@ fn tables(context: &Context) -> Result<(), Error> {
             window.wait(0, || context.stopped());
             continue;
         };
-        sql.outlast_running(&task.mapping.table, || context.stopped())?;
-        let flow = match task.cursor.stage {
-            Stage::Fill => fill::fill(context, sql, &window, relation, &task)?,
-            Stage::Sweep => {
-                let mut redis = Connection::connect(&context.redis)?;
-                sweep::sweep(context, sql, &mut redis, &window, relation, &task)?
+        // One walk over the keyspace serves all tables that are due, so more of them are waited for, but not for long.
+        let due = task.cursor.stage == Stage::Sweep;
+        waiting = waiting.or_else(|| context.backfill.sweeps().first().map(|_| Instant::now()));
+        if due || waiting.is_some_and(|since| since.elapsed() > SWEEP_AFTER) {
+            waiting = None;
+            sql.outlast_running("(tables whose keys are checked)", || context.stopped())?;
+            let mut redis = Connection::connect(&context.redis)?;
+            sweep::sweep(context, sql, &mut redis, context.backfill.sweeps())?;
+            if !context.backfill.sweeps().is_empty() {
+                context.backfill.wait(Duration::from_millis(50));
             }
-            Stage::Done => Flow::Go,
-        };
-        if flow == Flow::Restart {
+            continue;
+        }
+        sql.outlast_running(&task.mapping.table, || context.stopped())?;
+        if fill::fill(context, sql, &window, relation, &task)? == Flow::Restart {
             context.backfill.wait(Duration::from_millis(100));
         }
     }

@@ -11,28 +11,23 @@ pub struct Purge {
     /// pg_class.oid of the relation, for messages.
     pub relation: u32,
     template: KeyTemplate,
-    /// Templates of other relations that begin with more literal text: a key that one of them matches is theirs.
+    /// What all its keys begin with.
+    prefix: Vec<u8>,
+    /// Templates of other relations: a key that one of them matches is theirs.
     others: Vec<KeyTemplate>,
 }
 
 impl Purge {
-    /// The keys of `template` that none of `others` (the templates of the other relations) claims.
+    /// The keys of `template` that none of `others` (the templates of the other relations) claims by beginning with more
+    /// literal text.
     pub fn new<'t>(
         relation: u32,
         template: &KeyTemplate,
         others: impl IntoIterator<Item = &'t KeyTemplate>,
     ) -> Self {
-        let own = literal_prefix(template);
-        let others = others
-            .into_iter()
-            .filter(|other| literal_prefix(other) > own)
-            .cloned()
-            .collect();
-        Self {
-            relation,
-            template: template.clone(),
-            others,
-        }
+        Self::without(relation, template, others, |own, other| {
+            other.len() > own.len() && other.starts_with(own)
+        })
     }
 
     /// The keys of a template that its relation no longer has. Another relation may have taken it over, so every key that
@@ -42,16 +37,40 @@ impl Purge {
         template: &KeyTemplate,
         others: impl IntoIterator<Item = &'t KeyTemplate>,
     ) -> Self {
+        Self::without(relation, template, others, |own, other| {
+            other.starts_with(own) || own.starts_with(other)
+        })
+    }
+
+    /// Keeps only those of the others that could match a key of this template at all: there may be thousands of tables.
+    fn without<'t>(
+        relation: u32,
+        template: &KeyTemplate,
+        others: impl IntoIterator<Item = &'t KeyTemplate>,
+        matters: impl Fn(&[u8], &[u8]) -> bool,
+    ) -> Self {
+        let prefix = literal_prefix(template);
+        let others = others
+            .into_iter()
+            .filter(|other| matters(&prefix, &literal_prefix(other)))
+            .cloned()
+            .collect();
         Self {
             relation,
             template: template.clone(),
-            others: others.into_iter().cloned().collect(),
+            prefix,
+            others,
         }
     }
 
     /// The glob for SCAN MATCH.
     pub fn pattern(&self) -> Vec<u8> {
         self.template.scan_pattern()
+    }
+
+    /// What every key of it begins with.
+    pub fn prefix(&self) -> &[u8] {
+        &self.prefix
     }
 
     /// The values of the template's placeholders, if the key is one of those that this is about.
@@ -63,16 +82,18 @@ impl Purge {
     }
 }
 
-/// The number of bytes before the first placeholder (escapes of the glob counted twice, which orders just as well).
-fn literal_prefix(template: &KeyTemplate) -> usize {
-    let pattern = template.scan_pattern();
-    let mut escaped = false;
-    let end = pattern.iter().position(|&byte| {
-        let star = byte == b'*' && !escaped;
-        escaped = byte == b'\\' && !escaped;
-        star
-    });
-    end.unwrap_or(pattern.len())
+/// The literal text before the first placeholder.
+fn literal_prefix(template: &KeyTemplate) -> Vec<u8> {
+    let mut prefix = Vec::new();
+    let mut bytes = template.scan_pattern().into_iter();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'*' => break,
+            b'\\' => prefix.extend(bytes.next()),
+            _ => prefix.push(byte),
+        }
+    }
+    prefix
 }
 
 #[cfg(test)]
@@ -92,6 +113,28 @@ mod tests {
         assert!(purge.match_key(b"user:admin:7").is_none());
         let purge = Purge::new(2, &admins, [&users]);
         assert!(purge.match_key(b"user:admin:7").is_some());
+    }
+
+    #[test]
+    fn a_template_that_somebody_took_over_is_left_alone() {
+        let (old, same) = (template("user:{id}"), template("user:{name}"));
+        assert!(
+            Purge::retired(1, &old, [&template("x:{id}")])
+                .match_key(b"user:7")
+                .is_some()
+        );
+        assert!(Purge::retired(1, &old, [&same]).match_key(b"user:7").is_none());
+        assert!(
+            Purge::retired(1, &old, [&template("us{id}")])
+                .match_key(b"user:7")
+                .is_none()
+        );
+    }
+
+    #[test]
+    fn a_prefix_is_literal_text() {
+        assert_eq!(Purge::new(1, &template("a*[{{b}}:{id}"), []).prefix(), b"a*[{b}:");
+        assert_eq!(Purge::new(1, &template("{id}"), []).prefix(), b"");
     }
 
     #[test]

@@ -28,6 +28,27 @@ impl Scan {
         }
     }
 
+    /// A walk that is over.
+    pub fn empty() -> Self {
+        Self {
+            pattern: Vec::new(),
+            cursor: None,
+        }
+    }
+
+    /// A walk over the keys that begin with this text; all, if it is empty.
+    pub fn of_prefix(prefix: &[u8]) -> Self {
+        let mut pattern = Vec::with_capacity(prefix.len() + 1);
+        for &byte in prefix {
+            if matches!(byte, b'*' | b'?' | b'[' | b']' | b'\\') {
+                pattern.push(b'\\');
+            }
+            pattern.push(byte);
+        }
+        pattern.push(b'*');
+        Self::new(pattern)
+    }
+
     /// The next page, possibly empty; None at the end.
     pub fn page(&mut self, connection: &mut Connection) -> Result<Option<Pages>, Error> {
         let Some(cursor) = self.cursor.take() else {
