@@ -73,7 +73,7 @@ dev: build ## the same servers, up until Ctrl-C, with the commands to connect to
 	@$(private) && cargo run --quiet --release -p walmirror-tests --bin demo -- --stay
 
 test: build ## unit tests, SQL regression and end-to-end tests, on private servers
-	$(private) && cargo test $(ARGS)
+	$(private) && cargo run --quiet -p walmirror-tests --bin with-postgres -- cargo test $(ARGS)
 
 test-matrix: ## make test on every Postgres version there is a server for
 	$(MAKE) test PG=15

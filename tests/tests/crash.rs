@@ -174,11 +174,11 @@ fn killed_during_the_backfill() {
 #[test]
 fn killed_inside_a_large_transaction() {
     let m = Mirror::alone("");
-    counters(&m, 300_000);
+    counters(&m, 200_000);
     m.start();
     m.settle();
     let mut rng = rng("killed_inside_a_large_transaction");
-    for round in 0..3 {
+    for round in 0..2 {
         m.sql("UPDATE t SET n = n + 1, note = repeat('large ', 20) || id");
         for _ in 0..3 {
             std::thread::sleep(Duration::from_millis(rng.random_range(50..900)));
