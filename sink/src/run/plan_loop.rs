@@ -14,6 +14,10 @@ use crate::redis::Segment;
 
 /// Segments that are on their way to Redis: one that is being applied, one that waits.
 const AHEAD: usize = 2;
+/// Batches that are not full follow each other at this distance at least. An EXEC of one small transaction costs both
+/// sides and the scheduler some 40 µs of CPU, ten times what the change itself costs; where transactions come one by one, none
+/// of them waits.
+const LINGER: Duration = Duration::from_micros(400);
 /// A position that rose without a change is written at most so often.
 const KEEPALIVE_EVERY: Duration = Duration::from_millis(200);
 
@@ -68,8 +72,12 @@ fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) ->
             Err(TryRecvError::Disconnected) => return Ok(()),
             Err(TryRecvError::Empty) => {
                 let due = planning.is_advanced() && written.elapsed() >= KEEPALIVE_EVERY;
-                if outstanding < AHEAD && (planning.is_dirty() || due) {
-                    planning.flush();
+                // While an EXEC is under way, what is complete waits for the next one: it would only stand in line.
+                if outstanding == 0 && (planning.is_dirty() || due) {
+                    match LINGER.saturating_sub(written.elapsed()) {
+                        Duration::ZERO => planning.flush(),
+                        rest => std::thread::sleep(rest),
+                    }
                     continue;
                 }
                 if outstanding < AHEAD && planning.wants_piece() {

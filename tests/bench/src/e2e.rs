@@ -29,6 +29,11 @@ const CLIENT_MEMORY: Metric = Metric {
     digits: 1,
 };
 
+const ROWS_PER_EXEC: Metric = Metric {
+    name: "rows/EXEC",
+    digits: 0,
+};
+
 /// The slot, and the one that keeps its first position.
 const SLOT: &str = "mirror";
 pub const ORIGIN: &str = "origin";
@@ -298,6 +303,9 @@ pub fn note(contestant: &mut Contestant, run: &Run, rows: u64) {
     contestant.add(RATE, rows / run.seconds);
     if let Some(walsender) = run.walsender {
         contestant.add(WALSENDER_CPU, walsender.cpu * 1e6 / rows);
+    }
+    if run.execs > 0 {
+        contestant.add(ROWS_PER_EXEC, rows / run.execs as f64);
     }
     contestant.add(CLIENT_CPU, run.client.cpu * 1e6 / rows);
     contestant.add(REDIS_CPU, run.redis * 1e6 / rows);

@@ -22,12 +22,15 @@ pub struct Run {
     pub walsender: Option<Usage>,
     /// CPU seconds of Redis.
     pub redis: f64,
+    /// How many EXECs Redis did.
+    pub execs: u64,
 }
 
 /// Runs a program to its end. With `slot`, it reads from this slot.
 pub fn run(command: &mut Command, what: &str, bed: &Bed, redis: &Redis, slot: Option<&str>) -> Run {
     let redis_pid = redis_pid(redis);
     let before = crate::meter::cpu_seconds(redis_pid).unwrap();
+    let execs_before = execs(redis);
     let log = bed.db.pg.data().with_file_name("client.log");
     let output = File::create(&log).unwrap();
     command.stdout(output.try_clone().unwrap()).stderr(output);
@@ -52,7 +55,17 @@ pub fn run(command: &mut Command, what: &str, bed: &Bed, redis: &Redis, slot: Op
         client,
         walsender,
         redis: after - before,
+        execs: execs(redis) - execs_before,
     }
+}
+
+fn execs(redis: &Redis) -> u64 {
+    let info: String = redis.command("INFO commandstats");
+    let line = info
+        .lines()
+        .find_map(|line| line.strip_prefix("cmdstat_exec:calls="));
+    line.and_then(|line| line.split(',').next()?.parse().ok())
+        .unwrap_or(0)
 }
 
 /// The process of a Redis.
