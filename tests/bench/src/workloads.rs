@@ -13,9 +13,12 @@ use crate::receive::{PLUGINS, receive};
 use crate::rivals::{self, Shape, pipe, ready_made, write_command};
 use crate::workload;
 
+/// A case by its name.
+type Case = (&'static str, fn(&Options) -> Outcome);
+
 /// W3 to W7.
 pub fn run(options: &Options) -> Vec<Outcome> {
-    let cases: [(&str, fn(&Options) -> Outcome); 5] = [
+    let cases: [Case; 5] = [
         ("workloads-w3", zipfian),
         ("workloads-w4", wide),
         ("workloads-w5", documents),
