@@ -1,12 +1,16 @@
 //! `walmirror init`: checks everything, creates the slot, and says what to do next.
 
+use walmirror_proto::Lsn;
+
 use super::checks::{self, Outcome};
 use super::checks_slot::slot_outcome;
 use super::doctor::print;
 use super::{checks_redis, say};
-use crate::config::Options;
+use crate::config::{Options, RedisUrl, SlotName};
 use crate::error::{Error, exit};
+use crate::plan::RedisKeys;
 use crate::pq::{Connection, connect_failed};
+use crate::redis::{self, Claim, Identity};
 use crate::replication::{self, slot::PLUGIN};
 use crate::shutdown::Shutdown;
 
@@ -15,12 +19,12 @@ pub fn run(options: &Options, shutdown: &Shutdown) -> Result<(), Error> {
     let (conninfo, slot) = (options.postgres()?, options.slot());
     let redis = options.redis_if_given()?;
     let postgres = print("server", exit::POSTGRES, Some(checks::postgres(&conninfo, &slot)))?;
-    let redis = print(
+    let redis_failed = print(
         "Redis",
         exit::REDIS,
         redis.map(|url| checks_redis::redis(&url, &slot)),
     )?;
-    if let Some(error) = postgres.or(redis) {
+    if let Some(error) = postgres.or(redis_failed) {
         return Err(error);
     }
     let mut connection =
@@ -41,6 +45,13 @@ pub fn run(options: &Options, shutdown: &Shutdown) -> Result<(), Error> {
             say(format!(
                 "created the slot {slot}: it streams what commits after {lsn}"
             ))?;
+            match options.redis_if_given()? {
+                Some(url) => begin_progress(&mut connection, &url, &slot, lsn)?,
+                // A slot without progress looks like a Redis that was emptied.
+                None => say(
+                    "note: without --redis the first `run` reports a gap, and --on-gap fail would refuse it",
+                )?,
+            }
         }
     }
     say("\nnext:")?;
@@ -52,4 +63,28 @@ pub fn run(options: &Options, shutdown: &Shutdown) -> Result<(), Error> {
     say(format!(
         "  walmirror run --postgres '{conninfo}' --redis {redis} --slot {slot}"
     ))
+}
+
+/// Notes in Redis that the mirror of this slot begins here, so that the first `run` finds both sides in agreement.
+fn begin_progress(
+    connection: &mut Connection,
+    url: &RedisUrl,
+    slot: &SlotName,
+    lsn: Lsn,
+) -> Result<(), Error> {
+    let system = replication::identify_system(connection)?;
+    let identity = Identity {
+        system_id: system.system_id,
+        timeline: system.timeline,
+        database: system.database.unwrap_or_default(),
+    };
+    let keys = RedisKeys::new(slot.as_str());
+    Claim::take(
+        redis::Connection::connect(url)?,
+        &keys,
+        slot.as_str(),
+        &identity,
+        Some(lsn),
+    )?;
+    say(format!("Redis begins at {lsn} too"))
 }

@@ -1,0 +1,122 @@
+//! How a mirror begins: `init` and then `run`, and `run` against what does not fit.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use walmirror_tests::{DEADLINE, Mirror, Sink};
+
+const TABLE: &str = "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT i, 'v' FROM generate_series(1, 500) i; \
+    SELECT walmirror.mirror('t')";
+
+#[test]
+fn run_goes_on_from_where_init_began() {
+    let m = Mirror::new();
+    m.sql(TABLE);
+    let (postgres, redis) = (m.db.pg.conninfo(&m.db.name), m.redis.url());
+    let init = [
+        "init",
+        "--postgres",
+        &postgres,
+        "--redis",
+        &redis,
+        "--slot",
+        &m.db.name,
+    ];
+    let (code, output) = Sink::run(&init, DEADLINE);
+    assert_eq!(code, Some(0), "{output}");
+    m.sql("INSERT INTO t VALUES (1000, 'between')");
+    m.start_with(&["--on-gap", "fail"]);
+    m.settle();
+    let log = m.sink(|sink| sink.output());
+    assert!(!log.contains("do not fit"), "{log}");
+    // Again: the slot is there already, and nothing is begun anew.
+    let before = m.progress();
+    let (code, output) = Sink::run(&init, DEADLINE);
+    assert_eq!(code, Some(0), "{output}");
+    assert!(m.progress() >= before);
+    m.check();
+}
+
+#[test]
+fn an_emptied_redis_is_refused_or_filled_again() {
+    let m = Mirror::with(TABLE);
+    m.sink(Sink::terminate);
+    let _: String = m.redis.command("FLUSHALL");
+    let (postgres, redis) = (m.db.pg.conninfo(&m.db.name), m.redis.url());
+    let run = [
+        "run",
+        "--postgres",
+        &postgres,
+        "--redis",
+        &redis,
+        "--slot",
+        &m.db.name,
+        "--on-gap",
+        "fail",
+    ];
+    let (code, output) = Sink::run(&run, DEADLINE);
+    assert_eq!(code, Some(6), "{output}");
+    assert!(
+        output.contains("no progress") && output.contains("--on-gap resync"),
+        "{output}"
+    );
+    m.start();
+    m.settle();
+}
+
+#[test]
+fn a_redis_that_is_emptied_under_way_is_filled_again() {
+    let m = Mirror::with(TABLE);
+    for round in 0..3 {
+        let _: String = m.redis.command("FLUSHALL");
+        m.sql(&format!(
+            "UPDATE t SET v = 'round {round}' WHERE id % 7 = 0; DELETE FROM t WHERE id = {round} + 1"
+        ));
+        m.settle();
+    }
+}
+
+#[test]
+fn a_slot_that_was_dropped_is_made_again_and_the_tables_with_it() {
+    let m = Mirror::with(TABLE);
+    m.sink(Sink::terminate);
+    m.sql("SELECT pg_drop_replication_slot(current_database())");
+    m.sql("UPDATE t SET v = 'unseen' WHERE id < 100; DELETE FROM t WHERE id > 400");
+    m.start();
+    m.settle();
+}
+
+#[test]
+fn a_second_sink_waits_and_takes_over_when_the_first_is_gone() {
+    let m = Mirror::with(TABLE);
+    let (postgres, redis) = (m.db.pg.conninfo(&m.db.name), m.redis.url());
+    let mut second = Sink::start(&[
+        "run",
+        "--postgres",
+        &postgres,
+        "--redis",
+        &redis,
+        "--slot",
+        &m.db.name,
+    ]);
+    m.sql("INSERT INTO t VALUES (1000, 'by the first')");
+    m.check();
+    second.assert_running();
+    m.sink(Sink::kill);
+    m.sql("INSERT INTO t VALUES (1001, 'by the second')");
+    let target = m.db.lsn();
+    walmirror_tests::wait_for(DEADLINE, format!("the second sink to reach {target}"), || {
+        second.assert_running();
+        m.progress().filter(|&lsn| lsn >= target)
+    });
+    let report = m.compare();
+    assert!(report.equal(), "{report}");
+    m.sink(Sink::restart);
+    second.kill();
+    m.sql("INSERT INTO t VALUES (1002, 'by the first again')");
+    m.check();
+}
