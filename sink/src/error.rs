@@ -187,6 +187,11 @@ impl Error {
         self.report().next.as_deref()
     }
 
+    /// Whether Postgres says that another session uses the slot (object_in_use): whoever wants it waits.
+    pub fn is_slot_in_use(&self) -> bool {
+        matches!(self, Self::Postgres(_, source) if source.is("55006"))
+    }
+
     /// What can be done about it.
     pub fn class(&self) -> Class {
         match self {

@@ -55,7 +55,7 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
         }
         if let Some(limit) = config
             .connect_timeout
-            .filter(|limit| !streamed && started.elapsed() >= *limit)
+            .filter(|limit| !streamed && !error.is_slot_in_use() && started.elapsed() >= *limit)
         {
             return Err(Error::unreachable("cannot begin to mirror", limit, error));
         }
