@@ -31,7 +31,6 @@ pub struct Session {
 struct Query {
     /// Which one: the address of its QueryDesc.
     id: usize,
-    snapshot: pb::Snapshot,
     scans: Vec<Scan>,
     batches: Vec<Batch>,
 }
@@ -84,10 +83,9 @@ impl Session {
     }
 
     /// A query starts that reads cached tables.
-    pub fn start(&mut self, id: usize, snapshot: pb::Snapshot) {
+    pub fn start(&mut self, id: usize) {
         self.queries.push(Query {
             id,
-            snapshot,
             scans: Vec::new(),
             batches: Vec::new(),
         });
@@ -233,7 +231,7 @@ impl Query {
             let head = pb::Capture {
                 oid: batch.oid,
                 fingerprint: batch.fingerprint,
-                snapshot: Some(self.snapshot.clone()),
+                snapshot: Some(executor::snapshot(self.id)),
                 rows: Vec::new(),
             };
             let mut message = head.encode_to_vec();

@@ -10,6 +10,7 @@
 
 use std::cell::RefCell;
 use std::ffi::{c_int, c_void};
+use std::sync::atomic::Ordering;
 
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::prelude::*;
@@ -18,7 +19,7 @@ use walmirror_proto::pb;
 
 use super::datum::Row;
 use super::memory::Context;
-use super::output_plugin::full_xid;
+use super::output_plugin::{full_xid_before, next_full_xid};
 use super::{settings, shared, value};
 use crate::capture::session::Next;
 use crate::capture::stats::{self, Counter};
@@ -168,8 +169,7 @@ unsafe fn attach(query: *mut pg_sys::QueryDesc) {
         (*callback).func = Some(forget);
         (*callback).arg = query.cast();
         pg_sys::MemoryContextRegisterResetCallback(context, callback);
-        let snapshot = snapshot((*query).snapshot);
-        if with_session(|session| session.start(query as usize, snapshot)).is_some() {
+        if with_session(|session| session.start(query as usize)).is_some() {
             BUSY = true;
             visit((*query).planstate, std::ptr::null_mut());
         }
@@ -398,23 +398,25 @@ impl ScanSlot<'_> {
     }
 }
 
-/// The snapshot of a query, with full transaction ids.
-///
-/// # Safety
-/// `raw` must be an MVCC snapshot.
-unsafe fn snapshot(raw: pg_sys::Snapshot) -> pb::Snapshot {
-    // SAFETY: xip holds xcnt ids of top-level transactions.
+/// The snapshot of a running query, with full transaction ids. `query` is the address of its QueryDesc.
+pub fn snapshot(query: usize) -> pb::Snapshot {
+    // SAFETY: queries that capture are running, with an MVCC snapshot; xip holds xcnt ids of top-level transactions.
     unsafe {
+        let raw = (*(query as *mut pg_sys::QueryDesc)).snapshot;
         let count = usize::try_from((*raw).xcnt).unwrap_or(0);
         let in_progress = if count == 0 {
             &[]
         } else {
             std::slice::from_raw_parts((*raw).xip, count)
         };
+        let next = next_full_xid();
         pb::Snapshot {
-            xmin: full_xid((*raw).xmin.into_inner()),
-            xmax: full_xid((*raw).xmax.into_inner()),
-            xip: in_progress.iter().map(|xid| full_xid(xid.into_inner())).collect(),
+            xmin: full_xid_before(next, (*raw).xmin.into_inner()),
+            xmax: full_xid_before(next, (*raw).xmax.into_inner()),
+            xip: in_progress
+                .iter()
+                .map(|xid| full_xid_before(next, xid.into_inner()))
+                .collect(),
         }
     }
 }
@@ -457,14 +459,33 @@ pub fn catching<R>(work: impl FnOnce() -> R) -> Option<R> {
     .execute()
 }
 
+/// The WAL writer is not woken more often than this: a busy server would do little else, and flushes by its commits.
+const NUDGE_MS: u64 = 10;
+
 /// Writes captured rows to the WAL and has the WAL writer flush them soon.
 pub fn write_capture(content: &[u8]) {
     settings::failpoint(settings::Failpoint::CaptureWrite);
     let lsn = super::hooks::log_message(capture::PREFIX, content, false);
-    // SAFETY: both only touch shared memory; the WAL writer's latch is there while the server runs. Without the nudge the
-    // message would wait for the next flush, up to wal_writer_delay.
+    // SAFETY: only touches shared memory. From now on the WAL writer flushes up to there at its next round, which is
+    // wal_writer_delay away.
+    unsafe { pg_sys::XLogSetAsyncXactLSN(lsn) };
+    let (Some(last), now) = (shared::last_nudge(), statement_time_ms()) else {
+        return;
+    };
+    let before = last.load(Ordering::Relaxed);
+    let due = now.abs_diff(before) >= NUDGE_MS;
+    if due
+        && last
+            .compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed)
+            .is_ok()
+    {
+        wake_wal_writer();
+    }
+}
+
+fn wake_wal_writer() {
+    // SAFETY: the WAL writer's latch stands in shared memory and is there while the server runs.
     unsafe {
-        pg_sys::XLogSetAsyncXactLSN(lsn);
         #[cfg(not(feature = "pg18"))]
         {
             let latch = (*pg_sys::ProcGlobal).walwriterLatch;

@@ -291,11 +291,20 @@ unsafe extern "C-unwind" fn filter_by_origin(
     unsafe { decoder(context).filters_origin(origin) }
 }
 
-/// A transaction id with its epoch. What is being decoded lies less than 2^31 transactions back, so the epoch is that of
-/// the next transaction id, or the one before.
+/// A transaction id with its epoch, as of now.
 pub fn full_xid(xid: u32) -> u64 {
+    full_xid_before(next_full_xid(), xid)
+}
+
+/// The next transaction id to be assigned, with its epoch.
+pub fn next_full_xid() -> u64 {
     // SAFETY: reads shared memory under its lock.
-    let next = unsafe { pg_sys::ReadNextFullTransactionId() }.value;
+    unsafe { pg_sys::ReadNextFullTransactionId() }.value
+}
+
+/// A transaction id with its epoch. What is being decoded or read lies less than 2^31 transactions back, so the epoch is
+/// that of the next transaction id, or the one before.
+pub fn full_xid_before(next: u64, xid: u32) -> u64 {
     let same_epoch = (next & !u64::from(u32::MAX)) | u64::from(xid);
     if same_epoch > next {
         same_epoch.saturating_sub(1 << 32)

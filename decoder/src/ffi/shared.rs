@@ -18,8 +18,11 @@ static mut START: *const AtomicU64 = std::ptr::null();
 static mut NEXT_REQUEST: pg_sys::shmem_request_hook_type = None;
 static mut NEXT_STARTUP: pg_sys::shmem_startup_hook_type = None;
 
+/// What stands before the recently-captured table: the counters, and when the WAL writer was woken last.
+const HEAD: usize = COUNTERS.len() + 1;
+
 fn bytes() -> usize {
-    (COUNTERS.len() + settings::capture_table_size()) * size_of::<AtomicU64>()
+    (HEAD + settings::capture_table_size()) * size_of::<AtomicU64>()
 }
 
 /// Asks for the memory; in `_PG_init` while the postmaster preloads libraries.
@@ -85,6 +88,18 @@ pub fn counters() -> &'static [AtomicU64] {
     }
 }
 
+/// When capture woke the WAL writer last, in milliseconds since 2000-01-01.
+pub fn last_nudge() -> Option<&'static AtomicU64> {
+    // SAFETY: as above; the word follows the counters.
+    unsafe {
+        if START.is_null() {
+            None
+        } else {
+            Some(&*START.add(COUNTERS.len()))
+        }
+    }
+}
+
 /// The slots of the recently-captured table; empty without shared memory.
 pub fn seen() -> &'static [AtomicU64] {
     // SAFETY: as above; the slots follow the counters.
@@ -92,7 +107,7 @@ pub fn seen() -> &'static [AtomicU64] {
         if START.is_null() {
             &[]
         } else {
-            slice::from_raw_parts(START.add(COUNTERS.len()), settings::capture_table_size())
+            slice::from_raw_parts(START.add(HEAD), settings::capture_table_size())
         }
     }
 }
