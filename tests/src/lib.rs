@@ -14,20 +14,28 @@
 
 mod compare;
 mod db;
+mod load;
 mod mirror;
 mod pg;
 mod process;
+mod proxy;
 mod redis_server;
+mod scenario;
 mod seed;
 mod sink;
 mod wait;
+mod watch;
 
 pub use compare::{Report, compare};
 pub use db::Db;
+pub use load::Load;
 pub use mirror::Mirror;
 pub use pg::Pg;
 pub use process::{Dir, Process, Signal, remove_dirs};
+pub use proxy::{Mode, Proxy, Trap, Way};
 pub use redis_server::Redis;
+pub use scenario::{Scenario, Setup};
 pub use seed::rng;
 pub use sink::Sink;
 pub use wait::{DEADLINE, Lsn, wait_for};
+pub use watch::Watch;

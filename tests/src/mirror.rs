@@ -57,13 +57,17 @@ impl Mirror {
 
     /// Starts the sink with further arguments.
     pub fn start_with(&self, args: &[&str]) {
-        let (conninfo, url) = (self.db.pg.conninfo(&self.db.name), self.redis.url());
+        self.start_at(&self.db.pg.conninfo(&self.db.name), &self.redis.url(), args);
+    }
+
+    /// Starts the sink with other ways to its servers.
+    pub fn start_at(&self, conninfo: &str, url: &str, args: &[&str]) {
         let mut all = vec![
             "run",
             "--postgres",
-            &conninfo,
+            conninfo,
             "--redis",
-            &url,
+            url,
             "--slot",
             &self.db.name,
         ];

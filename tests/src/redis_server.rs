@@ -73,6 +73,16 @@ impl Redis {
         server.wait(DEADLINE);
     }
 
+    /// Sends the server a signal that does not end it: SIGSTOP, SIGCONT.
+    pub fn signal(&mut self, signal: Signal) {
+        self.process.as_mut().expect("running").signal(signal);
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &std::path::Path {
+        self.dir.path()
+    }
+
     /// The URL of its database 0.
     pub fn url(&self) -> String {
         format!("redis://127.0.0.1:{}/0", self.port)

@@ -1,0 +1,151 @@
+//! The load of the fault tests: writers that go on whatever happens to the server, transfers between accounts whose sum
+//! never changes, and a word in every row that must never be seen in a log.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use postgres::{Client, NoTls};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+/// Accounts, and what all of them hold together.
+pub const ACCOUNTS: i32 = 20;
+/// See [`ACCOUNTS`].
+pub const SUM: i64 = ACCOUNTS as i64 * 1000;
+/// Item ids are below this.
+const ITEMS: i32 = 300;
+
+/// The tables of the load. `word` is in every note; statements of the writers never spell it, because Postgres logs those
+/// that fail.
+pub fn tables(word: &str) -> String {
+    format!(
+        "CREATE TABLE secret (word text); INSERT INTO secret VALUES ('{word}'); \
+         CREATE TABLE account (id int PRIMARY KEY, balance int NOT NULL); \
+         CREATE TABLE item (id int PRIMARY KEY, n int NOT NULL, note text, big text); \
+         ALTER TABLE item ALTER big SET STORAGE EXTERNAL; \
+         CREATE TABLE doc (owner int, part int, body text, PRIMARY KEY (owner, part)); \
+         CREATE TABLE marker (id int PRIMARY KEY, note text); \
+         INSERT INTO account SELECT i, 1000 FROM generate_series(0, {ACCOUNTS} - 1) i; \
+         INSERT INTO item SELECT i, 0, word, repeat(word, 300) FROM generate_series(1, 100) i, secret; \
+         INSERT INTO doc SELECT i, 1, word FROM generate_series(1, 50) i, secret; \
+         SELECT walmirror.mirror('account'), walmirror.mirror('item'), walmirror.mirror('marker'), \
+                walmirror.mirror('doc', value => 'json')"
+    )
+}
+
+/// Running writers.
+pub struct Load {
+    stop: Arc<AtomicBool>,
+    paused: Arc<AtomicBool>,
+    committed: Arc<AtomicU64>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Load {
+    /// Starts so many writers, each of which rests for `pause` after a transaction.
+    pub fn start(config: &postgres::Config, rng: &mut StdRng, writers: usize, pause: Duration) -> Load {
+        let (stop, paused) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let committed = Arc::new(AtomicU64::new(0));
+        let threads = (0..writers)
+            .map(|_| {
+                let (config, mut rng) = (config.clone(), StdRng::seed_from_u64(rng.random()));
+                let (stop, paused, committed) =
+                    (Arc::clone(&stop), Arc::clone(&paused), Arc::clone(&committed));
+                thread::spawn(move || {
+                    let mut client: Option<Client> = None;
+                    while !stop.load(Ordering::Acquire) {
+                        if paused.load(Ordering::Acquire) {
+                            thread::sleep(Duration::from_millis(5));
+                            continue;
+                        }
+                        let Some(open) = client.as_mut().filter(|client| !client.is_closed()) else {
+                            client = config.connect(NoTls).ok();
+                            thread::sleep(Duration::from_millis(20));
+                            continue;
+                        };
+                        // Writers meet in deadlocks and in keys that are taken; a fault takes the server away.
+                        match open.batch_execute(&transaction(&mut rng)) {
+                            Ok(()) => drop(committed.fetch_add(1, Ordering::AcqRel)),
+                            Err(_) => drop(open.batch_execute("ROLLBACK")),
+                        }
+                        thread::sleep(pause);
+                    }
+                })
+            })
+            .collect();
+        Load {
+            stop,
+            paused,
+            committed,
+            threads,
+        }
+    }
+
+    /// Transactions that were committed for certain.
+    pub fn committed(&self) -> u64 {
+        self.committed.load(Ordering::Acquire)
+    }
+
+    /// Lets the writers rest, or go on.
+    pub fn pause(&self, paused: bool) {
+        self.paused.store(paused, Ordering::Release);
+    }
+
+    /// Ends the writers.
+    pub fn stop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        for thread in self.threads.drain(..) {
+            thread.join().expect("a writer");
+        }
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+    }
+}
+
+fn transaction(rng: &mut StdRng) -> String {
+    let id = rng.random_range(1..ITEMS);
+    match rng.random_range(0..20) {
+        0..8 => transfer(rng),
+        8..12 => format!("UPDATE item SET n = n + 1 WHERE id IN ({id}, {})", id / 2),
+        12..14 => format!(
+            "UPDATE item SET n = n + 1, note = word || n, big = repeat(word || n, {}) FROM secret WHERE id = {id}",
+            rng.random_range(1..400)
+        ),
+        14..16 => format!(
+            "INSERT INTO item SELECT {id}, 0, word, repeat(word, 250) FROM secret ON CONFLICT DO NOTHING"
+        ),
+        16 => format!("DELETE FROM item WHERE id = {id}"),
+        17 => format!(
+            "UPDATE item SET id = {} WHERE id = {id} AND NOT EXISTS (SELECT FROM item WHERE id = {})",
+            id + ITEMS,
+            id + ITEMS
+        ),
+        18 => format!(
+            "BEGIN; SAVEPOINT a; UPDATE item SET note = 'never' WHERE id = {id}; ROLLBACK TO a; \
+             DELETE FROM item WHERE id = {} + {ITEMS}; COMMIT",
+            id / 2
+        ),
+        _ => format!(
+            "INSERT INTO doc SELECT {}, {}, word FROM secret ON CONFLICT (owner, part) DO UPDATE SET body = excluded.body || doc.part",
+            id % 60,
+            id % 4
+        ),
+    }
+}
+
+fn transfer(rng: &mut StdRng) -> String {
+    let from = rng.random_range(0..ACCOUNTS);
+    let to = (from + rng.random_range(1..ACCOUNTS)) % ACCOUNTS;
+    let amount = rng.random_range(1..50) * if from < to { 1 } else { -1 };
+    let (first, second) = (from.min(to), from.max(to));
+    format!(
+        "BEGIN; UPDATE account SET balance = balance - {amount} WHERE id = {first}; \
+         UPDATE account SET balance = balance + {amount} WHERE id = {second}; COMMIT"
+    )
+}

@@ -1,0 +1,270 @@
+//! The frame of every fault test: a mirror whose two links can be broken, a load that goes on, somebody who looks all the
+//! time, and what must be true in the end, whatever happened in between.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rand::Rng;
+use rand::rngs::StdRng;
+
+use crate::load::{Load, tables};
+use crate::watch::Watch;
+use crate::{DEADLINE, Db, Lsn, Mirror, Pg, Proxy, Redis, Signal, Sink, rng, wait_for};
+
+/// The sink's memory stays below this, whatever waits on either side.
+const MEMORY_MAX: u64 = 128 << 20;
+/// How soon a marker that is written when all is well again must be in Redis: pauses between attempts are at most 12.5 s.
+const RECOVERY: Duration = Duration::from_secs(45);
+
+/// What a scenario begins with.
+pub struct Setup {
+    /// The server; the shared one is for faults that it does not notice.
+    pub pg: Arc<Pg>,
+    /// Redis.
+    pub redis: Redis,
+    /// The role that the sink connects as.
+    pub user: String,
+    /// The user and password of the sink in Redis, like `mirror:secret@`.
+    pub redis_login: String,
+    /// Further arguments of the sink.
+    pub args: Vec<String>,
+    /// Writers, and their rest after a transaction.
+    pub writers: (usize, Duration),
+}
+
+impl Default for Setup {
+    fn default() -> Setup {
+        Setup {
+            pg: Pg::shared(),
+            redis: Redis::start(),
+            user: "postgres".to_owned(),
+            redis_login: String::new(),
+            args: Vec::new(),
+            writers: (2, Duration::from_millis(1)),
+        }
+    }
+}
+
+impl Setup {
+    /// A server of the scenario's own.
+    pub fn alone(settings: &str) -> Setup {
+        Setup {
+            pg: Arc::new(Pg::start(settings)),
+            ..Setup::default()
+        }
+    }
+
+    /// Adds arguments of the sink.
+    pub fn args(mut self, args: &[&str]) -> Setup {
+        self.args.extend(args.iter().map(|&arg| arg.to_owned()));
+        self
+    }
+}
+
+/// A running scenario.
+pub struct Scenario {
+    /// The writers.
+    pub load: Load,
+    /// Who looks.
+    pub watch: Watch,
+    /// Servers and sink. Its own connections do not go over the links.
+    pub m: Mirror,
+    /// Between the sink and Redis.
+    pub redis_link: Proxy,
+    /// Between the sink and Postgres.
+    pub pg_link: Proxy,
+    /// The only source of chance.
+    pub rng: StdRng,
+    word: String,
+    markers: i32,
+    resyncs: bool,
+}
+
+impl Scenario {
+    /// Everything up, mirrored and compared, and the load begun.
+    pub fn start(name: &str, setup: Setup) -> Scenario {
+        let mut rng = rng(name);
+        let word = format!("canary{:08x}", rng.random::<u32>());
+        let mut m = Mirror::of(Db::create(Arc::clone(&setup.pg)));
+        m.redis = setup.redis;
+        m.sql(&tables(&word));
+        let redis_link = Proxy::to_port(m.redis.port());
+        let pg_link = Proxy::to_socket(setup.pg.socket());
+        let conninfo = format!(
+            "host=127.0.0.1 port={} user={} dbname={}",
+            pg_link.port(),
+            setup.user,
+            m.db.name
+        );
+        let url = format!("redis://{}127.0.0.1:{}/0", setup.redis_login, redis_link.port());
+        let args: Vec<&str> = setup.args.iter().map(String::as_str).collect();
+        m.start_at(&conninfo, &url, &args);
+        m.settle();
+        let config = m.db.pg.config(&m.db.name);
+        let watch = Watch::start(&config, &m.db.name, m.redis.port());
+        let load = Load::start(&config, &mut rng, setup.writers.0, setup.writers.1);
+        let scenario = Scenario {
+            load,
+            watch,
+            m,
+            redis_link,
+            pg_link,
+            rng,
+            word,
+            markers: 0,
+            resyncs: false,
+        };
+        scenario.flow();
+        scenario
+    }
+
+    /// Waits until changes get through: so many transactions of the load, and the position they were committed at.
+    #[track_caller]
+    pub fn flow(&self) {
+        let enough = self.load.committed() + 20;
+        wait_for(DEADLINE, "the load to commit", || {
+            (self.load.committed() >= enough).then_some(())
+        });
+        self.reach();
+    }
+
+    /// Waits until what is committed now is in Redis.
+    #[track_caller]
+    pub fn reach(&self) {
+        let target = self.m.db.lsn();
+        self.reach_lsn(target);
+    }
+
+    /// Waits until Redis is at this position. It may be away meanwhile.
+    #[track_caller]
+    pub fn reach_lsn(&self, target: Lsn) {
+        wait_for(RECOVERY, format!("progress to reach {target}"), || {
+            self.m.sink(Sink::assert_running);
+            self.watch.assert_holds();
+            self.progress().filter(|&lsn| lsn >= target)
+        });
+    }
+
+    /// The position that Redis stands at; None also when it does not answer.
+    pub fn progress(&self) -> Option<Lsn> {
+        let mut redis = self
+            .m
+            .redis
+            .client()
+            .get_connection_with_timeout(Duration::from_secs(1))
+            .ok()?;
+        redis.set_read_timeout(Some(Duration::from_secs(1))).ok()?;
+        let key = format!("walmirror:{{{}}}:progress", self.m.db.name);
+        let lsn: Option<String> = redis::cmd("HGET").arg(key).arg("lsn").query(&mut redis).ok()?;
+        lsn?.parse().ok()
+    }
+
+    /// Waits for a line of the sink's log that is new since `seen` bytes of it.
+    #[track_caller]
+    pub fn said(&self, what: &str, seen: usize) {
+        wait_for(DEADLINE, format!("the sink to say {what:?}"), || {
+            self.m.sink(Sink::assert_running);
+            self.log().get(seen..)?.contains(what).then_some(())
+        });
+    }
+
+    /// What the sink has logged.
+    pub fn log(&self) -> String {
+        self.m.sink(|sink| sink.output())
+    }
+
+    /// SIGKILL, and a new start.
+    pub fn kill_sink(&self) {
+        self.m.sink(|sink| {
+            sink.assert_running();
+            sink.kill();
+            sink.restart();
+        });
+    }
+
+    /// From here on Redis may have lost data, and tables may be backfilled anew: only the end counts.
+    pub fn resyncs(&mut self) {
+        self.resyncs = true;
+        self.watch.may_lose(true);
+    }
+
+    /// The load has rested, all is well again, and Redis equals Postgres. Says how long that took.
+    #[track_caller]
+    pub fn converge(&mut self) -> Duration {
+        let healed = Instant::now();
+        self.load.pause(true);
+        self.markers += 1;
+        let marker = self.markers;
+        self.m
+            .sql(&format!("INSERT INTO marker SELECT {marker}, word FROM secret"));
+        self.reach();
+        let took = healed.elapsed();
+        if self.resyncs {
+            self.m.settle();
+            self.watch.may_lose(false);
+            self.resyncs = false;
+        } else {
+            // A transaction of the load may still have been on its way when it was told to rest.
+            self.m.check();
+        }
+        let key = format!("marker:{marker}");
+        assert_eq!(self.m.redis.hash(&key).len(), 2, "{key}");
+        self.watch.assert_holds();
+        self.load.pause(false);
+        took
+    }
+
+    /// The end of every scenario. `allowed`: a warning or an error in the log must have one of these in it.
+    #[track_caller]
+    pub fn finish(mut self, allowed: &[&str]) {
+        let took = self.converge();
+        let committed = self.load.committed();
+        self.load.stop();
+        self.m.settle();
+        let samples = self.watch.stop();
+        let (_, memory) = self.m.sink(|sink| sink.memory());
+        println!(
+            "recovered in {took:?}; {committed} transactions, {samples} looks, {} connections to Redis, {} to Postgres, \
+             {} MB at most",
+            self.redis_link.accepted(),
+            self.pg_link.accepted(),
+            memory >> 20
+        );
+        assert!(samples > 0, "nobody looked");
+        assert!(memory > 0 && memory < MEMORY_MAX, "the sink took {memory} bytes");
+        let status = self.m.sink(|sink| {
+            sink.signal(Signal::TERM);
+            sink.wait(Duration::from_secs(20))
+        });
+        assert_eq!(status.code(), Some(0), "{}", self.log());
+        self.check_logs(allowed);
+    }
+
+    /// Nothing unexpected, and no value of a row.
+    #[track_caller]
+    pub fn check_logs(&self, allowed: &[&str]) {
+        let log = self.log();
+        let unexpected: Vec<&str> = log
+            .lines()
+            .filter(|line| {
+                [" WARN ", " ERROR ", "error:", "panicked", "internal error"]
+                    .iter()
+                    .any(|sign| line.contains(sign))
+            })
+            .filter(|line| !allowed.iter().any(|allowed| line.contains(allowed)))
+            .collect();
+        assert!(
+            unexpected.is_empty(),
+            "not expected in the log:\n{}",
+            unexpected.join("\n")
+        );
+        // INVARIANT I8, on both sides.
+        assert!(
+            !log.contains(&self.word),
+            "a value of a row is in the sink's log:\n{log}"
+        );
+        let postgres = self.m.db.pg.log();
+        let line = postgres.lines().find(|line| line.contains(&self.word));
+        assert_eq!(line, None, "a value of a row is in Postgres' log");
+    }
+}

@@ -1,0 +1,185 @@
+//! What must hold at every moment of a fault, looked at all the time from outside.
+//!
+//! - INVARIANT I1: what the slot is confirmed to, read first, is never beyond what Redis says it has, read after.
+//! - INVARIANT I4: the position does not go back within an epoch, nor the epoch.
+//! - The accounts in Redis, read in one MULTI, always add up: transactions are whole (INVARIANT I2).
+//!
+//! A server that does not answer is not looked at. Where a fault makes Redis itself lose data, the test says so, and
+//! what was lost is let go.
+
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use postgres::{Client, NoTls};
+use redis::Connection;
+
+use crate::Lsn;
+use crate::load::{ACCOUNTS, SUM};
+
+/// How long a server that is stopped may keep a look at it.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+#[derive(Default)]
+struct State {
+    stop: AtomicBool,
+    lossy: AtomicBool,
+    redis_port: AtomicU16,
+    samples: AtomicU64,
+    broken: Mutex<Vec<String>>,
+}
+
+/// The thread that looks.
+pub struct Watch {
+    state: Arc<State>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watch {
+    /// Looks at this slot, which is named like its database.
+    pub fn start(config: &postgres::Config, slot: &str, redis_port: u16) -> Watch {
+        let state = Arc::new(State::default());
+        state.redis_port.store(redis_port, Ordering::Release);
+        let (shared, config, slot) = (Arc::clone(&state), config.clone(), slot.to_owned());
+        let thread = thread::spawn(move || look(&shared, &config, &slot));
+        Watch {
+            state,
+            thread: Some(thread),
+        }
+    }
+
+    /// Redis may have lost something from here on: positions may go back, and accounts may be incomplete.
+    pub fn may_lose(&self, lossy: bool) {
+        self.state.lossy.store(lossy, Ordering::Release);
+    }
+
+    /// Another Redis is the one that counts.
+    pub fn look_at(&self, redis_port: u16) {
+        self.state.redis_port.store(redis_port, Ordering::Release);
+    }
+
+    /// Fails if something did not hold so far.
+    #[track_caller]
+    pub fn assert_holds(&self) {
+        let broken = self.state.broken.lock().unwrap_or_else(|e| e.into_inner());
+        assert!(broken.is_empty(), "{}", broken.join("\n"));
+    }
+
+    /// Ends, and says how often both servers were looked at.
+    #[track_caller]
+    pub fn stop(&mut self) -> u64 {
+        self.state.stop.store(true, Ordering::Release);
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("the watch");
+        }
+        self.assert_holds();
+        self.state.samples.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.state.stop.store(true, Ordering::Release);
+    }
+}
+
+/// What Redis says in one atomic step.
+struct Seen {
+    lsn: Lsn,
+    epoch: u64,
+    balances: Vec<Option<i64>>,
+}
+
+fn look(state: &State, config: &postgres::Config, slot: &str) {
+    let (mut client, mut redis): (Option<Client>, Option<(u16, Connection)>) = (None, None);
+    let mut last: Option<(u64, Lsn)> = None;
+    while !state.stop.load(Ordering::Acquire) {
+        thread::sleep(Duration::from_millis(4));
+        let lossy = state.lossy.load(Ordering::Acquire);
+        // First the slot, then Redis: what was confirmed before must be there after.
+        let confirmed = confirmed(&mut client, config, slot);
+        let port = state.redis_port.load(Ordering::Acquire);
+        let Some(seen) = seen(&mut redis, port, slot) else {
+            continue;
+        };
+        // A loss that began while this was read counts as well.
+        if lossy || state.lossy.load(Ordering::Acquire) {
+            last = None;
+            continue;
+        }
+        let mut broken = Vec::new();
+        if let Some(confirmed) = confirmed.filter(|&confirmed| confirmed > seen.lsn) {
+            broken.push(format!(
+                "the slot is confirmed to {confirmed}, Redis is at {}",
+                seen.lsn
+            ));
+        }
+        if let Some((epoch, lsn)) = last
+            && (seen.epoch < epoch || seen.lsn < lsn)
+        {
+            broken.push(format!(
+                "progress went from {lsn} in epoch {epoch} to {} in epoch {}",
+                seen.lsn, seen.epoch
+            ));
+        }
+        last = Some((seen.epoch, seen.lsn));
+        let sum: i64 = seen.balances.iter().flatten().sum();
+        if seen.balances.iter().all(Option::is_some) && sum != SUM {
+            broken.push(format!("the accounts add up to {sum} at {}", seen.lsn));
+        }
+        state.samples.fetch_add(1, Ordering::AcqRel);
+        let mut all = state.broken.lock().unwrap_or_else(|e| e.into_inner());
+        if all.len() < 10 {
+            all.extend(broken);
+        }
+    }
+}
+
+fn confirmed(client: &mut Option<Client>, config: &postgres::Config, slot: &str) -> Option<Lsn> {
+    if client.as_ref().is_none_or(Client::is_closed) {
+        *client = config.connect(NoTls).ok();
+    }
+    let query = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = $1";
+    match client.as_mut()?.query_opt(query, &[&slot]) {
+        Ok(row) => row?.get::<_, Option<String>>(0)?.parse().ok(),
+        Err(_) => {
+            *client = None;
+            None
+        }
+    }
+}
+
+fn seen(redis: &mut Option<(u16, Connection)>, port: u16, slot: &str) -> Option<Seen> {
+    if redis.as_ref().is_none_or(|(old, _)| *old != port) {
+        let client = redis::Client::open(format!("redis://127.0.0.1:{port}/0")).ok()?;
+        let connection = client.get_connection_with_timeout(PATIENCE).ok()?;
+        connection.set_read_timeout(Some(PATIENCE)).ok()?;
+        *redis = Some((port, connection));
+    }
+    let (_, connection) = redis.as_mut()?;
+    let mut pipe = redis::pipe();
+    pipe.atomic()
+        .cmd("HMGET")
+        .arg(format!("walmirror:{{{slot}}}:progress"))
+        .arg("lsn")
+        .arg("epoch");
+    for id in 0..ACCOUNTS {
+        pipe.cmd("HGET").arg(format!("account:{id}")).arg("balance");
+    }
+    let reply: Result<Vec<redis::Value>, _> = pipe.query(connection);
+    let Ok(reply) = reply else {
+        *redis = None;
+        return None;
+    };
+    let (progress, balances) = reply.split_first()?;
+    let (lsn, epoch): (Option<String>, Option<u64>) = redis::from_redis_value_ref(progress).ok()?;
+    Some(Seen {
+        lsn: lsn?.parse().ok()?,
+        epoch: epoch?,
+        balances: balances
+            .iter()
+            .map(|value| redis::from_redis_value_ref(value).unwrap_or(None))
+            .collect(),
+    })
+}

@@ -1,0 +1,204 @@
+//! The links between the sink and its two servers break in every way that links break.
+//!
+//! `SEED=… make test ARGS='--test faults_network NAME'` repeats the chance of a run.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::time::Duration;
+
+use rand::Rng;
+use walmirror_tests::{DEADLINE, Mode, Proxy, Scenario, Setup, Sink, Trap, Way, wait_for};
+
+/// What the sink may say when it lost Redis or Postgres.
+const LOST: [&str; 4] = [
+    "the connection to Redis at",
+    "cannot connect to Redis at",
+    "broke",
+    "cannot connect to Postgres",
+];
+
+fn sprung(link: &Proxy, count: u64) {
+    wait_for(DEADLINE, "the trap to spring", || {
+        (link.sprung() >= count).then_some(())
+    });
+}
+
+#[test]
+fn connections_are_reset() {
+    let mut s = Scenario::start("connections_are_reset", Setup::default());
+    for round in 0..20 {
+        std::thread::sleep(Duration::from_millis(s.rng.random_range(0..200)));
+        match round % 3 {
+            0 => s.redis_link.cut(),
+            1 => s.pg_link.cut(),
+            _ => {
+                s.redis_link.cut();
+                s.pg_link.cut();
+            }
+        }
+        if round % 4 == 0 {
+            s.flow();
+        }
+    }
+    s.finish(&LOST);
+}
+
+/// Redis applies a batch, and nobody hears of it: the next session finds it in the progress and skips it.
+#[test]
+fn a_batch_is_applied_and_the_answer_lost() {
+    let s = Scenario::start("a_batch_is_applied_and_the_answer_lost", Setup::default());
+    for count in 1..=8 {
+        s.redis_link.arm(Trap::LoseReply, "EXEC");
+        sprung(&s.redis_link, count);
+        s.flow();
+    }
+    s.finish(&LOST);
+}
+
+/// The connection ends in the middle of what is sent, and in the middle of what is answered.
+#[test]
+fn half_a_batch_and_half_an_answer() {
+    let s = Scenario::start("half_a_batch_and_half_an_answer", Setup::default());
+    for (count, trap) in [Trap::CutBefore, Trap::HalfReply]
+        .into_iter()
+        .cycle()
+        .take(8)
+        .enumerate()
+    {
+        s.redis_link
+            .arm(trap, ["EXEC", "progress", "HSET", "item:"][count / 2]);
+        sprung(&s.redis_link, count as u64 + 1);
+        s.flow();
+    }
+    s.finish(&LOST);
+}
+
+/// The sink is killed at the three places where it can have done one half of what belongs together.
+#[test]
+fn killed_before_exec_after_it_and_before_the_feedback() {
+    let s = Scenario::start(
+        "killed_before_exec_after_it_and_before_the_feedback",
+        Setup::default(),
+    );
+    for (count, trap) in [Trap::HoldBefore, Trap::HoldReply]
+        .into_iter()
+        .cycle()
+        .take(6)
+        .enumerate()
+    {
+        s.redis_link.arm(trap, "EXEC");
+        sprung(&s.redis_link, count as u64 + 1);
+        s.kill_sink();
+        s.flow();
+    }
+    for _ in 0..3 {
+        // Redis answers, but Postgres does not hear of it any more.
+        let before = s.progress();
+        s.pg_link.set(Way::ToServer, Mode::BlackHole);
+        wait_for(DEADLINE, "progress that nobody confirms", || {
+            (s.progress() > before).then_some(())
+        });
+        s.m.sink(Sink::kill);
+        s.pg_link.heal();
+        s.m.sink(Sink::restart);
+        s.flow();
+    }
+    s.finish(&[]);
+}
+
+/// Every byte may come alone.
+#[test]
+fn split_at_every_byte() {
+    let s = Scenario::start("split_at_every_byte", Setup::default());
+    for link in [&s.redis_link, &s.pg_link] {
+        for piece in [1, 7] {
+            link.set_both(Mode::Split(piece));
+            s.flow();
+        }
+        link.heal();
+    }
+    s.finish(&[]);
+}
+
+/// A link that is slow, far away, or both, costs time and nothing else: no connection is given up.
+#[test]
+fn slow_links() {
+    let s = Scenario::start(
+        "slow_links",
+        Setup {
+            writers: (1, Duration::from_millis(20)),
+            ..Setup::default()
+        },
+    );
+    let connections = (s.redis_link.accepted(), s.pg_link.accepted());
+    for link in [&s.redis_link, &s.pg_link] {
+        link.set_both(Mode::Delay(20, 30));
+        s.flow();
+        // 64 kbit/s towards the sink, or from it.
+        let way = if std::ptr::eq(link, &s.pg_link) {
+            Way::ToClient
+        } else {
+            Way::ToServer
+        };
+        s.load.pause(true);
+        s.reach();
+        link.heal();
+        link.set(way, Mode::Throttle(8_000));
+        s.m.sql("UPDATE doc SET body = body || part");
+        s.reach();
+        link.heal();
+        s.load.pause(false);
+    }
+    // A drip of one byte a second for a while.
+    s.redis_link.set(Way::ToClient, Mode::Throttle(1));
+    std::thread::sleep(Duration::from_secs(5));
+    s.redis_link.heal();
+    s.flow();
+    assert_eq!(connections, (s.redis_link.accepted(), s.pg_link.accepted()));
+    s.finish(&[]);
+}
+
+/// Nothing comes back, and nobody says so. What is stuck is noticed, given up, and begun anew.
+#[test]
+fn redis_is_a_black_hole() {
+    let s = Scenario::start("redis_is_a_black_hole", Setup::default());
+    for way in [Way::ToServer, Way::ToClient] {
+        let seen = s.log().len();
+        s.redis_link.set(way, Mode::BlackHole);
+        s.said("the connection to Redis at", seen);
+        s.redis_link.heal();
+        s.flow();
+    }
+    s.finish(&LOST);
+}
+
+/// A refused connection is tried again for as long as it takes.
+#[test]
+fn nobody_listens() {
+    let s = Scenario::start("nobody_listens", Setup::default());
+    for link in [&s.redis_link, &s.pg_link] {
+        let seen = s.log().len();
+        link.refuse();
+        s.said("next_attempt_in", seen);
+        link.heal();
+        s.flow();
+    }
+    s.finish(&LOST);
+}
+
+/// A reply that is no reply ends the session without a panic, and nothing wrong is written.
+#[test]
+fn a_bit_of_a_reply_flips() {
+    let s = Scenario::start("a_bit_of_a_reply_flips", Setup::default());
+    for count in 1..=4 {
+        s.redis_link.arm(Trap::FlipReply, "EXEC");
+        sprung(&s.redis_link, count);
+        s.flow();
+    }
+    s.finish(&LOST);
+}
