@@ -68,12 +68,17 @@ pub(super) fn client_error(what: impl Into<String>, error: RedisError, secret_ho
     let class = match error.kind() {
         ErrorKind::AuthenticationFailed | ErrorKind::InvalidClientConfig => Class::Operator,
         ErrorKind::Server(_) | ErrorKind::Extension => class_of(&code, error.detail()),
-        ErrorKind::Parse | ErrorKind::UnexpectedReturnType => Class::Bug,
-        // A connection that broke, was refused or timed out.
+        ErrorKind::UnexpectedReturnType => Class::Bug,
+        // A connection that broke, was refused or timed out, or on which bytes came that Redis never sends: what was
+        // applied is in the progress, and a new connection reads on from there.
         _ => Class::Retry,
     };
-    // A greeting that fails hides its code in the text.
-    let text = crate::config::scrub(&error.to_string(), secret_holder);
+    // A greeting that fails hides its code in the text. INVARIANT I8: the parser quotes what it stumbled over.
+    let text = if error.kind() == ErrorKind::Parse {
+        "the answer is not in Redis' protocol".to_owned()
+    } else {
+        crate::config::scrub(&error.to_string(), secret_holder)
+    };
     let hidden = ["NOAUTH", "WRONGPASS", "NOPERM", "LOADING", "DENIED"]
         .into_iter()
         .find(|code| text.contains(code));
