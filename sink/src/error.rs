@@ -16,6 +16,9 @@ pub enum Class {
     Retry,
     /// A person has to change something: stop with the next command.
     Operator,
+    /// Whoever logs in is refused, or lacks a right. At the start a person has to change something; later somebody is
+    /// changing a password or a right at this moment, so that it is tried again.
+    Access,
     /// It should not be possible: stop, so that nobody builds on a wrong state.
     Bug,
 }
@@ -208,6 +211,15 @@ impl Error {
         }
     }
 
+    /// Whether an error of a later session may heal while it is tried again, although it would stop the first one.
+    pub fn heals_later(&self) -> bool {
+        match self {
+            // The same connection string has worked: its certificate or service file is being replaced.
+            Self::Postgres(_, source) if source.kind == crate::pq::ErrorKind::Settings => true,
+            _ => self.class() == Class::Access,
+        }
+    }
+
     /// The exit code of a process that ends with this error. See [`exit`].
     pub fn exit_code(&self) -> u8 {
         match (self, self.class()) {
@@ -220,8 +232,8 @@ impl Error {
             (Self::Postgres(_, source), Class::Operator) if source.kind == crate::pq::ErrorKind::Settings => {
                 exit::USAGE
             }
-            (Self::Postgres(..), Class::Operator) => exit::POSTGRES,
-            (Self::Redis(..), Class::Operator) => exit::REDIS,
+            (Self::Postgres(..), Class::Operator | Class::Access) => exit::POSTGRES,
+            (Self::Redis(..), Class::Operator | Class::Access) => exit::REDIS,
             _ => exit::INTERNAL,
         }
     }

@@ -155,6 +155,8 @@ fn class_of_sqlstate(sqlstate: &str) -> Class {
         // 08: connection lost. 53: out of connections, memory or disk. 57P: shutting down, crashed, starting up.
         // 58030: an I/O error. 25006: a read-only server, which a failover may heal.
         "58030" | "25006" => Class::Retry,
+        // A right that the role lacks.
+        "42501" => Class::Access,
         // The database was dropped; a limit of the configuration (max_replication_slots).
         "57P04" | "53400" => Class::Operator,
         // An internal error of one session, as when an output plugin fails. Corrupted data or indexes stay corrupted.
@@ -162,10 +164,11 @@ fn class_of_sqlstate(sqlstate: &str) -> Class {
         "XX001" | "XX002" => Class::Operator,
         _ => match sqlstate.get(..2) {
             Some("08" | "53" | "57") => Class::Retry,
-            // 28: who may log in. 3D, 3F: no such database, schema. 42: rights and missing objects. 0A, 55: the server is
-            // not set up for this. 58, F0: missing files, wrong configuration. 22, 23: what an operator's mapping asks
-            // of the data.
-            Some("28" | "3D" | "3F" | "42" | "0A" | "55" | "58" | "F0" | "22" | "23" | "54" | "P0") => {
+            // Who may log in.
+            Some("28") => Class::Access,
+            // 3D, 3F: no such database, schema. 42: missing objects. 0A, 55: the server is not set up for this. 58, F0:
+            // missing files, wrong configuration. 22, 23: what an operator's mapping asks of the data.
+            Some("3D" | "3F" | "42" | "0A" | "55" | "58" | "F0" | "22" | "23" | "54" | "P0") => {
                 Class::Operator
             }
             _ => Class::Bug,
@@ -268,7 +271,7 @@ mod tests {
             "",
         );
         assert!(error.is("28P01"));
-        assert_eq!(error.class(), Class::Operator);
+        assert_eq!(error.class(), Class::Access);
         assert!(
             error
                 .message
@@ -325,7 +328,7 @@ mod tests {
             ("53300", Class::Retry),
             ("53400", Class::Operator),
             ("42704", Class::Operator),
-            ("42501", Class::Operator),
+            ("42501", Class::Access),
             ("55000", Class::Operator),
             ("0A000", Class::Operator),
             ("3D000", Class::Operator),

@@ -13,12 +13,14 @@ pub fn class_of(code: &str, detail: Option<&str>) -> Class {
         | "NOREPLICAS" | "UNKILLABLE" | "UNBLOCKED" => Class::Retry,
         // Somebody flushed the scripts: the next session loads them again.
         "NOSCRIPT" => Class::Retry,
-        "NOAUTH" | "WRONGPASS" | "NOPERM" | "WRONGTYPE" | "DENIED" | "MOVED" | "ASK" | "CROSSSLOT" => {
-            Class::Operator
-        }
+        "NOAUTH" | "WRONGPASS" | "NOPERM" => Class::Access,
+        "WRONGTYPE" | "DENIED" | "MOVED" | "ASK" | "CROSSSLOT" => Class::Operator,
         _ if detail.is_some_and(|text| text.contains("max number of clients")) => Class::Retry,
+        _ if detail.is_some_and(|text| ["AUTH", "password"].iter().any(|word| text.contains(word))) => {
+            Class::Access
+        }
         _ if detail.is_some_and(|text| {
-            ["AUTH", "password", "DB index", "unknown command"]
+            ["DB index", "unknown command", "appendonly is disabled"]
                 .iter()
                 .any(|word| text.contains(word))
         }) =>
@@ -66,7 +68,8 @@ pub fn reply_error(what: impl Into<String>, reply: &ServerError) -> Error {
 pub(super) fn client_error(what: impl Into<String>, error: RedisError, secret_holder: &str) -> Error {
     let code = error.code().unwrap_or_default().to_owned();
     let class = match error.kind() {
-        ErrorKind::AuthenticationFailed | ErrorKind::InvalidClientConfig => Class::Operator,
+        ErrorKind::AuthenticationFailed => Class::Access,
+        ErrorKind::InvalidClientConfig => Class::Operator,
         ErrorKind::Server(_) | ErrorKind::Extension => class_of(&code, error.detail()),
         ErrorKind::UnexpectedReturnType => Class::Bug,
         // A connection that broke, was refused or timed out, or on which bytes came that Redis never sends: what was
@@ -85,7 +88,7 @@ pub(super) fn client_error(what: impl Into<String>, error: RedisError, secret_ho
     let class = hidden.map_or(class, |code| class_of(code, None));
     let wrapped = Error::redis(what, class, text);
     match next_command(hidden.unwrap_or(&code)) {
-        Some(command) if class == Class::Operator => wrapped.next(command),
+        Some(command) if class != Class::Retry => wrapped.next(command),
         _ => wrapped,
     }
 }
@@ -109,8 +112,11 @@ mod tests {
         ] {
             assert_eq!(class_of(code, Some("x")), Class::Retry, "{code}");
         }
-        for code in ["NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE", "CROSSSLOT"] {
+        for code in ["WRONGTYPE", "CROSSSLOT"] {
             assert_eq!(class_of(code, Some("x")), Class::Operator, "{code}");
+        }
+        for code in ["NOAUTH", "WRONGPASS", "NOPERM"] {
+            assert_eq!(class_of(code, Some("x")), Class::Access, "{code}");
         }
         assert_eq!(
             class_of("ERR", Some("max number of clients reached")),

@@ -50,7 +50,8 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
             Err(_) if shutdown.requested() => return Ok(()),
             Err(error) => error,
         };
-        if error.class() != Class::Retry || config.once {
+        let heals = error.class() == Class::Retry || streamed && error.heals_later();
+        if !heals || config.once {
             return Err(error);
         }
         if let Some(limit) = config
@@ -61,7 +62,12 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
         }
         let pause = pause(failures);
         failures += 1;
-        tracing::warn!(next_attempt_in = ?pause, "{error}");
+        if error.class() == Class::Retry {
+            tracing::warn!(next_attempt_in = ?pause, "{error}");
+        } else {
+            // Only a person can mend it, and this process need not be told when that is done.
+            tracing::error!(next_attempt_in = ?pause, next = error.next_command().unwrap_or_default(), "{error}");
+        }
         if shutdown.sleep(pause) {
             return Ok(());
         }
