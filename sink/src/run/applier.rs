@@ -32,6 +32,10 @@ pub(super) fn apply(
     let mut heard = Instant::now();
     let mut waited = Instant::now();
     let mut durable = Lsn::INVALID;
+    if durability == Durability::Aof {
+        // A Redis that knows no WAITAOF, or has no append-only file, is told of at once and not at the first change.
+        writer.wait_aof(1)?;
+    }
     loop {
         match segments.recv_timeout(WAIT_EVERY) {
             Ok(segment) => {
