@@ -26,7 +26,14 @@ pub(super) enum Decision {
 }
 
 /// Compares what Redis and Postgres say.
-pub(super) fn decide(progress: Option<&Progress>, slot: Option<&SlotInfo>, identity: &Identity) -> Decision {
+///
+/// `end`: how far the server's WAL is flushed.
+pub(super) fn decide(
+    progress: Option<&Progress>,
+    slot: Option<&SlotInfo>,
+    identity: &Identity,
+    end: Lsn,
+) -> Decision {
     let usable = slot
         .filter(|slot| slot.wal_status.as_deref() != Some("lost"))
         .and_then(|slot| slot.confirmed_flush_lsn);
@@ -55,6 +62,11 @@ pub(super) fn decide(progress: Option<&Progress>, slot: Option<&SlotInfo>, ident
             "Redis mirrors timeline {}, the server is on timeline {}: there was a failover or a restore",
             progress.timeline, identity.timeline
         )),
+        // Only WAL that is flushed is ever sent. The server would wait until it gets there, and leave out what is before.
+        (Some(progress), Some(_)) if progress.lsn > end => gap(format!(
+            "Redis is at {}, but the server's WAL ends at {end}: the server was put back to an earlier state",
+            progress.lsn
+        )),
         (Some(progress), Some(_)) => match usable {
             Some(confirmed) if confirmed > progress.lsn => gap(format!(
                 "the slot is confirmed up to {confirmed}, but Redis is only at {}: it lost what is between",
@@ -68,6 +80,8 @@ pub(super) fn decide(progress: Option<&Progress>, slot: Option<&SlotInfo>, ident
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const END: Lsn = Lsn(100);
 
     fn identity() -> Identity {
         Identity {
@@ -115,20 +129,20 @@ mod tests {
 
     #[test]
     fn what_fits_goes_on() {
-        assert_eq!(decide(None, None, &identity()), Decision::First);
+        assert_eq!(decide(None, None, &identity(), END), Decision::First);
         assert_eq!(
-            decide(Some(&progress(10)), Some(&slot(10)), &identity()),
+            decide(Some(&progress(10)), Some(&slot(10)), &identity(), END),
             Decision::Resume(Lsn(10))
         );
         assert_eq!(
-            decide(Some(&progress(10)), Some(&slot(5)), &identity()),
+            decide(Some(&progress(10)), Some(&slot(5)), &identity(), END),
             Decision::Resume(Lsn(10))
         );
     }
 
     #[test]
     fn what_does_not_fit_is_a_gap_with_a_reason() {
-        let ahead = decide(Some(&progress(10)), Some(&slot(11)), &identity());
+        let ahead = decide(Some(&progress(10)), Some(&slot(11)), &identity(), END);
         assert!(
             matches!(
                 &ahead,
@@ -139,9 +153,20 @@ mod tests {
             ) && why(&ahead).contains("0/B"),
             "{ahead:?}"
         );
-        let gone = decide(Some(&progress(10)), None, &identity());
+        let put_back = decide(Some(&progress(101)), Some(&slot(5)), &identity(), END);
+        assert!(
+            matches!(
+                &put_back,
+                Decision::Gap {
+                    slot: Some(Lsn(5)),
+                    ..
+                }
+            ) && why(&put_back).contains("0/64"),
+            "{put_back:?}"
+        );
+        let gone = decide(Some(&progress(10)), None, &identity(), END);
         assert!(matches!(&gone, Decision::Gap { slot: None, .. }) && why(&gone).contains("slot is gone"));
-        let emptied = decide(None, Some(&slot(5)), &identity());
+        let emptied = decide(None, Some(&slot(5)), &identity(), END);
         assert!(matches!(
             &emptied,
             Decision::Gap {
@@ -165,7 +190,7 @@ mod tests {
         ] {
             assert!(
                 matches!(
-                    decide(Some(&progress(10)), Some(&slot(5)), &changed),
+                    decide(Some(&progress(10)), Some(&slot(5)), &changed, END),
                     Decision::Gap { .. }
                 ),
                 "{changed:?}"
@@ -176,7 +201,7 @@ mod tests {
             ..slot(5)
         };
         assert!(matches!(
-            decide(Some(&progress(10)), Some(&lost), &identity()),
+            decide(Some(&progress(10)), Some(&lost), &identity(), END),
             Decision::Gap { slot: None, .. }
         ));
     }

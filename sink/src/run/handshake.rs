@@ -46,7 +46,7 @@ pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> 
         database: system.database.unwrap_or_default(),
     };
 
-    let decision = decide(stored.progress.as_ref(), info.as_ref(), &identity);
+    let decision = decide(stored.progress.as_ref(), info.as_ref(), &identity, system.xlogpos);
     let (start, fresh) = match decision {
         Decision::Resume(lsn) => (lsn, None),
         Decision::First => {
