@@ -21,6 +21,8 @@ pub struct Connection {
     pub(super) raw: RawConnection,
     pub(super) interrupt: Option<Waker>,
     pub(super) flush_pending: bool,
+    patience: Option<Duration>,
+    pub(super) heard: Instant,
 }
 
 impl Connection {
@@ -40,6 +42,8 @@ impl Connection {
             raw,
             interrupt: None,
             flush_pending: false,
+            patience: None,
+            heard: Instant::now(),
         })
     }
 
@@ -52,6 +56,17 @@ impl Connection {
     /// Takes [`Self::interrupt_with`] back.
     pub fn no_interrupt(&mut self) {
         self.interrupt = None;
+    }
+
+    /// From now on the server has so long to answer a statement; None: as long as it takes. For what takes a moment on a
+    /// server that lives: TCP alone does not notice one that hangs, nor a proxy that lost what is behind it.
+    pub fn answer_within(&mut self, patience: Option<Duration>) {
+        self.patience = patience;
+    }
+
+    /// When the server last sent anything of a COPY, a part of a message at least.
+    pub fn heard(&self) -> Instant {
+        self.heard
     }
 
     /// Runs one statement with text parameters; the values of the rows are text.
@@ -118,10 +133,14 @@ impl Connection {
     /// The next result, waited for in a way that the waker interrupts.
     pub(super) fn wait_result(&mut self) -> Result<Option<RawResult>, PqError> {
         let mut cancelled_at: Option<Instant> = None;
+        let asked_at = Instant::now();
         while self.raw.is_busy() {
             let flushed = self.raw.flush()?;
             let timeout = match cancelled_at {
-                None => None,
+                None => match self.patience {
+                    None => None,
+                    Some(patience) => Some(patience.checked_sub(asked_at.elapsed()).ok_or_else(silent)?),
+                },
                 Some(at) => Some(CANCEL_TIMEOUT.checked_sub(at.elapsed()).ok_or_else(interrupted)?),
             };
             let interrupt = self.interrupt.as_ref().filter(|_| cancelled_at.is_none());
@@ -171,6 +190,10 @@ impl Connection {
 
 fn interrupted() -> PqError {
     PqError::new(ErrorKind::Connection, "interrupted while waiting for the server")
+}
+
+fn silent() -> PqError {
+    PqError::new(ErrorKind::Connection, "the server does not answer")
 }
 
 /// Cancels the running query of a connection. Clones may go to any thread.

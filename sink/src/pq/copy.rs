@@ -84,7 +84,10 @@ impl Connection {
                 Some(ended) => return Ok(ended),
                 // When the connection is lost, messages that came before are still in the buffer, the server's reason
                 // perhaps among them.
-                None => alive = self.raw.consume_input(),
+                None => {
+                    self.heard = Instant::now();
+                    alive = self.raw.consume_input();
+                }
             }
         }
     }

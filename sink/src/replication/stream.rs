@@ -189,6 +189,11 @@ impl Stream {
         self.send_status(reply_requested)
     }
 
+    /// When the server last sent anything.
+    pub fn heard(&self) -> Instant {
+        self.connection.heard()
+    }
+
     /// What interrupts [`Self::next`] and [`Self::hold`] from another thread.
     pub fn waker(&self) -> Waker {
         self.waker.clone()

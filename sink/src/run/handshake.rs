@@ -1,5 +1,7 @@
 //! The beginning of a session: look at both sides, decide, make or take what is missing, and get the right to write.
 
+use std::time::Duration;
+
 use walmirror_proto::Lsn;
 
 use super::decide::{Decision, decide};
@@ -19,9 +21,16 @@ pub(super) struct Handshake {
     pub(super) fresh: Option<Lsn>,
     /// What the slot is confirmed up to.
     pub(super) confirmed: Lsn,
+    /// As long as the server may be silent although it was asked.
+    pub(super) silence: Duration,
     /// A transaction id above those of all transactions that earlier sessions applied.
     pub(super) horizon: u64,
 }
+
+/// How long the server may take to answer what takes it a moment.
+const ANSWER: Duration = Duration::from_secs(30);
+/// As long as the server may be silent where it does not mind how long the sink is.
+const SILENCE: Duration = Duration::from_secs(60);
 
 /// Connects and claims. `interrupt` ends a wait when the process should stop.
 pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> Result<Handshake, Error> {
@@ -32,6 +41,7 @@ pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> 
     let mut sql = Postgres::connect(config.postgres.expose(), &extra)
         .map_err(|error| Error::postgres("cannot connect to Postgres", error))?;
     sql.interrupt_with(interrupt.clone());
+    sql.answer_within(Some(ANSWER));
     check_extension(&mut sql)?;
     let info = slot_info(&mut sql, slot)?;
     check_slot(slot, info.as_ref(), &sql)?;
@@ -39,6 +49,7 @@ pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> 
         Postgres::connect(config.postgres.expose(), &[("replication", "database"), extra[0]])
             .map_err(|error| Error::postgres("cannot open a replication connection to Postgres", error))?;
     replication.interrupt_with(interrupt.clone());
+    replication.answer_within(Some(ANSWER));
     let system = identify_system(&mut replication)?;
     let identity = Identity {
         system_id: system.system_id,
@@ -47,6 +58,8 @@ pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> 
     };
 
     let decision = decide(stored.progress.as_ref(), info.as_ref(), &identity, system.xlogpos);
+    // Making a slot waits for all transactions that are running.
+    replication.answer_within(None);
     let (start, fresh) = match decision {
         Decision::Resume(lsn) => (lsn, None),
         Decision::First => {
@@ -79,6 +92,7 @@ pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> 
         }
     };
 
+    replication.answer_within(Some(ANSWER));
     // The slot comes first: whoever holds it is alive, and is not to be fenced off.
     let options = [("proto_version", "1")];
     let stream = Stream::start_on(replication, slot, start, &options, config.status_interval)?;
@@ -98,6 +112,7 @@ pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> 
         ));
     }
     let horizon = horizon(&mut sql)?;
+    let silence = silence(&mut sql)?;
     let confirmed = fresh
         .or_else(|| info.and_then(|slot| slot.confirmed_flush_lsn))
         .unwrap_or_default();
@@ -106,6 +121,7 @@ pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> 
         claim,
         fresh,
         confirmed,
+        silence,
         horizon,
     })
 }
@@ -159,4 +175,19 @@ fn horizon(sql: &mut Postgres) -> Result<u64, Error> {
         .text(0, 0)
         .and_then(|text| text.parse().ok())
         .ok_or_else(|| Error::bug("pg_current_xact_id() cannot be read"))
+}
+
+/// The server looks for what the sink says at least twice in its wal_sender_timeout, also while it decodes what it does not
+/// send. A server that answers nothing for that long is not there any more.
+fn silence(sql: &mut Postgres) -> Result<Duration, Error> {
+    let result = sql
+        .query(
+            "SELECT setting::bigint FROM pg_catalog.pg_settings WHERE name = 'wal_sender_timeout'",
+            &[],
+        )
+        .map_err(|error| Error::postgres("cannot read wal_sender_timeout", error))?;
+    let timeout_ms = result.text(0, 0).and_then(|text| text.parse().ok());
+    Ok(timeout_ms
+        .filter(|timeout_ms| *timeout_ms > 0)
+        .map_or(SILENCE, Duration::from_millis))
 }

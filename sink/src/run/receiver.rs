@@ -31,9 +31,12 @@ pub(super) fn receive(
     queue: &Sender<Input>,
     durability: Durability,
     confirmed: Lsn,
+    silence: Duration,
 ) -> Result<(), Error> {
     let mut trail = Trail::new(durability, confirmed);
     let mut asked = Instant::now();
+    // While nothing is read, nothing can be heard.
+    let mut listening = Instant::now();
     loop {
         let applied = shared.applied();
         match shared.phase() {
@@ -61,6 +64,7 @@ pub(super) fn receive(
                 stream.hold(TICK)?;
             }
             asked = Instant::now();
+            listening = asked;
             continue;
         }
         match stream.next(trail.wait(now))? {
@@ -70,6 +74,11 @@ pub(super) fn receive(
                 let _ = queue.send(Input::Frame(bytes));
             }
             Event::Keepalive { wal_end, .. } => drop(queue.send(Input::Keepalive(wal_end))),
+            Event::Timeout if listening.max(stream.heard()).elapsed() > silence => {
+                let what = format!("it was asked, and said nothing for {silence:?}");
+                let error = PqError::new(ErrorKind::Connection, what);
+                return Err(Error::postgres("the server is silent", error).at(applied));
+            }
             Event::Timeout | Event::Woken => {}
             Event::End => {
                 let error = PqError::new(

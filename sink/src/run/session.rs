@@ -46,6 +46,7 @@ pub(super) fn run(config: &RunConfig, shutdown: &Shutdown, began: impl FnOnce())
         claim,
         fresh,
         confirmed,
+        silence,
         horizon,
     } = shake(config, &keys, &interrupt)?;
     let start_lsn = fresh.unwrap_or_else(|| {
@@ -106,7 +107,7 @@ pub(super) fn run(config: &RunConfig, shutdown: &Shutdown, began: impl FnOnce())
     let ended = std::thread::scope(|scope| {
         let sender = input_sender.clone();
         let receiver = guard(scope, shared, "receiver", move || {
-            receiver::receive(stream, shared, &sender, config.durability, confirmed)
+            receiver::receive(stream, shared, &sender, config.durability, confirmed, silence)
         })?;
         let channels = Channels {
             input,
