@@ -33,9 +33,14 @@ impl Mirror {
 
     /// The same for a given database.
     pub fn of(db: Db) -> Mirror {
+        Mirror::between(db, Redis::start())
+    }
+
+    /// The same for a given database and a given Redis.
+    pub fn between(db: Db, redis: Redis) -> Mirror {
         Mirror {
             sink: Mutex::new(None),
-            redis: Redis::start(),
+            redis,
             db,
         }
     }

@@ -23,11 +23,10 @@ impl Redis {
 
     /// Starts a server with further options, such as `&["--requirepass", "x"]`.
     pub fn start_with(options: &[&str]) -> Redis {
-        let port = TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
+        // Below the ports that the kernel gives to clients: one of those could be taken while the server is down.
+        let port = std::iter::repeat_with(|| rand::random_range(12_000..32_000))
+            .find(|&port| TcpListener::bind(("127.0.0.1", port)).is_ok())
+            .unwrap();
         let options = options.iter().map(|&o| o.to_owned()).collect();
         let mut redis = Redis {
             process: None,

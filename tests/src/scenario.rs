@@ -85,8 +85,7 @@ impl Scenario {
     pub fn start(name: &str, setup: Setup) -> Scenario {
         let mut rng = rng(name);
         let word = format!("canary{:08x}", rng.random::<u32>());
-        let mut m = Mirror::of(Db::create(Arc::clone(&setup.pg)));
-        m.redis = setup.redis;
+        let m = Mirror::between(Db::create(Arc::clone(&setup.pg)), setup.redis);
         m.sql(&tables(&word));
         let redis_link = Proxy::to_port(m.redis.port());
         let pg_link = Proxy::to_socket(setup.pg.socket());
@@ -171,6 +170,24 @@ impl Scenario {
     /// What the sink has logged.
     pub fn log(&self) -> String {
         self.m.sink(|sink| sink.output())
+    }
+
+    /// From the sink's next session on, either side of the stream is given up after this long a silence.
+    pub fn silence(&self, time: &str) {
+        self.m.sql(&format!(
+            "ALTER DATABASE {} SET wal_sender_timeout = '{time}'",
+            self.m.db.name
+        ));
+        self.kill_sink();
+        self.flow();
+    }
+
+    /// The process that serves the stream.
+    pub fn walsender(&self) -> i32 {
+        wait_for(DEADLINE, "a walsender", || {
+            let query = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = current_database()";
+            self.m.db.value(query).parse().ok()
+        })
     }
 
     /// SIGKILL, and a new start.

@@ -79,6 +79,11 @@ impl Sink {
         self.process.output()
     }
 
+    /// The process id.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
     /// Resident memory now and at its highest, in bytes.
     pub fn memory(&self) -> (u64, u64) {
         self.process.memory()

@@ -15,11 +15,13 @@ use rand::Rng;
 use walmirror_tests::{DEADLINE, Mode, Proxy, Scenario, Setup, Sink, Trap, Way, wait_for};
 
 /// What the sink may say when it lost Redis or Postgres.
-const LOST: [&str; 4] = [
+const LOST: [&str; 5] = [
     "the connection to Redis at",
     "cannot connect to Redis at",
     "broke",
     "cannot connect to Postgres",
+    // The walsender of a connection that was lost takes a moment to notice.
+    "is active for PID",
 ];
 
 fn sprung(link: &Proxy, count: u64) {
@@ -175,6 +177,21 @@ fn redis_is_a_black_hole() {
         s.flow();
     }
     s.finish(&LOST);
+}
+
+/// The same towards Postgres, which gives up as well: `wal_sender_timeout` says when.
+#[test]
+fn postgres_is_a_black_hole() {
+    let s = Scenario::start("postgres_is_a_black_hole", Setup::default());
+    s.silence("3s");
+    for way in [Way::ToServer, Way::ToClient] {
+        let seen = s.log().len();
+        s.pg_link.set(way, Mode::BlackHole);
+        s.said("next_attempt_in", seen);
+        s.pg_link.heal();
+        s.flow();
+    }
+    s.finish(&[&LOST[..], &["the server is silent"]].concat());
 }
 
 /// A refused connection is tried again for as long as it takes.
