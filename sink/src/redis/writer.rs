@@ -29,6 +29,8 @@ pub struct Segment {
     pub batch: Batch,
     /// Whether it begins with MULTI.
     pub opens: bool,
+    /// Whether it notes keys as pending by itself; a patch may do so as well.
+    pub pending: bool,
     /// Keys to remove before anything else; only where it begins with MULTI.
     pub purges: Vec<Purge>,
     /// What is applied once the EXEC at its end succeeds.
@@ -40,7 +42,7 @@ pub struct Segment {
 pub struct Applied {
     /// The step that is now in Redis.
     pub step: Step,
-    /// Whether a patch noted its key as pending.
+    /// Whether keys were noted as pending.
     pub pending: bool,
 }
 
@@ -123,7 +125,8 @@ impl Writer {
         };
         self.expect_queued(expected.saturating_sub(3))?;
         let reply = self.connection.receive()?;
-        let pending = self.check_exec(reply, step)?;
+        let mut pending = self.check_exec(reply, step)?;
+        pending |= self.open.iter().any(|segment| segment.pending);
         self.open.clear();
         self.prefix = 0;
         self.check_watch()?;

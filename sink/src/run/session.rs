@@ -74,6 +74,7 @@ pub(super) fn run(config: &RunConfig, shutdown: &Shutdown, began: impl FnOnce())
             horizon,
             horizon ^ u64::from(std::process::id()).rotate_left(32),
         ),
+        slot: config.slot.as_str().to_owned(),
         marker_prefix: marker_prefix.clone(),
         limits: Limits {
             batch_bytes: config.batch_bytes,

@@ -12,6 +12,8 @@ pub(super) struct Assembly {
     purges: Vec<Purge>,
     /// This segment begins with MULTI.
     opens: bool,
+    /// It notes keys as pending.
+    pending: bool,
     /// Segments of the same MULTI were handed out before.
     continues: bool,
     /// Their weight.
@@ -25,6 +27,7 @@ impl Assembly {
             batch: Batch::new(),
             purges: Vec::new(),
             opens: false,
+            pending: false,
             continues: false,
             before: 0,
         }
@@ -45,6 +48,12 @@ impl Assembly {
         if !self.purges.contains(&purge) {
             self.purges.push(purge);
         }
+    }
+
+    /// What is written notes keys as pending: whoever reads them again is told once they are in Redis, because a look
+    /// before would find nothing.
+    pub(super) fn note_pending(&mut self) {
+        self.pending = true;
     }
 
     /// Whether a part of the MULTI was handed out.
@@ -86,6 +95,7 @@ impl Assembly {
         Segment {
             batch,
             opens: std::mem::take(&mut self.opens),
+            pending: std::mem::take(&mut self.pending),
             purges: std::mem::take(&mut self.purges),
             step,
         }

@@ -175,6 +175,7 @@ impl Planning {
             Verdict::Forgotten => {
                 add(&self.shared.metrics.read_forgotten, 1);
                 self.planner.pend(self.assembly.batch(), &mapping);
+                self.assembly.note_pending();
                 self.backfill.note_pending();
             }
         }
@@ -203,6 +204,7 @@ impl Planning {
                     key,
                     relation.as_bytes(),
                 ]);
+                self.assembly.note_pending();
                 self.backfill.note_pending();
             }
         }

@@ -43,6 +43,7 @@ pub(super) struct Start {
     /// Where the progress begins anew, if it does: then every backfill does.
     pub(super) fresh: Option<Lsn>,
     pub(super) gate: Gate,
+    pub(super) slot: String,
     pub(super) marker_prefix: String,
     pub(super) limits: Limits,
     pub(super) backfill: Arc<Backfill>,
@@ -82,6 +83,8 @@ pub(super) struct Planning {
     backfill: Arc<Backfill>,
     shared: Arc<Shared>,
     limits: Limits,
+    /// What requests begin with.
+    slot: String,
     marker_prefix: Vec<u8>,
     /// The end of the last transaction that is planned whole, or a keepalive behind it.
     lsn: Lsn,
@@ -103,6 +106,7 @@ impl Planning {
             stored,
             fresh,
             gate,
+            slot,
             marker_prefix,
             limits,
             backfill,
@@ -135,6 +139,7 @@ impl Planning {
             backfill,
             shared,
             limits,
+            slot,
             marker_prefix: marker_prefix.into_bytes(),
             lsn: progress.lsn,
             commit_time: None,

@@ -11,6 +11,7 @@ use super::{Definition, Planning, standing};
 use crate::error::Error;
 use crate::gate::{Snapshot, Verdict};
 use crate::plan::{Change, Mapping, Planned, Purge};
+use crate::request::Request;
 
 use super::Standing;
 
@@ -45,7 +46,7 @@ impl Planning {
                 RecordRef::Relation(relation) => self.relation(relation)?,
                 RecordRef::Truncate(truncate) => self.truncate(&truncate)?,
                 RecordRef::Forget(forget) => self.forget(&forget)?,
-                RecordRef::Marker(marker) => self.marker(&marker),
+                RecordRef::Marker(marker) => self.marker(&marker)?,
                 RecordRef::Capture(capture) => self.capture(&capture)?,
                 RecordRef::Error { error, .. } => self.error(&error)?,
             }
@@ -265,12 +266,48 @@ impl Planning {
         Ok(())
     }
 
-    fn marker(&mut self, marker: &pb::Marker) {
+    fn marker(&mut self, marker: &pb::Marker) -> Result<(), Error> {
+        if let Some(request) = Request::parse(&self.slot, &marker.content) {
+            return self.request(&request, Lsn(marker.lsn));
+        }
         let number = marker.content.strip_prefix(self.marker_prefix.as_slice());
         let number = number.and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok());
         if let Some(number) = number {
             self.chunks.release(number);
         }
+        Ok(())
+    }
+
+    /// What the command line asked for. It is written in the EXEC whose progress passes the marker, so a crash loses no
+    /// request; a repeated one does no harm.
+    fn request(&mut self, request: &Request, lsn: Lsn) -> Result<(), Error> {
+        if !self.transactions.is_open() {
+            // Every transaction that ended before the marker is planned: the server sends them in that order.
+            self.lsn = self.lsn.max(lsn);
+        }
+        self.dirty = true;
+        match request {
+            Request::Sync => {}
+            Request::Backfill(oid) => {
+                let known = self
+                    .registry
+                    .get(*oid)
+                    .filter(|known| known.mapping.mode == pb::Mode::Mirror);
+                if let Some(relation) = known.map(|known| known.relation.clone()) {
+                    self.register(relation)?;
+                }
+            }
+            Request::Reread { relation, keys } if self.registry.get(*relation).is_some() => {
+                let (relation, pending) = (relation.to_string(), self.planner.keys().pending.clone());
+                let commands = self.assembly.batch().bookkeeping();
+                for key in keys {
+                    commands.command(&[b"HSET", &pending, key, relation.as_bytes()]);
+                }
+                self.assembly.note_pending();
+            }
+            Request::Reread { .. } => {}
+        }
+        Ok(())
     }
 
     /// Rows that a SELECT read. INVARIANT I10: through the gate. Dropping any of them is safe.

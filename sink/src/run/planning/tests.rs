@@ -52,6 +52,7 @@ fn planning(stored: Stored, batch_bytes: usize, transaction_bytes: usize) -> Pla
         fresh: None,
         stored,
         gate: Gate::new(1 << 16, 100, 0),
+        slot: "s".to_owned(),
         marker_prefix: "m:".into(),
         limits: Limits {
             batch_bytes,
