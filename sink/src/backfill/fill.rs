@@ -2,7 +2,7 @@
 //! for long. A row that moves to a block that was read already is in the stream, because moving is a change.
 
 use super::report::Report;
-use super::sql::{Sql, explain};
+use super::sql::{Snapshots, Sql, explain};
 use super::worker::{Context, Flow};
 use super::{Content, Cursor, PackedRows, Stage, Task, Window};
 use crate::error::Error;
@@ -11,9 +11,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// A chunk is read up to about so many bytes of rows.
-const CHUNK_BYTES: usize = 1024 * 1024;
+pub(crate) const CHUNK_BYTES: usize = 1024 * 1024;
 /// And over at most so many blocks, so that an empty stretch does not hold a snapshot for long either.
-const BLOCKS_MAX: u32 = 4096;
+pub(crate) const BLOCKS_MAX: u32 = 4096;
 /// Chunks that are on their way to the planner while the next one is read.
 const READ_AHEAD: usize = 2;
 
@@ -27,7 +27,12 @@ pub(super) fn fill(
 ) -> Result<Flow, Error> {
     let mut cursor = task.cursor.clone();
     let leaves = leaves(sql, relation)?;
-    let mut report = Report::start(&task.mapping.table, total_blocks(sql, &leaves)?, cursor.rows);
+    let mut report = Report::start(
+        "backfill",
+        &task.mapping.table,
+        total_blocks(sql, &leaves)?,
+        cursor.rows,
+    );
     for leaf in leaves.into_iter().filter(|leaf| *leaf >= task.cursor.leaf) {
         if leaf != cursor.leaf {
             cursor = Cursor {
@@ -50,7 +55,14 @@ pub(super) fn fill(
             if context.stopped() {
                 return Ok(Flow::Stopped);
             }
-            let read = match read_chunk(context, sql, &task.mapping.table, &name, &cursor, step)? {
+            let read = match read_chunk(
+                context,
+                sql,
+                &task.mapping.table,
+                &name,
+                (cursor.block, cursor.offset),
+                step,
+            )? {
                 Some(read) => read,
                 None => return Ok(Flow::Restart),
             };
@@ -101,33 +113,34 @@ pub(super) fn fill(
     if !window.wait(0, || context.stopped()) {
         return Ok(Flow::Restart);
     }
-    report.finish();
+    report.finish("backfill has read the table");
     Ok(Flow::Go)
 }
 
-struct Read {
-    rows: PackedRows,
-    snapshot: crate::gate::Snapshot,
+/// What was read of a table.
+pub(crate) struct Read {
+    pub(crate) rows: PackedRows,
+    pub(crate) snapshot: crate::gate::Snapshot,
     /// Block and offset to go on from.
-    end: (u32, u16),
+    pub(crate) end: (u32, u16),
 }
 
 /// One chunk. None: the table is not what it was when its definition was announced.
-fn read_chunk(
-    context: &Context,
+pub(crate) fn read_chunk(
+    snapshots: &dyn Snapshots,
     sql: &mut Sql,
     table: &str,
     name: &str,
-    cursor: &Cursor,
+    start: (u32, u16),
     blocks: u32,
 ) -> Result<Option<Read>, Error> {
-    let snapshot = context.usable_snapshot(sql, table)?;
+    let snapshot = snapshots.begin(sql, table)?;
     let Some(snapshot) = snapshot else { return Ok(None) };
-    let until = cursor.block.saturating_add(blocks);
+    let until = start.0.saturating_add(blocks);
     let statement = format!(
         "COPY (SELECT t.ctid, walmirror.pack(t.*) FROM ONLY {name} t WHERE t.ctid >= '({},{})'::tid AND t.ctid < '({until},0)'::tid) \
          TO STDOUT (FORMAT binary)",
-        cursor.block, cursor.offset
+        start.0, start.1
     );
     let mut rows = PackedRows::default();
     let mut end = (until, 0);
@@ -194,7 +207,7 @@ fn ctid(bytes: &[u8]) -> Option<(u32, u16)> {
 }
 
 /// The tables that hold the rows, in a stable order.
-fn leaves(sql: &mut Sql, relation: u32) -> Result<Vec<u32>, Error> {
+pub(crate) fn leaves(sql: &mut Sql, relation: u32) -> Result<Vec<u32>, Error> {
     let oid = relation.to_string();
     let what = "cannot list the partitions of a table";
     let result = sql.query(
@@ -206,7 +219,7 @@ fn leaves(sql: &mut Sql, relation: u32) -> Result<Vec<u32>, Error> {
 }
 
 /// The quoted name and the number of blocks; None when the table is gone.
-fn leaf_size(sql: &mut Sql, leaf: u32) -> Result<Option<(String, u32)>, Error> {
+pub(crate) fn leaf_size(sql: &mut Sql, leaf: u32) -> Result<Option<(String, u32)>, Error> {
     let statement = "SELECT format('%I.%I', n.nspname, c.relname), pg_relation_size(c.oid) / current_setting('block_size')::int \
                      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1::oid";
     let result = sql.query(
@@ -220,7 +233,7 @@ fn leaf_size(sql: &mut Sql, leaf: u32) -> Result<Option<(String, u32)>, Error> {
         .and_then(|row| Some((row.text(0)?.to_owned(), row.parse(1)?))))
 }
 
-fn total_blocks(sql: &mut Sql, leaves: &[u32]) -> Result<u64, Error> {
+pub(crate) fn total_blocks(sql: &mut Sql, leaves: &[u32]) -> Result<u64, Error> {
     let mut total = 0;
     for leaf in leaves {
         total += leaf_size(sql, *leaf)?.map_or(0, |(_, blocks)| u64::from(blocks));

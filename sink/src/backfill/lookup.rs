@@ -3,15 +3,14 @@
 
 use std::collections::HashSet;
 
-use super::sql::{Sql, explain};
-use super::worker::Context;
+use super::sql::{Snapshots, Sql, explain};
 use crate::error::Error;
 use crate::gate::Snapshot;
 use crate::plan::Mapping;
 use crate::pq::{PqError, QueryResult, quote_identifier};
 
 /// How to find the rows of a table by the values of its key template.
-pub(super) struct Lookup {
+pub(crate) struct Lookup {
     table: String,
     /// The FROM and WHERE clauses; `$1`, `$2`, … are arrays of texts, one for each placeholder.
     from: String,
@@ -21,20 +20,20 @@ pub(super) struct Lookup {
 }
 
 /// A key and the values of its placeholders.
-pub(super) type ParsedKey = (Vec<u8>, Vec<Vec<u8>>);
+pub(crate) type ParsedKey = (Vec<u8>, Vec<Vec<u8>>);
 
 /// Takes the answer for some of the keys; None: their values are not of their columns' types.
 type Take<'t> = dyn FnMut(Snapshot, Vec<ParsedKey>, Option<&QueryResult>) -> Result<(), Error> + 't;
 
 /// A snapshot, and for each key that was asked for whether (and as what) it has a row.
-pub(super) struct Found<T> {
-    pub(super) snapshot: Snapshot,
-    pub(super) keys: Vec<(Vec<u8>, Option<T>)>,
+pub(crate) struct Found<T> {
+    pub(crate) snapshot: Snapshot,
+    pub(crate) keys: Vec<(Vec<u8>, Option<T>)>,
 }
 
 impl Lookup {
     /// Prepares for a table. None: the table or a column is gone, which the stream will say as well.
-    pub(super) fn new(sql: &mut Sql, mapping: &Mapping) -> Result<Option<Self>, Error> {
+    pub(crate) fn new(sql: &mut Sql, mapping: &Mapping) -> Result<Option<Self>, Error> {
         let oid = mapping.oid.to_string();
         let names = mapping.template.placeholders();
         let what = "cannot look at the key columns of a table";
@@ -78,9 +77,9 @@ impl Lookup {
     }
 
     /// Which of the keys have a row. A row counts for the key that it renders to, so `users:007` is no key of row 7.
-    pub(super) fn present(
+    pub(crate) fn present(
         &self,
-        context: &Context,
+        snapshots: &dyn Snapshots,
         sql: &mut Sql,
         mapping: &Mapping,
         keys: Vec<ParsedKey>,
@@ -88,7 +87,7 @@ impl Lookup {
         let statement = format!("SELECT {} {}", self.columns, self.from);
         let mut found = Vec::new();
         self.bisect(
-            context,
+            snapshots,
             sql,
             &statement,
             false,
@@ -122,9 +121,9 @@ impl Lookup {
     }
 
     /// The packed rows of the keys.
-    pub(super) fn rows(
+    pub(crate) fn rows(
         &self,
-        context: &Context,
+        snapshots: &dyn Snapshots,
         sql: &mut Sql,
         mapping: &Mapping,
         keys: Vec<ParsedKey>,
@@ -132,7 +131,7 @@ impl Lookup {
         let statement = format!("SELECT walmirror.pack(t.*) {}", self.from);
         let mut found = Vec::new();
         self.bisect(
-            context,
+            snapshots,
             sql,
             &statement,
             true,
@@ -166,14 +165,14 @@ impl Lookup {
     /// themselves; a single key that fails has no row.
     fn bisect(
         &self,
-        context: &Context,
+        snapshots: &dyn Snapshots,
         sql: &mut Sql,
         statement: &str,
         binary: bool,
         mut keys: Vec<ParsedKey>,
         take: &mut Take<'_>,
     ) -> Result<(), Error> {
-        let Some(snapshot) = context.usable_snapshot(sql, &self.table)? else {
+        let Some(snapshot) = snapshots.begin(sql, &self.table)? else {
             return Ok(());
         };
         let arrays: Vec<Vec<u8>> = (0..self.placeholders)
@@ -190,8 +189,8 @@ impl Lookup {
             Ok(result) => take(snapshot, keys, Some(&result)),
             Err(error) if is_bad_value(&error) && keys.len() > 1 => {
                 let half = keys.split_off(keys.len() / 2);
-                self.bisect(context, sql, statement, binary, keys, take)?;
-                self.bisect(context, sql, statement, binary, half, take)
+                self.bisect(snapshots, sql, statement, binary, keys, take)?;
+                self.bisect(snapshots, sql, statement, binary, half, take)
             }
             Err(error) if is_bad_value(&error) => take(snapshot, keys, None),
             Err(error) => Err(explain(
@@ -210,7 +209,7 @@ fn is_bad_value(error: &PqError) -> bool {
 }
 
 /// The key of a packed row.
-pub(super) fn key_of(mapping: &Mapping, packed: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn key_of(mapping: &Mapping, packed: &[u8]) -> Option<Vec<u8>> {
     let tuple = walmirror_proto::row::TupleRef::parse(packed.get(8..)?).ok()?;
     let mut key = Vec::new();
     let row = mapping.datums(&tuple).ok()?;
@@ -238,7 +237,7 @@ fn array<'v>(values: impl Iterator<Item = Option<&'v Vec<u8>>>) -> Vec<u8> {
 }
 
 /// Whether Postgres could hold these values as text at all.
-pub(super) fn is_text(values: &[Vec<u8>]) -> bool {
+pub(crate) fn is_text(values: &[Vec<u8>]) -> bool {
     values
         .iter()
         .all(|value| !value.contains(&0) && std::str::from_utf8(value).is_ok())

@@ -8,11 +8,12 @@
 
 mod chunk;
 mod cursor;
-mod fill;
-mod lookup;
+pub(crate) mod fill;
+pub(crate) mod lookup;
 mod pending;
-mod report;
-mod sql;
+pub(crate) mod prefixes;
+pub(crate) mod report;
+pub(crate) mod sql;
 mod sweep;
 mod worker;
 

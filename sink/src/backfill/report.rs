@@ -1,4 +1,4 @@
-//! Tells a person how a backfill goes: a progress bar on a terminal, log lines otherwise.
+//! Tells a person how a backfill (or `verify`) goes: a progress bar on a terminal, log lines otherwise.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -8,7 +8,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 /// How often a log line is written.
 const LOG_EVERY: Duration = Duration::from_secs(5);
 
-pub(super) struct Report {
+pub(crate) struct Report {
+    doing: &'static str,
     table: String,
     bar: Option<ProgressBar>,
     total_blocks: u64,
@@ -21,24 +22,25 @@ pub(super) struct Report {
 
 impl Report {
     /// The reading of a table of so many blocks begins; `rows_before` were read by an earlier session.
-    pub(super) fn start(table: &str, total_blocks: u64, rows_before: u64) -> Self {
+    pub(crate) fn start(doing: &'static str, table: &str, total_blocks: u64, rows_before: u64) -> Self {
         let bar = (std::io::stderr().is_terminal() && total_blocks > 0).then(|| {
             let bar = ProgressBar::new(total_blocks);
             let style = ProgressStyle::with_template("{prefix} {bar:32} {percent:>3}% {msg} {eta}");
             if let Ok(style) = style {
                 bar.set_style(style);
             }
-            bar.set_prefix(table.to_owned());
+            bar.set_prefix(format!("{doing} {table}"));
             bar
         });
         tracing::info!(
             table,
             blocks = total_blocks,
             resumed = rows_before > 0,
-            "backfill begins"
+            "{doing} begins"
         );
         let now = Instant::now();
         Self {
+            doing,
             table: table.to_owned(),
             bar,
             total_blocks,
@@ -51,7 +53,7 @@ impl Report {
     }
 
     /// So many more blocks and rows were read.
-    pub(super) fn add(&mut self, blocks: u32, rows: u64) {
+    pub(crate) fn add(&mut self, blocks: u32, rows: u64) {
         self.blocks += u64::from(blocks);
         self.rows += rows;
         match &self.bar {
@@ -67,7 +69,8 @@ impl Report {
                     percent,
                     rows = self.rows,
                     rows_per_s = self.rows_per_s(),
-                    "backfill goes on"
+                    "{} goes on",
+                    self.doing
                 );
             }
             None => {}
@@ -75,7 +78,7 @@ impl Report {
     }
 
     /// Everything is read and planned.
-    pub(super) fn finish(self) {
+    pub(crate) fn finish(self, message: &str) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
@@ -86,7 +89,7 @@ impl Report {
             rows,
             rows_per_s = self.rows_per_s(),
             seconds,
-            "backfill has read the table"
+            "{message}"
         );
     }
 

@@ -14,12 +14,18 @@ const SETTINGS: &str = "SET row_security = off; SET synchronous_commit = local; 
     SET extra_float_digits = 1; SET search_path = pg_catalog";
 
 /// The session.
-pub(super) struct Sql {
-    pub(super) connection: Connection,
+pub(crate) struct Sql {
+    pub(crate) connection: Connection,
+}
+
+/// Whoever reads says which snapshots it can use: a worker those that the gate will not refuse as a whole, `verify` any.
+pub(crate) trait Snapshots {
+    /// Begins a transaction and says what it sees. None: there is nothing to be read any more.
+    fn begin(&self, sql: &mut Sql, table: &str) -> Result<Option<Snapshot>, Error>;
 }
 
 /// Gives an error of the server the command that helps.
-pub(super) fn explain(what: impl Into<String>, error: PqError) -> Error {
+pub(crate) fn explain(what: impl Into<String>, error: PqError) -> Error {
     let next = match error.sqlstate.as_deref() {
         Some("42501") if error.message.contains("row-level security") => {
             Some("ALTER ROLE <the role of this connection> BYPASSRLS;")
@@ -35,7 +41,7 @@ pub(super) fn explain(what: impl Into<String>, error: PqError) -> Error {
 }
 
 impl Sql {
-    pub(super) fn connect(conninfo: &str, interrupt: Waker) -> Result<Self, Error> {
+    pub(crate) fn connect(conninfo: &str, interrupt: Waker) -> Result<Self, Error> {
         let extra = [("fallback_application_name", "walmirror backfill")];
         let mut connection = Connection::connect(conninfo, &extra)
             .map_err(|error| Error::postgres("cannot connect to Postgres for the backfill", error))?;
@@ -47,7 +53,7 @@ impl Sql {
     }
 
     /// Begins a transaction whose one snapshot every statement of it reads in, and says which one that is.
-    pub(super) fn begin(&mut self) -> Result<Snapshot, Error> {
+    pub(crate) fn begin(&mut self) -> Result<Snapshot, Error> {
         let sql = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT pg_current_snapshot()";
         let results = self
             .connection
@@ -61,7 +67,7 @@ impl Sql {
             .map_err(|error: crate::gate::ParseSnapshotError| Error::bug(error.to_string()))
     }
 
-    pub(super) fn end(&mut self) -> Result<(), Error> {
+    pub(crate) fn end(&mut self) -> Result<(), Error> {
         self.connection
             .simple("ROLLBACK")
             .map(drop)
@@ -80,7 +86,7 @@ impl Sql {
         .map(drop)
     }
 
-    pub(super) fn query(
+    pub(crate) fn query(
         &mut self,
         what: &str,
         sql: &str,
@@ -126,7 +132,7 @@ impl Sql {
     }
 
     /// Who holds this transaction id, for a log line.
-    pub(super) fn whoever_runs(&mut self, xid: u64) -> Result<String, Error> {
+    pub(crate) fn whoever_runs(&mut self, xid: u64) -> Result<String, Error> {
         let sql = "SELECT format('pid %s (%s, state %s, since %s)', pid, coalesce(application_name, ''), state, xact_start) \
                    FROM pg_stat_activity WHERE backend_xid = ($1::bigint & 4294967295)::text::xid \
                    UNION ALL SELECT format('prepared transaction %s, since %s', gid, prepared) FROM pg_prepared_xacts \

@@ -2,19 +2,19 @@
 //! somebody else under a name that belongs to the table. All tables that are due share one walk over the keyspace, which
 //! may be large and hold the keys of thousands of tables.
 
-use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use walmirror_proto::key::KeyTemplate;
 
 use super::lookup::{Lookup, ParsedKey, is_text};
-use super::sql::Sql;
+use super::prefixes::Prefixes;
+use super::sql::{Snapshots, Sql};
 use super::worker::Context;
 use super::{Content, Cursor, Task, Window};
 use crate::error::Error;
 use crate::plan::Purge;
-use crate::redis::{Connection, Scan};
+use crate::redis::Connection;
 
 /// Keys that are looked up at once.
 const KEYS: usize = 500;
@@ -52,8 +52,10 @@ pub(super) fn sweep(
     for (relation, task) in tasks {
         tables.extend(Swept::new(context, sql, relation, task)?);
     }
-    let index = Index::new(&tables);
-    let mut scan = index.scan(&tables);
+    let places = tables.iter().enumerate();
+    let index =
+        Prefixes::new(places.flat_map(|(place, table)| table.purges().map(move |purge| (place, purge))));
+    let mut scan = index.scan();
     loop {
         let started = Instant::now();
         let Some(page) = scan.page(redis)? else { break };
@@ -63,7 +65,11 @@ pub(super) fn sweep(
         // Redis does nothing else during a page. Nobody waits for a sweep, so it leaves half of the time to others.
         std::thread::sleep(started.elapsed().min(PAUSE_MAX));
         for key in page {
-            index.assign(&key, &mut tables);
+            for place in index.places(&key) {
+                if let Some(table) = tables.get_mut(place) {
+                    table.take(&key);
+                }
+            }
         }
         for table in &mut tables {
             if table.held.len() >= KEYS || table.absent.len() >= KEYS {
@@ -85,65 +91,6 @@ pub(super) fn sweep(
         }
     }
     Ok(())
-}
-
-/// Finds the tables that a key may belong to by what it begins with.
-struct Index {
-    /// Literal prefix -> places in the list of tables.
-    tables: HashMap<Vec<u8>, BTreeSet<usize>>,
-    lengths: BTreeSet<usize>,
-}
-
-impl Index {
-    fn new(tables: &[Swept]) -> Self {
-        let mut index = Self {
-            tables: HashMap::new(),
-            lengths: BTreeSet::new(),
-        };
-        for (place, table) in tables.iter().enumerate() {
-            for purge in table.purges() {
-                index.lengths.insert(purge.prefix().len());
-                index
-                    .tables
-                    .entry(purge.prefix().to_vec())
-                    .or_default()
-                    .insert(place);
-            }
-        }
-        index
-    }
-
-    /// A walk that sees the keys of all tables.
-    fn scan(&self, tables: &[Swept]) -> Scan {
-        let mut purges = tables.iter().flat_map(Swept::purges);
-        match (purges.next(), purges.next()) {
-            (Some(only), None) => Scan::new(only.pattern()),
-            (Some(first), Some(_)) => {
-                let mut common = first.prefix();
-                for prefix in self.tables.keys() {
-                    let same = common.iter().zip(prefix).take_while(|(a, b)| a == b).count();
-                    common = common.get(..same).unwrap_or_default();
-                }
-                Scan::of_prefix(common)
-            }
-            _ => Scan::empty(),
-        }
-    }
-
-    fn assign(&self, key: &[u8], tables: &mut [Swept]) {
-        let places: BTreeSet<usize> = self
-            .lengths
-            .iter()
-            .filter_map(|length| self.tables.get(key.get(..*length)?))
-            .flatten()
-            .copied()
-            .collect();
-        for place in places {
-            if let Some(table) = tables.get_mut(place) {
-                table.take(key);
-            }
-        }
-    }
 }
 
 impl Swept {
@@ -194,7 +141,7 @@ impl Swept {
         }
         if !absent.is_empty() {
             // No row of today can render to these keys, whatever the snapshot.
-            if let Some(snapshot) = context.usable_snapshot(sql, &self.task.mapping.table)? {
+            if let Some(snapshot) = context.begin(sql, &self.task.mapping.table)? {
                 sql.end()?;
                 self.submit(context, sql, snapshot, absent, None)?;
             }

@@ -9,7 +9,7 @@ use crossbeam_channel::Sender;
 use prost::Message;
 use walmirror_proto::pb;
 
-use super::sql::Sql;
+use super::sql::{Snapshots, Sql};
 use super::{Backfill, Chunk, Content, Cursor, Stage, Task, Window, fill, pending, sweep};
 use crate::config::{Conninfo, RedisUrl};
 use crate::error::Error;
@@ -233,9 +233,11 @@ impl Context {
         let _ = self.chunks.send(Input::Chunk(chunk));
         sql.marker(&format!("{}{id}", self.marker_prefix))
     }
+}
 
+impl Snapshots for Context {
     /// Begins a transaction whose snapshot the gate will not refuse as a whole; waits for one. None: the session ends.
-    pub(super) fn usable_snapshot(&self, sql: &mut Sql, table: &str) -> Result<Option<Snapshot>, Error> {
+    fn begin(&self, sql: &mut Sql, table: &str) -> Result<Option<Snapshot>, Error> {
         let (started, mut told) = (Instant::now(), false);
         loop {
             let snapshot = sql.begin()?;
