@@ -21,6 +21,7 @@ pub mod redis;
 // The mirror: all of the above in threads.
 pub mod backfill;
 pub mod run;
+pub mod verify;
 
 // What a process needs.
 pub mod cli;

@@ -86,6 +86,30 @@ Examples:
 time is over.")]
     Wait(WaitArgs),
 
+    /// Compare Postgres with Redis while both are in use.
+    #[command(after_help = "\
+Examples:
+  walmirror verify --postgres dbname=shop --redis redis://localhost:6379
+  walmirror verify --table orders --repair
+  walmirror verify --sample 10000
+
+Compares every row with its key and looks for keys without a row, at one position of the stream
+although writes go on; what is on its way is no difference. Prints names of keys, never values.
+With --repair the running sink reads again what differs. The exit code is 0 if all is equal (or
+was repaired), 1 if something differs, 2 if that could not be told: no sink runs, or a server
+does not answer.")]
+    Verify(VerifyArgs),
+
+    /// Have the running sink read tables again.
+    #[command(after_help = "\
+Examples:
+  walmirror backfill --postgres dbname=shop --redis redis://localhost:6379
+  walmirror backfill --table orders
+
+Online: each key is the old or the new row meanwhile, and keys without a row go at the end.
+Cached tables have nothing to be filled with. Ctrl-C ends the waiting, not the backfill.")]
+    Backfill(BackfillArgs),
+
     /// Print the stream for people.
     #[command(after_help = "\
 Examples:
@@ -122,6 +146,37 @@ pub struct WaitArgs {
     #[arg(long, value_name = "LSN", default_value = "current")]
     pub lsn: Position,
     /// How long to wait at most; 0: for ever.
+    #[arg(long, value_name = "TIME", default_value = "30s")]
+    pub timeout: Span,
+}
+
+/// The arguments of `verify`.
+#[derive(Args, Clone, Debug)]
+pub struct VerifyArgs {
+    /// Only this table, as NAME or SCHEMA.NAME; may be given several times. [default: all]
+    #[arg(long, value_name = "TABLE")]
+    pub table: Vec<String>,
+    /// Compare only about so many rows and keys of each table, chosen at random.
+    #[arg(long, value_name = "N")]
+    pub sample: Option<u64>,
+    /// Have the running sink read again what differs.
+    #[arg(long)]
+    pub repair: bool,
+    /// How long to wait for the sink, and for a key that changes all the time.
+    #[arg(long, value_name = "TIME", default_value = "30s")]
+    pub timeout: Span,
+    /// One JSON object instead of lines.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The arguments of `backfill`.
+#[derive(Args, Clone, Debug)]
+pub struct BackfillArgs {
+    /// Only this table, as NAME or SCHEMA.NAME; may be given several times. [default: all]
+    #[arg(long, value_name = "TABLE")]
+    pub table: Vec<String>,
+    /// How long the sink may take to begin; 0: do not wait for the backfill at all.
     #[arg(long, value_name = "TIME", default_value = "30s")]
     pub timeout: Span,
 }

@@ -2,6 +2,7 @@
 //! message and an exit code. `main.rs` calls [`main`]; the commands call into the rest of the library.
 
 mod args;
+mod backfill;
 mod checks;
 mod checks_redis;
 mod checks_server;
@@ -10,6 +11,7 @@ mod checks_tables;
 mod doctor;
 mod init;
 mod status;
+mod verify;
 mod wait;
 
 use std::io::{ErrorKind, Write};
@@ -81,6 +83,8 @@ fn start(command: Command, matches: &ArgMatches, options: &mut Options) -> Resul
         Some(Command::Doctor) => doctor::run(options),
         Some(Command::Status(status)) => status::run(options, &status),
         Some(Command::Wait(wait)) => wait::run(options, &wait, &Shutdown::install()?),
+        Some(Command::Verify(verify)) => verify::run(options, &verify, &Shutdown::install()?),
+        Some(Command::Backfill(backfill)) => backfill::run(options, &backfill, &Shutdown::install()?),
         Some(Command::Completions { shell }) => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "walmirror", &mut script);

@@ -38,6 +38,11 @@ impl Snapshot {
         self.xmax < horizon || self.xip.first().is_some_and(|&oldest| oldest < horizon)
     }
 
+    /// The transactions that were in progress, in order.
+    pub fn in_progress(&self) -> &[u64] {
+        &self.xip
+    }
+
     /// The oldest transaction that was in progress, if any was.
     pub fn oldest_in_progress(&self) -> Option<u64> {
         self.xip.first().copied()

@@ -1,0 +1,170 @@
+//! `walmirror backfill`: asks the running sink to read tables again, and shows how far it is.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use walmirror_proto::Lsn;
+
+use super::args::BackfillArgs;
+use super::checks_redis::connect;
+use super::say;
+use crate::backfill::{Cursor, Stage};
+use crate::config::Options;
+use crate::error::Error;
+use crate::plan::RedisKeys;
+use crate::pq::{Connection, connect_failed};
+use crate::progress::Progress;
+use crate::redis::{Connection as Redis, read_stored};
+use crate::replication::slot_info;
+use crate::request::Request;
+use crate::shutdown::Shutdown;
+use crate::verify::resolve;
+
+/// Between two looks.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// A mirrored table.
+struct Table {
+    oid: u32,
+    name: String,
+    /// An estimate.
+    rows: u64,
+}
+
+/// Asks, and waits until it is done.
+pub fn run(options: &Options, args: &BackfillArgs, shutdown: &Shutdown) -> Result<(), Error> {
+    let (conninfo, slot) = (options.postgres()?, options.slot());
+    let keys = RedisKeys::new(slot.as_str());
+    let mut redis = connect(&options.redis()?)?;
+    let mut sql = Connection::connect(conninfo.expose(), &[]).map_err(connect_failed)?;
+    let info = slot_info(&mut sql, slot.as_str())?;
+    if !info.is_some_and(|info| info.active) {
+        return Err(Error::setup(format!(
+            "no sink streams from the slot {slot}: only a running one can fill a table"
+        ))
+        .next(format!(
+            "walmirror run --slot {slot} …   # fills by itself what is missing"
+        )));
+    }
+    let tables = choose(&mut sql, &args.table)?;
+    let mut target = Lsn::INVALID;
+    for table in &tables {
+        target = Request::Backfill(table.oid).send(&mut sql, slot.as_str())?;
+    }
+    if args.timeout.0.is_zero() {
+        return say("the sink is asked; `walmirror status` shows how far it is");
+    }
+    await_begin(&mut redis, &keys, target, args, shutdown)?;
+    for table in &tables {
+        follow(&mut redis, &keys, table, shutdown)?;
+    }
+    Ok(())
+}
+
+/// The tables that are meant. What is cached on demand is filled by reading it.
+fn choose(sql: &mut Connection, names: &[String]) -> Result<Vec<Table>, Error> {
+    let failed = |error| Error::postgres("cannot list the mirrored tables", error);
+    sql.simple("SET synchronous_commit = local").map_err(failed)?;
+    let statement = "SELECT m.oid, n.nspname || '.' || c.relname, \
+                       (SELECT sum(greatest(l.reltuples, 0))::bigint FROM walmirror.leaves(m.oid) o JOIN pg_catalog.pg_class l ON l.oid = o) \
+                     FROM walmirror.mirrors m JOIN pg_catalog.pg_class c ON c.oid = m.oid \
+                     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE m.mode = 'mirror' ORDER BY 2";
+    let result = sql.query(statement, &[]).map_err(failed)?;
+    let mut tables: Vec<Table> = result
+        .rows()
+        .filter_map(|row| {
+            Some(Table {
+                oid: row.parse(0)?,
+                name: row.text(1)?.to_owned(),
+                rows: row.parse(2).unwrap_or(0),
+            })
+        })
+        .collect();
+    if !names.is_empty() {
+        let known: Vec<String> = tables.iter().map(|table| table.name.clone()).collect();
+        let wanted: Vec<&String> = names
+            .iter()
+            .map(|name| resolve(&known, name))
+            .collect::<Result<_, _>>()?;
+        tables.retain(|table| wanted.contains(&&table.name));
+    }
+    Ok(tables)
+}
+
+/// Once Redis has passed the request, the tables' cursors are those of the new backfill.
+fn await_begin(
+    redis: &mut Redis,
+    keys: &RedisKeys,
+    target: Lsn,
+    args: &BackfillArgs,
+    shutdown: &Shutdown,
+) -> Result<(), Error> {
+    let deadline = Instant::now() + args.timeout.0;
+    while progress(redis, keys)?.lsn < target {
+        if Instant::now() >= deadline {
+            let what = format!(
+                "gave up after {}: the sink has not taken the request up yet; it is not lost",
+                args.timeout
+            );
+            return Err(Error::timeout(what).next("walmirror status"));
+        }
+        pause(shutdown)?;
+    }
+    Ok(())
+}
+
+fn follow(redis: &mut Redis, keys: &RedisKeys, table: &Table, shutdown: &Shutdown) -> Result<(), Error> {
+    let bar = std::io::stderr().is_terminal().then(|| {
+        let bar = ProgressBar::new(table.rows);
+        if let Ok(style) = ProgressStyle::with_template("{prefix} {bar:32} {percent:>3}% {msg} {eta}") {
+            bar.set_style(style);
+        }
+        bar.set_prefix(table.name.clone());
+        bar
+    });
+    loop {
+        let progress = progress(redis, keys)?;
+        let cursor = progress
+            .cursors
+            .get(&table.oid)
+            .and_then(|text| Cursor::parse(text));
+        let Some(cursor) = cursor else {
+            return Err(Error::setup(format!(
+                "the table {} is no longer mirrored",
+                table.name
+            )));
+        };
+        if let Some(bar) = &bar {
+            bar.set_length(table.rows.max(cursor.rows));
+            bar.set_position(cursor.rows);
+            bar.set_message(match cursor.stage {
+                Stage::Fill => "reading rows",
+                Stage::Sweep | Stage::Done => "looking for keys without a row",
+            });
+        }
+        if cursor.is_done() {
+            break;
+        }
+        pause(shutdown)?;
+    }
+    if let Some(bar) = bar {
+        bar.finish_and_clear();
+    }
+    say(format!("{}: filled again", table.name))
+}
+
+fn progress(redis: &mut Redis, keys: &RedisKeys) -> Result<Progress, Error> {
+    read_stored(redis, keys)?
+        .progress
+        .ok_or_else(|| Error::gap("Redis has no progress of this slot").next("walmirror status"))
+}
+
+fn pause(shutdown: &Shutdown) -> Result<(), Error> {
+    if shutdown.sleep(PAUSE) {
+        return Err(Error::timeout(
+            "stopped by a signal; the sink goes on with the backfill",
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,131 @@
+//! The way from Redis to Postgres: every key that a template could have made must have its row. For a cache, which holds
+//! whatever somebody read, its value is compared as well.
+
+use std::time::{Duration, Instant};
+
+use redis::Value;
+
+use super::content::{Content, compare};
+use super::sides::{AnySnapshot, Sides};
+use super::table::Table;
+use super::{Finding, Job, judge, sample};
+use crate::backfill::lookup::{ParsedKey, is_text};
+use crate::backfill::prefixes::Prefixes;
+use crate::backfill::report::Report;
+use crate::error::Error;
+use crate::redis::Scan;
+
+/// Keys of a table that are looked up at once.
+const KEYS: usize = 500;
+/// The longest pause after a page of keys.
+const PAUSE_MAX: Duration = Duration::from_millis(10);
+/// Random keys that are asked for are this many times those that are wanted, because most may be somebody else's.
+const SAMPLE_EFFORT: u64 = 10;
+
+/// The keys of one table that are to be looked up.
+#[derive(Default)]
+struct Held {
+    keys: Vec<ParsedKey>,
+    /// Keys that no row can have.
+    impossible: Vec<Vec<u8>>,
+}
+
+/// Where the keys come from.
+enum Source {
+    Scan(Scan),
+    /// So many keys are still to be chosen.
+    Random(u64),
+}
+
+impl Source {
+    fn page(&mut self, sides: &mut Sides) -> Result<Option<Vec<Vec<u8>>>, Error> {
+        match self {
+            Self::Scan(scan) => scan.page(&mut sides.redis),
+            Self::Random(0) => Ok(None),
+            Self::Random(left) => {
+                let keys = sample::keys(sides, *left)?;
+                *left = if keys.is_empty() {
+                    0
+                } else {
+                    left.saturating_sub(keys.len() as u64)
+                };
+                Ok(Some(keys))
+            }
+        }
+    }
+}
+
+/// Compares the keys of all tables, in one walk.
+pub(super) fn compare_keys(sides: &mut Sides, tables: &mut [Table], job: &Job) -> Result<(), Error> {
+    let index = Prefixes::new(tables.iter().map(|table| &table.own).enumerate());
+    let mut source = match job.sample {
+        Some(count) => Source::Random(count.saturating_mul(SAMPLE_EFFORT)),
+        None => Source::Scan(index.scan()),
+    };
+    let total = match sides.redis.call("count the keys", &[b"DBSIZE"])? {
+        Value::Int(count) => u64::try_from(count).unwrap_or(0),
+        _ => 0,
+    };
+    let mut report = Report::start("verify", "(the keys in Redis)", total, 0);
+    let mut held: Vec<Held> = tables.iter().map(|_| Held::default()).collect();
+    loop {
+        let started = Instant::now();
+        let Some(page) = source.page(sides)? else { break };
+        // Redis does nothing else during a page, so half of the time is left to others.
+        sides.sleep(started.elapsed().min(PAUSE_MAX))?;
+        let mut matched = 0;
+        for key in page {
+            for place in index.places(&key) {
+                let (Some(table), Some(held)) = (tables.get_mut(place), held.get_mut(place)) else {
+                    continue;
+                };
+                let Some(values) = table.own.match_key(&key) else {
+                    continue;
+                };
+                if job.sample.is_some_and(|count| table.tally.keys >= count) {
+                    continue;
+                }
+                table.tally.keys += 1;
+                matched += 1;
+                if is_text(&values) {
+                    held.keys.push((key.clone(), values));
+                } else {
+                    held.impossible.push(key.clone());
+                }
+            }
+        }
+        report.add(matched, u64::from(matched));
+        for (table, held) in tables.iter_mut().zip(&mut held) {
+            if held.keys.len() + held.impossible.len() >= KEYS {
+                compare_held(sides, table, held, job)?;
+            }
+        }
+    }
+    for (table, held) in tables.iter_mut().zip(&mut held) {
+        compare_held(sides, table, held, job)?;
+    }
+    report.finish("verify has read the keys");
+    Ok(())
+}
+
+fn compare_held(sides: &mut Sides, table: &mut Table, held: &mut Held, job: &Job) -> Result<(), Error> {
+    let mut differ = std::mem::take(&mut held.impossible);
+    let keys = std::mem::take(&mut held.keys);
+    if table.is_cache() && !keys.is_empty() {
+        let rows = sides.rows(table, keys)?;
+        let found = sides.read(table, rows.iter().map(|(key, _)| key.as_slice()))?;
+        for ((key, expected), found) in rows.into_iter().zip(found) {
+            table.tally.rows += u64::from(expected != Content::Absent);
+            if compare(expected, found, true) != Finding::Equal {
+                differ.push(key);
+            }
+        }
+    } else if !keys.is_empty() {
+        let found = table
+            .lookup
+            .present(&AnySnapshot, &mut sides.sql, &table.mapping, keys)?;
+        let keys = found.into_iter().flat_map(|found| found.keys);
+        differ.extend(keys.filter(|(_, row)| row.is_none()).map(|(key, _)| key));
+    }
+    judge(sides, table, differ, job)
+}

@@ -1,0 +1,331 @@
+//! Both sides of the comparison, and the question of which came first: where the stream is, and which transactions are over.
+
+use std::time::{Duration, Instant};
+
+use redis::Value;
+use walmirror_proto::Lsn;
+
+use super::content::Content;
+use super::table::Table;
+use crate::backfill::Cursor;
+use crate::backfill::lookup::ParsedKey;
+use crate::backfill::sql::{Snapshots, Sql};
+use crate::error::Error;
+use crate::gate::Snapshot;
+use crate::plan::RedisKeys;
+use crate::redis::{Connection, read_stored, reply_error};
+use crate::replication::slot_info;
+use crate::request::Request;
+use crate::resp::Commands;
+use crate::shutdown::Shutdown;
+
+/// The first pause between two looks, and the longest one.
+const PAUSE_MIN: Duration = Duration::from_micros(500);
+const PAUSE_MAX: Duration = Duration::from_millis(50);
+/// A transaction that lasts longer than this is looked at more closely.
+const LONG: Duration = Duration::from_millis(50);
+
+/// Any snapshot will do: nothing that is read here is written.
+pub(super) struct AnySnapshot;
+
+impl Snapshots for AnySnapshot {
+    fn begin(&self, sql: &mut Sql, _table: &str) -> Result<Option<Snapshot>, Error> {
+        sql.begin().map(Some)
+    }
+}
+
+/// The two connections.
+pub(super) struct Sides {
+    pub(super) sql: Sql,
+    pub(super) redis: Connection,
+    pub(super) timeout: Duration,
+    keys: RedisKeys,
+    slot: String,
+    shutdown: Shutdown,
+}
+
+impl Sides {
+    pub(super) fn new(
+        sql: Sql,
+        redis: Connection,
+        slot: &str,
+        timeout: Duration,
+        shutdown: Shutdown,
+    ) -> Self {
+        Self {
+            sql,
+            redis,
+            timeout,
+            keys: RedisKeys::new(slot),
+            slot: slot.to_owned(),
+            shutdown,
+        }
+    }
+
+    /// Waits until everything that is visible now is in Redis, and says where that is.
+    pub(super) fn reach(&mut self) -> Result<Lsn, Error> {
+        self.ask(&Request::Sync)
+    }
+
+    /// Sends a request and waits until Redis has passed it.
+    fn ask(&mut self, request: &Request) -> Result<Lsn, Error> {
+        let target = request.send(&mut self.sql.connection, &self.slot)?;
+        let mut wait = self.wait();
+        loop {
+            let at = self.position()?;
+            if at.is_some_and(|lsn| lsn >= target) {
+                return Ok(target);
+            }
+            if !wait.pause(self)? {
+                return Err(self.stuck(at, target)?);
+            }
+        }
+    }
+
+    fn stuck(&mut self, at: Option<Lsn>, target: Lsn) -> Result<Error, Error> {
+        let at = at.map_or_else(|| "nowhere".to_owned(), |lsn| lsn.to_string());
+        let info = slot_info(&mut self.sql.connection, &self.slot)?;
+        let slot = &self.slot;
+        let (why, next) = match info.filter(|info| info.active) {
+            Some(_) => (
+                "the sink is busy or stuck",
+                format!("walmirror status --slot {slot}"),
+            ),
+            None => ("no sink runs", format!("walmirror run --slot {slot} …")),
+        };
+        Ok(Error::timeout(format!(
+            "gave up after {:?}: Redis is at {at} and does not get to {target}: {why}",
+            self.timeout
+        ))
+        .next(next))
+    }
+
+    fn position(&mut self) -> Result<Option<Lsn>, Error> {
+        match self
+            .redis
+            .call("read the progress key", &[b"HGET", &self.keys.progress, b"lsn"])?
+        {
+            Value::BulkString(bytes) => Ok(std::str::from_utf8(&bytes)
+                .ok()
+                .and_then(|text| text.parse().ok())),
+            _ => Ok(None),
+        }
+    }
+
+    /// A table that is being filled differs in any case.
+    pub(super) fn wait_for_backfill(&mut self, table: &Table) -> Result<(), Error> {
+        let mut wait = self.wait();
+        loop {
+            let stored = read_stored(&mut self.redis, &self.keys)?;
+            let cursor = stored
+                .progress
+                .as_ref()
+                .and_then(|progress| Cursor::parse(progress.cursors.get(&table.oid)?));
+            if cursor.is_some_and(|cursor| cursor.is_done() && cursor.fingerprint == table.fingerprint) {
+                return Ok(());
+            }
+            if !wait.pause(self)? {
+                return Err(
+                    Error::timeout(format!("the table {} is still being backfilled", table.name))
+                        .next(format!("walmirror status --slot {}", self.slot)),
+                );
+            }
+        }
+    }
+
+    /// What these keys hold.
+    pub(super) fn read<'k>(
+        &mut self,
+        table: &Table,
+        keys: impl Iterator<Item = &'k [u8]> + Clone,
+    ) -> Result<Vec<Content>, Error> {
+        let mut commands = Commands::new();
+        let count = reads(&mut commands, table, keys);
+        self.redis.send(commands.as_bytes())?;
+        let mut found = Vec::with_capacity(count);
+        for _ in 0..count {
+            let (reply, pttl) = (self.redis.receive()?, self.redis.receive()?);
+            found.push(table.shape().found(reply, pttl)?);
+        }
+        Ok(found)
+    }
+
+    /// From here on until [`Self::read_untouched`] Redis watches these keys.
+    pub(super) fn watch<'k>(&mut self, keys: impl Iterator<Item = &'k [u8]>) -> Result<(), Error> {
+        let mut command: Vec<&[u8]> = vec![b"WATCH"];
+        command.extend(keys);
+        self.redis.call("watch keys", &command).map(drop)
+    }
+
+    pub(super) fn unwatch(&mut self) -> Result<(), Error> {
+        self.redis.call("unwatch keys", &[b"UNWATCH"]).map(drop)
+    }
+
+    /// What these keys hold, if none of those that are watched was touched meanwhile.
+    pub(super) fn read_untouched<'k>(
+        &mut self,
+        table: &Table,
+        keys: impl Iterator<Item = &'k [u8]> + Clone,
+    ) -> Result<Option<Vec<Content>>, Error> {
+        let mut commands = Commands::new();
+        commands.command(&[b"MULTI"]);
+        let count = reads(&mut commands, table, keys);
+        commands.command(&[b"EXEC"]);
+        self.redis.send(commands.as_bytes())?;
+        for _ in 0..=2 * count {
+            if let Value::ServerError(error) = self.redis.receive()? {
+                return Err(reply_error("Redis refuses to read keys", &error));
+            }
+        }
+        let items = match self.redis.receive()? {
+            Value::Nil => return Ok(None),
+            Value::Array(items) => items,
+            Value::ServerError(error) => return Err(reply_error("Redis refuses EXEC", &error)),
+            _ => return Err(Error::bug("Redis' answer to EXEC cannot be read")),
+        };
+        let mut found = Vec::with_capacity(count);
+        let mut items = items.into_iter();
+        while let (Some(reply), Some(pttl)) = (items.next(), items.next()) {
+            found.push(table.shape().found(reply, pttl)?);
+        }
+        Ok(Some(found))
+    }
+
+    /// What the keys should hold: their rows, as a snapshot of now sees them.
+    pub(super) fn rows(
+        &mut self,
+        table: &Table,
+        keys: Vec<ParsedKey>,
+    ) -> Result<Vec<(Vec<u8>, Content)>, Error> {
+        let mut out = Vec::with_capacity(keys.len());
+        let mut text = Vec::new();
+        for found in table
+            .lookup
+            .rows(&AnySnapshot, &mut self.sql, &table.mapping, keys)?
+        {
+            for (key, packed) in found.keys {
+                let row = packed
+                    .map(|packed| table.row(&packed, &mut text))
+                    .transpose()?
+                    .flatten();
+                let expected = row.map_or(Content::Absent, |(_, content)| content);
+                out.push((key, expected));
+            }
+        }
+        Ok(out)
+    }
+
+    /// Waits until every transaction that Redis may hold already is visible. A commit is in the WAL, and so perhaps in Redis,
+    /// before snapshots see it; with a synchronous standby, for long. A transaction whose session idles inside of it has not
+    /// committed, however long it lasts. False: some transaction went on for too long.
+    pub(super) fn outlast(&mut self) -> Result<bool, Error> {
+        let first = self.snapshot()?;
+        let mut open = first.in_progress().to_vec();
+        let started = Instant::now();
+        let mut wait = self.wait();
+        loop {
+            let now = self.snapshot()?;
+            open.retain(|xid| !now.sees(*xid));
+            if started.elapsed() > LONG && !open.is_empty() {
+                let idle = self.idle()?;
+                open.retain(|xid| !idle.contains(&(*xid as u32)));
+            }
+            if open.is_empty() {
+                return Ok(true);
+            }
+            if !wait.pause(self)? {
+                return Ok(false);
+            }
+        }
+    }
+
+    fn snapshot(&mut self) -> Result<Snapshot, Error> {
+        let result = self
+            .sql
+            .query("cannot take a snapshot", "SELECT pg_current_snapshot()", &[])?;
+        let text = result.text(0, 0).unwrap_or_default();
+        text.parse()
+            .map_err(|error: crate::gate::ParseSnapshotError| Error::bug(error.to_string()))
+    }
+
+    /// The (32-bit) ids of transactions whose sessions wait for their clients.
+    fn idle(&mut self) -> Result<Vec<u32>, Error> {
+        let statement = "SELECT backend_xid FROM pg_stat_activity \
+                         WHERE backend_xid IS NOT NULL AND state LIKE 'idle in transaction%'";
+        let result = self.sql.query("cannot look at the sessions", statement, &[])?;
+        Ok(result.rows().filter_map(|row| row.parse(0)).collect())
+    }
+
+    /// Which of the keys wait to be read again by the sink.
+    pub(super) fn pending(&mut self, keys: &[Vec<u8>]) -> Result<Vec<bool>, Error> {
+        if keys.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut command: Vec<&[u8]> = vec![b"HMGET", &self.keys.pending];
+        command.extend(keys.iter().map(Vec::as_slice));
+        match self.redis.call("read the pending keys", &command)? {
+            Value::Array(items) => Ok(items.iter().map(|item| *item != Value::Nil).collect()),
+            _ => Err(Error::bug("Redis' answer to HMGET cannot be read")),
+        }
+    }
+
+    /// Has the sink read these keys again, and waits until it has.
+    pub(super) fn repair(&mut self, table: &Table, keys: &[Vec<u8>]) -> Result<(), Error> {
+        for keys in keys.chunks(500) {
+            self.ask(&Request::Reread {
+                relation: table.oid,
+                keys: keys.to_vec(),
+            })?;
+            let mut wait = self.wait();
+            while self.pending(keys)?.contains(&true) && wait.pause(self)? {}
+        }
+        Ok(())
+    }
+
+    /// Begins to wait.
+    pub(super) fn wait(&self) -> Wait {
+        Wait {
+            until: Instant::now() + self.timeout,
+            pause: PAUSE_MIN,
+        }
+    }
+
+    /// Sleeps. An error: a signal asked to stop.
+    pub(super) fn sleep(&self, time: Duration) -> Result<(), Error> {
+        if self.shutdown.sleep(time) {
+            return Err(Error::timeout(
+                "stopped by a signal before the comparison was over",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// A wait with growing pauses and an end.
+pub(super) struct Wait {
+    until: Instant,
+    pause: Duration,
+}
+
+impl Wait {
+    /// False: the time is over.
+    pub(super) fn pause(&mut self, sides: &Sides) -> Result<bool, Error> {
+        if Instant::now() >= self.until {
+            return Ok(false);
+        }
+        sides.sleep(self.pause)?;
+        self.pause = (self.pause * 3 / 2).min(PAUSE_MAX);
+        Ok(true)
+    }
+}
+
+/// Appends the commands that read these keys, two for each; how many keys there are.
+fn reads<'k>(commands: &mut Commands, table: &Table, keys: impl Iterator<Item = &'k [u8]>) -> usize {
+    let mut count = 0;
+    for key in keys {
+        commands.command(&[table.shape().command(), key]);
+        commands.command(&[b"PTTL", key]);
+        count += 1;
+    }
+    count
+}

@@ -1,0 +1,197 @@
+//! A table that is compared: how its rows look in Redis, how they are found, and what was found out about them.
+
+use std::collections::BTreeMap;
+
+use prost::Message;
+use walmirror_proto::key::KeyTemplate;
+use walmirror_proto::pb::{self, Mode};
+use walmirror_proto::row::TupleRef;
+
+use super::Tally;
+use super::content::{Content, Shape};
+use crate::backfill::lookup::Lookup;
+use crate::backfill::sql::{Sql, explain};
+use crate::error::Error;
+use crate::plan::{Mapping, Purge, RedisKeys};
+use crate::redis::{Connection, read_stored};
+
+/// One of them.
+pub(super) struct Table {
+    pub(super) oid: u32,
+    pub(super) name: String,
+    pub(super) fingerprint: u64,
+    pub(super) mapping: Mapping,
+    pub(super) lookup: Lookup,
+    /// The keys that are its own.
+    pub(super) own: Purge,
+    pub(super) tally: Tally,
+    shape: Shape,
+}
+
+impl Table {
+    /// All labelled tables, as the catalog has them. The version that Redis is kept by has to be the same.
+    pub(super) fn all(sql: &mut Sql, redis: &mut Connection, slot: &str) -> Result<Vec<Self>, Error> {
+        let stored = read_stored(redis, &RedisKeys::new(slot))?;
+        if stored.progress.is_none() {
+            return Err(Error::gap(format!(
+                "nothing can be compared: Redis has no progress of the slot {slot}"
+            ))
+            .next("walmirror run …   # mirrors the tables"));
+        }
+        let what = "cannot list the mirrored tables";
+        let result = sql
+            .connection
+            .query_binary("SELECT relation FROM walmirror.relations()", &[])
+            .map_err(|error| explain(what, error))?;
+        let mut relations = BTreeMap::new();
+        for bytes in result.rows().filter_map(|row| row.get(0)) {
+            let relation = pb::Relation::decode(bytes)
+                .map_err(|error| Error::bug(format!("walmirror.relations() cannot be read: {error}")))?;
+            relations.insert(relation.oid, relation);
+        }
+        let templates: BTreeMap<u32, KeyTemplate> = relations
+            .iter()
+            .filter_map(|(oid, relation)| Some((*oid, KeyTemplate::parse(&relation.key).ok()?)))
+            .collect();
+        let mut tables = Vec::new();
+        for (oid, relation) in &relations {
+            let others = templates.iter().filter(|(other, _)| *other != oid);
+            tables.extend(Self::new(sql, relation, others.map(|(_, template)| template))?);
+        }
+        Ok(tables)
+    }
+
+    fn new<'t>(
+        sql: &mut Sql,
+        relation: &pb::Relation,
+        others: impl Iterator<Item = &'t KeyTemplate>,
+    ) -> Result<Option<Self>, Error> {
+        let mapping = Mapping::new(relation).map_err(|error| Error::bug(error.to_string()))?;
+        let Some(lookup) = Lookup::new(sql, &mapping)? else {
+            return Ok(None);
+        };
+        let tally = Tally {
+            table: mapping.table.clone(),
+            is_cache: mapping.mode == Mode::Cache,
+            expires: mapping.ttl.is_some(),
+            ..Tally::default()
+        };
+        Ok(Some(Self {
+            oid: relation.oid,
+            name: mapping.table.clone(),
+            fingerprint: relation.fingerprint,
+            own: Purge::new(relation.oid, &mapping.template, others),
+            shape: Shape::new(relation, &mapping),
+            lookup,
+            mapping,
+            tally,
+        }))
+    }
+
+    pub(super) fn is_cache(&self) -> bool {
+        self.mapping.mode == Mode::Cache
+    }
+
+    /// Whether a row may be without its key.
+    pub(super) fn may_be_absent(&self) -> bool {
+        self.is_cache() || self.mapping.ttl.is_some()
+    }
+
+    pub(super) fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// The key of a row in the form of `walmirror.pack`, and what it should hold. None: a key column is NULL.
+    pub(super) fn row(&self, packed: &[u8], text: &mut Vec<u8>) -> Result<Option<(Vec<u8>, Content)>, Error> {
+        let unreadable = |why: String| Error::bug(format!("a row of {} cannot be read: {why}", self.name));
+        let Some((fingerprint, tuple)) = packed.split_first_chunk::<8>() else {
+            return Err(unreadable("it has too few bytes".to_owned()));
+        };
+        if u64::from_be_bytes(*fingerprint) != self.fingerprint {
+            return Err(self.changed());
+        }
+        let tuple = TupleRef::parse(tuple).map_err(|error| unreadable(error.to_string()))?;
+        let row = self
+            .mapping
+            .datums(&tuple)
+            .map_err(|error| unreadable(error.to_string()))?;
+        let mut key = Vec::new();
+        let has_key = self
+            .mapping
+            .key(&row, &mut key)
+            .map_err(|error| unreadable(error.to_string()))?;
+        if !has_key {
+            return Ok(None);
+        }
+        // A row that cannot be encoded has no key in Redis.
+        let expected = if tuple.has_unchanged() {
+            Content::Absent
+        } else {
+            self.shape.expected(&self.mapping, &row, text)
+        };
+        Ok(Some((key, expected)))
+    }
+
+    /// The error for a table that is no longer what it was.
+    pub(super) fn changed(&self) -> Error {
+        Error::timeout(format!(
+            "the definition of the table {} changed while it was compared",
+            self.name
+        ))
+        .next(format!("walmirror verify --table {}", self.name))
+    }
+}
+
+/// Takes those of the tables that are named, as `name` or `schema.name`; all, if none is.
+pub(super) fn choose(tables: Vec<Table>, names: &[String]) -> Result<Vec<Table>, Error> {
+    let known: Vec<String> = tables.iter().map(|table| table.name.clone()).collect();
+    for name in names {
+        resolve(&known, name)?;
+    }
+    let is_chosen = |table: &Table| names.is_empty() || names.iter().any(|name| is_named(&table.name, name));
+    Ok(tables.into_iter().filter(is_chosen).collect())
+}
+
+/// The one table that a name means.
+pub(crate) fn resolve<'k>(known: &'k [String], name: &str) -> Result<&'k String, Error> {
+    let mut matching = known.iter().filter(|table| is_named(table, name));
+    match (matching.next(), matching.next()) {
+        (Some(table), None) => Ok(table),
+        (None, _) => {
+            Err(Error::config(format!("the table {name:?} is not mirrored")).next("walmirror status"))
+        }
+        (Some(one), Some(other)) => Err(Error::config(format!(
+            "there is more than one table {name:?}: {one}, {other}"
+        ))
+        .next(format!("walmirror verify --table {one}"))),
+    }
+}
+
+fn is_named(table: &str, name: &str) -> bool {
+    table == name || table.split_once('.').is_some_and(|(_, short)| short == name)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_name_may_leave_the_schema_out() {
+        let known = ["public.users", "shop.users", "shop.orders"].map(str::to_owned);
+        assert_eq!(resolve(&known, "orders").unwrap(), "shop.orders");
+        assert_eq!(resolve(&known, "shop.users").unwrap(), "shop.users");
+        assert!(
+            resolve(&known, "users")
+                .unwrap_err()
+                .to_string()
+                .contains("more than one")
+        );
+        assert!(
+            resolve(&known, "nobody")
+                .unwrap_err()
+                .to_string()
+                .contains("not mirrored")
+        );
+    }
+}

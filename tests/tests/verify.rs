@@ -1,0 +1,430 @@
+//! `walmirror verify` and `walmirror backfill`: every true difference is found and mended while writes go on, and nothing
+//! that is merely on its way is called one.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::process::{Child, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use postgres::error::SqlState;
+use walmirror_tests::{DEADLINE, Mirror, Signal, Sink, wait_for};
+
+/// Stands in every value: no output may hold it.
+const CANARY: &str = "canary-in-a-row";
+
+/// Runs a command against both servers: its exit code and what it printed.
+fn walmirror(m: &Mirror, args: &[&str]) -> (i32, String) {
+    let (conninfo, url) = (m.db.pg.conninfo(&m.db.name), m.redis.url());
+    let mut all = args.to_vec();
+    all.extend([
+        "--postgres",
+        &conninfo,
+        "--redis",
+        &url,
+        "--slot",
+        &m.db.name,
+        "--log-level",
+        "warn",
+    ]);
+    let (code, output) = Sink::run(&all, Duration::from_secs(120));
+    println!("{args:?}: {code:?}\n{output}");
+    assert!(!output.contains(CANARY), "a value was printed");
+    (code.expect("an exit code"), output)
+}
+
+#[track_caller]
+fn assert_equal(m: &Mirror, args: &[&str]) -> String {
+    let (code, output) = walmirror(m, args);
+    assert_eq!(code, 0, "{output}");
+    output
+}
+
+fn redis(m: &Mirror, words: &[&str]) {
+    let mut command = redis::cmd(words[0]);
+    command.arg(&words[1..]).exec(&mut m.redis.connect()).unwrap();
+}
+
+/// Runs statements again and again in threads of their own while `f` runs.
+fn while_writing<T>(m: &Mirror, statements: &[&str], f: impl FnOnce() -> T) -> T {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for statement in statements {
+            let mut client = m.db.connect();
+            let stop = &stop;
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    match client.batch_execute(statement) {
+                        // Loads that meet in the same rows may do so in any order.
+                        Err(error) if error.code() == Some(&SqlState::T_R_DEADLOCK_DETECTED) => {}
+                        result => result.unwrap(),
+                    }
+                }
+            });
+        }
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(f));
+        stop.store(true, Ordering::Relaxed);
+        result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_mirror_under_pgbench_is_equal_every_time() {
+    let m = Mirror::alone("");
+    let pgbench = |args: &[&str]| {
+        let mut command = m.db.pg.program("pgbench", &m.db.name);
+        command.args(args).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+    };
+    assert!(pgbench(&["-i", "-s", "2", "-q"]).status().unwrap().success());
+    m.sql("ALTER TABLE pgbench_history ADD id bigserial PRIMARY KEY");
+    for table in ["accounts", "branches", "tellers", "history"] {
+        m.sql(&format!("SELECT walmirror.mirror('pgbench_{table}')"));
+    }
+    m.start();
+    m.settle_within(Duration::from_secs(120));
+    let mut load = Running(
+        pgbench(&["-c", "4", "-j", "2", "-T", "600", "-n"])
+            .spawn()
+            .unwrap(),
+    );
+    for _ in 0..4 {
+        let output = assert_equal(&m, &["verify"]);
+        // An update that moves a row to another block moves it out of what was read, or into it once more.
+        let (_, accounts) = output.split_once("pgbench_accounts: ").unwrap();
+        let rows: u64 = accounts.split_whitespace().next().unwrap().parse().unwrap();
+        assert!(rows > 190_000, "{output}");
+    }
+    assert!(load.0.try_wait().unwrap().is_none(), "pgbench has ended early");
+}
+
+/// Two clients insert, delete and change the same few rows as fast as they can, a third one moves rows to other keys.
+#[test]
+fn rows_that_come_and_go_are_no_differences() {
+    let m = Mirror::with(
+        "CREATE TABLE t (id int PRIMARY KEY, n int, v text); SELECT walmirror.mirror('t', value => 'json'); \
+         INSERT INTO t SELECT i, 0, 'v' FROM generate_series(1, 2000) i; \
+         CREATE TABLE hot (id int PRIMARY KEY, n int); SELECT walmirror.mirror('hot'); INSERT INTO hot VALUES (1, 0)",
+    );
+    let load = [
+        "INSERT INTO t SELECT i, 1, 'a' FROM generate_series(5000, 5020) i ON CONFLICT DO NOTHING; \
+         DELETE FROM t WHERE id BETWEEN 5000 AND 5010",
+        "DELETE FROM t WHERE id BETWEEN 5000 AND 5020; INSERT INTO t VALUES (5003, 2, 'b') ON CONFLICT DO NOTHING",
+        "UPDATE hot SET n = n + 1; UPDATE t SET n = 1 - n WHERE id < 20",
+        "UPDATE t SET id = id + 10000 WHERE id BETWEEN 100 AND 110; UPDATE t SET id = id - 10000 WHERE id > 10000",
+    ];
+    while_writing(&m, &load, || {
+        for _ in 0..6 {
+            assert_equal(&m, &["verify"]);
+        }
+    });
+}
+
+/// A COMMIT that waits for a standby is in the stream, and in Redis, long before snapshots see it.
+#[test]
+fn a_commit_that_waits_for_a_standby_is_no_difference() {
+    let m = Mirror::alone("");
+    m.sql(
+        "CREATE TABLE t (id int PRIMARY KEY, v int); SELECT walmirror.mirror('t'); \
+         INSERT INTO t SELECT i, 0 FROM generate_series(1, 100) i",
+    );
+    m.start();
+    m.settle();
+    // What is applied counts as flushed two seconds later, so each of these commits stays invisible for that long.
+    m.db.pg.configure("synchronous_standby_names = 'walmirror'");
+    m.db.pg.reload();
+    wait_for(DEADLINE, "the sink to be the standby", || {
+        let state = m.db.value("SELECT sync_state FROM pg_stat_replication");
+        (state == "sync").then_some(())
+    });
+    let load = [
+        "UPDATE t SET v = v + 1 WHERE id < 50",
+        "INSERT INTO t VALUES (1000, 0); DELETE FROM t WHERE id = 1000; UPDATE t SET v = v + 1 WHERE id > 50",
+    ];
+    while_writing(&m, &load, || {
+        for _ in 0..4 {
+            assert_equal(&m, &["verify"]);
+        }
+    });
+}
+
+/// All value kinds, a composite key, an expiring table, a partitioned one; rows up to 1000 are left alone by the load.
+fn many_kinds() -> Mirror {
+    let m = Mirror::with(&format!(
+        "CREATE TABLE h (id int PRIMARY KEY, v text, n int); CREATE TABLE j (a text, b int, v text, n int, PRIMARY KEY (a, b)); \
+         CREATE TABLE s (id int PRIMARY KEY, v text); CREATE TABLE e (id int PRIMARY KEY, v text); \
+         CREATE TABLE p (id int PRIMARY KEY, v text, n int) PARTITION BY RANGE (id); \
+         CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (0) TO (1000); \
+         CREATE TABLE p2 PARTITION OF p FOR VALUES FROM (1000) TO (100000); \
+         INSERT INTO h SELECT i, '{CANARY} ' || i, 0 FROM generate_series(1, 5000) i; \
+         INSERT INTO j SELECT 'x:' || i, i, '{CANARY} ' || i, 0 FROM generate_series(1, 5000) i; \
+         INSERT INTO s SELECT i, '{CANARY} ' || i FROM generate_series(1, 5000) i; INSERT INTO s VALUES (90000, NULL); \
+         INSERT INTO e SELECT id, v FROM s WHERE id <= 100; INSERT INTO p SELECT * FROM h; \
+         SELECT walmirror.mirror('h'), walmirror.mirror('j', value => 'json'), \
+                walmirror.mirror('s', value => 'string', columns => '{{v}}'), \
+                walmirror.mirror('e', ttl => '1 day'), walmirror.mirror('p', key => 'part/{{id}}')"
+    ));
+    m.settle();
+    m
+}
+
+const LOAD: [&str; 3] = [
+    "UPDATE h SET n = n + 1 WHERE id > 1000 AND id % 97 = n % 97; UPDATE p SET n = n + 1 WHERE id = 1500 + n % 100",
+    "UPDATE j SET n = n + 1 WHERE b = 1001 + (random() * 3000)::int; \
+     DELETE FROM s WHERE id = 1001 + (random() * 3000)::int; INSERT INTO s VALUES (1500, 'back') ON CONFLICT DO NOTHING",
+    "INSERT INTO h VALUES (70000, 'new', 0); DELETE FROM h WHERE id = 70000; DELETE FROM p WHERE id = 70000; \
+     INSERT INTO p VALUES (70000, 'new', 0)",
+];
+
+#[test]
+fn every_kind_of_difference_is_found_named_and_repaired_while_writes_go_on() {
+    let m = many_kinds();
+    while_writing(&m, &LOAD, || {
+        assert_equal(&m, &["verify"]);
+        let wrong: [(&str, &str, &[&str]); 18] = [
+            ("missing", "h:1", &["DEL", "h:1"]),
+            ("different", "h:2", &["HSET", "h:2", "v", "y"]),
+            ("different", "h:3", &["HSET", "h:3", "extra", CANARY]),
+            ("different", "h:4", &["HDEL", "h:4", "n"]),
+            ("different", "h:5", &["SET", "h:5", "another type"]),
+            ("different", "h:6", &["EXPIRE", "h:6", "1000"]),
+            ("extra", "h:99999", &["HSET", "h:99999", "id", "99999"]),
+            ("extra", "h:007", &["HSET", "h:007", "id", "7"]),
+            ("extra", "h:no number", &["SET", "h:no number", "x"]),
+            ("missing", "j:x%3A1:1", &["DEL", "j:x%3A1:1"]),
+            ("different", "j:x%3A2:2", &["SET", "j:x%3A2:2", "{}"]),
+            ("extra", "j:x%3A3:4", &["SET", "j:x%3A3:4", "{}"]),
+            ("different", "s:1", &["SET", "s:1", "y"]),
+            ("different", "s:2", &["LPUSH", "s:2", "y"]),
+            ("extra", "s:90000", &["SET", "s:90000", "the row has NULL"]),
+            ("different", "e:1", &["PERSIST", "e:1"]),
+            ("missing", "part/1", &["DEL", "part/1"]),
+            ("different", "part/2", &["HSET", "part/2", "n", "7"]),
+        ];
+        for (_, key, command) in wrong {
+            if command[0] == "LPUSH" {
+                redis(&m, &["DEL", key]);
+            }
+            redis(&m, command);
+        }
+        // It may have expired, so this is none.
+        redis(&m, &["DEL", "e:2"]);
+        let (code, output) = walmirror(&m, &["verify"]);
+        assert_eq!(code, 1, "{output}");
+        for (finding, key, _) in wrong {
+            assert!(
+                output.contains(&format!("  {finding:<10} {key}\n")),
+                "{finding} {key}"
+            );
+        }
+        assert!(output.contains("18 keys differ"), "{output}");
+        assert!(output.contains("public.e: 100 rows"), "{output}");
+        assert!(output.contains("1 absent (their keys expire)"), "{output}");
+        let (code, output) = walmirror(&m, &["verify", "--table", "public.s"]);
+        assert_eq!(code, 1, "{output}");
+        assert!(
+            output.contains("3 keys differ") && !output.contains("h:1"),
+            "{output}"
+        );
+        let (code, output) = walmirror(&m, &["verify", "--repair", "--json"]);
+        assert_eq!(code, 0, "{output}");
+        assert!(output.contains(r#""key":"h:007""#), "{output}");
+        let output = assert_equal(&m, &["verify"]);
+        assert!(
+            !output.contains("missing") && !output.contains("extra"),
+            "{output}"
+        );
+    });
+    redis(&m, &["HSET", "e:2", "id", "2"]);
+    assert_equal(&m, &["verify", "--repair"]);
+    m.settle();
+}
+
+/// A transaction that stays open does not keep the truth from being told; one that was prepared may have committed.
+#[test]
+fn an_open_transaction_does_not_hide_a_difference() {
+    let m = many_kinds();
+    let mut open = m.db.connect();
+    open.batch_execute("BEGIN; UPDATE h SET n = -1 WHERE id = 10; INSERT INTO h VALUES (80000, 'open', 0)")
+        .unwrap();
+    assert_equal(&m, &["verify"]);
+    redis(&m, &["DEL", "h:10"]);
+    redis(&m, &["HSET", "h:80000", "id", "80000"]);
+    let (code, output) = walmirror(&m, &["verify", "--table", "h"]);
+    assert_eq!(code, 1, "{output}");
+    assert!(output.contains("missing    h:10\n") && output.contains("extra      h:80000\n"));
+    open.batch_execute("COMMIT").unwrap();
+    assert_equal(&m, &["verify", "--table", "h", "--repair"]);
+    m.settle();
+}
+
+#[test]
+fn a_cache_must_hold_nothing_wrong_but_need_not_hold_anything() {
+    let m = Mirror::new();
+    m.sql(
+        "CREATE TABLE c (id int PRIMARY KEY, v text); INSERT INTO c SELECT i, 'v' || i FROM generate_series(1, 100) i; \
+         SELECT walmirror.cache('c')",
+    );
+    m.start();
+    let mut client = m.db.connect();
+    client
+        .batch_execute("SET walmirror.capture_interval = 0")
+        .unwrap();
+    wait_for(DEADLINE, "the cache to be filled", || {
+        client
+            .batch_execute("SELECT * FROM c WHERE id <= 50; SELECT pg_logical_emit_message(true, 'test', '')")
+            .unwrap();
+        (m.redis.keys().len() >= 50).then_some(())
+    });
+    let output = assert_equal(&m, &["verify"]);
+    assert!(output.contains(" keys: equal"), "{output}");
+    redis(&m, &["DEL", "c:1"]);
+    assert_equal(&m, &["verify"]);
+    redis(&m, &["HSET", "c:2", "v", "stale"]);
+    redis(&m, &["HSET", "c:777", "v", "no such row"]);
+    let (code, output) = walmirror(&m, &["verify"]);
+    assert_eq!(code, 1, "{output}");
+    assert!(output.contains("different  c:2\n") && output.contains("extra      c:777\n"));
+    assert_equal(&m, &["verify", "--repair"]);
+    assert_eq!(m.redis.hash("c:2")[1], ("v".into(), "v2".into()));
+    assert!(m.redis.hash("c:777").is_empty());
+}
+
+#[test]
+fn a_sample_finds_what_is_widely_wrong() {
+    let m = Mirror::with(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t'); \
+         INSERT INTO t SELECT i, repeat('v', 100) FROM generate_series(1, 20000) i",
+    );
+    let output = assert_equal(&m, &["verify", "--sample", "500"]);
+    let rows: u64 = output
+        .split_whitespace()
+        .nth(1)
+        .and_then(|number| number.parse().ok())
+        .unwrap();
+    assert!((500..1000).contains(&rows), "{output}");
+    assert!(output.contains(" rows, 500 keys: equal"), "{output}");
+    redis(
+        &m,
+        &[
+            "EVAL",
+            "for i = 1, 20000, 2 do redis.call('HSET', 't:' .. i, 'v', 'x') end return 1",
+            "0",
+        ],
+    );
+    let (code, output) = walmirror(&m, &["verify", "--sample", "500"]);
+    assert_eq!(code, 1, "{output}");
+    // A whole table is mended faster by a backfill.
+    assert_equal(&m, &["backfill", "--table", "t"]);
+    assert_equal(&m, &["verify"]);
+    m.check();
+}
+
+#[test]
+fn what_cannot_be_told_is_exit_code_2() {
+    let mut m = Mirror::with(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t'); \
+         INSERT INTO t SELECT i, 'v' FROM generate_series(1, 100) i",
+    );
+    m.sink(|sink| sink.signal(Signal::STOP));
+    let (code, output) = walmirror(&m, &["verify", "--timeout", "1s"]);
+    assert_eq!(code, 2, "{output}");
+    assert!(
+        output.contains("does not get to") && output.contains("next: walmirror"),
+        "{output}"
+    );
+    m.sink(|sink| sink.signal(Signal::CONT));
+    assert_equal(&m, &["verify"]);
+    m.sink(Sink::terminate);
+    let (code, output) = walmirror(&m, &["verify", "--timeout", "1s"]);
+    assert_eq!(code, 2, "{output}");
+    assert!(
+        output.contains("no sink runs") && output.contains("walmirror run"),
+        "{output}"
+    );
+    let (code, output) = walmirror(&m, &["backfill"]);
+    assert_eq!(code, 3, "{output}");
+    assert!(
+        output.contains("no sink streams") && output.contains("next: walmirror run"),
+        "{output}"
+    );
+    m.sink(Sink::restart);
+    m.settle();
+    let (code, output) = walmirror(&m, &["verify", "--table", "unknown"]);
+    assert_eq!(code, 2, "{output}");
+    assert!(output.contains("not mirrored"), "{output}");
+    m.redis.stop(Signal::TERM);
+    let (code, output) = walmirror(&m, &["verify"]);
+    assert_eq!(code, 2, "{output}");
+}
+
+/// Requests are in the WAL: a sink that is killed before it has taken one up finds it when it starts again.
+#[test]
+fn a_backfill_that_was_asked_for_survives_the_death_of_the_sink() {
+    let m = Mirror::with(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t'); \
+         INSERT INTO t SELECT i, 'v' FROM generate_series(1, 3000) i",
+    );
+    redis(&m, &["DEL", "t:1", "t:2000"]);
+    redis(&m, &["HSET", "t:9999", "id", "9999"]);
+    m.sink(|sink| sink.signal(Signal::STOP));
+    let output = assert_equal(&m, &["backfill", "--timeout", "0"]);
+    assert!(output.contains("walmirror status"), "{output}");
+    m.sink(Sink::kill);
+    m.sink(Sink::restart);
+    m.settle();
+    assert_equal(&m, &["verify"]);
+}
+
+/// What is held at a time does not depend on the size of the table.
+#[test]
+fn memory_is_bounded() {
+    let m = Mirror::new();
+    m.sql(
+        "CREATE TABLE t (id int PRIMARY KEY, a int, v text); SELECT walmirror.mirror('t'); \
+         INSERT INTO t SELECT i, i, repeat(md5(i::text), 3) FROM generate_series(1, 200000) i",
+    );
+    m.start();
+    m.settle_within(Duration::from_secs(120));
+    let (conninfo, url) = (m.db.pg.conninfo(&m.db.name), m.redis.url());
+    let args = [
+        "verify",
+        "--postgres",
+        &conninfo,
+        "--redis",
+        &url,
+        "--slot",
+        &m.db.name,
+    ];
+    let started = std::time::Instant::now();
+    let mut child = Sink::command(&args).stdout(Stdio::null()).spawn().unwrap();
+    let mut highest_kib = 0;
+    let status = loop {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        if let Some(kib) = line.and_then(|line| line.split_whitespace().next()) {
+            highest_kib = highest_kib.max(kib.parse::<u64>().unwrap());
+        }
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert!(status.success());
+    println!("200000 rows: {highest_kib} KiB at most, {:?}", started.elapsed());
+    assert!((1000..48 * 1024).contains(&highest_kib), "{highest_kib} KiB");
+}
