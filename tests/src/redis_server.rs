@@ -72,6 +72,23 @@ impl Redis {
         server.wait(DEADLINE);
     }
 
+    /// A replica of this server, once it has everything.
+    pub fn replica(&self) -> Redis {
+        let replica = Redis::start_with(&["--replicaof", &format!("127.0.0.1 {}", self.port)]);
+        wait_for(DEADLINE, "the replica to have everything", || {
+            replica
+                .command::<String>("INFO replication")
+                .contains("master_link_status:up")
+                .then_some(())
+        });
+        replica
+    }
+
+    /// Options for the next start.
+    pub fn set_options(&mut self, options: &[&str]) {
+        self.options = options.iter().map(|&o| o.to_owned()).collect();
+    }
+
     /// Sends the server a signal that does not end it: SIGSTOP, SIGCONT.
     pub fn signal(&mut self, signal: Signal) {
         self.process.as_mut().expect("running").signal(signal);

@@ -47,7 +47,13 @@ pub(super) fn receive(
                 continue;
             }
             Phase::Closing => {
-                stream.feedback(trail.last(shared, applied), false)?;
+                // A session that failed knows nothing about Redis any more: it may be what has just lost its tail.
+                let feedback = if shared.has_failed() {
+                    trail.feedback(shared, applied, Instant::now())
+                } else {
+                    trail.last(shared, applied)
+                };
+                stream.feedback(feedback, false)?;
                 return stream.close(CLOSE_TIMEOUT);
             }
         }
@@ -142,7 +148,7 @@ impl Trail {
         }
     }
 
-    /// At the end: memory counts as durable, because a Redis that goes on running has it.
+    /// At an end in good order: memory counts as durable, because a Redis that goes on running has it.
     fn last(&self, shared: &Shared, applied: Lsn) -> Feedback {
         let flushed = match self.durability {
             Durability::Memory { .. } => applied,

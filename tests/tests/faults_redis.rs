@@ -1,0 +1,439 @@
+//! Redis goes away, comes back with less than it had, refuses to write, or does not answer.
+//!
+//! More of it in start.rs (an emptied Redis at the start), crash.rs (restarts with appendfsync always) and
+//! faults_durability.rs (what is confirmed when).
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use rand::Rng;
+use walmirror_tests::{DEADLINE, Dir, Redis, Scenario, Setup, Signal, Sink, wait_for};
+
+const LOST: [&str; 3] = [
+    "the connection to Redis at",
+    "cannot connect to Redis at",
+    // The walsender of the session before takes a moment to go.
+    "is active for PID",
+];
+
+fn with(options: &[&str]) -> Setup {
+    Setup {
+        redis: Redis::start_with(options),
+        ..Setup::default()
+    }
+}
+
+const EVERYSEC: [&str; 4] = ["--appendonly", "yes", "--appendfsync", "everysec"];
+
+/// The file that Redis appends to.
+fn append_only_file(redis: &Redis) -> PathBuf {
+    redis.dir().join("appendonlydir/appendonly.aof.1.incr.aof")
+}
+
+/// Ends Redis the way that a power failure does: what was appended since the file had this length is not there.
+fn lose_the_tail(s: &mut Scenario, length: u64) {
+    s.watch.may_lose(true);
+    s.m.redis.stop(Signal::KILL);
+    let file = File::options()
+        .write(true)
+        .open(append_only_file(&s.m.redis))
+        .unwrap();
+    assert!(file.metadata().unwrap().len() > length);
+    file.set_len(length).unwrap();
+    s.m.redis.resume();
+}
+
+#[test]
+fn restarted_in_good_order() {
+    let mut s = Scenario::start("restarted_in_good_order", with(&["--save", "3600 1000000"]));
+    for _ in 0..3 {
+        s.m.redis.stop(Signal::TERM);
+        s.m.redis.resume();
+        s.flow();
+    }
+    s.finish(&LOST);
+}
+
+/// Everything that was appended survives the end of the process.
+#[test]
+fn killed_with_an_append_only_file() {
+    let mut s = Scenario::start("killed_with_an_append_only_file", with(&EVERYSEC));
+    for _ in 0..4 {
+        std::thread::sleep(Duration::from_millis(s.rng.random_range(0..300)));
+        s.m.redis.stop(Signal::KILL);
+        s.m.redis.resume();
+        s.flow();
+    }
+    s.finish(&LOST);
+}
+
+/// The last second is lost, as appendfsync everysec may: the stream is replayed from what is left, and nothing is missing,
+/// because the slot is confirmed later than that.
+#[test]
+fn the_last_second_is_lost() {
+    let mut s = Scenario::start(
+        "the_last_second_is_lost",
+        with(&EVERYSEC).args(&["--durability", "memory=5s"]),
+    );
+    for _ in 0..3 {
+        let length = fs::metadata(append_only_file(&s.m.redis)).unwrap().len();
+        std::thread::sleep(Duration::from_millis(1000));
+        s.flow();
+        let before = s.progress();
+        lose_the_tail(&mut s, length);
+        let after = s.progress();
+        assert!(after < before, "nothing was lost: {before:?}, {after:?}");
+        s.flow();
+        s.watch.may_lose(false);
+    }
+    assert!(!s.log().contains("do not fit"), "{}", s.log());
+    s.finish(&LOST);
+}
+
+/// More is lost than the policy allows for: a gap, noticed at once, and every table is made anew.
+#[test]
+fn more_is_lost_than_allowed_for() {
+    let mut s = Scenario::start(
+        "more_is_lost_than_allowed_for",
+        with(&EVERYSEC).args(&["--durability", "memory=100ms"]),
+    );
+    let length = fs::metadata(append_only_file(&s.m.redis)).unwrap().len();
+    s.flow();
+    std::thread::sleep(Duration::from_millis(1500));
+    s.flow();
+    lose_the_tail(&mut s, length);
+    s.resyncs();
+    s.said("it lost what is between", 0);
+    s.finish(&[&LOST[..], &["it lost what is between"]].concat());
+}
+
+/// Without persistence Redis comes back empty.
+#[test]
+fn killed_without_persistence() {
+    let mut s = Scenario::start("killed_without_persistence", Setup::default());
+    s.resyncs();
+    s.m.redis.stop(Signal::KILL);
+    s.m.redis.resume();
+    s.said("do not fit", 0);
+    s.finish(&[&LOST[..], &["Redis has no progress of it"]].concat());
+}
+
+/// Emptied while batches are under way: at once, or by somebody who only takes the progress.
+#[test]
+fn emptied_under_load() {
+    let mut s = Scenario::start("emptied_under_load", Setup::default());
+    let progress = format!("DEL walmirror:{{{}}}:progress", s.m.db.name);
+    for command in ["FLUSHALL", &progress] {
+        let seen = s.log().len();
+        s.resyncs();
+        redis::cmd(command.split(' ').next().unwrap())
+            .arg(command.split(' ').skip(1).collect::<Vec<_>>())
+            .exec(&mut s.m.redis.connect())
+            .unwrap();
+        s.said("do not fit", seen);
+        s.converge();
+    }
+    // Scripts are loaded again when they are gone.
+    let _: String = s.m.redis.command("SCRIPT FLUSH");
+    s.m.sql("UPDATE item SET n = n + 1");
+    s.flow();
+    s.finish(
+        &[
+            &LOST[..],
+            &[
+                "do not fit",
+                "lost the progress key",
+                "somebody changed the key",
+                "NOSCRIPT",
+            ],
+        ]
+        .concat(),
+    );
+}
+
+/// `--on-gap fail`: it stops, says what to type, and touches nothing.
+#[test]
+fn emptied_and_not_allowed_to_resync() {
+    let mut s = Scenario::start(
+        "emptied_and_not_allowed_to_resync",
+        Setup::default().args(&["--on-gap", "fail"]),
+    );
+    s.resyncs();
+    let _: String = s.m.redis.command("FLUSHALL");
+    let status = s.m.sink(|sink| sink.wait(DEADLINE));
+    assert_eq!(status.code(), Some(6), "{}", s.log());
+    assert!(s.log().contains("--on-gap resync"), "{}", s.log());
+    assert!(s.m.redis.keys().is_empty());
+    s.check_logs(&["lost the progress key", "somebody changed the key", "do not fit"]);
+}
+
+/// A replica that is behind becomes the master. What it never got comes again.
+#[test]
+fn failover_to_a_replica_that_is_behind() {
+    let mut s = Scenario::start(
+        "failover_to_a_replica_that_is_behind",
+        Setup::default().args(&["--durability", "memory=5s"]),
+    );
+    for _ in 0..2 {
+        let replica = s.m.redis.replica();
+        s.flow();
+        let _: String = replica.command("REPLICAOF NO ONE");
+        // The old master goes on for a while, and nobody will ever see that.
+        std::thread::sleep(Duration::from_millis(700));
+        s.watch.may_lose(true);
+        s.redis_link.point_to_port(replica.port());
+        s.watch.look_at(replica.port());
+        let mut old = std::mem::replace(&mut s.m.redis, replica);
+        old.stop(Signal::KILL);
+        s.redis_link.cut();
+        s.flow();
+        s.watch.may_lose(false);
+    }
+    assert!(!s.log().contains("do not fit"), "{}", s.log());
+    s.finish(&LOST);
+}
+
+/// Redis answers every write with an error for a while. Nothing is confirmed meanwhile, and nothing is given up.
+fn refused(name: &str, setup: Setup, code: &str, harm: impl Fn(&Scenario), heal: impl Fn(&Scenario)) {
+    let s = Scenario::start(name, setup);
+    for _ in 0..2 {
+        let seen = s.log().len();
+        harm(&s);
+        s.said(code, seen);
+        heal(&s);
+        s.flow();
+    }
+    s.finish(&[&LOST[..], &[code]].concat());
+}
+
+fn set(s: &Scenario, command: &str) {
+    let _: String = s.m.redis.command(command);
+}
+
+#[test]
+fn out_of_memory() {
+    let full = |s: &Scenario| set(s, "CONFIG SET maxmemory 1mb");
+    let free = |s: &Scenario| set(s, "CONFIG SET maxmemory 0");
+    refused("out_of_memory", Setup::default(), "OOM", full, free);
+}
+
+#[test]
+fn read_only() {
+    let follow = |s: &Scenario| set(s, "REPLICAOF 127.0.0.1 1");
+    let lead = |s: &Scenario| set(s, "REPLICAOF NO ONE");
+    refused("read_only", Setup::default(), "READONLY", follow, lead);
+}
+
+/// A snapshot that cannot be saved stops all writes.
+#[test]
+fn cannot_save() {
+    let dir = Dir::new("gone");
+    let path = dir.path().join("dump");
+    let saved = |s: &Scenario, status: &str| {
+        wait_for(DEADLINE, format!("bgsave {status}"), || {
+            let info: String = s.m.redis.command("INFO persistence");
+            let busy = info.contains("rdb_bgsave_in_progress:1");
+            (!busy && info.contains(&format!("rdb_last_bgsave_status:{status}"))).then_some(())
+        });
+    };
+    let harm = |s: &Scenario| {
+        fs::create_dir_all(&path).unwrap();
+        set(s, &format!("CONFIG SET dir {}", path.display()));
+        fs::remove_dir_all(&path).unwrap();
+        set(s, "BGSAVE");
+        saved(s, "err");
+    };
+    let heal = |s: &Scenario| {
+        set(s, &format!("CONFIG SET dir {}", s.m.redis.dir().display()));
+        set(s, "BGSAVE");
+        saved(s, "ok");
+    };
+    refused(
+        "cannot_save",
+        with(&["--save", "3600 1000000", "--enable-protected-configs", "yes"]),
+        "MISCONF",
+        harm,
+        heal,
+    );
+}
+
+#[test]
+fn busy_with_a_script() {
+    let spin = |s: &Scenario| {
+        let client = s.m.redis.client();
+        std::thread::spawn(move || {
+            let mut connection = client.get_connection().unwrap();
+            let _ = redis::cmd("EVAL")
+                .arg("while true do end")
+                .arg(0)
+                .exec(&mut connection);
+        });
+    };
+    let kill = |s: &Scenario| {
+        wait_for(DEADLINE, "the script to end", || {
+            redis::cmd("SCRIPT")
+                .arg("KILL")
+                .exec(&mut s.m.redis.connect())
+                .ok()
+        });
+    };
+    refused(
+        "busy_with_a_script",
+        with(&["--lua-time-limit", "100"]),
+        "BUSY",
+        spin,
+        kill,
+    );
+}
+
+/// It takes Redis seconds to read its file, and it says so to everybody.
+#[test]
+fn loading() {
+    let mut s = Scenario::start("loading", with(&EVERYSEC));
+    let seen = s.log().len();
+    // Redis looks at its clients after every thousand commands that it has read.
+    let mut pipe = redis::pipe();
+    for i in 0..20_000 {
+        pipe.cmd("SET").arg("walmirror:{pad}").arg(i).ignore();
+    }
+    pipe.exec(&mut s.m.redis.connect()).unwrap();
+    s.m.redis.stop(Signal::KILL);
+    let slow = [
+        "--key-load-delay",
+        "100",
+        "--loading-process-events-interval-bytes",
+        "1024",
+    ];
+    s.m.redis.set_options(&[&EVERYSEC[..], &slow].concat());
+    s.m.redis.resume();
+    s.said("LOADING", seen);
+    s.flow();
+    s.finish(&[&LOST[..], &["LOADING"]].concat());
+}
+
+/// The file system of the append-only file is full.
+#[test]
+fn no_space_for_the_append_only_file() {
+    let dir = Dir::new("full");
+    let Some(full) = Tmpfs::mount(dir.path(), "2m") else {
+        println!("skipped: this user may not mount a tmpfs");
+        return;
+    };
+    let setup = with(&[&EVERYSEC[..], &["--dir", &full.0.display().to_string()]].concat());
+    let s = Scenario::start("no_space_for_the_append_only_file", setup);
+    s.said("MISCONF", 0);
+    full.resize("200m");
+    s.flow();
+    s.finish(&[&LOST[..], &["MISCONF"]].concat());
+    drop(full);
+}
+
+/// A password is changed on Redis first. It is an ERROR with the next command, until the old one is right again.
+#[test]
+fn the_password_is_changed() {
+    let setup = Setup {
+        redis_login: "mirror:first@".to_owned(),
+        ..Setup::default()
+    };
+    let _: String = setup.redis.command("ACL SETUSER mirror on >first ~* &* +@all");
+    let change = |s: &Scenario| {
+        set(s, "ACL SETUSER mirror resetpass >second");
+        s.redis_link.cut();
+    };
+    let restore = |s: &Scenario| set(s, "ACL SETUSER mirror resetpass >first");
+    refused(
+        "the_password_is_changed",
+        setup,
+        "Password authentication failed",
+        change,
+        restore,
+    );
+}
+
+#[test]
+fn a_right_is_taken_away() {
+    let setup = Setup {
+        redis_login: "mirror:first@".to_owned(),
+        ..Setup::default()
+    };
+    let _: String = setup.redis.command("ACL SETUSER mirror on >first ~* &* +@all");
+    let change = |s: &Scenario| set(s, "ACL SETUSER mirror -hset");
+    let restore = |s: &Scenario| set(s, "ACL SETUSER mirror +hset");
+    refused("a_right_is_taken_away", setup, "NOPERM", change, restore);
+}
+
+/// Redis does not answer while everybody writes. The stream waits in Postgres, which goes on hearing from the sink, and
+/// memory stays bounded. `FROZEN_SECONDS=60` by hand.
+#[test]
+fn frozen_under_full_load() {
+    let seconds = std::env::var("FROZEN_SECONDS").map_or(10, |text| text.parse().expect("a number"));
+    let mut setup = Setup::alone("wal_sender_timeout = 4s");
+    setup.writers = (3, Duration::ZERO);
+    let mut s = Scenario::start("frozen_under_full_load", setup);
+    let seen = s.log().len();
+    s.m.sql("CREATE TABLE much (id int PRIMARY KEY, v text); SELECT walmirror.mirror('much')");
+    s.said("the keys of the table are complete", seen);
+    let connections = s.pg_link.accepted();
+    let frozen = Instant::now();
+    s.m.redis.signal(Signal::STOP);
+    // More than all queues hold, in one transaction.
+    s.m.sql("INSERT INTO much SELECT i, repeat('much ', 20) || i FROM generate_series(1, 150000) i");
+    std::thread::sleep(Duration::from_secs(seconds).saturating_sub(frozen.elapsed()));
+    let frozen = frozen.elapsed();
+    s.m.sink(Sink::assert_running);
+    s.m.redis.signal(Signal::CONT);
+    s.flow();
+    let log = s.m.db.pg.log();
+    assert!(!log.contains("due to replication timeout"), "{log}");
+    // An answer may take Redis 15 seconds.
+    if frozen < Duration::from_secs(14) {
+        assert_eq!(s.pg_link.accepted(), connections, "the session has outlived it");
+    }
+    s.finish(&LOST);
+}
+
+/// A small file system of its own.
+struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    fn mount(path: &std::path::Path, size: &str) -> Option<Tmpfs> {
+        let mount = |args: &[&str]| {
+            std::process::Command::new("mount")
+                .args(args)
+                .arg(path)
+                .stderr(std::process::Stdio::null())
+                .status()
+        };
+        let option = format!("size={size}");
+        mount(&["-t", "tmpfs", "-o", &option, "tmpfs"])
+            .is_ok_and(|status| status.success())
+            .then(|| Tmpfs(path.to_owned()))
+    }
+
+    fn resize(&self, size: &str) {
+        let status = std::process::Command::new("mount")
+            .args(["-o", &format!("remount,size={size}")])
+            .arg(&self.0)
+            .status()
+            .unwrap();
+        assert!(status.success());
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        // Lazily: whoever still uses it does not keep it.
+        let _ = std::process::Command::new("umount")
+            .arg("-l")
+            .arg(&self.0)
+            .status();
+    }
+}
