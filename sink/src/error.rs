@@ -195,6 +195,11 @@ impl Error {
         matches!(self, Self::Postgres(_, source) if source.is("55006"))
     }
 
+    /// Whether Postgres was given up because it said nothing.
+    pub fn is_silence(&self) -> bool {
+        matches!(self, Self::Postgres(_, source) if source.kind == crate::pq::ErrorKind::Silence)
+    }
+
     /// What can be done about it.
     pub fn class(&self) -> Class {
         match self {

@@ -193,7 +193,7 @@ fn interrupted() -> PqError {
 }
 
 fn silent() -> PqError {
-    PqError::new(ErrorKind::Connection, "the server does not answer")
+    PqError::new(ErrorKind::Silence, "the server does not answer")
 }
 
 /// Cancels the running query of a connection. Clones may go to any thread.

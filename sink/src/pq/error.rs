@@ -11,6 +11,8 @@ pub enum ErrorKind {
     Settings,
     /// The server could not be reached, or the connection was lost.
     Connection,
+    /// The server was asked, and said nothing for as long as it may.
+    Silence,
     /// The server answered with an error.
     Server,
     /// The server or libpq did what this code does not expect.
@@ -139,7 +141,7 @@ impl PqError {
     pub fn class(&self) -> Class {
         match self.kind {
             ErrorKind::Settings => Class::Operator,
-            ErrorKind::Connection => Class::Retry,
+            ErrorKind::Connection | ErrorKind::Silence => Class::Retry,
             ErrorKind::Protocol => Class::Bug,
             ErrorKind::Server => self.sqlstate.as_deref().map_or(Class::Bug, class_of_sqlstate),
         }

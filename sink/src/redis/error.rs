@@ -87,7 +87,12 @@ pub(super) fn client_error(what: impl Into<String>, error: RedisError, secret_ho
         .find(|code| text.contains(code));
     let class = hidden.map_or(class, |code| class_of(code, None));
     let wrapped = Error::redis(what, class, text);
-    match next_command(hidden.unwrap_or(&code)) {
+    let code = if class == Class::Access {
+        "WRONGPASS"
+    } else {
+        &code
+    };
+    match next_command(hidden.unwrap_or(code)) {
         Some(command) if class != Class::Retry => wrapped.next(command),
         _ => wrapped,
     }

@@ -30,14 +30,20 @@ const PAUSE_MAX: Duration = Duration::from_secs(10);
 /// A session that lasted this long worked: what ends it is a new failure.
 const STEADY: Duration = Duration::from_secs(10);
 
+/// The longest silence is so many doublings of the first one.
+const SILENCES_MAX: u32 = 6;
+
 /// Mirrors until somebody asks to stop, `--until-lsn` is reached, or an error needs a person.
 pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
     let started = Instant::now();
     let mut streamed = false;
     let mut failures = 0;
+    let mut silences = 0;
     loop {
         let session = Instant::now();
-        let result = session::run(config, shutdown, || streamed = true);
+        // What keeps a server silent may be work that it would begin anew each time: it gets twice as long the next time.
+        let patience = 1 << silences.min(SILENCES_MAX);
+        let result = session::run(config, shutdown, patience, || streamed = true);
         if session.elapsed() >= STEADY {
             failures = 0;
         }
@@ -62,6 +68,7 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
         }
         let pause = pause(failures);
         failures += 1;
+        silences = if error.is_silence() { silences + 1 } else { 0 };
         if error.class() == Class::Retry {
             tracing::warn!(next_attempt_in = ?pause, "{error}");
         } else {

@@ -82,7 +82,7 @@ pub(super) fn receive(
             Event::Keepalive { wal_end, .. } => drop(queue.send(Input::Keepalive(wal_end))),
             Event::Timeout if listening.max(stream.heard()).elapsed() > silence => {
                 let what = format!("it was asked, and said nothing for {silence:?}");
-                let error = PqError::new(ErrorKind::Connection, what);
+                let error = PqError::new(ErrorKind::Silence, what);
                 return Err(Error::postgres("the server is silent", error).at(applied));
             }
             Event::Timeout | Event::Woken => {}

@@ -38,7 +38,13 @@ pub(super) enum Ended {
 }
 
 /// Runs a session to its end. `began` is called once streaming has begun.
-pub(super) fn run(config: &RunConfig, shutdown: &Shutdown, began: impl FnOnce()) -> Result<Ended, Error> {
+/// `patience`: how many times longer than usual the server may be silent.
+pub(super) fn run(
+    config: &RunConfig,
+    shutdown: &Shutdown,
+    patience: u32,
+    began: impl FnOnce(),
+) -> Result<Ended, Error> {
     let keys = RedisKeys::new(config.slot.as_str());
     let interrupt = shutdown.waker()?;
     let Handshake {
@@ -108,7 +114,14 @@ pub(super) fn run(config: &RunConfig, shutdown: &Shutdown, began: impl FnOnce())
     let ended = std::thread::scope(|scope| {
         let sender = input_sender.clone();
         let receiver = guard(scope, shared, "receiver", move || {
-            receiver::receive(stream, shared, &sender, config.durability, confirmed, silence)
+            receiver::receive(
+                stream,
+                shared,
+                &sender,
+                config.durability,
+                confirmed,
+                silence.saturating_mul(patience),
+            )
         })?;
         let channels = Channels {
             input,
