@@ -11,28 +11,39 @@ use crate::encode::{self, Columns};
 use crate::ffi::datum::Row;
 use crate::ffi::memory::Context;
 use crate::ffi::session::TextSession;
-use crate::ffi::{executor, settings, shared};
+use crate::ffi::{flusher, query, scan, settings, shared};
 use crate::plan::Plan;
 use crate::tables::{Table, Tables};
 
 /// A batch of rows is written to the WAL when it has grown to this many bytes, at the latest when the query has run.
 const BATCH_BYTES: usize = 64 * 1024;
 
+/// Between queries no buffer keeps more than this.
+const KEPT_BYTES: usize = 16 * 1024;
+/// Queries within queries are rarely deeper.
+const SPARE_QUERIES: usize = 4;
+
 /// The capture state of a backend.
 pub struct Session {
     tables: Tables,
     queries: Vec<Query>,
+    /// Of queries that are over, for those that come: a small query shall allocate nothing.
+    spare: Vec<Query>,
     row: Row,
     tuple: TupleBuilder,
+    message: Vec<u8>,
     context: Context,
 }
 
 /// A query that reads cached tables.
+#[derive(Default)]
 struct Query {
     /// Which one: the address of its QueryDesc.
     id: usize,
     scans: Vec<Scan>,
+    /// The first `filled` hold rows; the others only lend their memory.
     batches: Vec<Batch>,
+    filled: usize,
 }
 
 /// A scan of a cached table.
@@ -41,7 +52,7 @@ pub struct Scan {
     /// The address of its PlanState.
     pub node: usize,
     /// The function that runs the node when nobody captures.
-    pub original: executor::ExecProcNode,
+    pub original: scan::ExecProcNode,
     /// `pg_class.oid` of what is scanned.
     pub table: u32,
     /// Rows that it has returned.
@@ -49,6 +60,7 @@ pub struct Scan {
 }
 
 /// Rows of one table, encoded.
+#[derive(Default)]
 struct Batch {
     oid: u32,
     fingerprint: u64,
@@ -71,8 +83,10 @@ impl Session {
         Self {
             tables: Tables::new(context, false),
             queries: Vec::new(),
+            spare: Vec::new(),
             row: Row::default(),
             tuple: TupleBuilder::new(),
+            message: Vec::new(),
             context: context.child(c"walmirror captured row"),
         }
     }
@@ -84,15 +98,13 @@ impl Session {
 
     /// A query starts that reads cached tables.
     pub fn start(&mut self, id: usize) {
-        self.queries.push(Query {
-            id,
-            scans: Vec::new(),
-            batches: Vec::new(),
-        });
+        let mut query = self.spare.pop().unwrap_or_default();
+        query.id = id;
+        self.queries.push(query);
     }
 
     /// One of its scans is of a cached table.
-    pub fn attach(&mut self, node: usize, original: executor::ExecProcNode, table: u32) {
+    pub fn attach(&mut self, node: usize, original: scan::ExecProcNode, table: u32) {
         if let Some(query) = self.queries.last_mut() {
             query.scans.push(Scan {
                 node,
@@ -114,30 +126,26 @@ impl Session {
     }
 
     /// A scan returned a row: captures it unless a rule says no.
-    pub fn row(&mut self, node: usize, source: &executor::ScanSlot<'_>) -> Next {
-        let Some(query) = self
-            .queries
-            .iter_mut()
-            .rev()
-            .find(|query| query.scans.iter().any(|scan| scan.node == node))
-        else {
+    pub fn row(&mut self, node: usize, source: &scan::ScanSlot<'_>) -> Next {
+        let found = self.queries.iter_mut().enumerate().rev().find_map(|(at, query)| {
+            let scan = query.scans.iter_mut().find(|scan| scan.node == node)?;
+            scan.rows += 1;
+            Some((at, *scan))
+        });
+        let Some((at, scan)) = found else {
             return Next::Stop;
         };
-        let Some(scan) = query.scans.iter_mut().find(|scan| scan.node == node) else {
-            return Next::Stop;
-        };
-        scan.rows += 1;
         if scan.rows > settings::capture_max_rows() {
             stats::add(Counter::SkippedMaxRows, 1);
             return Next::Stop;
         }
         stats::add(Counter::RowsSeen, 1);
         let (block, offset) = source.place();
-        let hash = seen::row_hash(executor::database(), scan.table, block, offset);
+        let hash = seen::row_hash(query::database(), scan.table, block, offset);
         if seen::check_and_mark(
             shared::seen(),
             hash,
-            executor::statement_time_ms(),
+            query::statement_time_ms(),
             settings::capture_interval_ms(),
         ) {
             stats::add(Counter::SkippedRecent, 1);
@@ -149,13 +157,16 @@ impl Session {
         let encoded = {
             let _entered = self.context.enter();
             let _session = TextSession::enter(plan.needs);
-            executor::catching(|| {
+            query::catching(|| {
                 settings::failpoint(settings::Failpoint::CaptureEncode);
                 source.read(&mut self.row, plan, settings::capture_max_bytes())
                     && encode::encode(plan, &self.row, None, Columns::All, &mut self.tuple).is_ok()
             })
         };
         self.context.reset();
+        let Some(query) = self.queries.get_mut(at) else {
+            return Next::Stop;
+        };
         match encoded {
             Some(true) if self.tuple.encoded_len() <= settings::capture_max_bytes() => {
                 query.add(plan, &self.tuple)
@@ -163,8 +174,8 @@ impl Session {
             Some(_) => stats::add(Counter::SkippedMaxBytes, 1),
             None => stats::add(Counter::SkippedFailed, 1),
         }
-        if query.batches.iter().map(|batch| batch.rows.len()).sum::<usize>() >= BATCH_BYTES {
-            query.emit();
+        if query.filled().iter().map(|batch| batch.rows.len()).sum::<usize>() >= BATCH_BYTES {
+            query.emit(&mut self.message);
         }
         Next::Continue
     }
@@ -172,13 +183,19 @@ impl Session {
     /// A query has run, or returned as many rows as it was asked for: what it read goes into the WAL.
     pub fn emit(&mut self, id: usize) {
         if let Some(query) = self.queries.iter_mut().rev().find(|query| query.id == id) {
-            query.emit();
+            query.emit(&mut self.message);
         }
     }
 
     /// A query is over, well or with an error.
     pub fn end(&mut self, id: usize) {
-        self.queries.retain(|query| query.id != id);
+        if let Some(at) = self.queries.iter().rposition(|query| query.id == id) {
+            let mut query = self.queries.remove(at);
+            if self.spare.len() < SPARE_QUERIES {
+                query.clear();
+                self.spare.push(query);
+            }
+        }
     }
 
     /// Whether no query captures.
@@ -193,25 +210,23 @@ fn captured(plan: &Plan) -> bool {
 }
 
 impl Query {
+    fn filled(&self) -> &[Batch] {
+        self.batches.get(..self.filled).unwrap_or_default()
+    }
+
     fn add(&mut self, plan: &Plan, tuple: &TupleBuilder) {
         let (oid, fingerprint) = (plan.relation.oid, plan.relation.fingerprint);
-        let at = match self
-            .batches
+        let known = self
+            .filled()
             .iter()
-            .position(|batch| batch.oid == oid && batch.fingerprint == fingerprint)
-        {
-            Some(at) => at,
-            None => {
-                self.batches.push(Batch {
-                    oid,
-                    fingerprint,
-                    rows: Vec::new(),
-                    count: 0,
-                });
-                self.batches.len() - 1
-            }
-        };
+            .position(|batch| batch.oid == oid && batch.fingerprint == fingerprint);
+        let at = known.unwrap_or(self.filled);
+        if at == self.batches.len() {
+            self.batches.push(Batch::default());
+        }
+        self.filled = self.filled.max(at + 1);
         if let Some(batch) = self.batches.get_mut(at) {
+            (batch.oid, batch.fingerprint) = (oid, fingerprint);
             /// Field 4, length-delimited.
             const ROWS: u8 = 4 << 3 | 2;
             batch.rows.push(ROWS);
@@ -221,28 +236,55 @@ impl Query {
         }
     }
 
-    fn emit(&mut self) {
-        for batch in std::mem::take(&mut self.batches) {
-            // Meanwhile the transaction may have written, by a function that the query called.
-            if executor::transaction_wrote() {
-                stats::add(Counter::SkippedWrote, 1);
-                continue;
-            }
-            let head = pb::Capture {
-                oid: batch.oid,
-                fingerprint: batch.fingerprint,
-                snapshot: Some(executor::snapshot(self.id)),
-                rows: Vec::new(),
-            };
-            let mut message = head.encode_to_vec();
-            message.extend_from_slice(&batch.rows);
-            if executor::catching(|| executor::write_capture(&message)).is_some() {
-                stats::add(Counter::RowsEmitted, batch.count);
-                stats::add(Counter::MessagesEmitted, 1);
-                stats::add(Counter::BytesEmitted, message.len() as u64);
-            } else {
-                stats::add(Counter::SkippedFailed, batch.count);
-            }
+    /// Writes what is filled, with `message` as the place to put it together.
+    fn emit(&mut self, message: &mut Vec<u8>) {
+        for batch in self.batches.iter_mut().take(std::mem::take(&mut self.filled)) {
+            batch.emit(self.id, message);
+            batch.clear();
         }
+    }
+
+    /// Makes it ready for another query, without memory that only a large one needs.
+    fn clear(&mut self) {
+        self.scans.clear();
+        self.batches.truncate(1);
+        self.batches.iter_mut().for_each(Batch::clear);
+        self.filled = 0;
+    }
+}
+
+impl Batch {
+    fn emit(&self, query: usize, message: &mut Vec<u8>) {
+        // Meanwhile the transaction may have written, by a function that the query called.
+        if query::transaction_wrote() {
+            stats::add(Counter::SkippedWrote, 1);
+            return;
+        }
+        let head = pb::Capture {
+            oid: self.oid,
+            fingerprint: self.fingerprint,
+            snapshot: Some(query::snapshot(query)),
+            rows: Vec::new(),
+        };
+        message.clear();
+        // Encoding into a Vec cannot fail: it grows.
+        let _ = head.encode(message);
+        message.extend_from_slice(&self.rows);
+        if query::catching(|| flusher::write_capture(message)).is_some() {
+            stats::add(Counter::RowsEmitted, self.count);
+            stats::add(Counter::MessagesEmitted, 1);
+            stats::add(Counter::BytesEmitted, message.len() as u64);
+        } else {
+            stats::add(Counter::SkippedFailed, self.count);
+        }
+        if message.capacity() > KEPT_BYTES {
+            *message = Vec::new();
+        }
+    }
+
+    fn clear(&mut self) {
+        self.count = 0;
+        self.rows.clear();
+        self.rows.shrink_to(KEPT_BYTES);
     }
 }

@@ -79,14 +79,15 @@ pub const COUNTERS: [(Counter, &str, &str); 12] = [
 
 /// Adds to a counter; without shared memory nothing is counted.
 pub fn add(counter: Counter, count: u64) {
-    if let Some(value) = shared::counters().get(counter as usize) {
+    if let Some(value) = shared::own_counters().get(counter as usize) {
         value.fetch_add(count, Ordering::Relaxed);
     }
 }
 
 /// The value of a counter.
 pub fn get(counter: Counter) -> u64 {
-    shared::counters()
-        .get(counter as usize)
-        .map_or(0, |value: &AtomicU64| value.load(Ordering::Relaxed))
+    shared::all_counters()
+        .filter_map(|counters| counters.get(counter as usize))
+        .map(|value: &AtomicU64| value.load(Ordering::Relaxed))
+        .sum()
 }

@@ -7,7 +7,7 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 
 use super::relation::PROVIDER;
-use super::{executor, settings, shared, text};
+use super::{executor, flusher, settings, shared, text};
 use crate::decode::ddl_message::{self, DdlMessage};
 use crate::{ddl, tables};
 
@@ -36,6 +36,7 @@ pub unsafe extern "C-unwind" fn _PG_init() {
     if is_preloaded() {
         shared::request();
         executor::hook();
+        flusher::register();
     } else {
         log!(
             "walmirror is not in shared_preload_libraries: SELECT capture is off, and drops of mirrored tables go unnoticed"

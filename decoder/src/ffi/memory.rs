@@ -35,8 +35,13 @@ impl Context {
 
     /// Frees all that was allocated in the context (`MemoryContextReset`).
     pub fn reset(self) {
-        // SAFETY: the context is valid; who calls this keeps no reference into it.
-        unsafe { pg_sys::MemoryContextReset(self.0) }
+        // SAFETY: the context is valid; who calls this keeps no reference into it. One that nothing was allocated in since is
+        // left alone, as MemoryContextReset does, without the guard of the call.
+        unsafe {
+            if !(*self.0).isReset {
+                pg_sys::MemoryContextReset(self.0)
+            }
+        }
     }
 
     /// Deletes the context (`MemoryContextDelete`).

@@ -7,16 +7,21 @@
 pub mod catalog_types;
 pub mod datum;
 pub mod executor;
+pub mod flusher;
 pub mod function;
 pub mod hooks;
+pub mod local;
 pub mod memory;
 pub mod output_plugin;
 pub mod pack;
+pub mod query;
 pub mod relation;
+pub mod scan;
 pub mod session;
 pub mod settings;
 pub mod shared;
 pub mod text;
+mod unguarded;
 pub mod value;
 
 #[cfg(not(all(target_endian = "little", target_pointer_width = "64")))]

@@ -296,10 +296,15 @@ pub fn full_xid(xid: u32) -> u64 {
     full_xid_before(next_full_xid(), xid)
 }
 
-/// The next transaction id to be assigned, with its epoch.
+/// The next transaction id to be assigned, with its epoch, or one that was so just now: its lock, which every transaction
+/// that writes needs, is not taken.
 pub fn next_full_xid() -> u64 {
-    // SAFETY: reads shared memory under its lock.
-    unsafe { pg_sys::ReadNextFullTransactionId() }.value
+    #[cfg(any(feature = "pg14", feature = "pg15", feature = "pg16"))]
+    use pg_sys::ShmemVariableCache as variables;
+    #[cfg(any(feature = "pg17", feature = "pg18"))]
+    use pg_sys::TransamVariables as variables;
+    // SAFETY: points to shared memory since the backend started. An aligned word of 64 bits is read whole.
+    unsafe { (&raw const (*variables).nextXid.value).read_volatile() }
 }
 
 /// A transaction id with its epoch. What is being decoded or read lies less than 2^31 transactions back, so the epoch is

@@ -18,8 +18,29 @@ static mut START: *const AtomicU64 = std::ptr::null();
 static mut NEXT_REQUEST: pg_sys::shmem_request_hook_type = None;
 static mut NEXT_STARTUP: pg_sys::shmem_startup_hook_type = None;
 
-/// What stands before the recently-captured table: the counters, and when the WAL writer was woken last.
-const HEAD: usize = COUNTERS.len() + 1;
+/// Words of one set of counters, padded to whole cache lines.
+const SET: usize = COUNTERS.len().next_multiple_of(LINE);
+/// Words of a cache line.
+const LINE: usize = 8;
+/// Sets of counters. A backend adds to the set that its process id picks: one that all shared would be a cache line that every
+/// query of every core fights for.
+const SETS: usize = 64;
+const FLUSH: usize = size_of::<Flush>()
+    .div_ceil(size_of::<AtomicU64>())
+    .next_multiple_of(LINE);
+/// Words before the recently-captured table: the counters and [`Flush`].
+const HEAD: usize = SETS * SET + FLUSH;
+
+/// What backends and the flusher tell each other.
+#[repr(C)]
+pub struct Flush {
+    /// The end of the last captured row in the WAL.
+    pub wanted: AtomicU64,
+    /// Not zero while the flusher sleeps until its latch is set.
+    pub sleeping: AtomicU64,
+    /// The address of the flusher's latch; zero while it does not run.
+    pub latch: AtomicU64,
+}
 
 fn bytes() -> usize {
     (HEAD + settings::capture_table_size()) * size_of::<AtomicU64>()
@@ -76,38 +97,47 @@ pub fn is_there() -> bool {
     !unsafe { START }.is_null()
 }
 
-/// The counters, in the order of [`COUNTERS`]; empty without shared memory.
-pub fn counters() -> &'static [AtomicU64] {
-    // SAFETY: START is NULL or points to `bytes()` bytes of shared memory, which live as long as the server.
+/// Words `from` and following, `count` of them; none without shared memory.
+///
+/// # Safety
+/// They must lie within the [`bytes`] that were asked for.
+unsafe fn words(from: usize, count: usize) -> &'static [AtomicU64] {
+    // SAFETY: START is NULL or points to that much shared memory, which lives as long as the server.
     unsafe {
         if START.is_null() {
             &[]
         } else {
-            slice::from_raw_parts(START, COUNTERS.len())
+            slice::from_raw_parts(START.add(from), count)
         }
     }
 }
 
-/// When capture woke the WAL writer last, in milliseconds since 2000-01-01.
-pub fn last_nudge() -> Option<&'static AtomicU64> {
-    // SAFETY: as above; the word follows the counters.
+/// The counters that this process adds to, in the order of [`COUNTERS`]; empty without shared memory.
+pub fn own_counters() -> &'static [AtomicU64] {
+    // SAFETY: one of the sets; MyProcPid is set when a process starts.
+    unsafe { words((pg_sys::MyProcPid as usize % SETS) * SET, COUNTERS.len()) }
+}
+
+/// All sets of counters.
+pub fn all_counters() -> impl Iterator<Item = &'static [AtomicU64]> {
+    // SAFETY: the sets stand at the start.
+    (0..SETS).map(|set| unsafe { words(set * SET, COUNTERS.len()) })
+}
+
+/// What backends and the flusher tell each other; `None` without shared memory.
+pub fn flush() -> Option<&'static Flush> {
+    // SAFETY: as above; its words follow the counters, and it consists of such words alone.
     unsafe {
         if START.is_null() {
             None
         } else {
-            Some(&*START.add(COUNTERS.len()))
+            Some(&*START.add(SETS * SET).cast::<Flush>())
         }
     }
 }
 
 /// The slots of the recently-captured table; empty without shared memory.
 pub fn seen() -> &'static [AtomicU64] {
-    // SAFETY: as above; the slots follow the counters.
-    unsafe {
-        if START.is_null() {
-            &[]
-        } else {
-            slice::from_raw_parts(START.add(HEAD), settings::capture_table_size())
-        }
-    }
+    // SAFETY: the slots follow, as many as the setting says, which cannot change while the server runs.
+    unsafe { words(HEAD, settings::capture_table_size()) }
 }
