@@ -32,6 +32,7 @@ mod plot;
 
 // The cases.
 mod backfill;
+mod capture;
 mod decode;
 mod e2e;
 mod latency;
@@ -41,12 +42,13 @@ use options::Options;
 
 type Case = (&'static str, fn(&Options) -> Vec<figures::Outcome>);
 
-const CASES: [Case; 5] = [
+const CASES: [Case; 6] = [
     ("decode", decode::run),
     ("e2e", e2e::run),
     ("latency", latency::run),
     ("backfill", backfill::run),
     ("workloads", workloads::run),
+    ("capture", capture::run),
 ];
 
 fn main() {
