@@ -248,7 +248,11 @@ fn split_sqlstate(line: &str) -> Option<(&str, &str, &str)> {
 
 impl fmt::Display for PqError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)?;
+        // libpq breaks its lines, and a log has one line for one event.
+        for (number, line) in self.message.lines().enumerate() {
+            f.write_str(if number > 0 { " " } else { "" })?;
+            f.write_str(line.trim())?;
+        }
         if let Some(sqlstate) = &self.sqlstate {
             write!(f, " (SQLSTATE {sqlstate})")?;
         }
