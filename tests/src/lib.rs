@@ -23,6 +23,7 @@ mod redis_server;
 mod scenario;
 mod seed;
 mod sink;
+mod tmpfs;
 mod wait;
 mod watch;
 
@@ -37,5 +38,6 @@ pub use redis_server::Redis;
 pub use scenario::{Scenario, Setup};
 pub use seed::rng;
 pub use sink::Sink;
+pub use tmpfs::Tmpfs;
 pub use wait::{DEADLINE, Lsn, wait_for};
 pub use watch::Watch;

@@ -108,6 +108,39 @@ impl Pg {
         fs::write(self.data().join("pg_hba.conf"), lines).unwrap();
     }
 
+    /// Copies the data directory of a server that is stopped.
+    pub fn copy_data(&self) -> PathBuf {
+        let copy = self.dir.path().join("copy");
+        run(Command::new("cp").arg("-a").arg(self.data()).arg(&copy));
+        copy
+    }
+
+    /// Takes a base backup of the running server, made ready to be a standby of nobody.
+    pub fn base_backup(&self) -> PathBuf {
+        let backup = self.dir.path().join("backup");
+        run(self
+            .program("pg_basebackup", "postgres")
+            .args(["--checkpoint=fast", "--wal-method=stream", "--no-sync", "-D"])
+            .arg(&backup));
+        fs::write(backup.join("standby.signal"), "").unwrap();
+        let owner = fs::metadata(self.data()).unwrap();
+        run(Command::new("chown")
+            .arg("-R")
+            .arg(format!("{}:{}", owner.uid(), owner.gid()))
+            .arg(&backup));
+        backup
+    }
+
+    /// From the next start on the server, which is stopped, has this data directory.
+    pub fn replace_data(&self, with: &Path) {
+        assert!(
+            self.process.lock().unwrap_or_else(|e| e.into_inner()).is_none(),
+            "running"
+        );
+        fs::remove_dir_all(self.data()).unwrap();
+        fs::rename(with, self.data()).unwrap();
+    }
+
     /// Makes the server read its configuration again.
     pub fn reload(&self) {
         self.process

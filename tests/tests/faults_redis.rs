@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
-use walmirror_tests::{DEADLINE, Dir, Redis, Scenario, Setup, Signal, Sink, wait_for};
+use walmirror_tests::{DEADLINE, Dir, Redis, Scenario, Setup, Signal, Sink, Tmpfs, wait_for};
 
 const LOST: [&str; 3] = [
     "the connection to Redis at",
@@ -327,7 +327,7 @@ fn no_space_for_the_append_only_file() {
         println!("skipped: this user may not mount a tmpfs");
         return;
     };
-    let setup = with(&[&EVERYSEC[..], &["--dir", &full.0.display().to_string()]].concat());
+    let setup = with(&[&EVERYSEC[..], &["--dir", &dir.path().display().to_string()]].concat());
     let s = Scenario::start("no_space_for_the_append_only_file", setup);
     s.said("MISCONF", 0);
     full.resize("200m");
@@ -398,42 +398,4 @@ fn frozen_under_full_load() {
         assert_eq!(s.pg_link.accepted(), connections, "the session has outlived it");
     }
     s.finish(&LOST);
-}
-
-/// A small file system of its own.
-struct Tmpfs(PathBuf);
-
-impl Tmpfs {
-    fn mount(path: &std::path::Path, size: &str) -> Option<Tmpfs> {
-        let mount = |args: &[&str]| {
-            std::process::Command::new("mount")
-                .args(args)
-                .arg(path)
-                .stderr(std::process::Stdio::null())
-                .status()
-        };
-        let option = format!("size={size}");
-        mount(&["-t", "tmpfs", "-o", &option, "tmpfs"])
-            .is_ok_and(|status| status.success())
-            .then(|| Tmpfs(path.to_owned()))
-    }
-
-    fn resize(&self, size: &str) {
-        let status = std::process::Command::new("mount")
-            .args(["-o", &format!("remount,size={size}")])
-            .arg(&self.0)
-            .status()
-            .unwrap();
-        assert!(status.success());
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        // Lazily: whoever still uses it does not keep it.
-        let _ = std::process::Command::new("umount")
-            .arg("-l")
-            .arg(&self.0)
-            .status();
-    }
 }

@@ -8,7 +8,7 @@ use super::decide::{Decision, decide};
 use crate::config::{OnGap, RunConfig};
 use crate::error::Error;
 use crate::plan::RedisKeys;
-use crate::pq::{Connection as Postgres, Waker};
+use crate::pq::{Connection as Postgres, ErrorKind, PqError, Waker};
 use crate::redis::{Claim, Connection as Redis, Identity, read_stored};
 use crate::replication::slot::PLUGIN;
 use crate::replication::{SlotInfo, Stream, create_slot, drop_slot, identify_system, slot_info};
@@ -42,7 +42,7 @@ pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> 
         .map_err(|error| Error::postgres("cannot connect to Postgres", error))?;
     sql.interrupt_with(interrupt.clone());
     sql.answer_within(Some(ANSWER));
-    check_extension(&mut sql)?;
+    check_database(&mut sql)?;
     let info = slot_info(&mut sql, slot)?;
     check_slot(slot, info.as_ref(), &sql)?;
     let mut replication =
@@ -126,11 +126,11 @@ pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> 
     })
 }
 
-fn check_extension(sql: &mut Postgres) -> Result<(), Error> {
+fn check_database(sql: &mut Postgres) -> Result<(), Error> {
     let database = sql.database().unwrap_or_default();
     let result = sql
         .query(
-            "SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'walmirror'",
+            "SELECT extversion, pg_catalog.pg_is_in_recovery() FROM pg_catalog.pg_extension WHERE extname = 'walmirror'",
             &[],
         )
         .map_err(|error| Error::postgres("cannot look for the extension", error))?;
@@ -139,6 +139,12 @@ fn check_extension(sql: &mut Postgres) -> Result<(), Error> {
             "the database {database:?} does not have the extension walmirror"
         ))
         .next(format!("psql -d {database} -c 'CREATE EXTENSION walmirror'")));
+    }
+    if result.text(0, 1) == Some("t") {
+        // In the middle of a failover: nothing can be written there, markers neither, until it is promoted.
+        let error = PqError::new(ErrorKind::Connection, "it is a standby, and may be promoted yet");
+        return Err(Error::postgres("cannot mirror from this server", error)
+            .next("walmirror run --postgres '… target_session_attrs=read-write' …"));
     }
     Ok(())
 }

@@ -1,0 +1,296 @@
+//! Postgres goes away, forgets, is put back, is replaced by another one, or lets nobody in.
+//!
+//! More of it in crash.rs (restarts with the order of every write watched), start.rs (a slot that was dropped) and
+//! faults_schema.rs (what SQL itself does to the stream).
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
+
+use rand::Rng;
+use walmirror_tests::{DEADLINE, Dir, Lsn, Scenario, Setup, Signal, Sink, Tmpfs, wait_for};
+
+/// What the sink may say while Postgres is away.
+const AWAY: [&str; 7] = [
+    "broke",
+    "server closed the connection",
+    "cannot connect to Postgres",
+    "cannot open a replication connection",
+    "the stream ended",
+    "is active for PID",
+    // A query was under way.
+    "terminating connection",
+];
+
+#[test]
+fn the_walsender_is_terminated_under_load() {
+    let mut s = Scenario::start("the_walsender_is_terminated_under_load", Setup::default());
+    for _ in 0..6 {
+        std::thread::sleep(Duration::from_millis(s.rng.random_range(0..200)));
+        s.m.sql(&format!("SELECT pg_terminate_backend({})", s.walsender()));
+        s.flow();
+    }
+    s.finish(&AWAY);
+}
+
+#[test]
+fn restarted_and_crashed_under_load() {
+    let s = Scenario::start("restarted_and_crashed_under_load", Setup::alone(""));
+    for signal in [Signal::INT, Signal::QUIT, Signal::KILL, Signal::INT, Signal::QUIT] {
+        s.m.db.pg.restart(signal);
+        s.m.db.reconnect();
+        s.flow();
+    }
+    s.finish(&AWAY);
+}
+
+/// The walsender hangs: both sides give it up, and the slot is free once it is gone.
+#[test]
+fn the_walsender_is_frozen() {
+    let s = Scenario::start("the_walsender_is_frozen", Setup::default());
+    s.silence("3s");
+    let walsender = rustix::process::Pid::from_raw(s.walsender()).unwrap();
+    rustix::process::kill_process(walsender, Signal::STOP).unwrap();
+    s.said("the server is silent", 0);
+    s.said("is active for PID", 0);
+    rustix::process::kill_process(walsender, Signal::CONT).unwrap();
+    s.flow();
+    s.finish(&[&AWAY[..], &["the server is silent"]].concat());
+}
+
+fn drop_slot(s: &Scenario) {
+    wait_for(DEADLINE, "the slot to be dropped", || {
+        let drop = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = current_database() AND active; \
+             SELECT pg_drop_replication_slot(current_database())";
+        s.m.db.connect().batch_execute(drop).ok()
+    });
+}
+
+#[test]
+fn the_slot_is_dropped_under_load() {
+    let mut s = Scenario::start("the_slot_is_dropped_under_load", Setup::default());
+    s.resyncs();
+    drop_slot(&s);
+    s.said("the slot is gone", 0);
+    s.finish(&[&AWAY[..], &["the slot is gone", "does not exist"]].concat());
+}
+
+/// Dropped, and made again by somebody: what was committed in between is not in it.
+#[test]
+fn the_slot_is_dropped_and_made_again() {
+    let mut s = Scenario::start("the_slot_is_dropped_and_made_again", Setup::default());
+    s.m.sink(Sink::terminate);
+    s.resyncs();
+    drop_slot(&s);
+    s.m.sql("UPDATE item SET n = n + 1; DELETE FROM doc WHERE part = 1");
+    s.m.sql("SELECT pg_create_logical_replication_slot(current_database(), 'walmirror')");
+    s.m.sink(Sink::restart);
+    s.said("it lost what is between", 0);
+    s.finish(&["it lost what is between"]);
+}
+
+/// Nobody reads for so long that Postgres drops the WAL: its disk is worth more than a resync.
+#[test]
+fn the_slot_is_invalidated() {
+    let settings =
+        "max_slot_wal_keep_size = 16MB\nmax_wal_size = 32MB\nmin_wal_size = 32MB\nwal_keep_size = 0";
+    let mut s = Scenario::start("the_slot_is_invalidated", Setup::alone(settings));
+    s.m.sink(Sink::kill);
+    s.resyncs();
+    wait_for(DEADLINE, "the slot to be lost", || {
+        s.m.sql("CREATE TABLE IF NOT EXISTS waste (v text); INSERT INTO waste SELECT repeat('w', 1000) FROM generate_series(1, 10000); \
+                 SELECT pg_switch_wal(); CHECKPOINT");
+        (s.m.db.value("SELECT wal_status FROM pg_replication_slots") == "lost").then_some(())
+    });
+    s.m.sink(Sink::restart);
+    s.said("has lost the WAL", 0);
+    s.finish(&["has lost the WAL"]);
+}
+
+/// With the limit, a full disk never stops Postgres, however long nobody reads.
+#[test]
+fn no_space_for_wal() {
+    let settings =
+        "max_slot_wal_keep_size = 32MB\nmax_wal_size = 48MB\nmin_wal_size = 32MB\nwal_keep_size = 0";
+    let pg = walmirror_tests::Pg::create(settings);
+    let dir = Dir::new("wal");
+    let Some(_full) = Tmpfs::mount(dir.path(), "192m") else {
+        println!("skipped: this user may not mount a tmpfs");
+        return;
+    };
+    let (wal, owner) = (pg.data().join("pg_wal"), fs::metadata(pg.data()).unwrap());
+    let moved = dir.path().join("pg_wal");
+    let status = std::process::Command::new("mv")
+        .arg(&wal)
+        .arg(&moved)
+        .status()
+        .unwrap();
+    assert!(status.success());
+    std::os::unix::fs::chown(dir.path(), Some(owner.uid()), Some(owner.gid())).unwrap();
+    std::os::unix::fs::symlink(&moved, &wal).unwrap();
+    pg.resume();
+    let setup = Setup {
+        pg: std::sync::Arc::new(pg),
+        ..Setup::default()
+    };
+    let mut s = Scenario::start("no_space_for_wal", setup);
+    s.m.sink(Sink::kill);
+    s.resyncs();
+    s.m.sql("CREATE TABLE waste (v text)");
+    // Three times what the file system holds.
+    for _ in 0..60 {
+        s.m.sql("INSERT INTO waste SELECT repeat('w', 1000) FROM generate_series(1, 9000); TRUNCATE waste");
+    }
+    let log = s.m.db.pg.log();
+    assert!(!log.contains("PANIC") && !log.contains("No space left"), "{log}");
+    s.m.sink(Sink::restart);
+    s.finish(&["has lost the WAL"]);
+}
+
+/// The data directory is put back to an earlier state, slot and all: what Redis has is of a future that never was.
+#[test]
+fn put_back_to_an_earlier_state() {
+    let mut s = Scenario::start("put_back_to_an_earlier_state", Setup::alone(""));
+    s.load.pause(true);
+    s.m.db.pg.stop(Signal::INT);
+    let copy = s.m.db.pg.copy_data();
+    s.m.db.pg.resume();
+    s.m.db.reconnect();
+    s.load.pause(false);
+    s.flow();
+    s.m.sql("INSERT INTO item SELECT i, i, 'of a future that never was' FROM generate_series(2000, 2100) i");
+    s.reach();
+    s.load.pause(true);
+    s.resyncs();
+    s.m.db.pg.stop(Signal::QUIT);
+    s.m.db.pg.replace_data(&copy);
+    s.m.db.pg.resume();
+    s.m.db.reconnect();
+    s.said("put back to an earlier state", 0);
+    s.m.settle();
+    s.finish(&[&AWAY[..], &["put back to an earlier state"]].concat());
+}
+
+/// A standby that is behind is promoted. Before Postgres 17 it has no slot: a gap, and Redis follows the new primary.
+#[test]
+fn failover_to_a_standby() {
+    let mut s = Scenario::start("failover_to_a_standby", Setup::alone("hot_standby = on"));
+    let backup = s.m.db.pg.base_backup();
+    // The standby never gets these.
+    s.flow();
+    s.m.sql("UPDATE item SET n = n + 1000; DELETE FROM doc");
+    s.reach();
+    s.resyncs();
+    s.load.pause(true);
+    s.m.db.pg.stop(Signal::KILL);
+    s.m.db.pg.replace_data(&backup);
+    s.m.db.pg.resume();
+    s.m.db.reconnect();
+    // The sink waits for the promotion.
+    s.said("is a standby", 0);
+    s.m.sql("SELECT pg_promote()");
+    s.said("every table is backfilled anew", 0);
+    s.m.settle();
+    s.finish(&[&AWAY[..], &["is a standby", "every table is backfilled anew"]].concat());
+}
+
+/// Whoever logs in is refused, in every way there is. Each is an ERROR line with the next command, until it is mended.
+#[test]
+fn nobody_is_let_in() {
+    let pg = walmirror_tests::Pg::start("password_encryption = 'scram-sha-256'");
+    pg.connect("postgres")
+        .batch_execute(
+            "CREATE ROLE mirror LOGIN REPLICATION PASSWORD 'first'; GRANT pg_read_all_data TO mirror",
+        )
+        .unwrap();
+    let hba =
+        |how: &str| format!("local all mirror {how}\nlocal all all trust\nlocal replication all trust\n");
+    pg.set_hba(&hba("scram-sha-256"));
+    pg.reload();
+    let setup = Setup {
+        pg: std::sync::Arc::new(pg),
+        user: "mirror password=first".to_owned(),
+        ..Setup::default()
+    };
+    let s = Scenario::start("nobody_is_let_in", setup);
+    let hba_is = |how: &str| {
+        s.m.db.pg.set_hba(&hba(how));
+        s.m.db.pg.reload();
+    };
+    type Deed<'a> = &'a dyn Fn();
+    let cases: [(&str, Deed<'_>, Deed<'_>); 5] = [
+        (
+            "password authentication failed",
+            &|| s.m.sql("ALTER ROLE mirror PASSWORD 'second'"),
+            &|| s.m.sql("ALTER ROLE mirror PASSWORD 'first'"),
+        ),
+        ("pg_hba.conf rejects", &|| hba_is("reject"), &|| {
+            hba_is("scram-sha-256")
+        }),
+        (
+            "is not permitted to log in",
+            &|| s.m.sql("ALTER ROLE mirror NOLOGIN"),
+            &|| s.m.sql("ALTER ROLE mirror LOGIN"),
+        ),
+        (
+            "replication",
+            &|| s.m.sql("ALTER ROLE mirror NOREPLICATION"),
+            &|| s.m.sql("ALTER ROLE mirror REPLICATION"),
+        ),
+        (
+            "too many connections for role",
+            &|| s.m.sql("ALTER ROLE mirror CONNECTION LIMIT 0"),
+            &|| s.m.sql("ALTER ROLE mirror CONNECTION LIMIT -1"),
+        ),
+    ];
+    for (said, harm, heal) in cases {
+        let seen = s.log().len();
+        harm();
+        s.pg_link.cut();
+        s.said(said, seen);
+        heal();
+        s.flow();
+        // With another process the pauses begin small again.
+        s.kill_sink();
+        s.flow();
+    }
+    assert!(!s.log().contains("password=first"), "{}", s.log());
+    s.finish(&AWAY);
+}
+
+/// Others write in another database: the slot of one where nothing happens keeps no WAL because of that.
+#[test]
+fn another_database_is_busy() {
+    let s = Scenario::start("another_database_is_busy", Setup::alone(""));
+    s.load.pause(true);
+    s.reach();
+    let mut other = s.m.db.pg.connect("postgres");
+    other.batch_execute("CREATE TABLE waste (v text)").unwrap();
+    for _ in 0..5 {
+        other
+            .batch_execute(
+                "INSERT INTO waste SELECT repeat('w', 1000) FROM generate_series(1, 10000); CHECKPOINT",
+            )
+            .unwrap();
+        let target = s.m.db.lsn();
+        wait_for(DEADLINE, format!("the slot to be confirmed to {target}"), || {
+            let slot =
+                "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = current_database()";
+            (s.m.db.value(slot).parse::<Lsn>().unwrap() >= target).then_some(())
+        });
+    }
+    let kept: i64 =
+        s.m.db
+            .value("SELECT pg_current_wal_lsn() - restart_lsn FROM pg_replication_slots")
+            .parse()
+            .unwrap();
+    assert!(kept < 40 << 20, "{kept} bytes of WAL are kept");
+    s.finish(&[]);
+}
