@@ -12,6 +12,11 @@ use crate::transaction::Part;
 /// Prefix of the fields that hold the backfill cursors.
 const BACKFILL: &str = "backfill:";
 
+/// The field that says that everything has to be made anew.
+pub(crate) const RESYNC: &str = "resync";
+/// The fields of a transaction that is applied in part.
+pub(crate) const PART_FIELDS: [&[u8]; 3] = [b"part_xid", b"part_commit_lsn", b"part_records"];
+
 /// What the progress hash says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
@@ -31,6 +36,8 @@ pub struct Progress {
     pub part: Option<Part>,
     /// oid -> backfill cursor (JSON).
     pub cursors: BTreeMap<u32, String>,
+    /// Redis and the stream did not fit together, and the session that was to make everything anew has not begun to.
+    pub resync: bool,
 }
 
 /// The progress hash holds something that this program did not write.
@@ -89,6 +96,7 @@ impl Progress {
             database: text("database").unwrap_or_default(),
             part,
             cursors,
+            resync: fields.contains_key(RESYNC),
         }))
     }
 }
@@ -125,14 +133,14 @@ pub fn write_step(commands: &mut Commands, keys: &RedisKeys, step: &Step) {
         commands.arg(field).arg(value.as_bytes());
     }
     if step.clear_part && step.part.is_none() {
-        commands.command(&[
-            b"HDEL",
-            &keys.progress,
-            b"part_xid",
-            b"part_commit_lsn",
-            b"part_records",
-        ]);
+        let [xid, commit_lsn, records] = PART_FIELDS;
+        commands.command(&[b"HDEL", &keys.progress, xid, commit_lsn, records]);
     }
+}
+
+/// Appends the command that says that everything is being made anew: every backfill has its new cursor in the same step.
+pub fn write_resync_begun(commands: &mut Commands, keys: &RedisKeys) {
+    commands.command(&[b"HDEL", &keys.progress, RESYNC.as_bytes()]);
 }
 
 /// Appends the command that writes (or, with None, removes) a backfill cursor.

@@ -165,14 +165,18 @@ impl Transactions {
         }))
     }
 
-    /// What the progress has to say if the open transaction is cut here. None: no transaction is open.
+    /// What the progress has to say if a step ends here: how far the open transaction is, or one of which an earlier
+    /// session applied a part and that is still to come.
     pub fn part(&self) -> Option<Part> {
-        let open = self.open.as_ref()?;
-        Some(Part {
-            xid: open.xid,
-            commit_lsn: open.commit_lsn,
-            records: open.records,
-        })
+        match self.open {
+            // Records that are skipped are applied already: the part never gets smaller.
+            Some(open) if open.skip != u64::MAX => Some(Part {
+                xid: open.xid,
+                commit_lsn: open.commit_lsn,
+                records: open.records.max(open.skip),
+            }),
+            _ => self.part,
+        }
     }
 
     /// Whether the stream is inside of a transaction.
@@ -296,6 +300,27 @@ mod tests {
         transactions.commit(&pb::Commit { end_lsn: 110 }).unwrap();
         transactions.begin(&begin(6, 120)).unwrap();
         assert!(transactions.change("row").unwrap().is_some());
+    }
+
+    /// A keepalive or a backfill may write the progress before the transaction that was cut has come again.
+    #[test]
+    fn a_part_stays_until_its_transaction_is_over() {
+        let part = Part {
+            xid: 5,
+            commit_lsn: Lsn(100),
+            records: 2,
+        };
+        let mut transactions = Transactions::resume(Lsn(50), Some(part));
+        assert_eq!(transactions.part(), Some(part));
+        transactions.begin(&begin(4, 40)).unwrap();
+        assert_eq!(transactions.change("row"), Ok(None));
+        assert_eq!(transactions.part(), Some(part));
+        transactions.commit(&pb::Commit { end_lsn: 50 }).unwrap();
+        transactions.begin(&begin(5, 100)).unwrap();
+        assert_eq!(transactions.change("row"), Ok(None));
+        assert_eq!(transactions.part(), Some(part));
+        transactions.commit(&pb::Commit { end_lsn: 110 }).unwrap();
+        assert_eq!(transactions.part(), None);
     }
 
     #[test]

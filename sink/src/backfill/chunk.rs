@@ -135,6 +135,11 @@ impl Window {
         self.changed.notify_all();
     }
 
+    /// How many chunks are on their way.
+    pub fn outstanding(&self) -> usize {
+        self.lock().outstanding
+    }
+
     /// Whether a chunk was dropped since the worker began.
     pub fn is_stale(&self) -> bool {
         self.lock().stale

@@ -110,6 +110,16 @@ impl Backfill {
         }
     }
 
+    /// Whether there may be keys that are noted as pending.
+    pub(crate) fn has_pending(&self) -> bool {
+        self.pending.load(Ordering::Acquire)
+    }
+
+    /// The pending hash was found to be empty. It has to be looked at once more after this: a key may have been noted meanwhile.
+    pub(crate) fn clear_pending(&self) {
+        self.pending.store(false, Ordering::Release);
+    }
+
     /// The catalog was compared with the registry.
     pub fn note_reconciled(&self) {
         self.reconciled.store(true, Ordering::Release);
@@ -122,30 +132,28 @@ impl Backfill {
         self.changed.notify_all();
     }
 
-    fn is_reconciled(&self) -> bool {
+    pub(crate) fn is_reconciled(&self) -> bool {
         self.reconciled.load(Ordering::Acquire)
     }
 
     /// Whether nothing is left to be done but what the stream brings.
     pub fn is_idle(&self) -> bool {
-        self.is_reconciled()
-            && !self.pending.load(Ordering::Acquire)
-            && self.lock().values().all(|task| task.cursor.is_done())
+        self.is_reconciled() && !self.has_pending() && self.lock().values().all(|task| task.cursor.is_done())
     }
 
     /// The table, if it is still in this life.
-    fn task(&self, relation: u32) -> Option<Task> {
+    pub(crate) fn task(&self, relation: u32) -> Option<Task> {
         self.lock().get(&relation).cloned()
     }
 
-    fn is_current(&self, relation: u32, generation: u64) -> bool {
+    pub(crate) fn is_current(&self, relation: u32, generation: u64) -> bool {
         self.lock()
             .get(&relation)
             .is_some_and(|task| task.generation == generation)
     }
 
     /// The first table that is to be filled, or else the first of those whose keys are to be checked.
-    fn next_task(&self) -> Option<(u32, Task)> {
+    pub(crate) fn next_task(&self) -> Option<(u32, Task)> {
         let tasks = self.lock();
         let first = |stage: Stage| {
             let mut of_stage = tasks.iter().filter(move |(_, task)| task.cursor.stage == stage);
@@ -162,7 +170,7 @@ impl Backfill {
     }
 
     /// The key templates of all other tables.
-    fn other_templates(&self, relation: u32) -> Vec<KeyTemplate> {
+    pub(crate) fn other_templates(&self, relation: u32) -> Vec<KeyTemplate> {
         let tasks = self.lock();
         tasks
             .iter()
@@ -171,7 +179,7 @@ impl Backfill {
             .collect()
     }
 
-    fn marker(&self) -> u64 {
+    pub(crate) fn marker(&self) -> u64 {
         self.next_marker.fetch_add(1, Ordering::AcqRel)
     }
 

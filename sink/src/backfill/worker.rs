@@ -2,7 +2,6 @@
 //! connect only when there is.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
@@ -125,7 +124,7 @@ fn pending_keys(context: &Context) -> Result<(), Error> {
     // Whatever an earlier session left.
     context.backfill.note_pending();
     while !context.stopped() {
-        if !context.backfill.pending.load(Ordering::Acquire) {
+        if !context.backfill.has_pending() {
             context.backfill.wait(IDLE);
             continue;
         }
@@ -149,7 +148,7 @@ fn is_empty(redis: &mut Connection, keys: &RedisKeys) -> Result<bool, Error> {
 
 /// Takes the notice back, unless something was noted since it was found to be empty.
 fn clear(context: &Context, redis: &mut Connection) -> Result<(), Error> {
-    context.backfill.pending.store(false, Ordering::Release);
+    context.backfill.clear_pending();
     if !is_empty(redis, &context.keys)? {
         context.backfill.note_pending();
     }

@@ -10,7 +10,7 @@ use walmirror_proto::{Lsn, pb};
 use super::Connection;
 use crate::error::{Class, Error};
 use crate::plan::{RedisKeys, Script, Scripts};
-use crate::progress::Progress;
+use crate::progress::{PART_FIELDS, Progress, RESYNC};
 
 /// What earlier sessions left.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -91,6 +91,14 @@ impl Claim {
         let scripts = load_scripts(&mut connection)?;
         connection.call("watch the progress key", &[b"WATCH", &keys.progress])?;
         let stored = read_stored(&mut connection, keys)?;
+        if start.is_none() && stored.progress.is_none() {
+            // An epoch without a position would be a progress hash that no session can begin with.
+            return Err(Error::redis(
+                "cannot claim the progress key",
+                Class::Retry,
+                "it was there a moment ago: Redis was emptied meanwhile",
+            ));
+        }
         let epoch = stored.progress.as_ref().map_or(0, |progress| progress.epoch) + 1;
         let mut fields: Vec<(&str, String)> = vec![
             ("epoch", epoch.to_string()),
@@ -100,9 +108,14 @@ impl Claim {
         ];
         connection.call("begin", &[b"MULTI"])?;
         if let Some(lsn) = start {
-            // The cursors and the part of the old life go; the epoch goes on rising (INVARIANT I4).
-            connection.call("reset the progress", &[b"UNLINK", &keys.progress])?;
+            // The part of the old life goes; the epoch goes on rising (INVARIANT I4). The cursors stay for what they know of old
+            // key templates: that everything begins anew is noted, so that it does even if this session ends before it has
+            // written its first batch.
+            let mut command: Vec<&[u8]> = vec![b"HDEL", &keys.progress];
+            command.extend(PART_FIELDS);
+            connection.call("reset the progress", &command)?;
             fields.push(("lsn", lsn.to_string()));
+            fields.push((RESYNC, "1".to_owned()));
         }
         let mut command: Vec<&[u8]> = vec![b"HSET", &keys.progress];
         command.extend(

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use redis::io::tcp::TcpSettings;
-use redis::{IntoConnectionInfo, Value};
+use redis::{IntoConnectionInfo, RedisResult, Value};
 
 use super::error::{client_error, reply_error};
 use crate::config::RedisUrl;
@@ -16,9 +16,25 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// transaction on a slow server has to fit in.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// What carries commands to Redis and replies back: a socket, or a model of Redis in the simulator.
+pub(crate) trait Wire: Send {
+    fn send(&mut self, commands: &[u8]) -> RedisResult<()>;
+    fn receive(&mut self) -> RedisResult<Value>;
+}
+
+impl Wire for redis::Connection {
+    fn send(&mut self, commands: &[u8]) -> RedisResult<()> {
+        self.send_packed_command(commands)
+    }
+
+    fn receive(&mut self) -> RedisResult<Value> {
+        self.recv_response()
+    }
+}
+
 /// One connection. After an error it must not be used any more: replies may be outstanding.
 pub struct Connection {
-    inner: redis::Connection,
+    wire: Box<dyn Wire>,
     url: RedisUrl,
 }
 
@@ -42,21 +58,25 @@ impl Connection {
         inner.set_read_timeout(Some(REPLY_TIMEOUT)).map_err(failed)?;
         inner.set_write_timeout(Some(REPLY_TIMEOUT)).map_err(failed)?;
         Ok(Self {
-            inner,
+            wire: Box::new(inner),
             url: url.clone(),
         })
     }
 
+    /// A connection over something else than a socket.
+    #[cfg(test)]
+    pub(crate) fn over(wire: Box<dyn Wire>, url: RedisUrl) -> Self {
+        Self { wire, url }
+    }
+
     /// Sends commands without reading replies.
     pub fn send(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        self.inner
-            .send_packed_command(bytes)
-            .map_err(|error| self.broken(error))
+        self.wire.send(bytes).map_err(|error| self.broken(error))
     }
 
     /// Reads the next reply; an error reply is a value here.
     pub fn receive(&mut self) -> Result<Value, Error> {
-        self.inner.recv_response().map_err(|error| self.broken(error))
+        self.wire.receive().map_err(|error| self.broken(error))
     }
 
     /// Runs one command; an error reply is an error, which says `what` could not be done.

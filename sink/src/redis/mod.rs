@@ -13,6 +13,8 @@ mod writer;
 
 pub use claim::{Claim, Identity, Stored, read_stored};
 pub use connection::Connection;
+#[cfg(test)]
+pub(crate) use connection::Wire;
 pub use error::{class_of, reply_error};
 pub use scan::{Pages, Scan};
 pub use writer::{Applied, Segment, Writer};

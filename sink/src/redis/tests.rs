@@ -216,3 +216,17 @@ fn a_resync_begins_anew_but_the_epoch_goes_on() {
         (Lsn(3), 2, 0)
     );
 }
+
+/// Found by the simulator: a claim on a Redis that was emptied a moment before left an epoch without a position, and no
+/// session could begin with that.
+#[test]
+fn a_claim_on_a_redis_that_was_emptied_writes_nothing() {
+    let Some(server) = Server::start() else { return };
+    drop(claim(&server, Some(Lsn(1))));
+    let mut reader = server.connect();
+    reader.call("empty", &[b"FLUSHALL"]).unwrap();
+    let identity = Identity::default();
+    let error = Claim::take(server.connect(), &keys(), "s", &identity, None).unwrap_err();
+    assert_eq!(error.class(), Class::Retry);
+    assert!(read_stored(&mut reader, &keys()).unwrap().progress.is_none());
+}

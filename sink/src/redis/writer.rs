@@ -133,6 +133,12 @@ impl Writer {
         Ok(Some(Applied { step, pending }))
     }
 
+    /// The epoch that this writer claimed.
+    #[cfg(test)]
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
     /// Takes the name away by which a newer session would find this connection.
     #[cfg(test)]
     pub(crate) fn rename_for_test(&mut self) {

@@ -13,8 +13,10 @@ use crate::config::Durability;
 use crate::error::Error;
 use crate::redis::{Segment, Writer};
 
-/// An idle session asks Redis this often whether it is still there and still ours.
-const CHECK_EVERY: Duration = Duration::from_secs(3);
+/// An idle session asks Redis this often whether it is still there and still ours …
+const CHECK_EVERY: Duration = Duration::from_secs(1);
+/// … and more often where memory counts as durable early, because nothing does until Redis has answered.
+const CHECK_EVERY_MIN: Duration = Duration::from_millis(50);
 /// How long replicas or the disk are waited for at once: as long as that, nothing is applied.
 const WAIT_MS: u64 = 100;
 /// How often they are asked.
@@ -29,6 +31,10 @@ pub(super) fn apply(
     backfill: &Arc<Backfill>,
     durability: Durability,
 ) -> Result<(), Error> {
+    let check_every = match durability {
+        Durability::Memory { window } => (window / 2).clamp(CHECK_EVERY_MIN, CHECK_EVERY),
+        Durability::Replicas { .. } | Durability::Aof => CHECK_EVERY,
+    };
     let mut heard = Instant::now();
     let mut waited = Instant::now();
     let mut durable = Lsn::INVALID;
@@ -41,6 +47,8 @@ pub(super) fn apply(
             Ok(segment) => {
                 let commands = segment.batch.commands().count() as u64;
                 let applied = writer.apply(segment, &|| !shared.is_running())?;
+                heard = Instant::now();
+                shared.set_heard(heard);
                 add(&shared.metrics.commands, commands);
                 if let Some(applied) = applied {
                     add(&shared.metrics.batches, 1);
@@ -49,12 +57,13 @@ pub(super) fn apply(
                     }
                     shared.set_applied(applied.step.lsn);
                 }
-                heard = Instant::now();
                 let _ = room.send(());
             }
-            Err(RecvTimeoutError::Timeout) if heard.elapsed() >= CHECK_EVERY && !writer.is_open() => {
+            Err(RecvTimeoutError::Timeout) if heard.elapsed() >= check_every && !writer.is_open() => {
                 writer.check()?;
                 heard = Instant::now();
+                shared.set_heard(heard);
+                shared.wake_stream();
             }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return Ok(()),

@@ -1,12 +1,13 @@
-//! Whether Redis and the slot fit together: the one decision at the start of a session. Pure.
+//! Whether Redis and the slot fit together: the decision at the start of a session. Pure.
 //!
 //! START_REPLICATION behind the confirmed position is moved forward by the server without a word, so it has to be
 //! compared before; what lies between would be lost.
 
 use walmirror_proto::Lsn;
 
+use crate::error::{Class, Error};
 use crate::progress::Progress;
-use crate::redis::Identity;
+use crate::redis::{Identity, Stored};
 use crate::replication::SlotInfo;
 
 /// What to do.
@@ -75,6 +76,20 @@ pub(super) fn decide(
             _ => Decision::Resume(progress.lsn),
         },
     }
+}
+
+/// Whether what Redis held when the right to write was taken is what the decision was about: between the two, Redis may have
+/// lost its tail, and the stream has begun already.
+pub(super) fn still_fits(stored: &Stored, start: Lsn, fresh: Option<Lsn>) -> Result<(), Error> {
+    let is_behind = stored
+        .progress
+        .as_ref()
+        .is_none_or(|progress| progress.lsn < start);
+    if fresh.is_none() && is_behind {
+        let what = "the progress changed while this session began";
+        return Err(Error::redis(what, Class::Retry, "it went back or was removed"));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

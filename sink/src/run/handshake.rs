@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use walmirror_proto::Lsn;
 
-use super::decide::{Decision, decide};
+use super::decide::{Decision, decide, still_fits};
 use crate::config::{OnGap, RunConfig};
 use crate::error::Error;
 use crate::plan::RedisKeys;
@@ -97,20 +97,7 @@ pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> 
     let options = [("proto_version", "1")];
     let stream = Stream::start_on(replication, slot, start, &options, config.status_interval)?;
     let claim = Claim::take(redis, keys, slot, &identity, fresh)?;
-    if fresh.is_none()
-        && claim
-            .stored
-            .progress
-            .as_ref()
-            .is_none_or(|progress| progress.lsn < start)
-    {
-        let what = "the progress changed while this session began";
-        return Err(Error::redis(
-            what,
-            crate::error::Class::Retry,
-            "it went back or was removed",
-        ));
-    }
+    still_fits(&claim.stored, start, fresh)?;
     let horizon = horizon(&mut sql)?;
     let silence = silence(&mut sql)?;
     let confirmed = fresh

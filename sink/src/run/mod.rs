@@ -8,6 +8,7 @@
 
 mod applier;
 mod decide;
+mod durability;
 mod handshake;
 mod metrics;
 mod plan_loop;
@@ -15,6 +16,8 @@ mod planning;
 mod receiver;
 mod session;
 mod shared;
+#[cfg(test)]
+mod simulator;
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 

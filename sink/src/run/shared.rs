@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Instant;
 
 use walmirror_proto::Lsn;
 
@@ -45,6 +46,8 @@ pub(super) struct Shared {
     pub(super) queued_bytes: AtomicUsize,
     /// The receiver waits for the queue to get shorter.
     pub(super) held: AtomicBool,
+    /// When Redis last answered on the connection that writes.
+    heard: Mutex<Option<Instant>>,
     phase: AtomicU8,
     stream_waker: OnceLock<Waker>,
     failure: Mutex<Option<Error>>,
@@ -88,6 +91,15 @@ impl Shared {
 
     pub(super) fn durable(&self) -> Lsn {
         Lsn(self.durable.load(Ordering::Acquire))
+    }
+
+    /// Redis answered on the connection that writes: it is the one that has what was applied, and did not crash since.
+    pub(super) fn set_heard(&self, now: Instant) {
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+    }
+
+    pub(super) fn heard(&self) -> Option<Instant> {
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn phase(&self) -> Phase {

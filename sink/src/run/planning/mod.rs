@@ -18,7 +18,7 @@ use crate::backfill::{Backfill, Chunk};
 use crate::error::Error;
 use crate::gate::Gate;
 use crate::plan::{Mapping, Planner, RedisKeys, Scripts, Trust};
-use crate::progress::{Progress, Step};
+use crate::progress::{Progress, Step, write_resync_begun};
 use crate::redis::{Segment, Stored};
 use crate::transaction::Transactions;
 
@@ -113,11 +113,15 @@ impl Planning {
             shared,
         } = start;
         let bug = |error: crate::plan::MappingError| Error::bug(error.to_string());
-        let progress = stored.progress.unwrap_or_default();
-        let progress = fresh.map_or(progress, |lsn| Progress {
-            lsn,
-            ..Progress::default()
-        });
+        let mut progress = stored.progress.unwrap_or_default();
+        if let Some(lsn) = fresh {
+            progress = Progress {
+                lsn,
+                cursors: progress.cursors,
+                resync: true,
+                ..Progress::default()
+            };
+        }
         backfill.set_horizon(gate.horizon());
         let registry = Registry::new(
             keys.clone(),
@@ -148,11 +152,11 @@ impl Planning {
             advanced: false,
             out: VecDeque::new(),
         };
-        if fresh.is_some() {
-            planning
-                .registry
-                .restart_all(planning.assembly.batch())
-                .map_err(bug)?;
+        if progress.resync {
+            let batch = planning.assembly.batch();
+            let purges = planning.registry.restart_all(batch).map_err(bug)?;
+            write_resync_begun(batch.bookkeeping(), planning.planner.keys());
+            planning.purge(purges);
             planning.dirty = true;
         }
         Ok(planning)
@@ -194,7 +198,7 @@ impl Planning {
     /// Hands out what is complete. Only between transactions.
     pub(super) fn flush(&mut self) {
         if !self.transactions.is_open() {
-            self.close(None);
+            self.close();
         }
     }
 
@@ -203,20 +207,17 @@ impl Planning {
         if self.assembly.weight() < self.limits.batch_bytes {
             return;
         }
-        match self.transactions.part() {
-            None => self.close(None),
-            Some(part) if self.assembly.total_weight() >= self.limits.transaction_bytes => {
-                self.close(Some(part))
-            }
-            Some(_) => {
-                let segment = self.assembly.split();
-                self.out.push_back(segment);
-            }
+        if !self.transactions.is_open() || self.assembly.total_weight() >= self.limits.transaction_bytes {
+            self.close();
+        } else {
+            let segment = self.assembly.split();
+            self.out.push_back(segment);
         }
     }
 
     /// Ends the MULTI. INVARIANT I2: the step that it makes is written by it.
-    fn close(&mut self, part: Option<crate::transaction::Part>) {
+    fn close(&mut self) {
+        let part = self.transactions.part();
         let step = Step {
             lsn: self.lsn,
             commit_time: self.commit_time.take(),

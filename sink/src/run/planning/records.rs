@@ -137,6 +137,10 @@ impl Planning {
             return Err(self.broken("RELATION", format!("its index is {index}")));
         }
         let mapping = Mapping::new(&relation).map_err(|error| self.broken("RELATION", error))?;
+        if relation.announced {
+            // The keys of a cached table go.
+            self.cut_before_purge();
+        }
         let announced = relation.announced && self.counted("RELATION")?;
         if announced {
             self.announced(relation.clone())?;
@@ -234,7 +238,7 @@ impl Planning {
         self.restate();
     }
 
-    fn purge(&mut self, purges: Vec<Purge>) {
+    pub(super) fn purge(&mut self, purges: Vec<Purge>) {
         for purge in purges {
             self.assembly.purge(purge);
         }
@@ -243,8 +247,7 @@ impl Planning {
     /// A purge needs a MULTI that Redis has not begun yet. Must come before the record that wants the purge is counted.
     fn cut_before_purge(&mut self) {
         if self.assembly.is_split() {
-            let part = self.transactions.part();
-            self.close(part);
+            self.close();
         }
     }
 

@@ -63,17 +63,19 @@ impl Registry {
         self.relations.keys().copied().collect()
     }
 
-    /// Begins every backfill anew: Redis and the stream do not fit together.
-    pub(super) fn restart_all(&mut self, batch: &mut Batch) -> Result<(), MappingError> {
+    /// Begins every backfill anew: Redis and the stream do not fit together. Returns the purges of the caches, whose keys may
+    /// be stale for good.
+    pub(super) fn restart_all(&mut self, batch: &mut Batch) -> Result<Vec<Purge>, MappingError> {
+        let mut purges = Vec::new();
         for relation in self
             .relations
             .values()
             .map(|registered| registered.relation.clone())
             .collect::<Vec<_>>()
         {
-            self.register(batch, relation)?;
+            purges.extend(self.register(batch, relation)?);
         }
-        Ok(())
+        Ok(purges)
     }
 
     /// A version of a table counts from here on, and its keys are made anew. Returns the purges of a cache, whose keys
