@@ -1,0 +1,182 @@
+//! The invariants, checked after every step, and the comparison of everything at the end.
+
+use std::collections::BTreeMap;
+
+use prost::Message;
+use walmirror_proto::pb::{self, Mode};
+
+use super::history::History;
+use super::postgres::OIDS;
+use super::redis::{RELATIONS, Redis, Stored};
+use super::table::{Definition, Id};
+use crate::backfill::Cursor;
+use crate::progress::Progress;
+
+#[derive(Debug, Default)]
+pub(super) struct Checks {
+    /// Epoch and position when they were looked at last.
+    last: Option<(u64, u64)>,
+    steps: usize,
+}
+
+impl Checks {
+    /// Redis lost something: positions may go back.
+    pub(super) fn forget(&mut self) {
+        *self = Self::default();
+    }
+
+    pub(super) fn look(&mut self, redis: &Redis, history: &History) -> Result<(), String> {
+        if let Some(violation) = &redis.violation {
+            return Err(violation.clone());
+        }
+        if redis.steps.len() == self.steps {
+            return Ok(());
+        }
+        self.steps = redis.steps.len();
+        let Some(progress) = redis.progress() else {
+            return Ok(());
+        };
+        let (epoch, lsn) = (progress.epoch, progress.lsn.0);
+        if let Some((last_epoch, last)) = self.last
+            && epoch == last_epoch
+            && lsn < last
+        {
+            return Err(format!(
+                "the position went back from {last} to {lsn} in epoch {epoch} (I4)"
+            ));
+        }
+        self.last = Some((epoch, lsn));
+        if progress.resync {
+            // Everything is to be made anew, and the first step of the session says so.
+            return Ok(());
+        }
+        for oid in OIDS {
+            let Some(label) = history.label(oid, lsn) else {
+                continue;
+            };
+            let is_cut = progress
+                .part
+                .is_some_and(|part| history.relabels(oid, part.commit_lsn.0));
+            if !is_cut && is_known(redis, label) {
+                check_table(redis, history, &progress, label)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// At rest: Redis holds every row of every mirrored table, rows of cached tables, and nothing else.
+    pub(super) fn compare(&self, redis: &Redis, history: &History, end: u64) -> Result<(), String> {
+        let mut held: BTreeMap<_, _> = redis
+            .data
+            .iter()
+            .filter(|(key, _)| !key.starts_with(b"walmirror:{"))
+            .collect();
+        for label in OIDS.iter().filter_map(|oid| history.label(*oid, end)) {
+            for (key, stored) in history.keys(label, end) {
+                match held.remove(&key) {
+                    Some(found) if *found == stored => {}
+                    None if label.mode == Mode::Cache => {}
+                    found => return Err(differs("at rest", &key, found, Some(&stored))),
+                }
+            }
+        }
+        match held.into_iter().next() {
+            Some((key, found)) => Err(differs("at rest", key, Some(found), None)),
+            None if redis.pending().next().is_some() => Err("a key is still pending".to_owned()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Whether Redis is kept by this version of the table.
+fn is_known(redis: &Redis, label: &Definition) -> bool {
+    let fields = redis.hash(RELATIONS);
+    let stored = fields.and_then(|fields| fields.get(label.oid.to_string().as_bytes()));
+    let stored = stored.and_then(|bytes| pb::Relation::decode(bytes.as_slice()).ok());
+    stored.is_some_and(|relation| relation.fingerprint == label.fingerprint)
+}
+
+/// INVARIANT I10, and that nothing is lost: a key whose table is complete is what the position says; of one whose table
+/// is being filled, what the last step wrote is. Pending keys are to be read again.
+fn check_table(
+    redis: &Redis,
+    history: &History,
+    progress: &Progress,
+    label: &Definition,
+) -> Result<(), String> {
+    let cursor = progress
+        .cursors
+        .get(&label.oid)
+        .and_then(|text| Cursor::parse(text));
+    let is_done = cursor.is_some_and(|cursor| cursor.is_done() && cursor.fingerprint == label.fingerprint);
+    let lsn = progress.lsn.0;
+    // What the same step wrote to a key before a rewrite is stale until the key is filled, as the others are.
+    let before = redis.position_after(redis.steps.len().saturating_sub(1));
+    let is_rewritten = history.is_rewritten(label.oid, before, lsn);
+    for id in 0..super::postgres::IDS {
+        let key = label.key(id);
+        let is_pending = redis.pending().any(|(pending, _)| *pending == key);
+        let is_changed = redis.changed().any(|changed| *changed == key);
+        if is_pending || !(is_done || is_changed && !is_rewritten) {
+            continue;
+        }
+        let found = redis.data.get(&key);
+        if found.is_none() && label.mode == Mode::Cache {
+            continue;
+        }
+        let row = history.row(label.oid, id, lsn);
+        let wanted = label.stored(row);
+        // A step that brings a new label may have written the key under the old one.
+        let is_old = || {
+            !is_done
+                && history
+                    .labels(label.oid)
+                    .any(|old| old.stored(row).as_ref() == found)
+        };
+        if found != wanted.as_ref() && !is_old() && !is_in_part(history, progress, label, id, found) {
+            let place = format!(
+                "at {lsn}, table {}",
+                if is_done { "complete" } else { "being filled" }
+            );
+            return Err(differs(&place, &key, found, wanted.as_ref()));
+        }
+    }
+    Ok(())
+}
+
+/// Of a large transaction a part is applied: then a key may be what that wrote to it.
+fn is_in_part(
+    history: &History,
+    progress: &Progress,
+    label: &Definition,
+    id: Id,
+    found: Option<&Stored>,
+) -> bool {
+    progress.part.is_some_and(|part| {
+        let mut written = history.written(label.oid, id, part.commit_lsn.0);
+        written.any(|row| label.stored(row).as_ref() == found)
+    })
+}
+
+fn differs(place: &str, key: &[u8], found: Option<&Stored>, wanted: Option<&Stored>) -> String {
+    let text = |stored: Option<&Stored>| match stored {
+        None => "nothing".to_owned(),
+        Some(Stored::Text(text)) => String::from_utf8_lossy(text).into_owned(),
+        Some(Stored::Hash(fields)) => {
+            let pair = |(field, value): (&Vec<u8>, &Vec<u8>)| {
+                format!(
+                    "{}={}",
+                    String::from_utf8_lossy(field),
+                    String::from_utf8_lossy(value)
+                )
+            };
+            fields.iter().map(pair).collect::<Vec<_>>().join(" ")
+        }
+    };
+    format!(
+        "{place}: {} holds {}, and should hold {}",
+        String::from_utf8_lossy(key),
+        text(found),
+        text(wanted)
+    )
+}

@@ -1,0 +1,92 @@
+//! The reference: what every row and label was at every position of the WAL, and so what Redis must hold at any position.
+//! Deliberately simple; nothing of the sink is used here.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::postgres::Effect;
+use super::redis::Stored;
+use super::table::{Definition, Id, Row};
+
+/// A value from a commit on: where its record starts, where it ends, the value.
+type Since<T> = Vec<(u64, u64, Option<T>)>;
+
+#[derive(Debug, Default)]
+pub(super) struct History {
+    rows: BTreeMap<(u32, Id), Since<Row>>,
+    labels: BTreeMap<u32, Since<Arc<Definition>>>,
+    rewrites: Vec<(u32, u64)>,
+}
+
+impl History {
+    pub(super) fn add(&mut self, lsn: u64, end: u64, effects: &[Effect]) {
+        for effect in effects {
+            match effect {
+                Effect::Row(oid, id, row) => {
+                    self.rows
+                        .entry((*oid, *id))
+                        .or_default()
+                        .push((lsn, end, row.clone()));
+                }
+                Effect::Rewrite(oid) => self.rewrites.push((*oid, end)),
+                Effect::Label(oid, label) => {
+                    self.labels
+                        .entry(*oid)
+                        .or_default()
+                        .push((lsn, end, label.clone()));
+                }
+            }
+        }
+    }
+
+    pub(super) fn row(&self, oid: u32, id: Id, at: u64) -> Option<&Row> {
+        last(self.rows.get(&(oid, id)), at)
+    }
+
+    pub(super) fn label(&self, oid: u32, at: u64) -> Option<&Arc<Definition>> {
+        last(self.labels.get(&oid), at)
+    }
+
+    /// All labels that the table ever had.
+    pub(super) fn labels(&self, oid: u32) -> impl Iterator<Item = &Definition> {
+        let since = self.labels.get(&oid).into_iter().flatten();
+        since.filter_map(|(.., label)| label.as_deref())
+    }
+
+    /// Whether rows were changed behind `from`, up to `to`, without a record of them.
+    pub(super) fn is_rewritten(&self, oid: u32, from: u64, to: u64) -> bool {
+        self.rewrites
+            .iter()
+            .any(|(rewritten, end)| *rewritten == oid && *end > from && *end <= to)
+    }
+
+    /// Whether the transaction whose commit record starts there touched the label.
+    pub(super) fn relabels(&self, oid: u32, lsn: u64) -> bool {
+        self.labels
+            .get(&oid)
+            .is_some_and(|since| since.iter().any(|(start, ..)| *start == lsn))
+    }
+
+    /// What the transaction whose commit record starts there wrote to the row, one after the other.
+    pub(super) fn written(&self, oid: u32, id: Id, lsn: u64) -> impl Iterator<Item = Option<&Row>> {
+        let all = self.rows.get(&(oid, id)).into_iter().flatten();
+        all.filter(move |(start, ..)| *start == lsn)
+            .map(|(.., row)| row.as_ref())
+    }
+
+    /// All keys of a table, as they must be at this position.
+    pub(super) fn keys(&self, definition: &Definition, at: u64) -> BTreeMap<Vec<u8>, Stored> {
+        let rows = self.rows.range((definition.oid, 0)..=(definition.oid, Id::MAX));
+        let stored = rows.filter_map(|((oid, id), _)| {
+            let stored = definition.stored(self.row(*oid, *id, at))?;
+            Some((definition.key(*id), stored))
+        });
+        stored.collect()
+    }
+}
+
+fn last<T>(since: Option<&Since<T>>, at: u64) -> Option<&T> {
+    let since = since?;
+    let after = since.partition_point(|(_, end, _)| *end <= at);
+    since.get(after.checked_sub(1)?)?.2.as_ref()
+}

@@ -1,0 +1,91 @@
+//! The wire between the sink's writer and the model of Redis, and what can happen on it.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use redis::{RedisResult, Value};
+
+use super::redis::Redis;
+use crate::redis::{Connection, Wire};
+use crate::resp::tests::parse;
+
+/// What happens to the next commands that are sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// They are applied, and the answer is lost.
+    LoseAnswer,
+    /// Only so many of them arrive.
+    Cut(usize),
+    /// The one with this number, and what follows, is refused.
+    Refuse(usize),
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Server {
+    pub(super) redis: Redis,
+    pub(super) fault: Option<Fault>,
+}
+
+pub(super) type Shared = Arc<Mutex<Server>>;
+
+pub(super) fn lock(shared: &Shared) -> MutexGuard<'_, Server> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+struct Link {
+    shared: Shared,
+    client: u64,
+    replies: VecDeque<Value>,
+}
+
+pub(super) fn connect(shared: &Shared) -> Connection {
+    let client = lock(shared).redis.connect();
+    let link = Link {
+        shared: Arc::clone(shared),
+        client,
+        replies: VecDeque::new(),
+    };
+    Connection::over(Box::new(link), "redis://model".parse().unwrap())
+}
+
+impl Wire for Link {
+    fn send(&mut self, commands: &[u8]) -> RedisResult<()> {
+        let mut server = lock(&self.shared);
+        let fault = server.fault.take();
+        let commands = parse(commands);
+        let arrive = match fault {
+            Some(Fault::Cut(count)) => count.min(commands.len() - 1),
+            _ => commands.len(),
+        };
+        for (number, command) in commands.into_iter().enumerate().take(arrive) {
+            if !server.redis.is_connected(self.client) {
+                break;
+            }
+            let refused =
+                matches!(fault, Some(Fault::Refuse(from)) if number >= from) && command[0] != b"EXEC";
+            let reply = if refused {
+                server.redis.refuse(self.client)
+            } else {
+                server.redis.execute(self.client, command)
+            };
+            self.replies.push_back(reply);
+        }
+        if matches!(fault, Some(Fault::Cut(_) | Fault::LoseAnswer)) {
+            self.replies.clear();
+            server.redis.disconnect(self.client);
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self) -> RedisResult<Value> {
+        self.replies.pop_front().ok_or_else(|| {
+            std::io::Error::new(std::io::ErrorKind::ConnectionReset, "the connection was cut").into()
+        })
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        lock(&self.shared).redis.disconnect(self.client);
+    }
+}

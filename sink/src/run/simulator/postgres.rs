@@ -1,0 +1,425 @@
+//! A model of Postgres: tables whose rows have versions, transactions with snapshots and row locks, labels, a WAL and a
+//! slot. A commit is in the WAL before snapshots see it. DDL takes its table for itself, as ALTER TABLE does.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use walmirror_proto::pb::{Kind, Mode, OnWrite, ValueKind};
+
+use super::history::History;
+use super::table::{Definition, Id, Row};
+use crate::gate::Snapshot;
+
+pub(super) const IDS: Id = 7;
+pub(super) const OIDS: [u32; 3] = [101, 102, 103];
+
+/// What a transaction did, as the decoder sees it.
+#[derive(Clone, Debug)]
+pub(super) enum Record {
+    Row {
+        definition: Arc<Definition>,
+        kind: Kind,
+        row: Row,
+        /// The big column is not in the WAL.
+        unchanged: bool,
+        old: Option<Id>,
+    },
+    Truncate(Arc<Definition>),
+    Announce(Arc<Definition>, bool),
+    Forget(u32),
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Wal {
+    Commit {
+        xid: u64,
+        lsn: u64,
+        end: u64,
+        records: Vec<Record>,
+    },
+    Marker {
+        lsn: u64,
+        content: Vec<u8>,
+    },
+    Capture {
+        lsn: u64,
+        definition: Arc<Definition>,
+        snapshot: Snapshot,
+        rows: Vec<Row>,
+    },
+}
+
+/// What a transaction did to the world, in order: rows by oid and id, and labels by oid.
+#[derive(Clone, Debug)]
+pub(super) enum Effect {
+    Row(u32, Id, Option<Row>),
+    Label(u32, Option<Arc<Definition>>),
+    /// Rows were changed without a record of them.
+    Rewrite(u32),
+}
+
+#[derive(Debug)]
+pub(super) struct Transaction {
+    pub(super) xid: u64,
+    records: Vec<Record>,
+    effects: Vec<Effect>,
+    rows: BTreeSet<(u32, Id)>,
+    tables: BTreeSet<u32>,
+    exclusive: BTreeSet<u32>,
+    /// The commit record is written, but snapshots still show it as in progress.
+    pub(super) logged: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Slot {
+    pub(super) confirmed: u64,
+    /// What a crash of the server takes it back to.
+    pub(super) persisted: u64,
+}
+
+/// What writers made of something, each with its id; None: it is not there.
+type Versions<T> = Vec<(u64, Option<T>)>;
+
+#[derive(Debug)]
+pub(super) struct Postgres {
+    next_xid: u64,
+    latest_completed: u64,
+    pub(super) open: Vec<Transaction>,
+    /// The versions of every row in the order of their writers, the uncommitted last.
+    rows: BTreeMap<(u32, Id), Versions<Row>>,
+    labels: BTreeMap<u32, Versions<Arc<Definition>>>,
+    writes: u64,
+    fingerprints: u64,
+    pub(super) wal: Vec<Wal>,
+    pub(super) end: u64,
+    pub(super) history: History,
+    pub(super) slot: Option<Slot>,
+}
+
+impl Postgres {
+    pub(super) fn new() -> Self {
+        Self {
+            next_xid: 10,
+            latest_completed: 9,
+            open: Vec::new(),
+            rows: BTreeMap::new(),
+            labels: BTreeMap::new(),
+            writes: 0,
+            fingerprints: 0,
+            wal: Vec::new(),
+            end: 1000,
+            history: History::default(),
+            slot: None,
+        }
+    }
+
+    /// Takes a transaction id and ends it at once, as a marker does.
+    pub(super) fn burn_xid(&mut self) -> u64 {
+        let xid = self.next_xid;
+        self.next_xid += 1;
+        self.latest_completed = self.latest_completed.max(xid);
+        xid
+    }
+
+    pub(super) fn begin(&mut self) -> usize {
+        self.open.push(Transaction {
+            xid: self.next_xid,
+            records: Vec::new(),
+            effects: Vec::new(),
+            rows: BTreeSet::new(),
+            tables: BTreeSet::new(),
+            exclusive: BTreeSet::new(),
+            logged: false,
+        });
+        self.next_xid += 1;
+        self.open.len() - 1
+    }
+
+    pub(super) fn snapshot(&self) -> Snapshot {
+        let xmax = self.latest_completed + 1;
+        let xip: Vec<u64> = self
+            .open
+            .iter()
+            .map(|open| open.xid)
+            .filter(|xid| *xid < xmax)
+            .collect();
+        Snapshot::new(xip.iter().copied().min().unwrap_or(xmax), xmax, xip)
+    }
+
+    pub(super) fn oldest_running(&self) -> u64 {
+        self.snapshot().xmin
+    }
+
+    /// What one would take for the snapshot who thinks that a commit in the WAL is a commit that everybody sees.
+    pub(super) fn snapshot_by_lsn(&self) -> Snapshot {
+        let xip: Vec<u64> = self
+            .open
+            .iter()
+            .filter(|open| !open.logged)
+            .map(|open| open.xid)
+            .collect();
+        Snapshot::new(0, self.next_xid, xip)
+    }
+
+    pub(super) fn row(&self, oid: u32, id: Id, snapshot: &Snapshot) -> Option<Row> {
+        let versions = self.rows.get(&(oid, id))?;
+        versions
+            .iter()
+            .rev()
+            .find(|(xid, _)| snapshot.sees(*xid))
+            .and_then(|(_, row)| row.clone())
+    }
+
+    pub(super) fn label(&self, oid: u32, snapshot: &Snapshot) -> Option<Arc<Definition>> {
+        let versions = self.labels.get(&oid)?;
+        versions
+            .iter()
+            .rev()
+            .find(|(xid, _)| snapshot.sees(*xid))
+            .and_then(|(_, label)| label.clone())
+    }
+
+    /// Whether SELECT would have to wait for DDL.
+    pub(super) fn is_locked(&self, oid: u32) -> bool {
+        self.open.iter().any(|open| open.exclusive.contains(&oid))
+    }
+
+    /// What the transaction itself sees.
+    fn latest(&self, oid: u32, id: Id) -> Option<Row> {
+        self.rows.get(&(oid, id))?.last()?.1.clone()
+    }
+
+    fn latest_label(&self, oid: u32) -> Option<Arc<Definition>> {
+        self.labels.get(&oid)?.last()?.1.clone()
+    }
+
+    fn may_write(&self, index: usize, oid: u32, id: Id) -> bool {
+        !self.open[index].logged
+            && self.open.iter().enumerate().all(|(other, open)| {
+                other == index || (!open.rows.contains(&(oid, id)) && !open.exclusive.contains(&oid))
+            })
+    }
+
+    fn may_take(&self, index: usize, oid: u32) -> bool {
+        !self.open[index].logged
+            && self.open.iter().enumerate().all(|(other, open)| {
+                other == index || (!open.tables.contains(&oid) && !open.exclusive.contains(&oid))
+            })
+    }
+
+    fn put(&mut self, index: usize, oid: u32, id: Id, row: Option<Row>) {
+        let open = &mut self.open[index];
+        self.rows
+            .entry((oid, id))
+            .or_default()
+            .push((open.xid, row.clone()));
+        open.rows.insert((oid, id));
+        open.tables.insert(oid);
+        open.effects.push(Effect::Row(oid, id, row));
+    }
+
+    fn log(&mut self, index: usize, record: impl FnOnce(Arc<Definition>) -> Record, oid: u32) {
+        if let Some(definition) = self.latest_label(oid) {
+            self.open[index].records.push(record(definition));
+        }
+    }
+
+    fn new_row(&mut self, id: Id, with_big: bool) -> Row {
+        self.writes += 1;
+        Row {
+            id,
+            v: self.writes,
+            big: with_big.then(|| format!("b{}", self.writes)),
+        }
+    }
+
+    /// INSERT, UPDATE (of values or of the key) or DELETE of one row.
+    pub(super) fn write(&mut self, index: usize, oid: u32, id: Id, choice: u64, to: Id) {
+        if !self.may_write(index, oid, id) {
+            return;
+        }
+        let Some(old) = self.latest(oid, id) else {
+            let row = self.new_row(id, choice != 1);
+            self.put(index, oid, id, Some(row.clone()));
+            return self.log_row(index, oid, Kind::Insert, row, false, None);
+        };
+        match choice {
+            0 | 1 => {
+                self.put(index, oid, id, None);
+                self.log_row(index, oid, Kind::Delete, old, false, None);
+            }
+            2 | 3 if to != id && self.may_write(index, oid, to) && self.latest(oid, to).is_none() => {
+                let mut row = self.new_row(to, true);
+                let unchanged = choice == 2 && old.big.is_some();
+                if unchanged {
+                    row.big = old.big;
+                }
+                self.put(index, oid, id, None);
+                self.put(index, oid, to, Some(row.clone()));
+                self.log_row(index, oid, Kind::Update, row, unchanged, Some(id));
+            }
+            4 | 5 if old.big.is_some() => {
+                let row = Row {
+                    big: old.big,
+                    ..self.new_row(id, true)
+                };
+                self.put(index, oid, id, Some(row.clone()));
+                self.log_row(index, oid, Kind::Update, row, true, None);
+            }
+            _ => {
+                let row = self.new_row(id, choice != 6);
+                self.put(index, oid, id, Some(row.clone()));
+                self.log_row(index, oid, Kind::Update, row, false, None);
+            }
+        }
+    }
+
+    fn log_row(&mut self, index: usize, oid: u32, kind: Kind, row: Row, unchanged: bool, old: Option<Id>) {
+        let record = |definition| Record::Row {
+            definition,
+            kind,
+            row,
+            unchanged,
+            old,
+        };
+        self.log(index, record, oid);
+    }
+
+    pub(super) fn truncate(&mut self, index: usize, oid: u32) {
+        if self.may_take(index, oid) {
+            self.open[index].exclusive.insert(oid);
+            for id in (0..IDS)
+                .filter(|id| self.latest(oid, *id).is_some())
+                .collect::<Vec<_>>()
+            {
+                self.put(index, oid, id, None);
+            }
+            self.open[index].tables.insert(oid);
+            self.log(index, Record::Truncate, oid);
+        }
+    }
+
+    /// Gives the table this label, with the definition that `make` makes of a new fingerprint.
+    pub(super) fn relabel(&mut self, index: usize, oid: u32, make: impl FnOnce(u64) -> Definition) {
+        if self.may_take(index, oid) {
+            self.fingerprints += 1;
+            let definition = Arc::new(make(self.fingerprints));
+            self.set_label(index, oid, Some(Arc::clone(&definition)));
+            self.open[index].records.push(Record::Announce(definition, false));
+        }
+    }
+
+    pub(super) fn unlabel(&mut self, index: usize, oid: u32) {
+        if self.may_take(index, oid) && self.latest_label(oid).is_some() {
+            self.set_label(index, oid, None);
+            self.open[index].records.push(Record::Forget(oid));
+        }
+    }
+
+    /// DDL that changes rows without a record of any row: the definition is announced, to be refreshed.
+    pub(super) fn rewrite(&mut self, index: usize, oid: u32) {
+        if self.may_take(index, oid) && self.latest_label(oid).is_some() {
+            self.open[index].exclusive.insert(oid);
+            for id in (0..IDS)
+                .filter(|id| self.latest(oid, *id).is_some())
+                .collect::<Vec<_>>()
+            {
+                let row = self.new_row(id, true);
+                self.put(index, oid, id, Some(row));
+            }
+            self.open[index].effects.push(Effect::Rewrite(oid));
+            self.log(index, |definition| Record::Announce(definition, true), oid);
+        }
+    }
+
+    fn set_label(&mut self, index: usize, oid: u32, label: Option<Arc<Definition>>) {
+        let open = &mut self.open[index];
+        self.labels
+            .entry(oid)
+            .or_default()
+            .push((open.xid, label.clone()));
+        open.exclusive.insert(oid);
+        open.tables.insert(oid);
+        open.effects.push(Effect::Label(oid, label));
+    }
+
+    /// The first half of COMMIT: the record is in the WAL.
+    pub(super) fn commit(&mut self, index: usize) {
+        let open = &mut self.open[index];
+        if open.logged {
+            return;
+        }
+        open.logged = true;
+        let (lsn, end) = (self.end, self.end + 8);
+        self.end = end;
+        let records = std::mem::take(&mut open.records);
+        self.history.add(lsn, end, &open.effects);
+        self.wal.push(Wal::Commit {
+            xid: open.xid,
+            lsn,
+            end,
+            records,
+        });
+    }
+
+    /// The second half: snapshots see it.
+    pub(super) fn finish(&mut self, index: usize) {
+        if self.open[index].logged {
+            let open = self.open.remove(index);
+            self.latest_completed = self.latest_completed.max(open.xid);
+        }
+    }
+
+    pub(super) fn roll_back(&mut self, index: usize) {
+        if !self.open[index].logged {
+            let open = self.open.remove(index);
+            self.rows
+                .values_mut()
+                .for_each(|versions| versions.retain(|(xid, _)| *xid != open.xid));
+            self.labels
+                .values_mut()
+                .for_each(|versions| versions.retain(|(xid, _)| *xid != open.xid));
+            self.latest_completed = self.latest_completed.max(open.xid);
+        }
+    }
+
+    pub(super) fn end_all(&mut self) {
+        while !self.open.is_empty() {
+            self.commit(0);
+            self.finish(0);
+        }
+    }
+
+    pub(super) fn message(&mut self, make: impl FnOnce(u64) -> Wal) {
+        self.wal.push(make(self.end));
+        self.end += 8;
+    }
+
+    /// A new slot: everything that runs has to end first.
+    pub(super) fn create_slot(&mut self) -> u64 {
+        self.end_all();
+        self.slot = Some(Slot {
+            confirmed: self.end,
+            persisted: self.end,
+        });
+        self.end
+    }
+}
+
+/// A definition of one of the tables; `choice` picks what there is to pick.
+pub(super) fn definition(oid: u32, fingerprint: u64, choice: u64) -> Definition {
+    let letter = ["a", "b", "c"][(oid - 101) as usize];
+    Definition {
+        oid,
+        fingerprint,
+        prefix: format!("{letter}{}:", choice % 2),
+        mode: if oid == 103 { Mode::Cache } else { Mode::Mirror },
+        value: [
+            ValueKind::Hash,
+            ValueKind::Json,
+            ValueKind::Hash,
+            ValueKind::String,
+        ][(choice / 2 % 4) as usize],
+        on_write: [OnWrite::Refresh, OnWrite::Populate, OnWrite::Invalidate][(choice / 8 % 3) as usize],
+    }
+}

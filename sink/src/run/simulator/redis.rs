@@ -1,0 +1,402 @@
+//! A model of Redis: keys, clients with MULTI and WATCH, and a log of steps that can be undone, because a Redis that
+//! crashes or fails over loses its last steps as a whole.
+
+use std::collections::BTreeMap;
+
+use redis::Value;
+
+use super::scripts;
+use crate::progress::Progress;
+
+pub(super) const PROGRESS: &[u8] = b"walmirror:{s}:progress";
+pub(super) const RELATIONS: &[u8] = b"walmirror:{s}:relations";
+pub(super) const PENDING: &[u8] = b"walmirror:{s}:pending";
+
+pub(super) type Fields = BTreeMap<Vec<u8>, Vec<u8>>;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Stored {
+    Hash(Fields),
+    Text(Vec<u8>),
+}
+
+pub(super) type Command = Vec<Vec<u8>>;
+
+#[derive(Debug, Default)]
+struct Client {
+    name: Vec<u8>,
+    /// Commands behind MULTI.
+    queue: Option<Vec<Command>>,
+    /// A command was refused: EXEC will be as well.
+    spoiled: bool,
+    watched: Option<u64>,
+}
+
+/// One atomic change.
+#[derive(Debug)]
+pub(super) struct Step {
+    at: u64,
+    before: BTreeMap<Vec<u8>, Option<Stored>>,
+    /// The position that Redis has after it.
+    lsn: u64,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Redis {
+    pub(super) data: BTreeMap<Vec<u8>, Stored>,
+    pub(super) steps: Vec<Step>,
+    clients: BTreeMap<u64, Client>,
+    next_client: u64,
+    /// Rises whenever the progress key is written.
+    stamp: u64,
+    /// The clock, in milliseconds.
+    pub(super) now: u64,
+    before: BTreeMap<Vec<u8>, Option<Stored>>,
+    /// How many steps are on a replica or on disk.
+    pub(super) saved: usize,
+    pub(super) broken: Broken,
+    /// Print every command: for the replay of a seed.
+    pub(super) trace: bool,
+    /// What must never be, found while it happened.
+    pub(super) violation: Option<String>,
+}
+
+/// Parts of the sink that can be taken out, to see that it is noticed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Broken {
+    #[default]
+    Nothing,
+    /// The progress is written by itself, before the data.
+    ProgressBefore,
+    /// The slot is confirmed up to what is applied.
+    ConfirmAhead,
+    /// A row that SQL read is fresh if every commit that is in the WAL before it is seen.
+    GateByLsn,
+    /// A sink that lost its claim may write.
+    NoFence,
+    /// What was applied before a restart is applied again from where the slot is.
+    ForgetPosition,
+    /// Chunks are written at once instead of where their marker stands.
+    NoMarker,
+    /// Where Redis and the slot do not fit together, the stream goes on all the same.
+    IgnoreGap,
+}
+
+impl Redis {
+    pub(super) fn connect(&mut self) -> u64 {
+        self.next_client += 1;
+        self.clients.insert(self.next_client, Client::default());
+        self.next_client
+    }
+
+    pub(super) fn is_connected(&self, client: u64) -> bool {
+        self.clients.contains_key(&client)
+    }
+
+    pub(super) fn disconnect(&mut self, client: u64) {
+        self.clients.remove(&client);
+    }
+
+    pub(super) fn hash(&self, key: &[u8]) -> Option<&Fields> {
+        if let Some(Stored::Hash(fields)) = self.data.get(key) {
+            Some(fields)
+        } else {
+            None
+        }
+    }
+
+    pub(super) fn progress(&self) -> Option<Progress> {
+        let fields = self.hash(PROGRESS)?;
+        Progress::parse(
+            fields
+                .iter()
+                .map(|(field, value)| (field.as_slice(), value.as_slice())),
+        )
+        .ok()?
+    }
+
+    pub(super) fn pending(&self) -> impl Iterator<Item = (&Vec<u8>, &Vec<u8>)> {
+        self.hash(PENDING).into_iter().flatten()
+    }
+
+    /// The keys that the last step changed.
+    pub(super) fn changed(&self) -> impl Iterator<Item = &Vec<u8>> {
+        let before = self.steps.last().into_iter().flat_map(|step| &step.before);
+        before
+            .filter(|(key, before)| self.data.get(*key) != before.as_ref())
+            .map(|(key, _)| key)
+    }
+
+    fn position(&self) -> u64 {
+        let lsn = self
+            .hash(PROGRESS)
+            .and_then(|fields| fields.get(b"lsn".as_slice()));
+        let lsn = lsn.and_then(|text| {
+            std::str::from_utf8(text)
+                .ok()?
+                .parse::<walmirror_proto::Lsn>()
+                .ok()
+        });
+        lsn.map_or(0, |lsn| lsn.0)
+    }
+
+    /// Steps that are safe from a crash when memory of that long ago is.
+    pub(super) fn old_steps(&self, window: u64) -> usize {
+        self.steps.partition_point(|step| step.at + window <= self.now)
+    }
+
+    /// The position after so many steps.
+    pub(super) fn position_after(&self, steps: usize) -> u64 {
+        steps
+            .checked_sub(1)
+            .and_then(|last| self.steps.get(last))
+            .map_or(0, |step| step.lsn)
+    }
+
+    /// The least position that Redis can come back with, if it loses nothing of the first so many steps.
+    pub(super) fn least_position(&self, steps: usize) -> u64 {
+        (steps..=self.steps.len())
+            .map(|steps| self.position_after(steps))
+            .min()
+            .unwrap_or(0)
+    }
+
+    /// Redis comes back without everything after so many steps.
+    pub(super) fn roll_back_to(&mut self, steps: usize) {
+        while self.steps.len() > steps {
+            for (key, before) in self.steps.pop().into_iter().flat_map(|step| step.before) {
+                match before {
+                    Some(stored) => _ = self.data.insert(key, stored),
+                    None => _ = self.data.remove(&key),
+                }
+            }
+        }
+        self.saved = self.saved.min(self.steps.len());
+        self.clients.clear();
+        self.stamp += 1;
+    }
+
+    pub(super) fn flush_all(&mut self) {
+        self.data
+            .keys()
+            .cloned()
+            .collect::<Vec<_>>()
+            .iter()
+            .for_each(|key| self.touch(key));
+        self.data.clear();
+        self.end_step();
+    }
+
+    /// A key expires.
+    pub(super) fn expire(&mut self, key: &[u8]) {
+        self.touch(key);
+        self.data.remove(key);
+        self.end_step();
+    }
+
+    /// The key is about to change.
+    pub(super) fn touch(&mut self, key: &[u8]) {
+        if key == PROGRESS {
+            self.stamp += 1;
+        }
+        if !self.before.contains_key(key) {
+            self.before.insert(key.to_vec(), self.data.get(key).cloned());
+        }
+    }
+
+    fn end_step(&mut self) {
+        let before = std::mem::take(&mut self.before);
+        if !before.is_empty() {
+            let lsn = self.position();
+            self.steps.push(Step {
+                at: self.now,
+                before,
+                lsn,
+            });
+        }
+    }
+
+    /// The next commands of this client are refused, as a Redis that is full does.
+    pub(super) fn refuse(&mut self, client: u64) -> Value {
+        if let Some(client) = self.clients.get_mut(&client) {
+            client.spoiled |= client.queue.is_some();
+        }
+        error("OOM command not allowed when used memory > 'maxmemory'.")
+    }
+
+    pub(super) fn execute(&mut self, id: u64, command: Command) -> Value {
+        let name = command.first().map(Vec::as_slice).unwrap_or_default();
+        let stamp = self.stamp;
+        if self.trace {
+            let words: Vec<_> = command.iter().map(|word| String::from_utf8_lossy(word)).collect();
+            println!("  {id}: {}", words.join(" "));
+        }
+        let Some(client) = self.clients.get_mut(&id) else {
+            return Value::Nil;
+        };
+        match (name, &mut client.queue) {
+            (b"EXEC", queue @ Some(_)) => {
+                let queue = queue.take().unwrap_or_default();
+                let watched = client.watched.take();
+                if std::mem::take(&mut client.spoiled) {
+                    return error("EXECABORT Transaction discarded because of previous errors.");
+                }
+                if watched.is_some_and(|watched| watched != stamp) && self.broken != Broken::NoFence {
+                    return Value::Nil;
+                }
+                let replies = queue.into_iter().map(|command| self.run(id, &command)).collect();
+                self.check_step();
+                self.end_step();
+                Value::Array(replies)
+            }
+            (_, Some(_)) if self.broken == Broken::ProgressBefore && is_step(&command) => {
+                self.run(id, &command);
+                self.end_step();
+                let stamp = self.stamp;
+                self.clients
+                    .entry(id)
+                    .and_modify(|client| client.watched = Some(stamp));
+                Value::SimpleString("QUEUED".into())
+            }
+            (_, Some(queue)) => {
+                queue.push(command);
+                Value::SimpleString("QUEUED".into())
+            }
+            (b"MULTI", queue) => {
+                *queue = Some(Vec::new());
+                Value::Okay
+            }
+            (b"WATCH", None) => {
+                client.watched.get_or_insert(stamp);
+                Value::Okay
+            }
+            _ => {
+                let reply = self.run(id, &command);
+                self.check_step();
+                self.end_step();
+                reply
+            }
+        }
+    }
+
+    /// INVARIANT I2: rows change in a step that moves the position.
+    fn check_step(&mut self) {
+        let data = self.before.keys().find(|key| !key.starts_with(b"walmirror:{"));
+        if let Some(key) =
+            data.filter(|_| !self.before.contains_key(PROGRESS) && self.broken == Broken::Nothing)
+        {
+            self.violation = Some(format!(
+                "{} changed without the progress",
+                String::from_utf8_lossy(key)
+            ));
+        }
+    }
+
+    fn run(&mut self, id: u64, command: &[Vec<u8>]) -> Value {
+        let args: Vec<&[u8]> = command.iter().map(Vec::as_slice).collect();
+        match args.as_slice() {
+            [b"HSET", key, pairs @ ..] => {
+                let fields = self.fields(key);
+                for pair in pairs.chunks_exact(2) {
+                    fields.insert(pair[0].to_vec(), pair[1].to_vec());
+                }
+                Value::Int(1)
+            }
+            [b"HDEL", key, names @ ..] => {
+                if self.data.contains_key(*key) {
+                    let fields = self.fields(key);
+                    names.iter().for_each(|name| _ = fields.remove(*name));
+                    if fields.is_empty() {
+                        self.data.remove(*key);
+                    }
+                }
+                Value::Int(1)
+            }
+            [b"SET", key, value, options @ ..] => {
+                if options.first() == Some(&b"XX".as_slice()) && !self.data.contains_key(*key) {
+                    return Value::Nil;
+                }
+                self.touch(key);
+                self.data.insert(key.to_vec(), Stored::Text(value.to_vec()));
+                Value::Okay
+            }
+            [b"UNLINK", keys @ ..] => {
+                for key in keys {
+                    if self.data.contains_key(*key) {
+                        self.touch(key);
+                        self.data.remove(*key);
+                    }
+                }
+                Value::Int(1)
+            }
+            [b"HGET", key, field] => {
+                let value = self.hash(key).and_then(|fields| fields.get(*field));
+                value.map_or(Value::Nil, |value| Value::BulkString(value.clone()))
+            }
+            [b"HGETALL", key] => {
+                let fields = self.hash(key).into_iter().flatten();
+                let bulk = |bytes: &Vec<u8>| Value::BulkString(bytes.clone());
+                Value::Array(
+                    fields
+                        .flat_map(|(field, value)| [bulk(field), bulk(value)])
+                        .collect(),
+                )
+            }
+            [b"SCAN", ..] => {
+                let keys = self
+                    .data
+                    .keys()
+                    .map(|key| Value::BulkString(key.clone()))
+                    .collect();
+                Value::Array(vec![Value::BulkString(b"0".to_vec()), Value::Array(keys)])
+            }
+            [b"EVALSHA", script, _, ..] => scripts::run(self, script, &args[2..]),
+            [b"EXEC"] => error("ERR EXEC without MULTI"),
+            [b"SCRIPT", b"LOAD", source] => scripts::load(source),
+            [b"CLIENT", b"SETNAME", name] => {
+                self.clients
+                    .entry(id)
+                    .and_modify(|client| client.name = name.to_vec());
+                Value::Okay
+            }
+            // Some do not allow this; the fence has to hold without it.
+            [b"CLIENT", ..] => error("NOPERM no permissions to run the 'client' command"),
+            [b"WAITAOF", ..] => Value::Array(vec![
+                Value::Int((self.saved == self.steps.len()).into()),
+                Value::Int(0),
+            ]),
+            _ => {
+                self.violation = Some(format!(
+                    "an unknown command: {}",
+                    String::from_utf8_lossy(args[0])
+                ));
+                error("ERR unknown command")
+            }
+        }
+    }
+
+    /// The fields of a hash that is about to change.
+    pub(super) fn fields(&mut self, key: &[u8]) -> &mut Fields {
+        self.touch(key);
+        let stored = self
+            .data
+            .entry(key.to_vec())
+            .or_insert_with(|| Stored::Hash(Fields::new()));
+        if let Stored::Text(_) = stored {
+            self.violation = Some(format!("WRONGTYPE for {}", String::from_utf8_lossy(key)));
+            *stored = Stored::Hash(Fields::new());
+        }
+        match stored {
+            Stored::Hash(fields) => fields,
+            Stored::Text(_) => unreachable!("it was replaced"),
+        }
+    }
+}
+
+fn is_step(command: &[Vec<u8>]) -> bool {
+    matches!(command, [name, key, field, ..] if name == b"HSET" && key == PROGRESS && field == b"lsn")
+}
+
+pub(super) fn error(line: &str) -> Value {
+    redis::parse_redis_value(format!("-{line}\r\n").as_bytes()).unwrap_or(Value::Nil)
+}

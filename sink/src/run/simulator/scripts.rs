@@ -1,0 +1,90 @@
+//! The scripts of `plan/scripts.rs` once more, in Rust. That the real ones do the same is what `plan/model.rs` tests against
+//! a real Redis.
+
+use std::sync::OnceLock;
+
+use redis::Value;
+
+use super::redis::{Redis, Stored, error};
+use crate::plan::{PENDING_REPLY, Script};
+
+pub(super) fn load(source: &[u8]) -> Value {
+    static SOURCES: OnceLock<Vec<String>> = OnceLock::new();
+    let sources = SOURCES.get_or_init(|| Script::ALL.map(Script::source).to_vec());
+    let number = sources.iter().position(|known| known.as_bytes() == source);
+    number.map_or(Value::Nil, |number| {
+        Value::BulkString(number.to_string().into_bytes())
+    })
+}
+
+/// `args`: number of keys, keys, arguments.
+pub(super) fn run(redis: &mut Redis, script: &[u8], args: &[&[u8]]) -> Value {
+    let number: Option<usize> = std::str::from_utf8(script)
+        .ok()
+        .and_then(|text| text.parse().ok());
+    let Some(script) = number.and_then(|number| Script::ALL.get(number)) else {
+        return error("NOSCRIPT No matching script. Please use EVAL.");
+    };
+    let count: usize = String::from_utf8_lossy(args[0]).parse().unwrap();
+    let (keys, argv) = args[1..].split_at(count);
+    match script {
+        Script::PatchHash => patch(redis, keys, argv, |stored, rest| {
+            let Stored::Hash(fields) = stored else { return None };
+            let sets = String::from_utf8_lossy(rest[0]).parse::<usize>().unwrap() * 2;
+            for pair in rest[1..1 + sets].chunks(2) {
+                fields.insert(pair[0].to_vec(), pair[1].to_vec());
+            }
+            rest[1 + sets..].iter().for_each(|name| _ = fields.remove(*name));
+            Some(())
+        }),
+        Script::PatchString => patch(redis, keys, argv, |stored, _| {
+            matches!(stored, Stored::Text(_)).then_some(())
+        }),
+        Script::PatchJson => patch(redis, keys, argv, |stored, rest| {
+            let Stored::Text(text) = stored else { return None };
+            let object: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(text).ok()?;
+            let members: Option<Vec<String>> = rest
+                .chunks(2)
+                .map(|member| {
+                    let name = String::from_utf8_lossy(member[0]).into_owned();
+                    let value = match member[1] {
+                        b"" => object.get(name.trim_matches('"'))?.to_string(),
+                        value => String::from_utf8_lossy(value).into_owned(),
+                    };
+                    Some(format!("{name}: {value}"))
+                })
+                .collect();
+            *text = format!("{{{}}}", members?.join(", ")).into_bytes();
+            Some(())
+        }),
+        Script::Purge => unreachable!("no table of the model is that large"),
+    }
+}
+
+/// What all patches have in common. `change` gives None where the key is not of the kind that it wants, or too old.
+fn patch(
+    redis: &mut Redis,
+    keys: &[&[u8]],
+    argv: &[&[u8]],
+    change: impl FnOnce(&mut Stored, &[&[u8]]) -> Option<()>,
+) -> Value {
+    let (key, pending, mode) = (keys[0], keys[1], argv[2]);
+    if let Some(old) = keys.get(2) {
+        redis.touch(old);
+        redis.touch(key);
+        redis.data.remove(key);
+        if let Some(stored) = redis.data.remove(*old) {
+            redis.data.insert(key.to_vec(), stored);
+        }
+    }
+    redis.touch(key);
+    let changed = redis
+        .data
+        .get_mut(key)
+        .and_then(|stored| change(stored, &argv[3..]));
+    if mode == b"r" || (changed.is_none() && mode == b"m") {
+        redis.fields(pending).insert(key.to_vec(), argv[0].to_vec());
+        return Value::SimpleString(PENDING_REPLY.into());
+    }
+    Value::Okay
+}

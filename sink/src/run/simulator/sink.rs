@@ -1,0 +1,332 @@
+//! A session of the sink without its threads and sockets: the real planner, writer and trail, stepped by the schedule.
+//! What `session`, `handshake`, `plan_loop`, `applier` and `receiver` add to them is written out here once more, step by step.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use walmirror_proto::Lsn;
+
+use super::dice::Dice;
+use super::link::{self, connect, lock};
+use super::postgres::Postgres;
+use super::redis::Broken;
+use super::stream::Stream;
+use super::workers::{Pending, Tables};
+use crate::backfill::Backfill;
+use crate::config::Durability;
+use crate::error::Error;
+use crate::gate::Gate;
+use crate::plan::RedisKeys;
+use crate::redis::{Claim, Connection, Identity, Segment, Writer, read_stored};
+use crate::replication::SlotInfo;
+use crate::run::decide::{Decision, decide, still_fits};
+use crate::run::durability::{Seen, Trail};
+use crate::run::planning::{Limits, Planning, Start};
+
+/// Segments that are on their way to Redis (AHEAD of plan_loop).
+const AHEAD: usize = 2;
+
+/// What does not change over a schedule.
+pub(super) struct Setting {
+    pub(super) keys: RedisKeys,
+    pub(super) durability: Durability,
+    pub(super) limits: Limits,
+    pub(super) gate_bytes: usize,
+    pub(super) epoch: Instant,
+}
+
+fn identity() -> Identity {
+    Identity {
+        system_id: "1".into(),
+        timeline: 1,
+        database: "d".into(),
+    }
+}
+
+/// A session that has the slot, but not yet the right to write.
+pub(super) struct Starting {
+    redis: Connection,
+    pub(super) stream: Option<Stream>,
+    start: Lsn,
+    fresh: Option<Lsn>,
+    confirmed: Lsn,
+}
+
+impl Starting {
+    /// Whether the progress begins anew.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.fresh.is_some()
+    }
+}
+
+/// The first half of the handshake. The second is the reason, where Redis and the slot do not fit together.
+pub(super) fn shake(
+    setting: &Setting,
+    server: &link::Shared,
+    postgres: &mut Postgres,
+    dice: &mut Dice,
+) -> Result<(Starting, Option<String>), Error> {
+    let mut redis = connect(server);
+    let stored = read_stored(&mut redis, &setting.keys)?;
+    let info = postgres.slot.map(|slot| SlotInfo {
+        plugin: Some("walmirror".into()),
+        database: Some("d".into()),
+        confirmed_flush_lsn: Some(Lsn(slot.confirmed)),
+        restart_lsn: Some(Lsn(slot.confirmed)),
+        active: false,
+        active_pid: None,
+        wal_status: Some("reserved".into()),
+    });
+    let mut gap = None;
+    let (start, fresh) = match decide(stored.progress.as_ref(), info.as_ref(), &identity()) {
+        Decision::Resume(lsn) => (lsn, None),
+        Decision::First => {
+            let lsn = Lsn(postgres.create_slot());
+            (lsn, Some(lsn))
+        }
+        Decision::Gap { why, slot } => {
+            gap = Some(why);
+            let lsn = slot.unwrap_or_else(|| Lsn(postgres.create_slot()));
+            match &stored.progress {
+                Some(progress) if lock(server).redis.broken == Broken::IgnoreGap => (progress.lsn, None),
+                _ => (lsn, Some(lsn)),
+            }
+        }
+    };
+    // The server never begins before what is confirmed. It begins at the start that was asked for; that it may send more
+    // is what the skipping is for.
+    let confirmed = postgres.slot.map_or(0, |slot| slot.confirmed);
+    let from = if dice.once_in(3) {
+        confirmed
+    } else {
+        start.0.max(confirmed)
+    };
+    let starting = Starting {
+        redis,
+        stream: Some(Stream::start(from)),
+        start,
+        fresh,
+        confirmed: fresh
+            .or(info.and_then(|slot| slot.confirmed_flush_lsn))
+            .unwrap_or_default(),
+    };
+    Ok((starting, gap))
+}
+
+pub(super) struct Session {
+    pub(super) shared: Arc<crate::run::shared::Shared>,
+    pub(super) backfill: Arc<Backfill>,
+    planning: Planning,
+    writer: Writer,
+    trail: Trail,
+    /// None: the server has ended it, and this side does not know yet.
+    pub(super) stream: Option<Stream>,
+    segments: VecDeque<Segment>,
+    blocked: Option<Segment>,
+    tables: Tables,
+    pending: Pending,
+}
+
+impl Session {
+    /// The second half of the handshake.
+    pub(super) fn claim(
+        setting: &Setting,
+        starting: Starting,
+        server: &link::Shared,
+        postgres: &mut Postgres,
+    ) -> Result<Self, Error> {
+        let Starting {
+            redis,
+            stream,
+            start,
+            fresh,
+            confirmed,
+        } = starting;
+        let mut claim = Claim::take(redis, &setting.keys, "s", &identity(), fresh)?;
+        still_fits(&claim.stored, start, fresh)?;
+        let broken = lock(server).redis.broken;
+        if broken == Broken::ForgetPosition
+            && let Some(progress) = &mut claim.stored.progress
+        {
+            progress.lsn = confirmed;
+        }
+        let horizon = postgres.burn_xid();
+        let position = fresh
+            .or(claim.stored.progress.as_ref().map(|progress| progress.lsn))
+            .unwrap_or_default();
+        let shared = Arc::new(crate::run::shared::Shared::new(position));
+        let backfill = Arc::new(Backfill::default());
+        let marker_prefix = format!("s:{horizon}:");
+        let planning = Planning::new(Start {
+            keys: setting.keys.clone(),
+            scripts: claim.scripts.clone(),
+            stored: claim.stored.clone(),
+            fresh,
+            gate: Gate::new(setting.gate_bytes, horizon, horizon),
+            marker_prefix: marker_prefix.clone(),
+            limits: setting.limits,
+            backfill: Arc::clone(&backfill),
+            shared: Arc::clone(&shared),
+        })?;
+        let writer = Writer::new(claim, setting.keys.clone())?;
+        backfill.note_pending();
+        Ok(Self {
+            shared,
+            tables: Tables::new(marker_prefix.clone(), broken),
+            pending: Pending::new(marker_prefix, broken),
+            backfill,
+            planning,
+            writer,
+            trail: Trail::new(setting.durability, confirmed),
+            stream,
+            segments: VecDeque::new(),
+            blocked: None,
+        })
+    }
+
+    /// Hands over what is planned, as far as there is room. True: the planner waits for the applier.
+    fn hand_over(&mut self) -> bool {
+        while self.segments.len() < AHEAD {
+            match self.blocked.take().or_else(|| self.planning.next_segment()) {
+                Some(segment) => self.segments.push_back(segment),
+                None => return false,
+            }
+        }
+        self.blocked = self.blocked.take().or_else(|| self.planning.next_segment());
+        self.blocked.is_some()
+    }
+
+    /// The planner takes a frame. False: there is none, or it is busy.
+    pub(super) fn frame(
+        &mut self,
+        postgres: &Postgres,
+        dice: &mut Dice,
+        records: u64,
+    ) -> Result<bool, Error> {
+        if self.hand_over() {
+            return Ok(false);
+        }
+        match self
+            .stream
+            .as_mut()
+            .and_then(|stream| stream.frame(postgres, dice, records))
+        {
+            Some(frame) => self.planning.frame(&frame).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    pub(super) fn keepalive(&mut self, postgres: &Postgres) {
+        if let (false, Some(stream)) = (self.hand_over(), &self.stream) {
+            self.planning.keepalive(Lsn(stream.position(postgres)));
+        }
+    }
+
+    pub(super) fn piece(&mut self) -> Result<bool, Error> {
+        if self.hand_over() || !self.planning.wants_piece() {
+            return Ok(false);
+        }
+        self.planning.piece().map(|()| true)
+    }
+
+    /// What is complete goes out.
+    pub(super) fn flush(&mut self) {
+        if !self.hand_over() && (self.planning.is_dirty() || self.planning.is_advanced()) {
+            self.planning.flush();
+        }
+        self.hand_over();
+    }
+
+    /// The applier takes a segment. None: there was none; Some(true): an EXEC was done.
+    pub(super) fn apply(&mut self, now: Instant) -> Result<Option<bool>, Error> {
+        self.hand_over();
+        let Some(segment) = self.segments.pop_front() else {
+            return Ok(None);
+        };
+        let applied = self.writer.apply(segment, &|| false)?;
+        self.shared.set_heard(now);
+        if let Some(applied) = applied {
+            if applied.pending {
+                self.backfill.note_pending();
+            }
+            self.shared.set_applied(applied.step.lsn);
+        }
+        Ok(Some(applied.is_some()))
+    }
+
+    /// An idle applier asks whether Redis is still there and its own, and whether it is safe.
+    pub(super) fn check(&mut self, durability: Durability, now: Instant) -> Result<(), Error> {
+        if self.writer.is_open() || !self.segments.is_empty() {
+            return Ok(());
+        }
+        let applied = self.shared.applied();
+        if durability == Durability::Aof && self.writer.wait_aof(1)? {
+            self.shared.set_durable(applied);
+        }
+        self.writer.check()?;
+        self.shared.set_heard(now);
+        Ok(())
+    }
+
+    /// What the server is told now. None: the stream has ended.
+    pub(super) fn feedback(&mut self, now: Instant) -> Option<u64> {
+        self.stream.as_ref()?;
+        Some(self.trail.feedback(self.seen(), now).flushed.0)
+    }
+
+    fn seen(&self) -> Seen {
+        Seen {
+            applied: self.shared.applied(),
+            reported: self.shared.durable(),
+            heard: self.shared.heard(),
+        }
+    }
+
+    /// The end in good order: what is complete goes out, and the server is told.
+    pub(super) fn stop(&mut self, now: Instant) -> Result<Option<u64>, Error> {
+        while self.apply(now)?.is_some() {}
+        self.flush();
+        while self.apply(now)?.is_some() {}
+        let last = self.trail.last(self.seen()).flushed.0;
+        Ok(self.stream.is_some().then_some(last))
+    }
+
+    pub(super) fn work(
+        &mut self,
+        postgres: &mut Postgres,
+        server: &link::Shared,
+        dice: &mut Dice,
+        table_worker: bool,
+    ) -> Result<(), Error> {
+        if table_worker {
+            self.tables.step(
+                &mut self.planning,
+                &self.backfill,
+                postgres,
+                &lock(server).redis,
+                dice,
+            )
+        } else {
+            self.pending
+                .step(&mut self.planning, &self.backfill, postgres, &lock(server).redis)
+        }
+    }
+
+    pub(super) fn epoch(&self) -> u64 {
+        self.writer.epoch()
+    }
+
+    /// Whether nothing is left to be done but what the stream brings.
+    pub(super) fn is_idle(&self) -> bool {
+        self.backfill.is_idle()
+            && self.segments.is_empty()
+            && self.blocked.is_none()
+            && !self.planning.is_dirty()
+            && !self.planning.wants_piece()
+    }
+}
+
+pub(super) fn at(setting: &Setting, milliseconds: u64) -> Instant {
+    setting.epoch + Duration::from_millis(milliseconds)
+}

@@ -1,0 +1,115 @@
+//! The rows and definitions of the model's tables, how they look on the wire, and what Redis must hold for them.
+
+use std::collections::BTreeMap;
+
+use walmirror_proto::pb::{self, Column, Encoding, Mode, OnWrite, ValueKind};
+use walmirror_proto::writer::TupleBuilder;
+
+use super::redis::Stored;
+
+pub(super) type Id = u8;
+
+/// A row of columns id text, v int, big text (which may be TOASTed). Every write gives `v` a value of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Row {
+    pub(super) id: Id,
+    pub(super) v: u64,
+    pub(super) big: Option<String>,
+}
+
+/// A version of a table and its label.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Definition {
+    pub(super) oid: u32,
+    pub(super) fingerprint: u64,
+    pub(super) prefix: String,
+    pub(super) mode: Mode,
+    pub(super) value: ValueKind,
+    pub(super) on_write: OnWrite,
+}
+
+impl Definition {
+    pub(super) fn relation(&self, index: u32) -> pb::Relation {
+        let column = |name: &str, encoding: Encoding, in_value| Column {
+            name: name.into(),
+            encoding: encoding.into(),
+            in_value,
+            ..Column::default()
+        };
+        let all = self.value != ValueKind::String;
+        pb::Relation {
+            index,
+            oid: self.oid,
+            schema: "public".into(),
+            name: format!("t{}", self.oid),
+            mode: self.mode.into(),
+            value: self.value.into(),
+            on_write: self.on_write.into(),
+            key: format!("{}{{id}}", self.prefix),
+            fingerprint: self.fingerprint,
+            columns: vec![
+                column("id", Encoding::Text, all),
+                column("v", Encoding::Int, all),
+                column("big", Encoding::Text, true),
+            ],
+            ..pb::Relation::default()
+        }
+    }
+
+    pub(super) fn key(&self, id: Id) -> Vec<u8> {
+        format!("{}{id}", self.prefix).into_bytes()
+    }
+
+    /// What Redis holds for the row; None: no key.
+    pub(super) fn stored(&self, row: Option<&Row>) -> Option<Stored> {
+        let row = row?;
+        match self.value {
+            ValueKind::Hash => {
+                let mut fields = BTreeMap::from([
+                    (b"id".to_vec(), row.id.to_string().into_bytes()),
+                    (b"v".to_vec(), row.v.to_string().into_bytes()),
+                ]);
+                fields.extend(row.big.clone().map(|big| (b"big".to_vec(), big.into_bytes())));
+                Some(Stored::Hash(fields))
+            }
+            ValueKind::String => Some(Stored::Text(row.big.clone()?.into_bytes())),
+            ValueKind::Json => {
+                let big = row
+                    .big
+                    .as_ref()
+                    .map_or("null".to_owned(), |big| format!("\"{big}\""));
+                let text = format!("{{\"v\": {}, \"id\": \"{}\", \"big\": {big}}}", row.v, row.id);
+                Some(Stored::Text(text.into_bytes()))
+            }
+        }
+    }
+
+    /// What `walmirror.pack` makes of a row.
+    pub(super) fn pack(&self, row: &Row) -> Vec<u8> {
+        let mut bytes = self.fingerprint.to_be_bytes().to_vec();
+        tuple(row, false).write_tuple(&mut bytes);
+        bytes
+    }
+}
+
+/// The row as the decoder writes it; `unchanged`: without the big column.
+pub(super) fn tuple(row: &Row, unchanged: bool) -> TupleBuilder {
+    let mut tuple = TupleBuilder::new();
+    tuple.text(row.id.to_string().as_bytes());
+    tuple.int(row.v as i64);
+    match &row.big {
+        _ if unchanged => tuple.unchanged(),
+        Some(big) => tuple.text(big.as_bytes()),
+        None => tuple.null(),
+    }
+    tuple
+}
+
+/// The key columns only.
+pub(super) fn key_tuple(id: Id) -> TupleBuilder {
+    let mut tuple = TupleBuilder::new();
+    tuple.text(id.to_string().as_bytes());
+    tuple.null();
+    tuple.null();
+    tuple
+}
