@@ -34,7 +34,7 @@ pub struct Progress {
     pub database: String,
     /// The transaction behind `lsn` that is applied in part.
     pub part: Option<Part>,
-    /// oid -> backfill cursor (JSON).
+    /// oid -> backfill cursor (JSON); see [`Self::cursor`].
     pub cursors: BTreeMap<u32, String>,
     /// Redis and the stream did not fit together, and the session that was to make everything anew has not begun to.
     pub resync: bool,
@@ -49,6 +49,12 @@ pub struct ProgressError {
 }
 
 impl Progress {
+    /// The backfill cursor of a relation (JSON). None: its backfill has not begun, or is to begin anew.
+    pub fn cursor(&self, relation: u32) -> Option<&str> {
+        let cursor = self.cursors.get(&relation).filter(|_| !self.resync);
+        cursor.map(String::as_str)
+    }
+
     /// Reads the fields and values of HGETALL. None: there is no such hash.
     pub fn parse<'a>(
         fields: impl IntoIterator<Item = (&'a [u8], &'a [u8])>,

@@ -165,7 +165,7 @@ fn print(slot: &SlotName, postgres: Option<&Postgres>, redis: Option<&Redis>) ->
 
 /// The cursor of a table's backfill, which is JSON.
 fn cursor(redis: Option<&Redis>, oid: u32) -> Option<serde_json::Value> {
-    let text = redis?.progress.as_ref()?.cursors.get(&oid)?;
+    let text = redis?.progress.as_ref()?.cursor(oid)?;
     Some(serde_json::from_str(text).unwrap_or_else(|_| json!(text)))
 }
 

@@ -1,6 +1,5 @@
 //! The thread that owns the replication stream. It reads frames into a queue, never waits for anybody but the server, and
-//! tells the server how far Redis is.
-//! What it says is decided by `durability`.
+//! tells the server how far Redis is; `durability` decides what it may say.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -86,7 +85,7 @@ pub(super) fn receive(
             Event::Timeout if listening.max(stream.heard()).elapsed() > silence => {
                 let what = format!("it was asked, and said nothing for {silence:?}");
                 let error = PqError::new(ErrorKind::Silence, what);
-                return Err(Error::postgres("the server is silent", error).at(applied));
+                return Err(Error::postgres("the server is silent", error).at(seen.applied));
             }
             Event::Timeout | Event::Woken => {}
             Event::End => {

@@ -120,7 +120,7 @@ impl Sides {
             let cursor = stored
                 .progress
                 .as_ref()
-                .and_then(|progress| Cursor::parse(progress.cursors.get(&table.oid)?));
+                .and_then(|progress| Cursor::parse(progress.cursor(table.oid)?));
             if cursor.is_some_and(|cursor| cursor.is_done() && cursor.fingerprint == table.fingerprint) {
                 return Ok(());
             }

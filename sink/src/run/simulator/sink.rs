@@ -79,7 +79,12 @@ pub(super) fn shake(
         wal_status: Some("reserved".into()),
     });
     let mut gap = None;
-    let (start, fresh) = match decide(stored.progress.as_ref(), info.as_ref(), &identity()) {
+    let (start, fresh) = match decide(
+        stored.progress.as_ref(),
+        info.as_ref(),
+        &identity(),
+        Lsn(postgres.end),
+    ) {
         Decision::Resume(lsn) => (lsn, None),
         Decision::First => {
             let lsn = Lsn(postgres.create_slot());
@@ -165,6 +170,7 @@ impl Session {
             fresh,
             gate: Gate::new(setting.gate_bytes, horizon, horizon),
             marker_prefix: marker_prefix.clone(),
+            slot: "s".to_owned(),
             limits: setting.limits,
             backfill: Arc::clone(&backfill),
             shared: Arc::clone(&shared),
