@@ -11,6 +11,7 @@ pub mod replication;
 pub mod gate;
 pub mod plan;
 pub mod progress;
+pub mod rejected;
 pub mod request;
 pub mod resp;
 pub mod transaction;

@@ -82,6 +82,12 @@ impl Backfill {
         self.changed.notify_all();
     }
 
+    /// The name of a table.
+    pub fn table(&self, relation: u32) -> Option<String> {
+        let tasks = self.lock();
+        tasks.get(&relation).map(|task| task.mapping.table.clone())
+    }
+
     /// Ends the workers.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::Release);

@@ -124,16 +124,16 @@ fn follow(redis: &mut Redis, keys: &RedisKeys, table: &Table, shutdown: &Shutdow
         bar
     });
     loop {
-        let progress = progress(redis, keys)?;
-        let cursor = progress
-            .cursors
-            .get(&table.oid)
-            .and_then(|text| Cursor::parse(text));
-        let Some(cursor) = cursor else {
-            return Err(Error::setup(format!(
-                "the table {} is no longer mirrored",
-                table.name
-            )));
+        let stored = read_stored(redis, keys)?;
+        if !stored.relations.contains_key(&table.oid) {
+            let what = format!("the table {} is no longer mirrored", table.name);
+            return Err(Error::setup(what));
+        }
+        let progress = stored.progress.unwrap_or_default();
+        // None: everything is about to begin anew, this table too.
+        let Some(cursor) = progress.cursor(table.oid).and_then(Cursor::parse) else {
+            pause(shutdown)?;
+            continue;
         };
         if let Some(bar) = &bar {
             bar.set_length(table.rows.max(cursor.rows));

@@ -13,7 +13,11 @@ use crate::plan::RedisKeys;
 use crate::pq::{Connection, connect_failed};
 use crate::progress::Progress;
 use crate::redis::read_stored;
+use crate::rejected::{self, Rejected};
 use crate::replication::{self, SlotInfo};
+
+/// Rejected rows that are listed.
+const REJECTED: u32 = 10;
 
 /// What Postgres says.
 struct Postgres {
@@ -35,6 +39,8 @@ struct Table {
 struct Redis {
     progress: Option<Progress>,
     pending: i64,
+    /// How many rows were rejected, and the latest of them.
+    rejected: (u64, Vec<Rejected>),
 }
 
 /// Prints it.
@@ -101,6 +107,7 @@ fn ask_redis(url: &RedisUrl, slot: &SlotName) -> Result<Redis, Error> {
     Ok(Redis {
         progress: stored.progress,
         pending,
+        rejected: rejected::read(&mut connection, &keys, REJECTED)?,
     })
 }
 
@@ -146,6 +153,18 @@ fn print(slot: &SlotName, postgres: Option<&Postgres>, redis: Option<&Redis>) ->
             }
         }
         line("pending", format!("{} rows to be read again", redis.pending))?;
+        let (count, latest) = &redis.rejected;
+        if *count > 0 {
+            line(
+                "rejected",
+                format!("{count} rows could not be mirrored; the latest:"),
+            )?;
+        }
+        for one in latest {
+            let key = String::from_utf8_lossy(&one.key);
+            let text = format!("{key:?} of {} at {}: {}", one.table, one.lsn, one.reason);
+            line("", text)?;
+        }
     }
     for table in postgres
         .map(|postgres| postgres.tables.as_slice())
@@ -256,6 +275,15 @@ fn as_json(slot: &SlotName, postgres: Option<&Postgres>, redis: Option<&Redis>) 
         );
         out.insert("epoch".into(), json!(progress.map(|progress| progress.epoch)));
         out.insert("pending".into(), json!(redis.pending));
+        let (count, latest) = &redis.rejected;
+        let latest: Vec<_> = latest
+            .iter()
+            .map(|one| {
+                json!({"key": String::from_utf8_lossy(&one.key), "table": one.table, "lsn": one.lsn.to_string(),
+                       "reason": one.reason})
+            })
+            .collect();
+        out.insert("rejected".into(), json!({"count": count, "latest": latest}));
     }
     serde_json::Value::Object(out)
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::Args;
 use walmirror_proto::lsn::Lsn;
 
-use super::{ByteSize, Conninfo, Durability, OnGap, Options, RedisUrl, RunOptions, SlotName};
+use super::{ByteSize, Conninfo, Durability, OnBadRow, OnGap, Options, RedisUrl, RunOptions, SlotName};
 use crate::error::Error;
 
 /// What `run` does, complete.
@@ -21,6 +21,8 @@ pub struct RunConfig {
     pub until_lsn: Option<Lsn>,
     /// What to do when Redis and the slot do not fit together.
     pub on_gap: OnGap,
+    /// What to do about a row that cannot be mirrored.
+    pub on_bad_row: OnBadRow,
     /// When a change counts as safe in Redis.
     pub durability: Durability,
     /// How many bytes of commands go to Redis in one step, about.
@@ -54,6 +56,7 @@ impl RunConfig {
             slot: options.slot(),
             until_lsn: run.until_lsn,
             on_gap: run.on_gap.unwrap_or_default(),
+            on_bad_row: run.on_bad_row.unwrap_or_default(),
             durability: run.durability.unwrap_or(Durability::Memory {
                 window: Durability::MEMORY_WINDOW,
             }),
@@ -99,6 +102,7 @@ impl RunOptions {
         Self {
             until_lsn: self.until_lsn.or(other.until_lsn),
             on_gap: self.on_gap.or(other.on_gap),
+            on_bad_row: self.on_bad_row.or(other.on_bad_row),
             durability: self.durability.or(other.durability),
             batch_bytes: self.batch_bytes.or(other.batch_bytes),
             transaction_bytes: self.transaction_bytes.or(other.transaction_bytes),
@@ -192,13 +196,14 @@ mod tests {
     #[test]
     fn every_key_of_the_file_is_read() {
         let file = "postgres = \"\"\nredis = \"redis://h\"\nslot = \"s\"\nlog-level = \"debug\"\nlog-format = \"json\"\n\
-                    until-lsn = \"0/10\"\non-gap = \"fail\"\ndurability = \"aof\"\nbatch-bytes = \"64KiB\"\n\
+                    until-lsn = \"0/10\"\non-gap = \"fail\"\non-bad-row = \"stop\"\ndurability = \"aof\"\nbatch-bytes = \"64KiB\"\n\
                     transaction-bytes = \"1GiB\"\nstatus-interval = \"5s\"\nconnect-timeout = 0\nonce = false\n";
         let (options, run) = parse_file(file, "w.toml").unwrap();
         assert_eq!(options.log_level, Some(LogLevel::Debug));
         assert_eq!(options.log_format, Some(LogFormat::Json));
         let config = RunConfig::new(&options, run).unwrap();
         assert_eq!((config.on_gap, config.durability), (OnGap::Fail, Durability::Aof));
+        assert_eq!(config.on_bad_row, OnBadRow::Stop);
         assert_eq!((config.batch_bytes, config.transaction_bytes), (65536, 1 << 30));
         assert_eq!((config.connect_timeout, config.once), (None, false));
     }

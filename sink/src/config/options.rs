@@ -8,7 +8,7 @@ use clap::Args;
 use serde::{Deserialize, Deserializer};
 use walmirror_proto::lsn::Lsn;
 
-use super::{ByteSize, Conninfo, Durability, LogFormat, LogLevel, OnGap, RedisUrl, SlotName, Span};
+use super::{ByteSize, Conninfo, Durability, LogFormat, LogLevel, OnBadRow, OnGap, RedisUrl, SlotName, Span};
 use crate::error::Error;
 
 /// The options that every command has, as they were given; what was not given is None.
@@ -97,6 +97,17 @@ pub struct RunOptions {
     #[arg(long, env = "WALMIRROR_ON_GAP", hide_env_values = true, value_name = "POLICY")]
     #[serde(deserialize_with = "parsed")]
     pub on_gap: Option<OnGap>,
+
+    /// What to do about a row that cannot be mirrored (a value too large for Redis, one that cannot be encoded, a key of
+    /// another type in its place): skip notes the key in Redis, stop ends with an error. [default: skip]
+    #[arg(
+        long,
+        env = "WALMIRROR_ON_BAD_ROW",
+        hide_env_values = true,
+        value_name = "POLICY"
+    )]
+    #[serde(deserialize_with = "parsed")]
+    pub on_bad_row: Option<OnBadRow>,
 
     /// When a change counts as safe in Redis, so that Postgres may drop its WAL: memory, memory=5s, replicas=N, aof.
     /// [default: memory=2s]

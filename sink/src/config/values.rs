@@ -221,6 +221,17 @@ pub enum OnGap {
 }
 words!(OnGap);
 
+/// What to do about a row that cannot be mirrored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum OnBadRow {
+    /// Go on without it: its key goes (one of another type stays), and is noted.
+    #[default]
+    Skip,
+    /// Stop.
+    Stop,
+}
+words!(OnBadRow);
+
 /// The least severe log lines that are shown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogLevel {

@@ -9,6 +9,8 @@ pub struct RedisKeys {
     pub relations: Vec<u8>,
     /// Hash: key -> oid, rows that have to be read again.
     pub pending: Vec<u8>,
+    /// Stream: the latest rows that could not be mirrored.
+    pub rejected: Vec<u8>,
 }
 
 impl RedisKeys {
@@ -19,6 +21,7 @@ impl RedisKeys {
             progress: key("progress"),
             relations: key("relations"),
             pending: key("pending"),
+            rejected: key("rejected"),
         }
     }
 

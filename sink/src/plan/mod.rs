@@ -15,7 +15,7 @@ mod patch;
 mod purge;
 mod scripts;
 
-use walmirror_proto::pb::{Kind, Mode, OnWrite};
+use walmirror_proto::pb::{self, Kind, Mode, OnWrite};
 use walmirror_proto::row::{Datum, TupleRef, WireError};
 
 pub use batch::{Batch, Op, OpKind};
@@ -25,6 +25,9 @@ pub use purge::Purge;
 pub use scripts::{PENDING_REPLY, Script, Scripts};
 
 use crate::gate::Gate;
+
+/// What Redis takes unless it is configured otherwise (proto-max-bulk-len).
+pub const VALUE_BYTES: usize = 512 << 20;
 
 /// Why a row could not be planned: the stream is broken or of a later version.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -50,6 +53,8 @@ pub enum Planned {
     Done,
     /// A key column is NULL, so the row has no key; a key that it had before is removed.
     NoKey,
+    /// Redis takes no value as large as one of the row's; the key is removed.
+    TooLarge,
 }
 
 /// One change of the stream.
@@ -81,6 +86,8 @@ pub struct Planner {
     key: Vec<u8>,
     old_key: Vec<u8>,
     text: Vec<u8>,
+    /// Redis takes no longer value.
+    value_bytes: usize,
 }
 
 impl Planner {
@@ -92,7 +99,13 @@ impl Planner {
             key: Vec::new(),
             old_key: Vec::new(),
             text: Vec::new(),
+            value_bytes: VALUE_BYTES,
         }
+    }
+
+    /// Values longer than this are not written.
+    pub fn limit_values(&mut self, value_bytes: usize) {
+        self.value_bytes = value_bytes;
     }
 
     /// The slot's bookkeeping keys.
@@ -139,6 +152,12 @@ impl Planner {
                 unlink(batch, mapping.oid, old_hash, &self.old_key);
             }
             unlink(batch, mapping.oid, hash, &self.key);
+        } else if self.is_too_large(mapping, &row) {
+            if moved {
+                unlink(batch, mapping.oid, old_hash, &self.old_key);
+            }
+            unlink(batch, mapping.oid, hash, &self.key);
+            return Ok(Planned::TooLarge);
         } else if change.tuple.has_unchanged() && value_has_unchanged(mapping, &row) {
             let moved_from = moved.then_some(old_hash);
             self.patch(batch, mapping, trust, &row, hash, moved_from);
@@ -171,6 +190,33 @@ impl Planner {
         self.write(batch, mapping, Trust::Refreshing, row, hash);
     }
 
+    /// Whether Redis would refuse one of the row's values, and close the connection.
+    pub fn is_too_large(&mut self, mapping: &Mapping, row: &[Datum<'_>]) -> bool {
+        // A byte becomes six at most, as JSON. Nearly every row is far below.
+        let bytes: usize = row.iter().map(byte_len).sum();
+        if bytes < self.value_bytes / 8 {
+            return false;
+        }
+        self.text.clear();
+        let is_json = mapping.value == pb::ValueKind::Json;
+        if is_json && mapping.json.write(row, &mut self.text) {
+            return self.text.len() > self.value_bytes;
+        }
+        mapping.fields.iter().any(|field| {
+            self.text.clear();
+            if let Some(datum) = row.get(field.column)
+                && !matches!(datum, Datum::Null | Datum::Unchanged)
+            {
+                if is_json {
+                    datum.write_json(&mut self.text);
+                } else {
+                    datum.write_text(&mut self.text);
+                }
+            }
+            self.text.len() > self.value_bytes
+        })
+    }
+
     /// Notes that the row of the key rendered last has to be read again.
     pub fn pend(&mut self, batch: &mut Batch, mapping: &Mapping) {
         let mut oid = itoa::Buffer::new();
@@ -191,6 +237,17 @@ impl Planner {
     /// Removes a key of a relation.
     pub fn remove(&self, batch: &mut Batch, relation: u32, hash: u64, key: &[u8]) {
         unlink(batch, relation, hash, key);
+    }
+}
+
+/// How long a value of no fixed length is.
+#[inline]
+fn byte_len(datum: &Datum<'_>) -> usize {
+    match datum {
+        Datum::Text(bytes) | Datum::Json(bytes) | Datum::Bytea(bytes) | Datum::NumericText(bytes) => {
+            bytes.len()
+        }
+        _ => 32,
     }
 }
 

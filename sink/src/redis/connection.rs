@@ -98,3 +98,18 @@ impl Connection {
         )
     }
 }
+
+/// The longest value that Redis takes: a longer one would end the connection. A Redis that does not tell has the default.
+pub fn value_limit(connection: &mut Connection) -> Result<usize, Error> {
+    let mut commands = Commands::new();
+    commands.command(&[b"CONFIG", b"GET", b"proto-max-bulk-len"]);
+    connection.send(commands.as_bytes())?;
+    let told = match connection.receive()? {
+        Value::Array(items) => match items.into_iter().nth(1) {
+            Some(Value::BulkString(digits)) => String::from_utf8_lossy(&digits).parse().ok(),
+            _ => None,
+        },
+        _ => None,
+    };
+    Ok(told.unwrap_or(crate::plan::VALUE_BYTES))
+}

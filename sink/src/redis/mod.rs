@@ -12,9 +12,9 @@ mod tests;
 mod writer;
 
 pub use claim::{Claim, Identity, Stored, read_stored};
-pub use connection::Connection;
 #[cfg(test)]
 pub(crate) use connection::Wire;
+pub use connection::{Connection, value_limit};
 pub use error::{class_of, reply_error};
 pub use scan::{Pages, Scan};
-pub use writer::{Applied, Segment, Writer};
+pub use writer::{Applied, Refused, Segment, Writer};

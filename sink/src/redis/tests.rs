@@ -156,6 +156,40 @@ fn a_command_that_fails_inside_of_the_exec_is_named_and_noted_for_repair() {
 }
 
 #[test]
+fn a_key_of_another_type_is_skipped_and_noted_if_that_is_wanted() {
+    let Some(server) = Server::start() else { return };
+    let mut writer = claim(&server, Some(Lsn(1)));
+    writer.set_on_bad_row(crate::config::OnBadRow::Skip);
+    let mut reader = server.connect();
+    get(&mut reader, &["SET", "foreign", "1"]);
+    let commands: [(&str, &[&str]); 4] = [
+        ("a", &["SET"]),
+        ("foreign", &["HSET", "f"]),
+        ("foreign", &["HDEL"]),
+        ("b", &["SET"]),
+    ];
+    let applied = writer.apply(segment(2, &commands), &|| false).unwrap().unwrap();
+    let foreign = Refused {
+        key: b"foreign".to_vec(),
+        relation: 77,
+    };
+    assert_eq!(applied.refused, [foreign]);
+    let note = crate::rejected::Rejected {
+        key: b"foreign".to_vec(),
+        table: "public.t".into(),
+        lsn: Lsn(2),
+        reason: "why".into(),
+    };
+    writer.note_rejected(std::slice::from_ref(&note)).unwrap();
+    let told = crate::rejected::read(&mut reader, &keys(), 5).unwrap();
+    assert_eq!(told, (1, vec![note]));
+    // The mirror goes on.
+    assert!(writer.apply(set(3, "c"), &|| false).unwrap().is_some());
+    assert_eq!(get(&mut reader, &["EXISTS", "a", "b", "c"]), "int(3)");
+    assert_eq!(get(&mut reader, &["GET", "foreign"]), "1");
+}
+
+#[test]
 fn a_command_that_is_not_queued_aborts_the_batch_and_is_classed() {
     let Some(server) = Server::start() else { return };
     let mut writer = claim(&server, Some(Lsn(1)));

@@ -8,9 +8,11 @@ use redis::{ServerError, Value};
 
 use super::error::{class_of, reply_error};
 use super::{Claim, Connection, Scan};
+use crate::config::OnBadRow;
 use crate::error::{Class, Error};
 use crate::plan::{Batch, PENDING_REPLY, Purge, RedisKeys, Script, Scripts};
 use crate::progress::Step;
+use crate::rejected::Rejected;
 use crate::resp::Commands;
 
 /// A TRUNCATE of a table with at most so many keys is atomic with its transaction; a larger one removes its keys before.
@@ -37,13 +39,24 @@ pub struct Segment {
     pub step: Option<Step>,
 }
 
+/// A key that Redis refused to write because it holds another type.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// The key.
+    pub key: Vec<u8>,
+    /// pg_class.oid of its table.
+    pub relation: u32,
+}
+
 /// What an EXEC did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Applied {
     /// The step that is now in Redis.
     pub step: Step,
     /// Whether keys were noted as pending.
     pub pending: bool,
+    /// Keys of another type, which stay as they are: only where such rows are skipped.
+    pub refused: Vec<Refused>,
 }
 
 /// The writing connection.
@@ -59,6 +72,7 @@ pub struct Writer {
     prefix: usize,
     /// The first command of the open MULTI that Redis did not queue.
     not_queued: Option<ServerError>,
+    on_bad_row: OnBadRow,
 }
 
 impl Writer {
@@ -78,9 +92,15 @@ impl Writer {
             open: Vec::new(),
             prefix: 0,
             not_queued: None,
+            on_bad_row: OnBadRow::Stop,
         };
         writer.check()?;
         Ok(writer)
+    }
+
+    /// What to do about keys of another type; without a word the writer stops.
+    pub fn set_on_bad_row(&mut self, policy: OnBadRow) {
+        self.on_bad_row = policy;
     }
 
     /// Begins a segment.
@@ -125,12 +145,16 @@ impl Writer {
         };
         self.expect_queued(expected.saturating_sub(3))?;
         let reply = self.connection.receive()?;
-        let mut pending = self.check_exec(reply, step)?;
+        let (mut pending, refused) = self.check_exec(reply, step)?;
         pending |= self.open.iter().any(|segment| segment.pending);
         self.open.clear();
         self.prefix = 0;
         self.check_watch()?;
-        Ok(Some(Applied { step, pending }))
+        Ok(Some(Applied {
+            step,
+            pending,
+            refused,
+        }))
     }
 
     /// The epoch that this writer claimed.
@@ -256,8 +280,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Checks every element of the EXEC. True: a patch noted its key as pending.
-    fn check_exec(&mut self, reply: Value, step: Step) -> Result<bool, Error> {
+    /// Checks every element of the EXEC: whether a patch noted its key as pending, and which keys were refused and may be.
+    fn check_exec(&mut self, reply: Value, step: Step) -> Result<(bool, Vec<Refused>), Error> {
         let elements = match reply {
             Value::Array(elements) => elements,
             // The WATCH was broken; the epoch tells by whom.
@@ -280,10 +304,40 @@ impl Writer {
             }
         }
         if refused.is_empty() {
-            Ok(pending)
-        } else {
-            Err(self.refused(&refused, step))
+            return Ok((pending, Vec::new()));
         }
+        match self.skipped(&refused) {
+            Some(skipped) => Ok((pending, skipped)),
+            None => Err(self.refused(&refused, step)),
+        }
+    }
+
+    /// The keys that were refused, if each of them just holds another type and such rows are skipped.
+    fn skipped(&self, refused: &[(usize, ServerError)]) -> Option<Vec<Refused>> {
+        let is_skipped = self.on_bad_row == OnBadRow::Skip && refused.len() < REFUSED_MAX;
+        let mut skipped: Vec<Refused> = Vec::new();
+        for (command, reply) in refused {
+            let (key, relation) = self.locate(*command)?;
+            if !is_skipped || reply.code() != "WRONGTYPE" || relation == 0 {
+                return None;
+            }
+            // A row may take several commands, which stand side by side.
+            if skipped.last().is_none_or(|last| last.key != key) {
+                skipped.push(Refused { key, relation });
+            }
+        }
+        Some(skipped)
+    }
+
+    /// Notes rows that were refused. Their EXEC is done, so this is a step of its own: if it does not come about, the keys
+    /// are left for `verify` to find.
+    pub fn note_rejected(&mut self, rejected: &[Rejected]) -> Result<(), Error> {
+        let mut commands = Commands::new();
+        Self::open(&mut commands);
+        for one in rejected {
+            one.write(&mut commands, &self.keys);
+        }
+        self.note(commands)
     }
 
     /// Redis does not undo a transaction of which one command failed, so the progress counts as applied what is not. The
@@ -314,6 +368,11 @@ impl Writer {
                 commands.command(&[b"HSET", &self.keys.pending, &key, relation.to_string().as_bytes()]);
             }
         }
+        self.note(commands)
+    }
+
+    /// Applies bookkeeping by itself, under the fence like everything.
+    fn note(&mut self, mut commands: Commands) -> Result<(), Error> {
         let count = commands.count() - 1;
         Self::close(&mut commands, &self.keys);
         self.connection.send(commands.as_bytes())?;
@@ -321,6 +380,10 @@ impl Writer {
         self.expect_queued(count)?;
         match self.connection.receive()? {
             Value::Array(_) => self.check_watch(),
+            Value::ServerError(reply) => {
+                let cause = self.not_queued.take().unwrap_or(reply);
+                Err(reply_error("Redis refuses to note keys", &cause))
+            }
             _ => Err(touched(&self.keys)),
         }
     }

@@ -11,7 +11,8 @@ use super::shared::Shared;
 use crate::backfill::Backfill;
 use crate::config::Durability;
 use crate::error::Error;
-use crate::redis::{Segment, Writer};
+use crate::redis::{Applied, Segment, Writer};
+use crate::rejected::Rejected;
 
 /// An idle session asks Redis this often whether it is still there and still ours …
 const CHECK_EVERY: Duration = Duration::from_secs(1);
@@ -55,6 +56,7 @@ pub(super) fn apply(
                     if applied.pending {
                         backfill.note_pending();
                     }
+                    reject(&mut writer, &applied, shared, backfill)?;
                     shared.set_applied(applied.step.lsn);
                 }
                 let _ = room.send(());
@@ -82,4 +84,31 @@ pub(super) fn apply(
             waited = Instant::now();
         }
     }
+}
+
+/// Notes rows whose keys hold another type: what is there stays, and the mirror goes on without them.
+fn reject(
+    writer: &mut Writer,
+    applied: &Applied,
+    shared: &Arc<Shared>,
+    backfill: &Arc<Backfill>,
+) -> Result<(), Error> {
+    if applied.refused.is_empty() {
+        return Ok(());
+    }
+    add(&shared.metrics.rejected, applied.refused.len() as u64);
+    let rejected: Vec<Rejected> = applied
+        .refused
+        .iter()
+        .map(|refused| Rejected {
+            key: refused.key.clone(),
+            table: backfill
+                .table(refused.relation)
+                .unwrap_or_else(|| refused.relation.to_string()),
+            lsn: applied.step.lsn,
+            reason: "its key holds another type, and stays as it is (WRONGTYPE)".to_owned(),
+        })
+        .collect();
+    rejected.iter().for_each(Rejected::log);
+    writer.note_rejected(&rejected)
 }

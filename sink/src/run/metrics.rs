@@ -34,6 +34,8 @@ counters! {
     rows_without_key,
     /// Rows that the decoder could not encode.
     errors,
+    /// Rows that are not mirrored because they cannot be.
+    rejected,
     /// Tables that were emptied.
     truncates,
     /// Rows that SQL read and the gate admitted.

@@ -18,7 +18,7 @@ use crate::error::Error;
 use crate::gate::Gate;
 use crate::plan::RedisKeys;
 use crate::pq::Waker;
-use crate::redis::Writer;
+use crate::redis::{Writer, value_limit};
 use crate::shutdown::Shutdown;
 
 /// Memory of the gate.
@@ -49,7 +49,7 @@ pub(super) fn run(
     let interrupt = shutdown.waker()?;
     let Handshake {
         stream,
-        claim,
+        mut claim,
         fresh,
         confirmed,
         silence,
@@ -85,11 +85,14 @@ pub(super) fn run(
         limits: Limits {
             batch_bytes: config.batch_bytes,
             transaction_bytes: config.transaction_bytes,
+            value_bytes: value_limit(&mut claim.connection)?,
         },
+        on_bad_row: config.on_bad_row,
         backfill: Arc::clone(&backfill),
         shared: Arc::clone(&shared),
     })?;
-    let writer = Writer::new(claim, keys.clone())?;
+    let mut writer = Writer::new(claim, keys.clone())?;
+    writer.set_on_bad_row(config.on_bad_row);
     began();
 
     let (input_sender, input) = unbounded();

@@ -10,6 +10,7 @@ use super::Planning;
 use crate::backfill::{Chunk, Content};
 use crate::error::Error;
 use crate::gate::Verdict;
+use crate::rejected::Rejected;
 
 /// Bytes of commands that one piece adds to a batch, about.
 const PIECE_BYTES: usize = 128 * 1024;
@@ -156,13 +157,20 @@ impl Planning {
                 if tuple.has_unchanged() {
                     // walmirror.pack could tell only the key.
                     add(&self.shared.metrics.errors, 1);
-                    tracing::error!(
-                        table = mapping.table,
-                        "a row could not be encoded and is not mirrored; the server's log tells why"
-                    );
                     let key = self.planner.key().to_vec();
                     self.planner
                         .remove(self.assembly.batch(), chunk.relation, hash, &key);
+                    self.reject(Rejected {
+                        key,
+                        table: mapping.table.clone(),
+                        lsn: self.lsn,
+                        reason: "it could not be encoded; the server's log tells why".to_owned(),
+                    })?;
+                } else if self.planner.is_too_large(&mapping, &row) {
+                    let key = self.planner.key().to_vec();
+                    self.planner
+                        .remove(self.assembly.batch(), chunk.relation, hash, &key);
+                    self.reject_too_large(mapping.table.clone())?;
                 } else {
                     self.planner.read_row(self.assembly.batch(), &mapping, &row, hash);
                 }

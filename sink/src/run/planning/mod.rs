@@ -13,13 +13,16 @@ use std::sync::Arc;
 
 use walmirror_proto::Lsn;
 
+use super::metrics::add;
 use super::shared::Shared;
 use crate::backfill::{Backfill, Chunk};
+use crate::config::OnBadRow;
 use crate::error::Error;
 use crate::gate::Gate;
 use crate::plan::{Mapping, Planner, RedisKeys, Scripts, Trust};
 use crate::progress::{Progress, Step, write_resync_begun};
 use crate::redis::{Segment, Stored};
+use crate::rejected::Rejected;
 use crate::transaction::Transactions;
 
 use assembly::Assembly;
@@ -33,6 +36,8 @@ pub(super) struct Limits {
     pub(super) batch_bytes: usize,
     /// A transaction is cut at this weight.
     pub(super) transaction_bytes: usize,
+    /// Redis takes no longer value.
+    pub(super) value_bytes: usize,
 }
 
 /// What a planner starts with.
@@ -46,6 +51,7 @@ pub(super) struct Start {
     pub(super) slot: String,
     pub(super) marker_prefix: String,
     pub(super) limits: Limits,
+    pub(super) on_bad_row: OnBadRow,
     pub(super) backfill: Arc<Backfill>,
     pub(super) shared: Arc<Shared>,
 }
@@ -83,6 +89,7 @@ pub(super) struct Planning {
     backfill: Arc<Backfill>,
     shared: Arc<Shared>,
     limits: Limits,
+    on_bad_row: OnBadRow,
     /// What requests begin with.
     slot: String,
     marker_prefix: Vec<u8>,
@@ -109,6 +116,7 @@ impl Planning {
             slot,
             marker_prefix,
             limits,
+            on_bad_row,
             backfill,
             shared,
         } = start;
@@ -143,6 +151,7 @@ impl Planning {
             backfill,
             shared,
             limits,
+            on_bad_row,
             slot,
             marker_prefix: marker_prefix.into_bytes(),
             lsn: progress.lsn,
@@ -152,6 +161,7 @@ impl Planning {
             advanced: false,
             out: VecDeque::new(),
         };
+        planning.planner.limit_values(limits.value_bytes);
         if progress.resync {
             let batch = planning.assembly.batch();
             let purges = planning.registry.restart_all(batch).map_err(bug)?;
@@ -229,6 +239,33 @@ impl Planning {
         self.advanced = false;
         let segment = self.assembly.close(step);
         self.out.push_back(segment);
+    }
+
+    /// A row that cannot be mirrored: its key is gone, and is noted in the same EXEC.
+    fn reject(&mut self, rejected: Rejected) -> Result<(), Error> {
+        add(&self.shared.metrics.rejected, 1);
+        if self.on_bad_row == OnBadRow::Stop {
+            return Err(rejected.into_error());
+        }
+        rejected.log();
+        let keys = self.planner.keys().clone();
+        rejected.write(self.assembly.batch().bookkeeping(), &keys);
+        self.dirty = true;
+        Ok(())
+    }
+
+    /// The row whose key was rendered last has a value that is too large.
+    fn reject_too_large(&mut self, table: String) -> Result<(), Error> {
+        let rejected = Rejected {
+            key: self.planner.key().to_vec(),
+            table,
+            lsn: self.lsn,
+            reason: format!(
+                "a value of it is longer than the {} bytes that Redis takes (proto-max-bulk-len)",
+                self.limits.value_bytes
+            ),
+        };
+        self.reject(rejected)
     }
 
     /// What changed in the registry changes how rows are treated.

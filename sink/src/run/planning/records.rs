@@ -11,6 +11,7 @@ use super::{Definition, Planning, standing};
 use crate::error::Error;
 use crate::gate::{Snapshot, Verdict};
 use crate::plan::{Change, Mapping, Planned, Purge};
+use crate::rejected::Rejected;
 use crate::request::Request;
 
 use super::Standing;
@@ -104,6 +105,10 @@ impl Planning {
         );
         match planned {
             Ok(Planned::Done) => Ok(()),
+            Ok(Planned::TooLarge) => {
+                let table = definition.mapping.table.clone();
+                self.reject_too_large(table)
+            }
             Ok(Planned::NoKey) => {
                 add(&self.shared.metrics.rows_without_key, 1);
                 Ok(())
@@ -263,8 +268,13 @@ impl Planning {
     fn error(&mut self, error: &pb::Error) -> Result<(), Error> {
         if self.counted("ERROR")? {
             add(&self.shared.metrics.errors, 1);
-            // INVARIANT I8: no values; the key is one.
-            tracing::error!(table = error.table, lsn = %Lsn(error.lsn), "a row could not be encoded and is not mirrored: {}", error.reason);
+            // The decoder has sent deletes of the row's keys along with it.
+            self.reject(Rejected {
+                key: error.key.clone().into_bytes(),
+                table: error.table.clone(),
+                lsn: Lsn(error.lsn),
+                reason: format!("it could not be encoded: {}", error.reason),
+            })?;
         }
         Ok(())
     }
@@ -334,6 +344,7 @@ impl Planning {
             if let Some(hash) = hash
                 && !tuple.has_unchanged()
                 && self.gate.admit(capture.oid, hash, &snapshot) == Verdict::Admit
+                && !self.planner.is_too_large(&mapping, &row)
             {
                 add(&self.shared.metrics.read_admitted, 1);
                 self.planner.read_row(self.assembly.batch(), &mapping, &row, hash);

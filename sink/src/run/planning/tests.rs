@@ -57,7 +57,9 @@ fn planning(stored: Stored, batch_bytes: usize, transaction_bytes: usize) -> Pla
         limits: Limits {
             batch_bytes,
             transaction_bytes,
+            value_bytes: crate::plan::VALUE_BYTES,
         },
+        on_bad_row: crate::config::OnBadRow::Skip,
         backfill: Arc::new(Backfill::default()),
         shared: Arc::new(Shared::default()),
     })

@@ -172,6 +172,7 @@ impl Session {
             marker_prefix: marker_prefix.clone(),
             slot: "s".to_owned(),
             limits: setting.limits,
+            on_bad_row: crate::config::OnBadRow::Skip,
             backfill: Arc::clone(&backfill),
             shared: Arc::clone(&shared),
         })?;
@@ -252,7 +253,7 @@ impl Session {
         };
         let applied = self.writer.apply(segment, &|| false)?;
         self.shared.set_heard(now);
-        if let Some(applied) = applied {
+        if let Some(applied) = &applied {
             if applied.pending {
                 self.backfill.note_pending();
             }

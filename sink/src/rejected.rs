@@ -1,0 +1,118 @@
+//! Rows that cannot be mirrored: what `--on-bad-row skip` leaves behind, in a Redis stream of bounded length. Keys, tables and
+//! reasons; INVARIANT I8: no values.
+
+use redis::Value;
+use walmirror_proto::Lsn;
+
+use crate::error::Error;
+use crate::plan::RedisKeys;
+use crate::redis::Connection;
+use crate::resp::Commands;
+
+/// About so many notes are kept, the latest.
+const KEPT: &[u8] = b"1000";
+
+/// A row that is not mirrored.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rejected {
+    /// Its key, as far as that could be told.
+    pub key: Vec<u8>,
+    /// `schema.name`
+    pub table: String,
+    /// Where in the stream it was.
+    pub lsn: Lsn,
+    /// Why.
+    pub reason: String,
+}
+
+impl Rejected {
+    /// Appends the command that notes it. It belongs into the EXEC whose progress passes the row, so that each is noted
+    /// once.
+    pub fn write(&self, commands: &mut Commands, keys: &RedisKeys) {
+        commands.command(&[
+            b"XADD",
+            &keys.rejected,
+            b"MAXLEN",
+            b"~",
+            KEPT,
+            b"*",
+            b"key",
+            &self.key,
+            b"table",
+            self.table.as_bytes(),
+            b"lsn",
+            self.lsn.to_string().as_bytes(),
+            b"reason",
+            self.reason.as_bytes(),
+        ]);
+    }
+
+    /// One ERROR line.
+    pub fn log(&self) {
+        let key = String::from_utf8_lossy(&self.key);
+        tracing::error!(table = self.table, key = %key, lsn = %self.lsn, "a row is not mirrored: {}", self.reason);
+    }
+
+    /// The error that `--on-bad-row stop` ends with.
+    pub fn into_error(self) -> Error {
+        let key = String::from_utf8_lossy(&self.key).into_owned();
+        Error::setup(format!(
+            "the row with the key \"{key}\" of the table {} cannot be mirrored: {}",
+            self.table, self.reason
+        ))
+        .at(self.lsn)
+        .next("walmirror run --on-bad-row skip …   # goes on without the row, and notes its key")
+    }
+}
+
+/// How many notes there are, and the latest of them.
+pub fn read(
+    connection: &mut Connection,
+    keys: &RedisKeys,
+    latest: u32,
+) -> Result<(u64, Vec<Rejected>), Error> {
+    let what = "read what was rejected";
+    let count = match connection.call(what, &[b"XLEN", &keys.rejected])? {
+        Value::Int(count) => u64::try_from(count).unwrap_or(0),
+        _ => 0,
+    };
+    if count == 0 {
+        return Ok((0, Vec::new()));
+    }
+    let latest = latest.to_string();
+    let command: [&[u8]; 6] = [
+        b"XREVRANGE",
+        &keys.rejected,
+        b"+",
+        b"-",
+        b"COUNT",
+        latest.as_bytes(),
+    ];
+    let Value::Array(entries) = connection.call(what, &command)? else {
+        return Err(Error::bug("Redis' answer to XREVRANGE cannot be read"));
+    };
+    Ok((count, entries.into_iter().filter_map(entry).collect()))
+}
+
+/// An entry is its id and a list of fields and values.
+fn entry(entry: Value) -> Option<Rejected> {
+    let Value::Array(parts) = entry else { return None };
+    let Some(Value::Array(fields)) = parts.into_iter().nth(1) else {
+        return None;
+    };
+    let mut rejected = Rejected::default();
+    let mut fields = fields.into_iter();
+    while let (Some(Value::BulkString(field)), Some(Value::BulkString(value))) =
+        (fields.next(), fields.next())
+    {
+        let text = || String::from_utf8_lossy(&value).into_owned();
+        match field.as_slice() {
+            b"table" => rejected.table = text(),
+            b"lsn" => rejected.lsn = text().parse().unwrap_or_default(),
+            b"reason" => rejected.reason = text(),
+            b"key" => rejected.key = value,
+            _ => {}
+        }
+    }
+    Some(rejected)
+}

@@ -1,0 +1,266 @@
+//! Rows that cannot be mirrored: the rest goes on, none of them is forgotten, and each is noted once.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::time::{Duration, Instant};
+
+use rand::Rng;
+use walmirror_tests::{DEADLINE, Mirror, Sink, rng, wait_for};
+
+/// Stands in every value: no output may hold it.
+const CANARY: &str = "canary-in-a-row";
+
+fn mirror(setup: &str, args: &[&str]) -> Mirror {
+    let m = Mirror::new();
+    // The smallest that Redis takes.
+    let _: String = m.redis.command("CONFIG SET proto-max-bulk-len 1048576");
+    m.sql(setup);
+    m.start_with(args);
+    m
+}
+
+fn walmirror(m: &Mirror, command: &str) -> (i32, String) {
+    let (conninfo, url) = (m.db.pg.conninfo(&m.db.name), m.redis.url());
+    let mut args: Vec<&str> = command.split_whitespace().collect();
+    args.extend([
+        "--postgres",
+        &conninfo,
+        "--redis",
+        &url,
+        "--slot",
+        &m.db.name,
+        "--log-level",
+        "error",
+    ]);
+    let (code, output) = Sink::run(&args, DEADLINE);
+    assert!(!output.contains(CANARY), "a value was printed");
+    (code.unwrap(), output)
+}
+
+/// Waits for the end of the backfill, which notes what it finds as well.
+fn filled(m: &Mirror) {
+    let tables: usize =
+        m.db.value("SELECT count(*) FROM walmirror.mirrors")
+            .parse()
+            .unwrap();
+    wait_for(DEADLINE, "the backfill to end", || {
+        let (_, status) = walmirror(m, "status");
+        (status.matches("   complete").count() == tables).then_some(())
+    });
+}
+
+fn notes(m: &Mirror) -> u64 {
+    m.redis
+        .command(&format!("XLEN walmirror:{{{}}}:rejected", m.db.name))
+}
+
+fn log(m: &Mirror) -> String {
+    let log = m.sink(|sink| sink.output());
+    assert!(!log.contains(CANARY), "a value was logged");
+    log
+}
+
+/// A megabyte and more, compressed or not.
+fn large() -> String {
+    format!("'{CANARY}' || repeat('x', 1048576)")
+}
+
+#[test]
+fn rows_larger_than_redis_takes_are_left_out_and_the_rest_flows() {
+    let m = mirror(
+        &format!(
+            "CREATE TABLE h (id int PRIMARY KEY, v text, n int); CREATE TABLE j (LIKE h INCLUDING ALL); \
+             CREATE TABLE s (LIKE h INCLUDING ALL); INSERT INTO h VALUES (1, 'small', 0), (2, {}, 0); \
+             SELECT walmirror.mirror('h'), walmirror.mirror('j', value => 'json'), \
+                    walmirror.mirror('s', value => 'string', columns => '{{v}}')",
+            large()
+        ),
+        &[],
+    );
+    // The backfill leaves one out …
+    filled(&m);
+    assert_eq!(notes(&m), 1);
+    for table in ["h", "j", "s"] {
+        let before = notes(&m);
+        m.sql(&format!(
+            "INSERT INTO {table} VALUES (10, 'small', 0), (11, {}, 0), (12, 'small', 0); INSERT INTO {table} VALUES (13, 'small', 0)",
+            large()
+        ));
+        m.sync();
+        assert!(notes(&m) > before, "{table}");
+        // … and so does the stream. A key that held the row before goes, under its old name too. A row whose large value the
+        // last update leaves alone is read again, and found to be too large again.
+        m.sql(&format!(
+            "UPDATE {table} SET v = {0} WHERE id = 10; UPDATE {table} SET id = 99, v = {0} WHERE id = 12; UPDATE {table} SET n = 1",
+            large()
+        ));
+        m.sync();
+        let left: Vec<String> = m.redis.keys();
+        let left: Vec<&String> = left.iter().filter(|key| key.starts_with(table)).collect();
+        let want: &[&str] = if table == "h" {
+            &["h:1", "h:13"]
+        } else {
+            &[&format!("{table}:13")]
+        };
+        assert_eq!(left, want);
+    }
+    let (code, output) = walmirror(&m, "verify");
+    assert_eq!(code, 1, "{output}");
+    for key in ["h:2", "h:10", "h:11", "h:99", "j:99", "s:11"] {
+        assert!(
+            output.contains(&format!("  missing    {key}\n")),
+            "{key}: {output}"
+        );
+    }
+    let (code, output) = walmirror(&m, "status");
+    assert_eq!(code, 0);
+    assert!(
+        output.contains("rows could not be mirrored") && output.contains("proto-max-bulk-len"),
+        "{output}"
+    );
+    // Mended, they are there.
+    for table in ["h", "j", "s"] {
+        m.sql(&format!("UPDATE {table} SET v = 'small again'"));
+    }
+    m.settle();
+    assert!(log(&m).contains("a row is not mirrored"));
+}
+
+#[test]
+fn a_row_that_cannot_be_encoded_is_noted() {
+    let m = mirror(
+        "CREATE TABLE t (id int PRIMARY KEY, doc json); SELECT walmirror.mirror('t', value => 'json')",
+        &[],
+    );
+    filled(&m);
+    m.sql(&format!(
+        r#"INSERT INTO t VALUES (1, '{{}}'), (2, '{{"{CANARY}": "\u0000"}}'), (3, '{{}}')"#
+    ));
+    m.sync();
+    assert_eq!(m.redis.keys(), ["t:1", "t:3"]);
+    assert_eq!(notes(&m), 1);
+    let (code, output) = walmirror(&m, "status --json");
+    assert_eq!(code, 0);
+    let status: serde_json::Value = serde_json::from_str(&output).unwrap();
+    let rejected = &status["rejected"];
+    assert_eq!(rejected["count"], 1);
+    assert_eq!(rejected["latest"][0]["key"], "t:2");
+    assert_eq!(rejected["latest"][0]["table"], "public.t");
+    log(&m);
+}
+
+#[test]
+fn a_key_of_another_type_stays_and_is_noted() {
+    let m = mirror(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t')",
+        &[],
+    );
+    // A backfill replaces what it finds.
+    filled(&m);
+    let _: String = m.redis.command("SET t:5 foreign");
+    m.sql("INSERT INTO t SELECT i, 'v' FROM generate_series(1, 10) i");
+    m.sql("INSERT INTO t VALUES (11, 'v')");
+    m.sync();
+    wait_for(DEADLINE, "the note", || (notes(&m) == 1).then_some(()));
+    assert_eq!(m.redis.get("t:5").as_deref(), Some("foreign"));
+    assert_eq!(m.redis.keys().len(), 11);
+    assert!(log(&m).contains("WRONGTYPE"));
+    let (code, output) = walmirror(&m, "verify");
+    assert_eq!(code, 1);
+    assert!(output.contains("different  t:5\n"), "{output}");
+    // The template's keys are the mirror's: whoever asks for it gets them.
+    let (code, output) = walmirror(&m, "verify --repair");
+    assert_eq!(code, 0, "{output}");
+    m.check();
+}
+
+/// The EXEC is done and says that a key was refused, and before that could be noted the sink is gone. Here Redis refuses the note,
+/// which leaves the same behind.
+#[test]
+fn a_refused_key_whose_note_was_lost_is_found_by_verify() {
+    let m = mirror(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t')",
+        &[],
+    );
+    // A backfill replaces what it finds.
+    filled(&m);
+    let _: String = m.redis.command("SET t:5 foreign");
+    let _: String = m.redis.command("ACL SETUSER default -xadd");
+    m.sql("INSERT INTO t SELECT i, 'v' FROM generate_series(1, 10) i");
+    wait_for(DEADLINE, "the sink to fail", || {
+        m.sink(|sink| sink.output().contains("NOPERM")).then_some(())
+    });
+    let _: String = m.redis.command("ACL SETUSER default +xadd");
+    m.sync();
+    assert_eq!(notes(&m), 0);
+    let (code, output) = walmirror(&m, "verify");
+    assert_eq!(code, 1, "{output}");
+    assert!(output.contains("different  t:5\n"), "{output}");
+    let (code, output) = walmirror(&m, "verify --repair");
+    assert_eq!(code, 0, "{output}");
+    m.check();
+}
+
+#[test]
+fn stop_names_the_row_and_stops_until_somebody_says_skip() {
+    let stop = ["--on-bad-row", "stop"];
+    let setup = "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t')";
+    let m = mirror(setup, &stop);
+    filled(&m);
+    m.sql(&format!(
+        "INSERT INTO t VALUES (1, 'x'); INSERT INTO t VALUES (2, {})",
+        large()
+    ));
+    for _ in 0..2 {
+        let status = m.sink(|sink| sink.wait(DEADLINE));
+        assert_eq!(status.code(), Some(3), "{}", log(&m));
+        let log = log(&m);
+        assert!(
+            log.contains("\"t:2\" of the table public.t") && log.contains("at LSN"),
+            "{log}"
+        );
+        assert!(log.contains("next: walmirror run --on-bad-row skip"), "{log}");
+        // It does not go past the row by being started again.
+        m.start_with(&stop);
+    }
+    m.sink(|sink| sink.wait(DEADLINE));
+    m.start();
+    m.sql("INSERT INTO t VALUES (3, 'x')");
+    m.sync();
+    assert_eq!(m.redis.keys(), ["t:1", "t:3"]);
+    assert_eq!(notes(&m), 1);
+}
+
+/// A note is in the EXEC whose progress passes the row: neither lost nor written twice, whenever the sink dies.
+#[test]
+fn each_bad_row_is_noted_once_whenever_the_sink_is_killed() {
+    let mut rng = rng("bad rows");
+    let m = mirror(
+        "CREATE TABLE t (id int PRIMARY KEY, doc json); SELECT walmirror.mirror('t', value => 'json')",
+        &["--batch-bytes", "4KiB", "--transaction-bytes", "8KiB"],
+    );
+    filled(&m);
+    let mut bad = 0;
+    for round in 0..6 {
+        let (from, to) = (round * 1000, round * 1000 + 600);
+        m.sql(&format!(
+            "INSERT INTO t SELECT i, CASE WHEN i % 20 = 0 THEN '{{\"a\": \"\\u0000\"}}' ELSE '{{\"a\": \"some text\"}}' END::json \
+             FROM generate_series({from}, {to}) i"
+        ));
+        bad += 31;
+        let until = Instant::now() + Duration::from_micros(rng.random_range(0..20_000));
+        while Instant::now() < until {
+            std::hint::spin_loop();
+        }
+        m.sink(Sink::kill);
+        m.sink(Sink::restart);
+    }
+    m.sync();
+    assert_eq!(notes(&m), bad);
+    assert_eq!(m.redis.keys().len(), 6 * 601 - bad as usize);
+}
