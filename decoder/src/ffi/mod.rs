@@ -9,6 +9,7 @@ pub mod datum;
 pub mod executor;
 pub mod flusher;
 pub mod function;
+mod hold;
 pub mod hooks;
 pub mod local;
 pub mod memory;

@@ -13,11 +13,11 @@ use pgrx::prelude::*;
 use super::datum::Tuple;
 use super::memory::Context;
 use super::relation::Rel;
-use super::{settings, text};
+use super::{hold, settings, text};
 use crate::capture;
 use crate::decode::ddl_message::{self, DdlMessage};
 use crate::decode::{Change, Decoder, Output, Transaction};
-use crate::options::{Format, Options};
+use crate::options::{Format, Options, Origin};
 
 /// The prefix of the messages that the sink writes to learn where in the stream it stands.
 const MARKER_PREFIX: &CStr = c"walmirror.marker";
@@ -58,7 +58,7 @@ impl Output for Writer {
         unsafe {
             pg_sys::OutputPluginPrepareWrite(self.context, self.last);
             pg_sys::appendBinaryStringInfo((*self.context).out, frame.as_ptr().cast(), length);
-            pg_sys::OutputPluginWrite(self.context, self.last);
+            hold::writing(frame.len(), || pg_sys::OutputPluginWrite(self.context, self.last));
         }
     }
 
@@ -102,6 +102,11 @@ unsafe extern "C-unwind" fn startup(
             Format::Json => pg_sys::OutputPluginOutputType::OUTPUT_PLUGIN_TEXTUAL_OUTPUT,
         };
         (*output).receive_rewrites = false;
+        if options.origin == Origin::Any {
+            // Postgres asks about every record otherwise.
+            (*context).callbacks.filter_by_origin_cb = None;
+        }
+        let holds = !is_init && options.format == Format::Protobuf;
         let decoder = Box::new(Decoder::new(options, Context::from_raw((*context).context)));
         let decoder = Box::into_raw(decoder);
         (*context).output_plugin_private = decoder.cast();
@@ -111,10 +116,14 @@ unsafe extern "C-unwind" fn startup(
         (*callback).func = Some(free_decoder);
         (*callback).arg = decoder.cast();
         pg_sys::MemoryContextRegisterResetCallback((*context).context, callback);
+        if holds {
+            hold::start(context);
+        }
     }
 }
 
 unsafe extern "C-unwind" fn free_decoder(decoder: *mut c_void) {
+    hold::stop();
     // SAFETY: registered once, with the pointer that Box::into_raw gave; Postgres calls it once. Dropping the decoder
     // touches no Postgres memory: its plans have no destructors that do.
     drop(unsafe { Box::from_raw(decoder.cast::<Decoder>()) });
@@ -163,6 +172,7 @@ unsafe extern "C-unwind" fn begin(
     settings::failpoint(settings::Failpoint::Begin);
     // SAFETY: both are valid for the call.
     unsafe {
+        hold::before_transaction((*txn).total_size);
         #[cfg(feature = "pg14")]
         let commit_time = (*txn).commit_time;
         #[cfg(not(feature = "pg14"))]

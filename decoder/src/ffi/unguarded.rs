@@ -19,6 +19,8 @@ unsafe extern "C-unwind" {
     );
     /// execProcnode.c
     pub fn ExecSetExecProcNode(node: *mut pg_sys::PlanState, function: ExecProcNode);
+    /// timestamp.c; microseconds since 2000-01-01.
+    pub fn GetCurrentTimestamp() -> i64;
     /// latch.c
     pub fn SetLatch(latch: *mut pg_sys::Latch);
 }
