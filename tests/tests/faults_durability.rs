@@ -1,0 +1,167 @@
+//! What is confirmed when: nothing that Redis could still lose by the rule of `--durability`.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use walmirror_tests::{DEADLINE, Lsn, Mirror, Redis, Scenario, Setup, Signal, Sink, wait_for};
+
+const LOST: [&str; 3] = [
+    "the connection to Redis at",
+    "cannot connect to Redis at",
+    "is active for PID",
+];
+
+fn confirmed(s: &Scenario) -> Lsn {
+    let slot = "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = current_database()";
+    s.m.db.value(slot).parse().unwrap()
+}
+
+/// `replicas=1`: while the replica is away everything goes on but the slot, and a failover to it loses nothing, however long
+/// it was away.
+#[test]
+fn only_what_a_replica_has_is_confirmed() {
+    let redis = Redis::start();
+    let mut replica = redis.replica();
+    let setup = Setup {
+        redis,
+        ..Setup::default()
+    };
+    let mut s = Scenario::start(
+        "only_what_a_replica_has_is_confirmed",
+        setup.args(&["--durability", "replicas=1"]),
+    );
+    let target = s.m.db.lsn();
+    wait_for(DEADLINE, "the slot to follow the replica", || {
+        (confirmed(&s) >= target).then_some(())
+    });
+    replica.signal(Signal::STOP);
+    let stopped = s.m.db.lsn();
+    // Longer than any window of time.
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(4) {
+        s.flow();
+        let confirmed = confirmed(&s);
+        assert!(
+            confirmed <= stopped,
+            "{confirmed} is confirmed, and the replica stopped before {stopped}"
+        );
+    }
+    replica.signal(Signal::CONT);
+    let target = s.m.db.lsn();
+    wait_for(DEADLINE, "the slot to follow the replica again", || {
+        (confirmed(&s) >= target).then_some(())
+    });
+    // Replication ends before the master does.
+    let _: String = replica.command("REPLICAOF NO ONE");
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(3) {
+        s.flow();
+    }
+    s.watch.may_lose(true);
+    s.redis_link.point_to_port(replica.port());
+    s.watch.look_at(replica.port());
+    // The new master has a replica of its own, without which nothing would be confirmed.
+    let next = replica.replica();
+    let mut old = std::mem::replace(&mut s.m.redis, replica);
+    old.stop(Signal::KILL);
+    s.redis_link.cut();
+    s.flow();
+    s.watch.may_lose(false);
+    assert!(!s.log().contains("do not fit"), "{}", s.log());
+    s.finish(&LOST);
+    drop(next);
+}
+
+/// `memory=3s`: what is confirmed has been in Redis for three seconds.
+#[test]
+fn memory_is_confirmed_behind_its_window() {
+    let window = Duration::from_secs(3);
+    let s = Scenario::start(
+        "memory_is_confirmed_behind_its_window",
+        Setup::default().args(&["--durability", "memory=3s"]),
+    );
+    let mut history: VecDeque<(Instant, Lsn)> = VecDeque::new();
+    let (start, mut checked) = (Instant::now(), 0);
+    while start.elapsed() < Duration::from_secs(9) {
+        let before = Instant::now();
+        if let Some(progress) = s.progress() {
+            history.push_back((before, progress));
+        }
+        let confirmed = confirmed(&s);
+        let read = Instant::now();
+        // The first look at Redis that is not older than the window: what is confirmed was there then.
+        while history
+            .get(1)
+            .is_some_and(|(at, _)| read.duration_since(*at) > window)
+        {
+            history.pop_front();
+        }
+        if let [Some((at, _)), Some((_, then))] = [history.front(), history.get(1)]
+            && read.duration_since(*at) > window
+        {
+            assert!(
+                confirmed <= *then,
+                "{confirmed} is confirmed, Redis was at {then} {window:?} ago"
+            );
+            checked += 1;
+        }
+    }
+    println!("{checked} times");
+    assert!(checked > 100);
+    // It does follow.
+    let target = s.m.db.lsn();
+    wait_for(DEADLINE, "the slot to follow", || {
+        (confirmed(&s) >= target).then_some(())
+    });
+    s.finish(&[]);
+}
+
+/// `aof` needs a Redis that knows WAITAOF (7.2) and has an append-only file. Where one is missing it is said at the start.
+#[test]
+fn aof_without_waitaof_is_said_at_the_start() {
+    let mut m = Mirror::new();
+    m.sql("CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t')");
+    let known: Vec<redis::Value> = m.redis.command("COMMAND INFO WAITAOF");
+    let has_waitaof = !matches!(known.first(), None | Some(redis::Value::Nil));
+    let conninfo = m.db.pg.conninfo(&m.db.name);
+    let url = m.redis.url();
+    let run = [
+        "run",
+        "--postgres",
+        &conninfo,
+        "--redis",
+        &url,
+        "--slot",
+        &m.db.name,
+        "--durability",
+        "aof",
+    ];
+    let (code, output) = Sink::run(&run, DEADLINE);
+    assert_eq!(code, Some(4), "{output}");
+    assert!(
+        output.contains("append-only file") && output.contains("next: "),
+        "{output}"
+    );
+    if !has_waitaof {
+        println!("this Redis has no WAITAOF: that it is waited for is not tested");
+        return;
+    }
+    m.redis = Redis::start_with(&["--appendonly", "yes"]);
+    m.start_with(&["--durability", "aof"]);
+    m.settle();
+    m.sql("INSERT INTO t SELECT generate_series(1, 100)");
+    let target = m.db.lsn();
+    wait_for(DEADLINE, "the slot to follow", || {
+        let slot =
+            "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = current_database()";
+        (m.db.value(slot).parse::<Lsn>().unwrap() >= target).then_some(())
+    });
+    m.check();
+}

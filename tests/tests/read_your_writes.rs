@@ -1,0 +1,143 @@
+//! A COMMIT that returns when Redis has the row, and `walmirror wait`: whoever reads after them never reads what was before.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use walmirror_tests::{DEADLINE, Mirror, Sink, wait_for};
+
+const SETUP: &str = "CREATE TABLE t (id int PRIMARY KEY, n int NOT NULL); INSERT INTO t SELECT i, 0 FROM generate_series(0, 99) i; \
+    SELECT walmirror.mirror('t')";
+const WRITERS: i32 = 4;
+
+/// Commits and reads so often; how many reads were stale, and how long a commit took.
+fn commit_and_read(m: &Mirror, how: &str, rounds: i32, committed: &AtomicU64) -> (u64, Duration) {
+    let stale = AtomicU64::new(0);
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for writer in 0..WRITERS {
+            let stale = &stale;
+            scope.spawn(move || {
+                let (mut client, mut redis) = (m.db.connect(), m.redis.connect());
+                client
+                    .batch_execute(&format!("SET synchronous_commit = {how}"))
+                    .unwrap();
+                let update = client
+                    .prepare("UPDATE t SET n = n + 1 WHERE id = $1 RETURNING n")
+                    .unwrap();
+                for round in 0..rounds / WRITERS {
+                    let id = writer + WRITERS * (round % 25);
+                    let n: i32 = client.query_one(&update, &[&id]).unwrap().get(0);
+                    let read: i32 = redis::cmd("HGET")
+                        .arg(format!("t:{id}"))
+                        .arg("n")
+                        .query(&mut redis)
+                        .unwrap();
+                    assert!(read <= n);
+                    stale.fetch_add(u64::from(read < n), Ordering::Relaxed);
+                    committed.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    let took = start.elapsed() / u32::try_from(rounds / WRITERS).unwrap();
+    (stale.load(Ordering::Relaxed), took)
+}
+
+/// 10,000 times, while the sink is killed now and then: COMMIT waits for it.
+#[test]
+fn commit_returns_when_redis_has_the_row() {
+    let m = Mirror::alone("");
+    m.sql(SETUP);
+    m.start();
+    m.settle();
+    m.db.pg.configure("synchronous_standby_names = 'walmirror'");
+    m.db.pg.reload();
+    wait_for(DEADLINE, "the sink to be a synchronous standby", || {
+        (m.db.value("SELECT sync_state FROM pg_stat_replication") == "sync").then_some(())
+    });
+    // That it can fail: a COMMIT that does not wait is faster than Redis.
+    let committed = AtomicU64::new(0);
+    let (stale, took) = commit_and_read(&m, "local", 1_000, &committed);
+    println!("local: {stale} of 1000 were stale, {took:?} each");
+    assert!(stale > 0, "the test proves nothing");
+
+    let (committed, done) = (AtomicU64::new(0), AtomicBool::new(false));
+    let (stale, took) = std::thread::scope(|scope| {
+        let (m, committed, done) = (&m, &committed, &done);
+        scope.spawn(move || {
+            for kill in 1..=5 {
+                wait_for(Duration::from_secs(120), "commits", || {
+                    (committed.load(Ordering::Relaxed) > kill * 1_600 || done.load(Ordering::Relaxed))
+                        .then_some(())
+                });
+                m.sink(|sink| {
+                    sink.kill();
+                    sink.restart();
+                });
+            }
+        });
+        let result = commit_and_read(m, "remote_write", 10_000, committed);
+        done.store(true, Ordering::Relaxed);
+        result
+    });
+    println!("remote_write: {stale} of 10000 were stale, {took:?} each");
+    assert_eq!(stale, 0);
+    m.sql("SET synchronous_commit = local");
+    m.settle();
+}
+
+/// The same from outside, for each commit.
+#[test]
+fn wait_returns_when_redis_has_the_row() {
+    let m = Mirror::with(SETUP);
+    let url = m.redis.url();
+    let mut redis = m.redis.connect();
+    for round in 1..=60 {
+        let id = round % 100;
+        m.sql(&format!("UPDATE t SET n = {round} WHERE id = {id}"));
+        let lsn = m.db.lsn().to_string();
+        let wait = [
+            "wait",
+            "--redis",
+            &url,
+            "--slot",
+            &m.db.name,
+            "--lsn",
+            &lsn,
+            "--timeout",
+            "30s",
+        ];
+        let output = Sink::command(&wait).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let read: i32 = redis::cmd("HGET")
+            .arg(format!("t:{id}"))
+            .arg("n")
+            .query(&mut redis)
+            .unwrap();
+        assert_eq!(read, round);
+    }
+    // Nobody applies anything: it says so after its time.
+    m.sink(Sink::kill);
+    m.sql("UPDATE t SET n = 0");
+    let lsn = m.db.lsn().to_string();
+    let wait = [
+        "wait",
+        "--redis",
+        &url,
+        "--slot",
+        &m.db.name,
+        "--lsn",
+        &lsn,
+        "--timeout",
+        "300ms",
+    ];
+    let (code, output) = Sink::run(&wait, DEADLINE);
+    assert_eq!(code, Some(7), "{output}");
+}
