@@ -7,6 +7,8 @@ PG ?= 15
 INSTALL_PG_CONFIG = $(or $(PG_CONFIG),pg_config)
 # Further arguments of cargo test, for example: make test ARGS='--test dml'
 ARGS ?=
+# For how many seconds `make faults` breaks several things at once; SEED=… repeats a run.
+SECONDS ?= 60
 # The cases that make bench runs; all of them by default.
 CASE ?=
 
@@ -22,10 +24,10 @@ packages = postgresql-15:/usr/lib/postgresql/15/bin/postgres \
 	libclang-dev:/usr/share/doc/libclang-dev libpq-dev:/usr/include/postgresql/libpq-fe.h \
 	redis-server:/usr/bin/redis-server pkg-config:/usr/bin/pkg-config gcc:/usr/bin/gcc \
 	protobuf-compiler:/usr/bin/protoc python3-protobuf:/usr/lib/python3/dist-packages/google/protobuf \
-	python3-pip:/usr/lib/python3/dist-packages/pip
+	python3-pip:/usr/lib/python3/dist-packages/pip libfaketime:/usr/share/doc/libfaketime
 missing = $(strip $(foreach p,$(packages),$(if $(wildcard $(lastword $(subst :, ,$(p)))),,$(firstword $(subst :, ,$(p))))))
 
-.PHONY: help deps build extension install demo dev test test-matrix check-pg lint bench clean
+.PHONY: help deps build extension install demo dev test faults test-matrix check-pg lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -75,6 +77,10 @@ dev: build ## the same servers, up until Ctrl-C, with the commands to connect to
 test: build ## unit tests, SQL regression and end-to-end tests, on private servers
 	$(private) && cargo run --quiet -p walmirror-tests --bin with-postgres -- cargo test $(ARGS)
 
+faults: build ## break everything there is, on private servers; then SECONDS=60 of several faults at once, by SEED=…
+	$(private) && FAULT_SECONDS=$(SECONDS) cargo test -p walmirror-tests --features faults --test 'faults_*' $(ARGS) \
+		-- --test-threads 2
+
 test-matrix: ## make test on every Postgres version there is a server for
 	$(MAKE) test PG=15
 	$(MAKE) test PG=16
@@ -85,7 +91,7 @@ check-pg: ## check that the extension compiles for PG=… (14 and 17 need PG_CON
 
 lint: ## formatting and clippy, warnings are errors
 	cargo fmt --all --check
-	cargo clippy --workspace --exclude walmirror-decoder --all-targets -- -D warnings
+	cargo clippy --workspace --exclude walmirror-decoder --all-targets --features walmirror-tests/faults -- -D warnings
 	config=$$($(server) config $(PG)) && $(call decoder,$(PG),clippy --release) -- -D warnings
 
 # The plugins and client libraries of the peers are looked for when the benchmark runs; what is missing is skipped.

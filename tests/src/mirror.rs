@@ -62,11 +62,11 @@ impl Mirror {
 
     /// Starts the sink with further arguments.
     pub fn start_with(&self, args: &[&str]) {
-        self.start_at(&self.db.pg.conninfo(&self.db.name), &self.redis.url(), args);
+        self.start_at(&self.db.pg.conninfo(&self.db.name), &self.redis.url(), args, &[]);
     }
 
-    /// Starts the sink with other ways to its servers.
-    pub fn start_at(&self, conninfo: &str, url: &str, args: &[&str]) {
+    /// Starts the sink with other ways to its servers, and with variables of its environment.
+    pub fn start_at(&self, conninfo: &str, url: &str, args: &[&str], environment: &[(String, String)]) {
         let mut all = vec![
             "run",
             "--postgres",
@@ -77,7 +77,7 @@ impl Mirror {
             &self.db.name,
         ];
         all.extend(args);
-        *self.slot() = Some(Sink::start(&all));
+        *self.slot() = Some(Sink::start_in(&all, environment));
     }
 
     /// The running sink.

@@ -28,6 +28,8 @@ pub struct Setup {
     pub redis_login: String,
     /// Further arguments of the sink.
     pub args: Vec<String>,
+    /// Variables of its environment.
+    pub environment: Vec<(String, String)>,
     /// Writers, and their rest after a transaction.
     pub writers: (usize, Duration),
 }
@@ -40,6 +42,7 @@ impl Default for Setup {
             user: "postgres".to_owned(),
             redis_login: String::new(),
             args: Vec::new(),
+            environment: Vec::new(),
             writers: (2, Duration::from_millis(1)),
         }
     }
@@ -97,7 +100,7 @@ impl Scenario {
         );
         let url = format!("redis://{}127.0.0.1:{}/0", setup.redis_login, redis_link.port());
         let args: Vec<&str> = setup.args.iter().map(String::as_str).collect();
-        m.start_at(&conninfo, &url, &args);
+        m.start_at(&conninfo, &url, &args, &setup.environment);
         m.settle();
         let config = m.db.pg.config(&m.db.name);
         let watch = Watch::start(&config, &m.db.name, m.redis.port());
@@ -195,8 +198,15 @@ impl Scenario {
         self.m.sink(|sink| {
             sink.assert_running();
             sink.kill();
-            sink.restart();
         });
+        self.restart_sink();
+    }
+
+    /// Starts a sink that has ended, and waits until it listens to signals.
+    pub fn restart_sink(&self) {
+        let seen = self.log().len();
+        self.m.sink(Sink::restart);
+        self.said("walmirror starts", seen);
     }
 
     /// From here on Redis may have lost data, and tables may be backfilled anew: only the end counts.

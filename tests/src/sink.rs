@@ -16,8 +16,14 @@ pub struct Sink {
 impl Sink {
     /// Starts `walmirror` with these arguments.
     pub fn start(args: &[&str]) -> Sink {
+        Sink::start_in(args, &[])
+    }
+
+    /// The same with variables of its environment.
+    pub fn start_in(args: &[&str], environment: &[(String, String)]) -> Sink {
         let dir = Dir::new("sink");
-        let command = Sink::command(args);
+        let mut command = Sink::command(args);
+        command.envs(environment.iter().cloned());
         let process = Process::start("walmirror", &dir.path().join("log"), None, &command);
         Sink {
             process,

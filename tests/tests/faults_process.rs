@@ -13,7 +13,7 @@
 use std::time::Duration;
 
 use rand::Rng;
-use walmirror_tests::{Lsn, Scenario, Setup, Signal, Sink, wait_for};
+use walmirror_tests::{Dir, Lsn, Scenario, Setup, Signal, Sink, wait_for};
 
 /// How often the sink is killed; `KILLS=200` by hand.
 fn kills() -> u32 {
@@ -58,7 +58,7 @@ fn stopped_under_load() {
             s.progress(),
             "everything applied is acknowledged"
         );
-        s.m.sink(Sink::restart);
+        s.restart_sink();
         s.flow();
     }
     s.finish(&[]);
@@ -130,6 +130,55 @@ fn the_frozen_one_wakes_up_after_another_took_over() {
         "took over",
         "ended",
     ]);
+}
+
+/// The clock of the sink's machine is set, forwards and back, by hours. Only what is printed for people shows it.
+#[test]
+fn the_clock_is_set() {
+    let library = std::fs::read_dir("/usr/lib")
+        .unwrap()
+        .filter_map(|entry| Some(entry.ok()?.path().join("faketime/libfaketimeMT.so.1")))
+        .find(|path| path.exists());
+    let Some(library) = library else {
+        println!("skipped: there is no libfaketime here");
+        return;
+    };
+    let dir = Dir::new("clock");
+    let clock = dir.path().join("clock");
+    std::fs::write(&clock, "+0\n").unwrap();
+    let variable = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+    let setup = Setup {
+        environment: vec![
+            variable("LD_PRELOAD", &library.display().to_string()),
+            variable("FAKETIME_TIMESTAMP_FILE", &clock.display().to_string()),
+            variable("FAKETIME_NO_CACHE", "1"),
+            // Setting a clock leaves the monotonic one alone.
+            variable("DONT_FAKE_MONOTONIC", "1"),
+        ],
+        ..Setup::default()
+    };
+    let s = Scenario::start("the_clock_is_set", setup);
+    let connections = (s.redis_link.accepted(), s.pg_link.accepted());
+    for step in ["+1h", "-1h", "+400d", "-400d", "+0"] {
+        std::fs::write(&clock, format!("{step}\n")).unwrap();
+        s.flow();
+        let target = s.m.db.lsn();
+        wait_for(Duration::from_secs(20), "the slot to follow", || {
+            let slot =
+                "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = current_database()";
+            (s.m.db.value(slot).parse::<Lsn>().unwrap() >= target).then_some(())
+        });
+    }
+    assert_eq!(connections, (s.redis_link.accepted(), s.pg_link.accepted()));
+    // And across a restart of the sink, which sees another time from the beginning: another year, in its log.
+    std::fs::write(&clock, "+400d\n").unwrap();
+    s.kill_sink();
+    s.flow();
+    let log = s.log();
+    let starts = log.lines().filter(|line| line.contains("walmirror starts"));
+    let years: Vec<&str> = starts.map(|line| &line[..4]).collect();
+    assert!(years.len() == 2 && years[0] < years[1], "{years:?}");
+    s.finish(&[]);
 }
 
 /// A process with hardly any file descriptors says so, waits, and goes on when it has some again.

@@ -64,7 +64,7 @@ const FAULTS: [Fault; 19] = [
 ];
 
 /// What all of them together may make the sink say.
-const ALLOWED: [&str; 21] = [
+const ALLOWED: [&str; 23] = [
     "the connection to Redis at",
     "cannot connect to Redis at",
     "broke",
@@ -78,6 +78,8 @@ const ALLOWED: [&str; 21] = [
     "the server does not answer",
     "no answer from",
     "OOM",
+    "LOADING",
+    "the database system is",
     "READONLY",
     "NOSCRIPT",
     "lost the progress key",
@@ -111,14 +113,11 @@ fn set(s: &Scenario, command: &str) {
 
 fn harm(s: &mut Scenario, fault: Fault) {
     match fault {
-        SinkKilled => s.m.sink(|sink| {
-            sink.kill();
-            sink.restart();
-        }),
+        SinkKilled => s.kill_sink(),
         SinkStopped => {
             let status = s.m.sink(Sink::terminate);
             assert_eq!(status.code(), Some(0), "{}", s.log());
-            s.m.sink(Sink::restart);
+            s.restart_sink();
         }
         SinkFrozen => s.m.sink(|sink| sink.signal(Signal::STOP)),
         LinkCut => link(s).cut(),
