@@ -112,7 +112,7 @@ pub fn scrub(text: &str, secret_holder: &str) -> String {
 
 /// The passwords in a connection string or URL, the longest first.
 fn secrets_of(text: &str) -> Vec<String> {
-    let mut secrets: Vec<String> = if text.contains("://") {
+    let mut secrets: Vec<String> = if is_uri(text) {
         uri_secrets(text)
             .into_iter()
             .filter_map(|(from, to)| text.get(from..to))
@@ -133,7 +133,7 @@ fn secrets_of(text: &str) -> Vec<String> {
 }
 
 fn redact_conninfo(text: &str) -> String {
-    if text.contains("://") {
+    if is_uri(text) {
         return redact_uri(text);
     }
     let mut out = String::with_capacity(text.len());
@@ -157,6 +157,14 @@ fn redact_uri(text: &str) -> String {
     }
     out.push_str(text.get(copied..).unwrap_or_default());
     out
+}
+
+/// Whether it begins with a scheme, be it a wrong one. A password may well have `://` in it.
+fn is_uri(text: &str) -> bool {
+    let is_in_scheme = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.');
+    text.trim_start()
+        .split_once("://")
+        .is_some_and(|(scheme, _)| scheme.bytes().all(is_in_scheme))
 }
 
 fn is_secret(keyword: &str) -> bool {
@@ -294,6 +302,12 @@ mod tests {
         ] {
             assert_eq!(shown(given), want);
         }
+        // Found by fuzzing: this was taken for a URI, and shown.
+        assert_eq!(
+            shown("host=h password='a://b' dbname=d"),
+            "host=h password=*** dbname=d"
+        );
+        assert_eq!(shown("password=x://y:z@w"), "password=***");
     }
 
     #[test]

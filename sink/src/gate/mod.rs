@@ -62,7 +62,7 @@ impl Gate {
         self.changers.set(key_hash, xid);
     }
 
-    /// Every row of the relation was removed by this transaction.
+    /// Every row of the relation was removed by this transaction, or may have been changed by it without a record of any.
     pub fn record_truncate(&mut self, relation: u32, xid: u64) {
         self.truncations.insert(relation, xid);
     }

@@ -146,9 +146,14 @@ impl Planning {
             // The keys of a cached table go.
             self.cut_before_purge();
         }
-        let announced = relation.announced && self.counted("RELATION")?;
-        if announced {
-            self.announced(relation.clone())?;
+        if relation.announced {
+            let open = self
+                .transactions
+                .change("RELATION")
+                .map_err(|error| self.broken("RELATION", error))?;
+            if let Some(open) = open {
+                self.announced(relation.clone(), open.xid)?;
+            }
         }
         if self.definitions.len() <= index {
             self.definitions.resize_with(index + 1, || None);
@@ -165,14 +170,18 @@ impl Planning {
     }
 
     /// DDL or a label changed the table.
-    fn announced(&mut self, relation: pb::Relation) -> Result<(), Error> {
+    fn announced(&mut self, relation: pb::Relation, xid: u64) -> Result<(), Error> {
         self.announced.insert(relation.oid);
         match self.registry.get(relation.oid) {
             Some(known) if known.relation.fingerprint == relation.fingerprint && !relation.refresh => {
                 let amended = self.registry.amend(self.assembly.batch(), relation);
                 amended.map_err(|error| self.broken("RELATION", error))
             }
-            _ => self.register(relation),
+            _ => {
+                // Any row may be another one from here on, without a record of it: what was read before is stale.
+                self.gate.record_truncate(relation.oid, xid);
+                self.register(relation)
+            }
         }
     }
 

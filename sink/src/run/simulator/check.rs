@@ -110,7 +110,8 @@ fn check_table(
         .and_then(|text| Cursor::parse(text));
     let is_done = cursor.is_some_and(|cursor| cursor.is_done() && cursor.fingerprint == label.fingerprint);
     let lsn = progress.lsn.0;
-    // What the same step wrote to a key before a rewrite is stale until the key is filled, as the others are.
+    // What the same step wrote to a key before a rewrite or under an old label is stale until the key is filled, as the others
+    // are.
     let before = redis.position_after(redis.steps.len().saturating_sub(1));
     let is_rewritten = history.is_rewritten(label.oid, before, lsn);
     for id in 0..super::postgres::IDS {
@@ -124,16 +125,8 @@ fn check_table(
         if found.is_none() && label.mode == Mode::Cache {
             continue;
         }
-        let row = history.row(label.oid, id, lsn);
-        let wanted = label.stored(row);
-        // A step that brings a new label may have written the key under the old one.
-        let is_old = || {
-            !is_done
-                && history
-                    .labels(label.oid)
-                    .any(|old| old.stored(row).as_ref() == found)
-        };
-        if found != wanted.as_ref() && !is_old() && !is_in_part(history, progress, label, id, found) {
+        let wanted = label.stored(history.row(label.oid, id, lsn));
+        if found != wanted.as_ref() && !is_in_part(history, progress, label, id, found) {
             let place = format!(
                 "at {lsn}, table {}",
                 if is_done { "complete" } else { "being filled" }

@@ -15,6 +15,7 @@ type Since<T> = Vec<(u64, u64, Option<T>)>;
 pub(super) struct History {
     rows: BTreeMap<(u32, Id), Since<Row>>,
     labels: BTreeMap<u32, Since<Arc<Definition>>>,
+    /// oid, and the end of the transaction.
     rewrites: Vec<(u32, u64)>,
 }
 
@@ -30,6 +31,7 @@ impl History {
                 }
                 Effect::Rewrite(oid) => self.rewrites.push((*oid, end)),
                 Effect::Label(oid, label) => {
+                    self.rewrites.push((*oid, end));
                     self.labels
                         .entry(*oid)
                         .or_default()
@@ -47,13 +49,7 @@ impl History {
         last(self.labels.get(&oid), at)
     }
 
-    /// All labels that the table ever had.
-    pub(super) fn labels(&self, oid: u32) -> impl Iterator<Item = &Definition> {
-        let since = self.labels.get(&oid).into_iter().flatten();
-        since.filter_map(|(.., label)| label.as_deref())
-    }
-
-    /// Whether rows were changed behind `from`, up to `to`, without a record of them.
+    /// Whether behind `from`, up to `to`, rows were changed without a record of them, or the label was.
     pub(super) fn is_rewritten(&self, oid: u32, from: u64, to: u64) -> bool {
         self.rewrites
             .iter()
