@@ -7,7 +7,7 @@ PG ?= 15
 INSTALL_PG_CONFIG = $(or $(PG_CONFIG),pg_config)
 # Further arguments of cargo test, for example: make test ARGS='--test dml'
 ARGS ?=
-# For how many seconds `make faults` breaks several things at once; SEED=… repeats a run.
+# For how many seconds `make faults` breaks several things at once (SEED=… repeats a run), and `make fuzz` runs each target.
 SECONDS ?= 60
 # The cases that make bench runs; all of them by default.
 CASE ?=
@@ -22,12 +22,12 @@ library = target/pg$(PG)/release/libwalmirror.so
 packages = postgresql-15:/usr/lib/postgresql/15/bin/postgres \
 	postgresql-server-dev-15:/usr/include/postgresql/15/server/postgres.h \
 	libclang-dev:/usr/share/doc/libclang-dev libpq-dev:/usr/include/postgresql/libpq-fe.h \
-	redis-server:/usr/bin/redis-server pkg-config:/usr/bin/pkg-config gcc:/usr/bin/gcc \
+	redis-server:/usr/bin/redis-server pkg-config:/usr/bin/pkg-config gcc:/usr/bin/gcc g++:/usr/bin/g++ \
 	protobuf-compiler:/usr/bin/protoc python3-protobuf:/usr/lib/python3/dist-packages/google/protobuf \
 	python3-pip:/usr/lib/python3/dist-packages/pip libfaketime:/usr/share/doc/libfaketime
 missing = $(strip $(foreach p,$(packages),$(if $(wildcard $(lastword $(subst :, ,$(p)))),,$(firstword $(subst :, ,$(p))))))
 
-.PHONY: help deps build extension install demo dev test faults test-matrix check-pg lint bench clean
+.PHONY: help deps build extension install demo dev test faults test-matrix fuzz check-pg lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -85,6 +85,9 @@ test-matrix: ## make test on every Postgres version there is a server for
 	$(MAKE) test PG=15
 	$(MAKE) test PG=16
 	$(MAKE) test PG=18
+
+fuzz: ## fuzz the parsers with the stable compiler, two at once: SECONDS=60 each
+	@scripts/fuzz.sh $(SECONDS)
 
 check-pg: ## check that the extension compiles for PG=… (14 and 17 need PG_CONFIG=…)
 	config=$$($(server) config $(PG)) && $(call decoder,$(PG),check)

@@ -1,17 +1,19 @@
-//! Any bytes are read as a frame to the end, and every value in it is printed; nothing may panic or hang.
+//! Any bytes are read as a frame to the end, and every value in it is printed; the same bytes are read as one row, as
+//! `walmirror.pack` makes them. Nothing may panic or hang, and what two readers read must be the same.
 
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use walmirror_proto::frame::{FrameReader, RecordRef};
-use walmirror_proto::pb::Encoding;
+use walmirror_proto::pb::{self, Encoding};
 use walmirror_proto::row::{TupleRef, encodings};
 use walmirror_proto::value::JsonShape;
 
-fuzz_target!(|frame: &[u8]| {
-    let mut columns: Vec<_> = (0..=12).filter_map(|number| Encoding::try_from(number).ok()).collect();
+fuzz_target!(|bytes: &[u8]| {
+    let all: Vec<_> = (0..=12).filter_map(|number| Encoding::try_from(number).ok()).collect();
+    let mut columns = all.clone();
     let mut shape = JsonShape::default();
-    for record in FrameReader::new(frame).map_while(Result::ok) {
+    for record in FrameReader::new(bytes).map_while(Result::ok) {
         match record {
             RecordRef::Relation(relation) => {
                 columns = encodings(&relation).unwrap_or_default();
@@ -24,6 +26,15 @@ fuzz_target!(|frame: &[u8]| {
             RecordRef::Capture(capture) => capture.rows().for_each(|tuple| print(tuple, &columns, &shape)),
             _ => {}
         }
+    }
+    // A frame that is read to its end has as many records as for prost, which reads it in its own way.
+    if let Ok(records) = FrameReader::new(bytes).collect::<Result<Vec<_>, _>>() {
+        if let Ok(frame) = <pb::Frame as prost::Message>::decode(bytes) {
+            assert_eq!(frame.records.len(), records.len());
+        }
+    }
+    if let Ok(tuple) = TupleRef::parse(bytes) {
+        print(tuple, &all, &JsonShape::default());
     }
 });
 

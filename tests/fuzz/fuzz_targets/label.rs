@@ -1,0 +1,37 @@
+//! Any text as the security label of a table: the decoder's own parser, which runs in a backend, gives a label or a refusal.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+#[path = "../../../decoder/src/label.rs"]
+#[allow(dead_code)]
+mod label;
+
+/// What the extension has for refusals ends in an ereport; the parser needs only this much of it.
+mod error {
+    #[derive(Debug)]
+    pub struct Refusal {
+        pub message: String,
+        pub hint: String,
+    }
+
+    impl Refusal {
+        pub fn invalid(message: impl Into<String>, hint: impl Into<String>) -> Self {
+            Self {
+                message: message.into(),
+                hint: hint.into(),
+            }
+        }
+    }
+}
+
+fuzz_target!(|text: &str| {
+    match label::Label::parse(text) {
+        Ok(label) => {
+            assert!(text.contains("mode"), "a label without a mode: {label:?}");
+            let _ = label.key.as_deref().map(walmirror_proto::key::KeyTemplate::parse);
+        }
+        Err(refusal) => assert!(!refusal.message.is_empty() && !refusal.hint.is_empty()),
+    }
+});
