@@ -14,5 +14,6 @@ ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO walmirror;
 -- Sees all rows of mirrored tables with row-level security. Leave it out if there are none.
 ALTER ROLE walmirror BYPASSRLS;
 
--- Lets `walmirror doctor` read shared_preload_libraries, and a waiting backfill say whom it waits for.
+-- Lets `walmirror doctor` read shared_preload_libraries, a waiting backfill say whom it waits for,
+-- and `walmirror verify` see that an open transaction has not committed.
 GRANT pg_read_all_settings, pg_read_all_stats TO walmirror;

@@ -5,6 +5,7 @@ mod assembly;
 mod chunks;
 mod records;
 mod registry;
+mod requests;
 #[cfg(test)]
 mod tests;
 
@@ -13,7 +14,6 @@ use std::sync::Arc;
 
 use walmirror_proto::Lsn;
 
-use super::metrics::add;
 use super::shared::Shared;
 use crate::backfill::{Backfill, Chunk};
 use crate::config::OnBadRow;
@@ -22,7 +22,6 @@ use crate::gate::Gate;
 use crate::plan::{Mapping, Planner, RedisKeys, Scripts, Trust};
 use crate::progress::{Progress, Step, write_resync_begun};
 use crate::redis::{Segment, Stored};
-use crate::rejected::Rejected;
 use crate::transaction::Transactions;
 
 use assembly::Assembly;
@@ -239,33 +238,6 @@ impl Planning {
         self.advanced = false;
         let segment = self.assembly.close(step);
         self.out.push_back(segment);
-    }
-
-    /// A row that cannot be mirrored: its key is gone, and is noted in the same EXEC.
-    fn reject(&mut self, rejected: Rejected) -> Result<(), Error> {
-        add(&self.shared.metrics.rejected, 1);
-        if self.on_bad_row == OnBadRow::Stop {
-            return Err(rejected.into_error());
-        }
-        rejected.log();
-        let keys = self.planner.keys().clone();
-        rejected.write(self.assembly.batch().bookkeeping(), &keys);
-        self.dirty = true;
-        Ok(())
-    }
-
-    /// The row whose key was rendered last has a value that is too large.
-    fn reject_too_large(&mut self, table: String) -> Result<(), Error> {
-        let rejected = Rejected {
-            key: self.planner.key().to_vec(),
-            table,
-            lsn: self.lsn,
-            reason: format!(
-                "a value of it is longer than the {} bytes that Redis takes (proto-max-bulk-len)",
-                self.limits.value_bytes
-            ),
-        };
-        self.reject(rejected)
     }
 
     /// What changed in the registry changes how rows are treated.

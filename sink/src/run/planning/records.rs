@@ -185,7 +185,7 @@ impl Planning {
         }
     }
 
-    fn register(&mut self, relation: pb::Relation) -> Result<(), Error> {
+    pub(super) fn register(&mut self, relation: pb::Relation) -> Result<(), Error> {
         tracing::info!(
             table = format!("{}.{}", relation.schema, relation.name),
             key = relation.key,
@@ -296,38 +296,6 @@ impl Planning {
         let number = number.and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok());
         if let Some(number) = number {
             self.chunks.release(number);
-        }
-        Ok(())
-    }
-
-    /// What the command line asked for. It is written in the EXEC whose progress passes the marker, so a crash loses no
-    /// request; a repeated one does no harm.
-    fn request(&mut self, request: &Request, lsn: Lsn) -> Result<(), Error> {
-        if !self.transactions.is_open() {
-            // Every transaction that ended before the marker is planned: the server sends them in that order.
-            self.lsn = self.lsn.max(lsn);
-        }
-        self.dirty = true;
-        match request {
-            Request::Sync => {}
-            Request::Backfill(oid) => {
-                let known = self
-                    .registry
-                    .get(*oid)
-                    .filter(|known| known.mapping.mode == pb::Mode::Mirror);
-                if let Some(relation) = known.map(|known| known.relation.clone()) {
-                    self.register(relation)?;
-                }
-            }
-            Request::Reread { relation, keys } if self.registry.get(*relation).is_some() => {
-                let (relation, pending) = (relation.to_string(), self.planner.keys().pending.clone());
-                let commands = self.assembly.batch().bookkeeping();
-                for key in keys {
-                    commands.command(&[b"HSET", &pending, key, relation.as_bytes()]);
-                }
-                self.assembly.note_pending();
-            }
-            Request::Reread { .. } => {}
         }
         Ok(())
     }

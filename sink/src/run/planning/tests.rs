@@ -12,9 +12,9 @@ use crate::backfill::{Content, Cursor, PackedRows, Window};
 use crate::gate::Snapshot;
 use crate::resp::tests::parse;
 
-const OID: u32 = 500;
+pub(super) const OID: u32 = 500;
 
-fn relation(fingerprint: u64, key: &str) -> pb::Relation {
+pub(super) fn relation(fingerprint: u64, key: &str) -> pb::Relation {
     let column = |name: &str| Column {
         name: name.into(),
         encoding: Encoding::Text.into(),
@@ -33,7 +33,7 @@ fn relation(fingerprint: u64, key: &str) -> pb::Relation {
     }
 }
 
-fn settled() -> Stored {
+pub(super) fn settled() -> Stored {
     let progress = Progress {
         lsn: Lsn(10),
         cursors: BTreeMap::from([(OID, Cursor::done(1).to_json())]),
@@ -45,7 +45,7 @@ fn settled() -> Stored {
     }
 }
 
-fn planning(stored: Stored, batch_bytes: usize, transaction_bytes: usize) -> Planning {
+pub(super) fn planning(stored: Stored, batch_bytes: usize, transaction_bytes: usize) -> Planning {
     Planning::new(Start {
         keys: RedisKeys::new("s"),
         scripts: Scripts::default(),
@@ -68,10 +68,10 @@ fn planning(stored: Stored, batch_bytes: usize, transaction_bytes: usize) -> Pla
 
 /// Builds one frame.
 #[derive(Default)]
-struct Frame(FrameWriter);
+pub(super) struct Frame(FrameWriter);
 
 impl Frame {
-    fn begin(mut self, xid: u64, commit_lsn: u64) -> Self {
+    pub(super) fn begin(mut self, xid: u64, commit_lsn: u64) -> Self {
         self.0.record(
             &pb::Begin {
                 xid,
@@ -83,17 +83,17 @@ impl Frame {
         self
     }
 
-    fn relation(mut self, relation: pb::Relation) -> Self {
+    pub(super) fn relation(mut self, relation: pb::Relation) -> Self {
         self.0.record(&relation.into());
         self
     }
 
-    fn record(mut self, record: impl Into<pb::Record>) -> Self {
+    pub(super) fn record(mut self, record: impl Into<pb::Record>) -> Self {
         self.0.record(&record.into());
         self
     }
 
-    fn row(mut self, kind: Kind, id: &str, v: Option<&str>) -> Self {
+    pub(super) fn row(mut self, kind: Kind, id: &str, v: Option<&str>) -> Self {
         let mut tuple = TupleBuilder::new();
         tuple.text(id.as_bytes());
         match v {
@@ -104,13 +104,17 @@ impl Frame {
         self
     }
 
-    fn commit(mut self, end_lsn: u64) -> Self {
+    pub(super) fn commit(mut self, end_lsn: u64) -> Self {
         self.0.record(&pb::Commit { end_lsn }.into());
         self
     }
 
-    fn feed(self, planning: &mut Planning) {
+    pub(super) fn feed(self, planning: &mut Planning) {
         planning.frame(self.0.as_bytes()).unwrap();
+    }
+
+    pub(super) fn fails(self, planning: &mut Planning) -> Error {
+        planning.frame(self.0.as_bytes()).unwrap_err()
     }
 }
 
@@ -138,7 +142,7 @@ fn lines(segment: &Segment) -> Vec<String> {
 }
 
 /// Everything that would go to Redis now, without the frame of a MULTI.
-fn flushed(planning: &mut Planning) -> Vec<String> {
+pub(super) fn flushed(planning: &mut Planning) -> Vec<String> {
     if planning.is_dirty() || planning.is_advanced() {
         planning.flush();
     }
