@@ -63,10 +63,16 @@ impl Request {
         Some(Self::Reread { relation, keys })
     }
 
-    /// Writes the request into the WAL. Redis holds every transaction that was visible before, and the request is being
-    /// worked on, once its progress has reached the LSN that is returned.
+    /// Asks the sink to say how far it is. Redis holds every transaction that was visible before, and every request that was
+    /// sent before is taken up, once its progress has reached the LSN that is returned.
+    pub fn sync(sql: &mut Connection, slot: &str) -> Result<Lsn, Error> {
+        Self::Sync.send(sql, slot)
+    }
+
+    /// Writes the request into the WAL, and says where the WAL ended before. Redis may be there already, so this says nothing
+    /// about the request itself: [`Self::sync`] does, called behind it.
     pub fn send(&self, sql: &mut Connection, slot: &str) -> Result<Lsn, Error> {
-        // The position comes first: that of the marker is not behind it. The transaction id makes the commit flush the WAL.
+        // The position comes first: the marker is not before it, so a sync has the sink write one that is not either. The transaction id makes the commit flush the WAL.
         let statement = "SELECT pg_current_wal_insert_lsn(), pg_logical_emit_message(false, 'walmirror.marker', $1::bytea), \
                          pg_current_xact_id()";
         let mut hex = b"\\x".to_vec();

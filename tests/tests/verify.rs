@@ -340,6 +340,8 @@ fn what_cannot_be_told_is_exit_code_2() {
         "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t'); \
          INSERT INTO t SELECT i, 'v' FROM generate_series(1, 100) i",
     );
+    // This waits for the end of the backfill.
+    assert_equal(&m, &["verify"]);
     m.sink(|sink| sink.signal(Signal::STOP));
     let (code, output) = walmirror(&m, &["verify", "--timeout", "1s"]);
     assert_eq!(code, 2, "{output}");

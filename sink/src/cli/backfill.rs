@@ -48,10 +48,10 @@ pub fn run(options: &Options, args: &BackfillArgs, shutdown: &Shutdown) -> Resul
         )));
     }
     let tables = choose(&mut sql, &args.table)?;
-    let mut target = Lsn::INVALID;
     for table in &tables {
-        target = Request::Backfill(table.oid).send(&mut sql, slot.as_str())?;
+        Request::Backfill(table.oid).send(&mut sql, slot.as_str())?;
     }
+    let target = Request::sync(&mut sql, slot.as_str())?;
     if args.timeout.0.is_zero() {
         return say("the sink is asked; `walmirror status` shows how far it is");
     }

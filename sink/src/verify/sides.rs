@@ -62,14 +62,10 @@ impl Sides {
         }
     }
 
-    /// Waits until everything that is visible now is in Redis, and says where that is.
+    /// Waits until everything that is visible now is in Redis, and every request sent before is taken up. Says where that
+    /// is.
     pub(super) fn reach(&mut self) -> Result<Lsn, Error> {
-        self.ask(&Request::Sync)
-    }
-
-    /// Sends a request and waits until Redis has passed it.
-    fn ask(&mut self, request: &Request) -> Result<Lsn, Error> {
-        let target = request.send(&mut self.sql.connection, &self.slot)?;
+        let target = Request::sync(&mut self.sql.connection, &self.slot)?;
         let mut wait = self.wait();
         loop {
             let at = self.position()?;
@@ -272,10 +268,12 @@ impl Sides {
     /// Has the sink read these keys again, and waits until it has.
     pub(super) fn repair(&mut self, table: &Table, keys: &[Vec<u8>]) -> Result<(), Error> {
         for keys in keys.chunks(500) {
-            self.ask(&Request::Reread {
+            let request = Request::Reread {
                 relation: table.oid,
                 keys: keys.to_vec(),
-            })?;
+            };
+            request.send(&mut self.sql.connection, &self.slot)?;
+            self.reach()?;
             let mut wait = self.wait();
             while self.pending(keys)?.contains(&true) && wait.pause(self)? {}
         }
