@@ -25,6 +25,7 @@ pub mod run;
 pub mod verify;
 
 // What a process needs.
+pub mod admin;
 pub mod cli;
 pub mod config;
 pub mod error;

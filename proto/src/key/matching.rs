@@ -5,6 +5,10 @@ use std::collections::HashSet;
 
 use super::KeyTemplate;
 
+/// The most places that are tried for one key. Only a template that names a column twice, between others that nothing
+/// separates, can need more; a key of it is then left alone.
+const STEPS_MAX: u32 = 50_000;
+
 /// See [`KeyTemplate::match_key`].
 pub(super) fn match_key(template: &KeyTemplate, key: &[u8]) -> Option<Vec<Vec<u8>>> {
     let (first, rest) = template.literals.split_first()?;
@@ -16,6 +20,7 @@ pub(super) fn match_key(template: &KeyTemplate, key: &[u8]) -> Option<Vec<Vec<u8
         template,
         values: vec![None; template.names.len()],
         dead_ends: HashSet::new(),
+        steps: 0,
     };
     search.slot(0, key)?;
     search.values.into_iter().collect()
@@ -28,6 +33,8 @@ struct Search<'t> {
     values: Vec<Option<Vec<u8>>>,
     /// (placeholder, bytes left) from where no match is possible, so that no key makes the search exponential.
     dead_ends: HashSet<(usize, usize)>,
+    /// Places tried so far.
+    steps: u32,
 }
 
 impl Search<'_> {
@@ -50,6 +57,10 @@ impl Search<'_> {
         let mut value = Vec::new();
         let mut rest = key;
         loop {
+            self.steps += 1;
+            if self.steps > STEPS_MAX {
+                return None;
+            }
             let matched = rest
                 .strip_prefix(literal)
                 .filter(|after| !last || after.is_empty());

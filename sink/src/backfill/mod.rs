@@ -142,6 +142,13 @@ impl Backfill {
         self.reconciled.load(Ordering::Acquire)
     }
 
+    /// How many tables there are, and how many of them are not complete.
+    pub(crate) fn progress(&self) -> (u64, u64) {
+        let tasks = self.lock();
+        let due = tasks.values().filter(|task| !task.cursor.is_done()).count();
+        (tasks.len() as u64, due as u64)
+    }
+
     /// Whether nothing is left to be done but what the stream brings.
     pub fn is_idle(&self) -> bool {
         self.is_reconciled() && !self.has_pending() && self.lock().values().all(|task| task.cursor.is_done())

@@ -4,7 +4,7 @@
 use std::fmt;
 
 use super::checks_server as server;
-use super::checks_slot::{free, slot_outcome};
+use super::checks_slot::{free, retained_outcome, slot_outcome};
 use super::checks_tables as tables;
 use crate::config::{Conninfo, SlotName};
 use crate::error::Error;
@@ -86,6 +86,11 @@ pub fn postgres(conninfo: &Conninfo, slot: &SlotName) -> Result<Vec<Check>, Erro
     checks.push(Check {
         name: "slot",
         outcome: slot_outcome(slot, info.as_ref(), &database),
+    });
+    let name = slot.as_str().to_owned();
+    checks.push(Check {
+        name: "retained WAL",
+        outcome: retained_outcome(replication::retained(&mut connection, &name)?.as_ref()),
     });
     checks.push(run("free slots and senders", &mut connection, |connection| {
         free(connection, info.as_ref())

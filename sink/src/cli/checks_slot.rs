@@ -3,7 +3,7 @@
 use super::checks::Outcome;
 use crate::config::SlotName;
 use crate::pq::{Connection, PqError};
-use crate::replication::{SlotInfo, slot::PLUGIN};
+use crate::replication::{Retained, SlotInfo, slot::PLUGIN};
 
 /// Whether the slot can be streamed from by walmirror; shared by `init`.
 pub fn slot_outcome(slot: &SlotName, info: Option<&SlotInfo>, database: &str) -> Outcome {
@@ -55,6 +55,17 @@ pub fn slot_outcome(slot: &SlotName, info: Option<&SlotInfo>, database: &str) ->
                 status.unwrap_or("?")
             ))
         }
+    }
+}
+
+/// Whether the slot keeps more WAL than is good for the disk.
+pub fn retained_outcome(retained: Option<&Retained>) -> Outcome {
+    let Some(retained) = retained else {
+        return Outcome::Ok("no slot that keeps any".into());
+    };
+    match retained.warning() {
+        Some(warning) => Outcome::Note(format!("WARN: {}", warning.text), Some(warning.next.into())),
+        None => Outcome::Ok(retained.describe()),
     }
 }
 

@@ -35,6 +35,8 @@ pub struct RunConfig {
     pub connect_timeout: Option<Duration>,
     /// Stop at the first error that would otherwise be retried.
     pub once: bool,
+    /// Where the admin server listens, if at all.
+    pub admin: Option<std::net::SocketAddr>,
 }
 
 impl RunConfig {
@@ -68,6 +70,7 @@ impl RunConfig {
                 Some(span) => Some(span.0).filter(|time| !time.is_zero()),
             },
             once: run.once.unwrap_or(false),
+            admin: run.admin,
         })
     }
 }
@@ -109,6 +112,7 @@ impl RunOptions {
             status_interval: self.status_interval.or(other.status_interval),
             connect_timeout: self.connect_timeout.or(other.connect_timeout),
             once: self.once.or(other.once),
+            admin: self.admin.or(other.admin),
         }
     }
 }

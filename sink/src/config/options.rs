@@ -109,6 +109,11 @@ pub struct RunOptions {
     #[serde(deserialize_with = "parsed")]
     pub on_bad_row: Option<OnBadRow>,
 
+    /// Answer /healthz, /readyz and /metrics by HTTP at this address, for example 127.0.0.1:9187. [default: not at all]
+    #[arg(long, env = "WALMIRROR_ADMIN", hide_env_values = true, value_name = "ADDRESS")]
+    #[serde(deserialize_with = "parsed")]
+    pub admin: Option<std::net::SocketAddr>,
+
     /// When a change counts as safe in Redis, so that Postgres may drop its WAL: memory, memory=5s, replicas=N, aof.
     /// [default: memory=2s]
     #[arg(

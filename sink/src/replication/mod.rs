@@ -5,11 +5,13 @@
 //! INVARIANT I7), and the status updates that `hold` goes on sending keep it from ending the connection.
 
 mod message;
+mod retained;
 pub mod settings;
 pub mod slot;
 mod stream;
 
 pub use message::{Message, MessageError, parse};
+pub use retained::{Retained, Warning, retained};
 pub use slot::{SlotInfo, SystemInfo, create_slot, drop_slot, identify_system, slot_info};
 pub use stream::{Event, Feedback, Stream};
 

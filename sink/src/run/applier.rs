@@ -58,6 +58,9 @@ pub(super) fn apply(
                     }
                     reject(&mut writer, &applied, shared, backfill)?;
                     shared.set_applied(applied.step.lsn);
+                    shared
+                        .health
+                        .note_applied(applied.step.lsn, applied.step.commit_time);
                 }
                 let _ = room.send(());
             }

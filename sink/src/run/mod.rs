@@ -10,6 +10,7 @@ mod applier;
 mod decide;
 mod durability;
 mod handshake;
+mod health;
 mod metrics;
 mod plan_loop;
 mod planning;
@@ -19,11 +20,15 @@ mod shared;
 #[cfg(test)]
 mod simulator;
 
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+pub use health::Health;
 pub use metrics::Metrics;
 pub use shared::Input;
 
+use crate::admin::Admin;
 use crate::config::RunConfig;
 use crate::error::{Class, Error};
 use crate::shutdown::Shutdown;
@@ -38,6 +43,11 @@ const SILENCES_MAX: u32 = 6;
 
 /// Mirrors until somebody asks to stop, `--until-lsn` is reached, or an error needs a person.
 pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
+    let health = Arc::new(Health::default());
+    let _admin = match config.admin {
+        Some(address) => Some(Admin::start(address, config, &health)?),
+        None => None,
+    };
     let started = Instant::now();
     let mut streamed = false;
     let mut failures = 0;
@@ -46,7 +56,8 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
         let session = Instant::now();
         // What keeps a server silent may be work that it would begin anew each time: it gets twice as long the next time.
         let patience = 1 << silences.min(SILENCES_MAX);
-        let result = session::run(config, shutdown, patience, || streamed = true);
+        let result = session::run(config, shutdown, &health, patience, || streamed = true);
+        health.ended();
         if session.elapsed() >= STEADY {
             failures = 0;
         }
@@ -71,6 +82,7 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
         }
         let pause = pause(failures);
         failures += 1;
+        health.retries.fetch_add(1, Ordering::Relaxed);
         silences = if error.is_silence() { silences + 1 } else { 0 };
         if error.class() == Class::Retry {
             tracing::warn!(next_attempt_in = ?pause, "{error}");

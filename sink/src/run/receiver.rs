@@ -64,8 +64,12 @@ pub(super) fn receive(
         if ask {
             asked = now;
         }
-        stream.feedback(trail.feedback(seen, now), ask)?;
+        let feedback = trail.feedback(seen, now);
+        shared.health.note_confirmed(feedback.flushed);
+        stream.feedback(feedback, ask)?;
         if shared.queued_bytes.load(Ordering::Acquire) >= QUEUE_BYTES {
+            // It is not the server that is silent.
+            shared.health.note_stream(None);
             // Looked at again after the flag is up, so that the planner cannot miss it.
             shared.held.store(true, Ordering::SeqCst);
             if shared.queued_bytes.load(Ordering::SeqCst) >= QUEUE_BYTES {
@@ -76,12 +80,16 @@ pub(super) fn receive(
             continue;
         }
         match stream.next(trail.wait(now))? {
-            Event::Frame { bytes, .. } => {
+            Event::Frame { bytes, wal_end, .. } => {
+                shared.health.note_stream(Some(wal_end));
                 asked = now;
                 shared.queued_bytes.fetch_add(bytes.len(), Ordering::AcqRel);
                 let _ = queue.send(Input::Frame(bytes));
             }
-            Event::Keepalive { wal_end, .. } => drop(queue.send(Input::Keepalive(wal_end))),
+            Event::Keepalive { wal_end, .. } => {
+                shared.health.note_stream(Some(wal_end));
+                let _ = queue.send(Input::Keepalive(wal_end));
+            }
             Event::Timeout if listening.max(stream.heard()).elapsed() > silence => {
                 let what = format!("it was asked, and said nothing for {silence:?}");
                 let error = PqError::new(ErrorKind::Silence, what);

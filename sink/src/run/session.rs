@@ -2,12 +2,14 @@
 //! begins with a handshake. There is one path for every failure.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::{Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::unbounded;
 
 use super::handshake::{Handshake, shake};
+use super::health::Health;
 use super::plan_loop::{self, Channels};
 use super::planning::{Limits, Planning, Start};
 use super::shared::{Input, Phase, Shared};
@@ -42,6 +44,7 @@ pub(super) enum Ended {
 pub(super) fn run(
     config: &RunConfig,
     shutdown: &Shutdown,
+    health: &Arc<Health>,
     patience: u32,
     began: impl FnOnce(),
 ) -> Result<Ended, Error> {
@@ -63,7 +66,7 @@ pub(super) fn run(
             .map(|progress| progress.lsn)
             .unwrap_or_default()
     });
-    let shared = Arc::new(Shared::new(start_lsn));
+    let shared = Arc::new(Shared::of(health, start_lsn));
     shared.set_stream_waker(stream.waker());
     let backfill = Arc::new(Backfill::default());
     // A transaction id is used once: markers of earlier sessions, which may come again, are told apart. The epoch would
@@ -94,6 +97,7 @@ pub(super) fn run(
     let mut writer = Writer::new(claim, keys.clone())?;
     writer.set_on_bad_row(config.on_bad_row);
     began();
+    health.began(fresh.is_some(), start_lsn);
 
     let (input_sender, input) = unbounded();
     let (segment_sender, segments) = unbounded();
@@ -210,6 +214,14 @@ fn watch(config: &RunConfig, shutdown: &Shutdown, shared: &Shared, backfill: &Ba
     while shared.is_running() && !shutdown.sleep(TICK) {
         if config.until_lsn.is_some_and(|until| shared.applied() >= until) && backfill.is_idle() {
             return Ended::Reached;
+        }
+        let health = &shared.health;
+        let (tables, due) = backfill.progress();
+        health.tables.store(tables, Ordering::Relaxed);
+        health.tables_due.store(due, Ordering::Relaxed);
+        health.pending.store(backfill.has_pending(), Ordering::Relaxed);
+        if backfill.is_idle() {
+            health.healed();
         }
         if logged.elapsed() >= LOG_EVERY {
             logged = Instant::now();

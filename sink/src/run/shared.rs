@@ -1,11 +1,12 @@
 //! What the threads of a session share: how far each is, how much is queued, and whether to stop.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use walmirror_proto::Lsn;
 
+use super::health::Health;
 use super::metrics::Metrics;
 use crate::backfill::Chunk;
 use crate::error::Error;
@@ -51,7 +52,8 @@ pub(super) struct Shared {
     phase: AtomicU8,
     stream_waker: OnceLock<Waker>,
     failure: Mutex<Option<Error>>,
-    pub(super) metrics: Metrics,
+    pub(super) health: Arc<Health>,
+    pub(super) metrics: Arc<Metrics>,
 }
 
 impl Shared {
@@ -59,6 +61,15 @@ impl Shared {
         let shared = Self::default();
         shared.applied.store(applied.0, Ordering::Release);
         shared
+    }
+
+    /// The same, as a part of this process.
+    pub(super) fn of(health: &Arc<Health>, applied: Lsn) -> Self {
+        Self {
+            metrics: Arc::clone(&health.metrics),
+            health: Arc::clone(health),
+            ..Self::new(applied)
+        }
     }
 
     pub(super) fn set_stream_waker(&self, waker: Waker) {
@@ -96,6 +107,7 @@ impl Shared {
     /// Redis answered on the connection that writes: it is the one that has what was applied, and did not crash since.
     pub(super) fn set_heard(&self, now: Instant) {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+        self.health.note_redis();
     }
 
     pub(super) fn heard(&self) -> Option<Instant> {

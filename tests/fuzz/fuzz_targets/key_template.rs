@@ -23,6 +23,8 @@ fuzz_target!(|input: (&str, &[u8])| {
     if template
         .render(|i, out| out.extend_from_slice(values[i]), &mut rendered)
         .is_ok()
+        // With more, the search may give up.
+        && (values.len() <= 2 && rendered.len() <= 128)
     {
         assert!(template.match_key(&rendered).is_some(), "what was rendered does not match");
     }

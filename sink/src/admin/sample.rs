@@ -1,0 +1,108 @@
+//! What only the servers know: the WAL that the slot keeps, and how many keys Redis has noted. Looked at every few seconds
+//! on connections of its own, so that a scrape never waits.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use redis::Value;
+
+use crate::config::RunConfig;
+use crate::error::Error;
+use crate::plan::RedisKeys;
+use crate::pq;
+use crate::redis::Connection;
+use crate::replication::{Retained, retained};
+
+/// How often the servers are asked.
+const EVERY: Duration = Duration::from_secs(5);
+/// How often the log says the same again.
+const WARN_EVERY: Duration = Duration::from_secs(600);
+/// How long Postgres may take.
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// What was seen last; None where nothing could be.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Sample {
+    pub(super) retained: Option<Retained>,
+    /// Keys to be read again.
+    pub(super) pending: Option<u64>,
+}
+
+#[derive(Debug)]
+pub(super) struct Sampler {
+    config: RunConfig,
+    keys: RedisKeys,
+    last: Mutex<(Option<Instant>, Sample)>,
+    warned: Mutex<Option<Instant>>,
+}
+
+impl Sampler {
+    pub(super) fn new(config: &RunConfig) -> Self {
+        Self {
+            config: config.clone(),
+            keys: RedisKeys::new(config.slot.as_str()),
+            last: Mutex::default(),
+            warned: Mutex::default(),
+        }
+    }
+
+    pub(super) fn last(&self) -> Sample {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner).1.clone()
+    }
+
+    /// Looks, if it is time to.
+    pub(super) fn look(&self, stopped: &AtomicBool) {
+        let is_due = {
+            let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+            last.0.is_none_or(|at| at.elapsed() >= EVERY)
+        };
+        if !is_due {
+            return;
+        }
+        let retained = self.retained().unwrap_or_else(|error| {
+            tracing::debug!("what the slot keeps could not be looked at: {error}");
+            None
+        });
+        if let Some(retained) = &retained {
+            self.warn(retained);
+        }
+        let pending = if stopped.load(Ordering::Acquire) {
+            None
+        } else {
+            self.pending().ok()
+        };
+        let sample = Sample { retained, pending };
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = (Some(Instant::now()), sample);
+    }
+
+    fn retained(&self) -> Result<Option<Retained>, Error> {
+        let extra = [("fallback_application_name", "walmirror admin")];
+        let mut connection = pq::Connection::connect(self.config.postgres.expose(), &extra)
+            .map_err(|error| Error::postgres("cannot connect to Postgres", error))?;
+        connection.answer_within(Some(ANSWER));
+        retained(&mut connection, self.config.slot.as_str())
+    }
+
+    fn pending(&self) -> Result<u64, Error> {
+        let mut connection = Connection::connect(&self.config.redis)?;
+        match connection.call("count the pending keys", &[b"HLEN", &self.keys.pending])? {
+            Value::Int(count) => Ok(u64::try_from(count).unwrap_or(0)),
+            _ => Ok(0),
+        }
+    }
+
+    fn warn(&self, retained: &Retained) {
+        let Some(what) = retained.warning() else { return };
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        if warned.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
+            *warned = Some(Instant::now());
+            tracing::warn!(
+                slot = self.config.slot.as_str(),
+                next = what.next,
+                "{}",
+                what.text
+            );
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! How a running sink is, over all its sessions: what `/readyz` and `/metrics` tell. Sessions write it, the admin server
+//! reads it; nobody waits for anybody.
+
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use walmirror_proto::Lsn;
+
+use super::metrics::Metrics;
+
+/// Seconds between 1970 and 2000, where Postgres counts from.
+const POSTGRES_EPOCH_SECONDS: i64 = 946_684_800;
+/// Redis is asked every second at least, and the server every half; silence of so long is an absence.
+pub const SILENCE: Duration = Duration::from_secs(5);
+
+/// The state of the process.
+#[derive(Debug, Default)]
+pub struct Health {
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// Sessions that began.
+    pub sessions: AtomicU64,
+    /// Sessions that failed and were tried again.
+    pub retries: AtomicU64,
+    /// Gaps that were found.
+    pub gaps: AtomicU64,
+    /// Whether a session streams now.
+    streaming: AtomicBool,
+    /// Whether a gap (or the first start) is being healed.
+    healing: AtomicBool,
+    /// Whether rows wait to be read again.
+    pub(super) pending: AtomicBool,
+    /// Tables, and those of them that are not filled and checked yet.
+    pub(super) tables: AtomicU64,
+    pub(super) tables_due: AtomicU64,
+    applied: AtomicU64,
+    confirmed: AtomicU64,
+    server_end: AtomicU64,
+    /// Of the last commit that is applied: microseconds since 2000-01-01 UTC; 0: none yet.
+    commit_time: AtomicI64,
+    /// Milliseconds on the clock of [`since`].
+    stream_heard: AtomicU64,
+    redis_heard: AtomicU64,
+}
+
+/// Milliseconds since the process first asked.
+fn since() -> u64 {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    u64::try_from(START.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Health {
+    pub(super) fn began(&self, fresh: bool, applied: Lsn) {
+        self.sessions.fetch_add(1, Ordering::Relaxed);
+        if fresh {
+            self.gaps.fetch_add(1, Ordering::Relaxed);
+            self.healing.store(true, Ordering::Release);
+        }
+        self.applied.store(applied.0, Ordering::Release);
+        self.note_stream(None);
+        self.note_redis();
+        self.streaming.store(true, Ordering::Release);
+    }
+
+    pub(super) fn ended(&self) {
+        self.streaming.store(false, Ordering::Release);
+    }
+
+    /// Everything is filled that was to be.
+    pub(super) fn healed(&self) {
+        self.healing.store(false, Ordering::Release);
+    }
+
+    /// The server said something; perhaps how far its WAL is.
+    pub(super) fn note_stream(&self, wal_end: Option<Lsn>) {
+        self.stream_heard.store(since(), Ordering::Release);
+        if let Some(lsn) = wal_end {
+            self.server_end.fetch_max(lsn.0, Ordering::AcqRel);
+        }
+    }
+
+    pub(super) fn note_redis(&self) {
+        self.redis_heard.store(since(), Ordering::Release);
+    }
+
+    pub(super) fn note_applied(&self, lsn: Lsn, commit_time: Option<i64>) {
+        self.applied.store(lsn.0, Ordering::Release);
+        if let Some(time) = commit_time {
+            self.commit_time.store(time, Ordering::Release);
+        }
+    }
+
+    pub(super) fn note_confirmed(&self, lsn: Lsn) {
+        self.confirmed.store(lsn.0, Ordering::Release);
+    }
+
+    /// Everything before this is in Redis.
+    pub fn applied(&self) -> Lsn {
+        Lsn(self.applied.load(Ordering::Acquire))
+    }
+
+    /// Everything before this the server may forget.
+    pub fn confirmed(&self) -> Lsn {
+        Lsn(self.confirmed.load(Ordering::Acquire))
+    }
+
+    /// Bytes of WAL that the server has and Redis has not.
+    pub fn lag_bytes(&self) -> u64 {
+        let end = self.server_end.load(Ordering::Acquire);
+        end.saturating_sub(self.applied().0)
+    }
+
+    /// How long ago the last applied transaction committed, while there is more to be applied; else 0.
+    pub fn lag_seconds(&self) -> f64 {
+        let committed = self.commit_time.load(Ordering::Acquire);
+        if self.lag_bytes() == 0 || committed == 0 {
+            return 0.0;
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let committed = POSTGRES_EPOCH_SECONDS as f64 + committed as f64 / 1e6;
+        (now.as_secs_f64() - committed).max(0.0)
+    }
+
+    /// How many tables there are, how many of them are not complete, and whether keys wait to be read again.
+    pub fn backfill(&self) -> (u64, u64, bool) {
+        let (tables, due) = (&self.tables, &self.tables_due);
+        let pending = self.pending.load(Ordering::Relaxed);
+        (
+            tables.load(Ordering::Relaxed),
+            due.load(Ordering::Relaxed),
+            pending,
+        )
+    }
+
+    /// Whether a reader of Redis finds there what Postgres says. Err: why not.
+    pub fn ready(&self) -> Result<(), String> {
+        let silent = |heard: &AtomicU64, who: &str| {
+            let quiet = Duration::from_millis(since().saturating_sub(heard.load(Ordering::Acquire)));
+            (quiet > SILENCE).then(|| format!("{who} said nothing for {} s", quiet.as_secs()))
+        };
+        if !self.streaming.load(Ordering::Acquire) {
+            return Err("no session streams: Postgres or Redis is away, see the log".to_owned());
+        }
+        if let Some(why) =
+            silent(&self.stream_heard, "Postgres").or_else(|| silent(&self.redis_heard, "Redis"))
+        {
+            return Err(why);
+        }
+        if self.healing.load(Ordering::Acquire) {
+            return Err("a gap is being healed: tables are filled anew".to_owned());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_ready_while_a_session_streams_and_nothing_is_healed() {
+        let health = Health::default();
+        assert!(health.ready().is_err());
+        health.began(true, Lsn(5));
+        assert!(health.ready().is_err_and(|why| why.contains("gap")));
+        health.healed();
+        assert_eq!(health.ready(), Ok(()));
+        health.ended();
+        assert!(health.ready().is_err());
+    }
+
+    #[test]
+    fn lag_is_what_the_server_has_more() {
+        let health = Health::default();
+        health.began(false, Lsn(5));
+        health.note_stream(Some(Lsn(105)));
+        health.note_applied(Lsn(25), Some(1));
+        assert_eq!(health.lag_bytes(), 80);
+        assert!(health.lag_seconds() > 1e8);
+        health.note_applied(Lsn(105), None);
+        assert_eq!((health.lag_bytes(), health.lag_seconds()), (0, 0.0));
+    }
+}

@@ -1,0 +1,140 @@
+//! The admin server of `run --admin`, and what doctor says of the WAL that a slot keeps, on real servers.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::Duration;
+
+use walmirror_tests::{DEADLINE, Mirror, Signal, Sink, wait_for};
+
+/// An address that nobody listens on now.
+fn free_address() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().to_string()
+}
+
+/// Status and body of GET; None where nobody answers.
+fn get(address: &str, path: &str) -> Option<(u16, String)> {
+    let mut stream = TcpStream::connect(address).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
+    )
+    .ok()?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).ok()?;
+    let (head, body) = text.split_once("\r\n\r\n")?;
+    let status = head.split(' ').nth(1)?.parse().ok()?;
+    Some((status, body.to_owned()))
+}
+
+#[track_caller]
+fn wait_status(address: &str, path: &str, status: u16, within: Duration) {
+    wait_for(within, format!("{path} to answer {status}"), || {
+        get(address, path).filter(|(found, _)| *found == status)
+    });
+}
+
+/// The figure of this name in /metrics.
+fn figure(address: &str, name: &str) -> Option<f64> {
+    let (_, text) = get(address, "/metrics")?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
+    line.parse().ok()
+}
+
+fn mirror(address: &str) -> Mirror {
+    let mirror = Mirror::new();
+    mirror.sql("CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t')");
+    mirror.start_with(&["--admin", address]);
+    mirror.settle();
+    mirror
+}
+
+#[test]
+fn ready_while_redis_is_there_and_not_while_it_is_away() {
+    let address = free_address();
+    let mut mirror = mirror(&address);
+    wait_status(&address, "/readyz", 200, DEADLINE);
+    assert_eq!(get(&address, "/healthz").map(|(status, _)| status), Some(200));
+    assert_eq!(get(&address, "/else").map(|(status, _)| status), Some(404));
+    mirror.redis.stop(Signal::TERM);
+    wait_status(&address, "/readyz", 503, Duration::from_secs(3));
+    assert_eq!(get(&address, "/healthz").map(|(status, _)| status), Some(200));
+    mirror.redis.resume();
+    wait_status(&address, "/readyz", 200, Duration::from_secs(30));
+}
+
+#[test]
+fn not_ready_while_redis_says_nothing_and_while_a_gap_is_healed() {
+    let address = free_address();
+    let mut mirror = mirror(&address);
+    wait_status(&address, "/readyz", 200, DEADLINE);
+    mirror.redis.signal(Signal::STOP);
+    wait_status(&address, "/readyz", 503, Duration::from_secs(7));
+    mirror.redis.signal(Signal::CONT);
+    wait_status(&address, "/readyz", 200, Duration::from_secs(30));
+    // A transaction that runs keeps the backfill from its end.
+    let mut blocker = mirror.db.connect();
+    let mut running = blocker.transaction().unwrap();
+    running.execute("SELECT pg_current_xact_id()", &[]).unwrap();
+    redis::cmd("FLUSHALL").exec(&mut mirror.redis.connect()).unwrap();
+    wait_for(DEADLINE, "the gap to be told of".to_owned(), || {
+        get(&address, "/readyz").filter(|(status, why)| *status == 503 && why.contains("gap"))
+    });
+    running.rollback().unwrap();
+    wait_status(&address, "/readyz", 200, Duration::from_secs(30));
+    assert_eq!(figure(&address, "walmirror_gaps_total"), Some(2.0));
+}
+
+#[test]
+fn metrics_are_read_and_move() {
+    let address = free_address();
+    let mirror = mirror(&address);
+    let rows = figure(&address, "walmirror_rows_total").unwrap();
+    let applied = figure(&address, "walmirror_applied_lsn").unwrap();
+    mirror.sql("INSERT INTO t SELECT g, 'canary' FROM generate_series(1, 100) g");
+    mirror.sync();
+    wait_for(DEADLINE, "the rows to be counted".to_owned(), || {
+        figure(&address, "walmirror_rows_total").filter(|now| *now == rows + 100.0)
+    });
+    assert!(figure(&address, "walmirror_applied_lsn").unwrap() > applied);
+    assert!(figure(&address, "walmirror_resident_bytes").unwrap() > 1e6);
+    assert_eq!(figure(&address, "walmirror_tables"), Some(1.0));
+    wait_for(DEADLINE, "the slot to be looked at".to_owned(), || {
+        figure(&address, "walmirror_slot_retained_bytes")
+    });
+    let (_, text) = get(&address, "/metrics").unwrap();
+    assert!(text.ends_with("# EOF\n"), "{text}");
+    assert!(!text.contains("canary"));
+}
+
+#[test]
+fn doctor_warns_when_a_slot_keeps_much() {
+    let mirror = Mirror::alone("max_slot_wal_keep_size = '64MB'");
+    let conninfo = mirror.db.pg.conninfo(&mirror.db.name);
+    let doctor = || {
+        let url = mirror.redis.url();
+        let args = [
+            "doctor",
+            "--postgres",
+            &conninfo,
+            "--redis",
+            &url,
+            "--slot",
+            "kept",
+        ];
+        Sink::run(&args, DEADLINE).1
+    };
+    mirror.sql("SELECT pg_create_logical_replication_slot('kept', 'walmirror')");
+    assert!(!doctor().contains("WARN"), "{}", doctor());
+    mirror
+        .sql("SELECT pg_logical_emit_message(false, 'x', repeat('x', 1000000)) FROM generate_series(1, 45)");
+    let told = doctor();
+    assert!(told.contains("WARN: the slot keeps"), "{told}");
+    assert!(
+        told.contains("64 MiB") && told.contains("max_slot_wal_keep_size"),
+        "{told}"
+    );
+}
