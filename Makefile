@@ -78,7 +78,7 @@ test: build ## unit tests, SQL regression and end-to-end tests, on private serve
 	$(private) && cargo run --quiet -p walmirror-tests --bin with-postgres -- cargo test $(ARGS)
 
 faults: build ## break everything there is, on private servers; then SECONDS=60 of several faults at once, by SEED=…
-	$(private) && FAULT_SECONDS=$(SECONDS) cargo test -p walmirror-tests --features faults --test 'faults_*' $(ARGS) \
+	$(private) && FAULT_SECONDS=$(SECONDS) cargo test -p walmirror-tests --features faults --no-fail-fast --test 'faults_*' $(ARGS) \
 		-- --test-threads 2
 
 test-matrix: ## make test on every Postgres version there is a server for

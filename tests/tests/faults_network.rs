@@ -15,11 +15,14 @@ use rand::Rng;
 use walmirror_tests::{DEADLINE, Mode, Proxy, Scenario, Setup, Sink, Trap, Way, wait_for};
 
 /// What the sink may say when it lost Redis or Postgres.
-const LOST: [&str; 5] = [
+const LOST: [&str; 8] = [
     "the connection to Redis at",
     "cannot connect to Redis at",
     "broke",
+    "server closed the connection",
     "cannot connect to Postgres",
+    "cannot open a replication connection",
+    "cannot look for the extension",
     // The walsender of a connection that was lost takes a moment to notice.
     "is active for PID",
 ];
@@ -192,6 +195,28 @@ fn postgres_is_a_black_hole() {
         s.flow();
     }
     s.finish(&[&LOST[..], &["the server is silent"]].concat());
+}
+
+/// A worker of the backfill is in the middle of a query when the network goes: nobody waits for the answer to its cancel
+/// request, which goes the same way.
+#[test]
+fn a_black_hole_in_the_middle_of_a_query() {
+    let s = Scenario::start("a_black_hole_in_the_middle_of_a_query", Setup::default());
+    s.silence("3s");
+    // The backfill of a table waits for the transactions that were open when it was announced, asking again and again.
+    let mut open = s.m.db.connect();
+    open.batch_execute("BEGIN; SELECT pg_current_xact_id()").unwrap();
+    s.m.sql("CREATE TABLE late (id int PRIMARY KEY); INSERT INTO late VALUES (1); SELECT walmirror.mirror('late')");
+    for way in [Way::ToServer, Way::ToClient] {
+        s.flow();
+        let seen = s.log().len();
+        s.pg_link.set(way, Mode::BlackHole);
+        s.said("next_attempt_in", seen);
+        s.pg_link.heal();
+    }
+    open.batch_execute("COMMIT").unwrap();
+    s.flow();
+    s.finish(&[&LOST[..], &["the server is silent", "the server does not answer"]].concat());
 }
 
 /// A refused connection is tried again for as long as it takes.

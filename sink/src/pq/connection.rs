@@ -4,6 +4,7 @@
 //! take hours (creating a slot waits for all running transactions).
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::Waker;
@@ -15,6 +16,9 @@ use super::wait::{read_and, wait};
 
 /// How long the server may take to answer a cancel request before the connection is given up.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// So many cancel requests may be stuck. The server ends the queries of connections that are closed, too, only later.
+const CANCELS_MAX: usize = 8;
 
 /// A connection. May be moved to another thread, but not shared.
 pub struct Connection {
@@ -147,7 +151,7 @@ impl Connection {
             let socket = self.raw.socket().ok_or_else(|| self.raw.connection_error())?;
             let ready = wait(socket, read_and(!flushed), interrupt, timeout)?;
             if ready.woken {
-                self.cancel_handle()?.cancel()?;
+                self.cancel_handle()?.cancel_aside();
                 cancelled_at = Some(Instant::now());
             }
             // When the connection is lost, what the server said last may still be in the buffer.
@@ -206,6 +210,25 @@ impl CancelHandle {
     /// Asks the server to cancel. The query ends with SQLSTATE 57014, unless it was faster.
     pub fn cancel(&self) -> Result<(), PqError> {
         self.raw.cancel()
+    }
+
+    /// The same without waiting for anybody. libpq makes a connection of its own for the request, and waits until the server
+    /// closes it: for ever, where the network swallows it.
+    pub(super) fn cancel_aside(&self) {
+        static UNDER_WAY: AtomicUsize = AtomicUsize::new(0);
+        let handle = self.clone();
+        let send = move || {
+            let _ = handle.cancel();
+            UNDER_WAY.fetch_sub(1, Ordering::AcqRel);
+        };
+        let started = UNDER_WAY.fetch_add(1, Ordering::AcqRel) < CANCELS_MAX
+            && std::thread::Builder::new()
+                .name("cancel".to_owned())
+                .spawn(send)
+                .is_ok();
+        if !started {
+            UNDER_WAY.fetch_sub(1, Ordering::AcqRel);
+        }
     }
 }
 
