@@ -33,6 +33,10 @@ pub struct Cursor {
     /// Key templates that the table had before; their keys go at the end.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub old_keys: Vec<String>,
+    /// Redis held no key of the table when this began, and under this version of it. So a row that is read finds its key
+    /// missing, or as the stream has just written it: nothing has to be removed first, and no key is without a row.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub on_nothing: bool,
 }
 
 impl Cursor {
@@ -46,6 +50,24 @@ impl Cursor {
             offset: 0,
             rows: 0,
             old_keys,
+            on_nothing: false,
+        }
+    }
+
+    /// All rows are read.
+    pub fn filled(self) -> Self {
+        if self.on_nothing {
+            return Self {
+                rows: self.rows,
+                ..Self::done(self.fingerprint)
+            };
+        }
+        Self {
+            stage: Stage::Sweep,
+            leaf: 0,
+            block: 0,
+            offset: 0,
+            ..self
         }
     }
 
@@ -85,6 +107,8 @@ mod tests {
         cursor.stage = Stage::Sweep;
         assert_eq!(Cursor::parse(&cursor.to_json()), Some(cursor.clone()));
         assert!(cursor.to_json().contains("\"stage\":\"sweep\""));
+        cursor.on_nothing = true;
+        assert_eq!(Cursor::parse(&cursor.to_json()), Some(cursor));
         assert_eq!(Cursor::parse("{}"), None);
     }
 }

@@ -4,7 +4,7 @@
 use super::report::Report;
 use super::sql::{Snapshots, Sql, explain};
 use super::worker::{Context, Flow};
-use super::{Content, Cursor, PackedRows, Stage, Task, Window};
+use super::{Content, Cursor, PackedRows, Task, Window};
 use crate::error::Error;
 use crate::pq::binary_fields;
 use std::sync::Arc;
@@ -92,13 +92,8 @@ pub(super) fn fill(
             )?;
         }
     }
-    cursor = Cursor {
-        stage: Stage::Sweep,
-        leaf: 0,
-        block: 0,
-        offset: 0,
-        ..cursor
-    };
+    cursor = cursor.filled();
+    let is_done = cursor.is_done();
     let snapshot = sql.begin()?;
     sql.end()?;
     context.submit(
@@ -114,6 +109,12 @@ pub(super) fn fill(
         return Ok(Flow::Restart);
     }
     report.finish("backfill has read the table");
+    if is_done {
+        tracing::info!(
+            table = task.mapping.table,
+            "the keys of the table are complete; Redis held none before"
+        );
+    }
     Ok(Flow::Go)
 }
 

@@ -73,6 +73,8 @@ pub struct Change<'a> {
 pub enum Trust {
     /// The table is mirrored: its keys are what the stream made of them.
     Settled,
+    /// For a row that was read: its key is missing, or as this very row. See [`crate::backfill::Cursor::on_nothing`].
+    Nothing,
     /// The table is being backfilled, or the row was written under another version of the table than the current one: a
     /// key may be missing, stale, of another type, or have fields that are no longer columns.
     Refreshing,
@@ -186,8 +188,15 @@ impl Planner {
 
     /// Plans a row that SQL read and the gate has admitted, after [`Self::read_key`] has rendered its key: the row
     /// replaces the key, whatever that held.
-    pub fn read_row(&mut self, batch: &mut Batch, mapping: &Mapping, row: &[Datum<'_>], hash: u64) {
-        self.write(batch, mapping, Trust::Refreshing, row, hash);
+    pub fn read_row(
+        &mut self,
+        batch: &mut Batch,
+        mapping: &Mapping,
+        trust: Trust,
+        row: &[Datum<'_>],
+        hash: u64,
+    ) {
+        self.write(batch, mapping, trust, row, hash);
     }
 
     /// Whether Redis would refuse one of the row's values, and close the connection.

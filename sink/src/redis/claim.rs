@@ -19,6 +19,9 @@ pub struct Stored {
     pub progress: Option<Progress>,
     /// The relations that Redis is kept by.
     pub relations: BTreeMap<u32, pb::Relation>,
+    /// The progress began anew in a database of Redis that holds no key of anybody: what is written from here on finds
+    /// nothing in its way.
+    pub nothing_else: bool,
 }
 
 /// Which server and database the stream comes from.
@@ -63,7 +66,24 @@ pub fn read_stored(connection: &mut Connection, keys: &RedisKeys) -> Result<Stor
         };
         relations.insert(oid, relation);
     }
-    Ok(Stored { progress, relations })
+    Ok(Stored {
+        progress,
+        relations,
+        nothing_else: false,
+    })
+}
+
+/// Whether Redis holds no key but the slot's own. Keys that expired but were not removed yet count as keys.
+fn holds_nothing_else(connection: &mut Connection, keys: &RedisKeys) -> Result<bool, Error> {
+    let exists: [&[u8]; 5] = [
+        b"EXISTS",
+        &keys.progress,
+        &keys.relations,
+        &keys.pending,
+        &keys.rejected,
+    ];
+    let own = connection.call("count the keys", &exists)?;
+    Ok(connection.call("count the keys", &[b"DBSIZE"])? == own)
 }
 
 fn damaged(key: &[u8], why: &str) -> Error {
@@ -90,7 +110,9 @@ impl Claim {
     ) -> Result<Self, Error> {
         let scripts = load_scripts(&mut connection)?;
         connection.call("watch the progress key", &[b"WATCH", &keys.progress])?;
-        let stored = read_stored(&mut connection, keys)?;
+        let mut stored = read_stored(&mut connection, keys)?;
+        stored.nothing_else =
+            start.is_some() && stored.relations.is_empty() && holds_nothing_else(&mut connection, keys)?;
         if start.is_none() && stored.progress.is_none() {
             // An epoch without a position would be a progress hash that no session can begin with.
             return Err(Error::redis(

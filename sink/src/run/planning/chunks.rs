@@ -10,6 +10,7 @@ use super::Planning;
 use crate::backfill::{Chunk, Content};
 use crate::error::Error;
 use crate::gate::Verdict;
+use crate::plan::Trust;
 use crate::rejected::Rejected;
 
 /// Bytes of commands that one piece adds to a batch, about.
@@ -123,6 +124,7 @@ impl Planning {
             return Ok(false);
         };
         let mapping = std::sync::Arc::clone(&registered.mapping);
+        let on_nothing = registered.cursor.on_nothing && pending.is_none();
         let Some((fingerprint, tuple)) = packed.split_first_chunk::<8>() else {
             return Err(Error::bug(format!(
                 "walmirror.pack gave too few bytes for a row of {}",
@@ -172,7 +174,13 @@ impl Planning {
                         .remove(self.assembly.batch(), chunk.relation, hash, &key);
                     self.reject_too_large(mapping.table.clone())?;
                 } else {
-                    self.planner.read_row(self.assembly.batch(), &mapping, &row, hash);
+                    let trust = if on_nothing {
+                        Trust::Nothing
+                    } else {
+                        Trust::Refreshing
+                    };
+                    self.planner
+                        .read_row(self.assembly.batch(), &mapping, trust, &row, hash);
                 }
                 if let Some(key) = pending {
                     self.settle(key);

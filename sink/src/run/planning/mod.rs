@@ -3,6 +3,8 @@
 
 mod assembly;
 mod chunks;
+#[cfg(test)]
+mod nothing;
 mod records;
 mod registry;
 mod requests;
@@ -134,6 +136,7 @@ impl Planning {
             keys.clone(),
             Arc::clone(&backfill),
             stored.relations,
+            stored.nothing_else,
             &progress.cursors,
         )
         .map_err(bug)?;

@@ -10,7 +10,7 @@ use super::super::metrics::add;
 use super::{Definition, Planning, standing};
 use crate::error::Error;
 use crate::gate::{Snapshot, Verdict};
-use crate::plan::{Change, Mapping, Planned, Purge};
+use crate::plan::{Change, Mapping, Planned, Purge, Trust};
 use crate::rejected::Rejected;
 use crate::request::Request;
 
@@ -78,20 +78,14 @@ impl Planning {
                 let relation = definition.relation.clone();
                 self.register(relation)?;
                 self.backfill.want_reconcile();
-                return self.planned_row(open.xid, index, crate::plan::Trust::Refreshing, change);
+                return self.planned_row(open.xid, index, Trust::Refreshing, change);
             }
         };
         self.planned_row(open.xid, index, trust, change)
     }
 
     #[inline]
-    fn planned_row(
-        &mut self,
-        xid: u64,
-        index: u32,
-        trust: crate::plan::Trust,
-        change: &Change<'_>,
-    ) -> Result<(), Error> {
+    fn planned_row(&mut self, xid: u64, index: u32, trust: Trust, change: &Change<'_>) -> Result<(), Error> {
         let Some(Some(definition)) = self.definitions.get(index as usize) else {
             return Ok(());
         };
@@ -155,6 +149,14 @@ impl Planning {
                 self.announced(relation.clone(), open.xid)?;
             }
         }
+        // Rows of another version may leave fields that this one has no column for.
+        let spoiled = self.registry.get(mapping.oid).filter(|registered| {
+            registered.cursor.on_nothing && registered.relation.fingerprint != mapping.fingerprint
+        });
+        if let Some(registered) = spoiled {
+            let relation = registered.relation.clone();
+            self.register(relation)?;
+        }
         if self.definitions.len() <= index {
             self.definitions.resize_with(index + 1, || None);
         }
@@ -192,6 +194,10 @@ impl Planning {
             "mirroring a table"
         );
         self.forgotten.remove(&relation.oid);
+        let mut known = self.definitions.iter().flatten().map(|known| &known.mapping);
+        if known.any(|known| known.oid == relation.oid && known.fingerprint != relation.fingerprint) {
+            self.registry.doubt();
+        }
         let purges = self
             .registry
             .register(self.assembly.batch(), relation)
@@ -324,7 +330,8 @@ impl Planning {
                 && !self.planner.is_too_large(&mapping, &row)
             {
                 add(&self.shared.metrics.read_admitted, 1);
-                self.planner.read_row(self.assembly.batch(), &mapping, &row, hash);
+                self.planner
+                    .read_row(self.assembly.batch(), &mapping, Trust::Refreshing, &row, hash);
                 self.dirty = true;
             }
         }

@@ -28,6 +28,8 @@ pub(super) struct Registry {
     relations: BTreeMap<u32, Registered>,
     generations: u64,
     backfill: Arc<Backfill>,
+    /// Redis holds no keys but those that this session wrote for the tables that are registered now.
+    nothing_else: bool,
 }
 
 impl Registry {
@@ -36,6 +38,7 @@ impl Registry {
         keys: RedisKeys,
         backfill: Arc<Backfill>,
         stored: BTreeMap<u32, pb::Relation>,
+        nothing_else: bool,
         cursors: &BTreeMap<u32, String>,
     ) -> Result<Self, MappingError> {
         let mut registry = Self {
@@ -43,6 +46,7 @@ impl Registry {
             relations: BTreeMap::new(),
             generations: 0,
             backfill,
+            nothing_else,
         };
         for (oid, relation) in stored {
             let cursor = cursors
@@ -98,7 +102,8 @@ impl Registry {
         }
         old_keys.retain(|key| *key != relation.key);
         old_keys.dedup();
-        let cursor = fresh(&relation, old_keys);
+        let mut cursor = fresh(&relation, old_keys);
+        cursor.on_nothing = self.nothing_else && !self.relations.contains_key(&oid) && !cursor.is_done();
         self.store(batch, &relation);
         write_cursor(batch.bookkeeping(), &self.keys, oid, Some(&cursor.to_json()));
         self.insert(relation, cursor)?;
@@ -118,9 +123,16 @@ impl Registry {
         Ok(())
     }
 
+    /// There may be keys that are not what the current versions of the tables make of their rows.
+    pub(super) fn doubt(&mut self) {
+        self.nothing_else = false;
+    }
+
     /// The table is no longer mirrored. Returns what removes its keys.
     pub(super) fn forget(&mut self, batch: &mut Batch, oid: u32) -> Option<Vec<Purge>> {
         let registered = self.relations.remove(&oid)?;
+        // Its keys may be kept, and another table may get their template.
+        self.nothing_else = false;
         self.backfill.remove(oid);
         let field = oid.to_string();
         batch

@@ -42,6 +42,7 @@ pub(super) fn settled() -> Stored {
     Stored {
         progress: Some(progress),
         relations: BTreeMap::from([(OID, relation(1, "t:{id}"))]),
+        ..Stored::default()
     }
 }
 
@@ -118,7 +119,7 @@ impl Frame {
     }
 }
 
-fn packed(fingerprint: u64, id: &str, v: &str) -> Vec<u8> {
+pub(super) fn packed(fingerprint: u64, id: &str, v: &str) -> Vec<u8> {
     let mut tuple = TupleBuilder::new();
     tuple.text(id.as_bytes());
     tuple.text(v.as_bytes());
@@ -518,7 +519,7 @@ fn a_forgotten_table_stays_forgotten() {
     assert_eq!(flushed(&mut planning).len(), 1, "only the progress");
 }
 
-fn chunk(
+pub(super) fn chunk(
     planning: &Planning,
     id: u64,
     content: Content,
@@ -541,7 +542,7 @@ fn chunk(
     }
 }
 
-fn rows(rows: &[Vec<u8>]) -> Content {
+pub(super) fn rows(rows: &[Vec<u8>]) -> Content {
     let mut content = PackedRows::default();
     rows.iter().for_each(|row| content.push(row));
     Content::Rows(content)

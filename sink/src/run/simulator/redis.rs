@@ -342,6 +342,11 @@ impl Redis {
                         .collect(),
                 )
             }
+            [b"EXISTS", keys @ ..] => {
+                let there = keys.iter().filter(|key| self.data.contains_key(**key));
+                Value::Int(there.count() as i64)
+            }
+            [b"DBSIZE"] => Value::Int(self.data.len() as i64),
             [b"SCAN", ..] => {
                 let keys = self
                     .data

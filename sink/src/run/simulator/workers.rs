@@ -187,7 +187,7 @@ impl Tables {
                     content,
                     Some(cursor),
                 )?;
-                if next.stage == Stage::Sweep {
+                if next.stage != Stage::Fill {
                     State::Idle
                 } else {
                     State::Fill(relation, task, next)
@@ -253,14 +253,15 @@ impl Tables {
         let mut rows = PackedRows::default();
         let mut next = cursor;
         let until = (next.block + 1 + dice.roll(3) as u32).min(u32::from(IDS));
-        if next.block >= u32::from(IDS) {
-            next.stage = Stage::Sweep;
-        }
+        let is_last = next.block >= u32::from(IDS);
         while next.block < until {
             if let Some(row) = postgres.row(relation, next.block as Id, &snapshot) {
                 rows.push(&label.pack(&row));
             }
             next.block += 1;
+        }
+        if is_last {
+            next = next.filled();
         }
         let snapshot = self.courier.claimed(postgres, snapshot);
         State::Read(relation, task, snapshot, Content::Rows(rows), next)
