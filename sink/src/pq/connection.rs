@@ -3,8 +3,8 @@
 //! Every wait goes through `poll(2)` with a waker beside the socket, so that a shutdown ends even a query that would
 //! take hours (creating a slot waits for all running transactions).
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use super::Waker;
@@ -151,7 +151,7 @@ impl Connection {
             let socket = self.raw.socket().ok_or_else(|| self.raw.connection_error())?;
             let ready = wait(socket, read_and(!flushed), interrupt, timeout)?;
             if ready.woken {
-                self.cancel_handle()?.cancel_aside();
+                self.cancel_handle()?.cancel_in_time();
                 cancelled_at = Some(Instant::now());
             }
             // When the connection is lost, what the server said last may still be in the buffer.
@@ -212,21 +212,26 @@ impl CancelHandle {
         self.raw.cancel()
     }
 
-    /// The same without waiting for anybody. libpq makes a connection of its own for the request, and waits until the server
-    /// closes it: for ever, where the network swallows it.
-    pub(super) fn cancel_aside(&self) {
+    /// The same, waited for only so long. libpq makes a connection of its own for the request, and waits until the server
+    /// closes it: for ever, where the network swallows it. But it has to be waited for: a request that arrives late hits the
+    /// next statement.
+    pub(super) fn cancel_in_time(&self) {
         static UNDER_WAY: AtomicUsize = AtomicUsize::new(0);
         let handle = self.clone();
+        let (done, wait) = mpsc::channel();
         let send = move || {
             let _ = handle.cancel();
             UNDER_WAY.fetch_sub(1, Ordering::AcqRel);
+            let _ = done.send(());
         };
         let started = UNDER_WAY.fetch_add(1, Ordering::AcqRel) < CANCELS_MAX
             && std::thread::Builder::new()
                 .name("cancel".to_owned())
                 .spawn(send)
                 .is_ok();
-        if !started {
+        if started {
+            let _ = wait.recv_timeout(CANCEL_TIMEOUT);
+        } else {
             UNDER_WAY.fetch_sub(1, Ordering::AcqRel);
         }
     }

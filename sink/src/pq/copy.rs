@@ -227,7 +227,7 @@ impl Drop for CopyOut<'_> {
             return;
         }
         if let Ok(handle) = self.connection.cancel_handle() {
-            handle.cancel_aside();
+            handle.cancel_in_time();
         }
         // What is still on its way is read and forgotten; the server's "canceling statement" ends it.
         let interrupt = self.connection.interrupt.take();
