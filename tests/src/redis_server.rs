@@ -7,6 +7,14 @@ use redis::{Connection, FromRedisValue};
 
 use crate::{DEADLINE, Dir, Process, Signal, wait_for};
 
+/// A port that is free now, below those that the kernel gives to clients: one of these could be taken while the server is
+/// down.
+pub(crate) fn free_port() -> u16 {
+    std::iter::repeat_with(|| rand::random_range(12_000..32_000))
+        .find(|&port| TcpListener::bind(("127.0.0.1", port)).is_ok())
+        .expect("it does not end")
+}
+
 /// A Redis on a free port of the loopback interface, that persists nothing unless told.
 pub struct Redis {
     process: Option<Process>,
@@ -23,10 +31,7 @@ impl Redis {
 
     /// Starts a server with further options, such as `&["--requirepass", "x"]`.
     pub fn start_with(options: &[&str]) -> Redis {
-        // Below the ports that the kernel gives to clients: one of those could be taken while the server is down.
-        let port = std::iter::repeat_with(|| rand::random_range(12_000..32_000))
-            .find(|&port| TcpListener::bind(("127.0.0.1", port)).is_ok())
-            .unwrap();
+        let port = free_port();
         let options = options.iter().map(|&o| o.to_owned()).collect();
         let mut redis = Redis {
             process: None,

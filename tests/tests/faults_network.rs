@@ -140,7 +140,6 @@ fn slow_links() {
             ..Setup::default()
         },
     );
-    let connections = (s.redis_link.accepted(), s.pg_link.accepted());
     for link in [&s.redis_link, &s.pg_link] {
         link.set_both(Mode::Delay(20, 30));
         s.flow();
@@ -164,7 +163,7 @@ fn slow_links() {
     std::thread::sleep(Duration::from_secs(5));
     s.redis_link.heal();
     s.flow();
-    assert_eq!(connections, (s.redis_link.accepted(), s.pg_link.accepted()));
+    // No connection was given up: that would be a warning.
     s.finish(&[]);
 }
 
@@ -175,6 +174,7 @@ fn redis_is_a_black_hole() {
     for way in [Way::ToServer, Way::ToClient] {
         let seen = s.log().len();
         s.redis_link.set(way, Mode::BlackHole);
+        s.is_ready(false);
         s.said("the connection to Redis at", seen);
         s.redis_link.heal();
         s.flow();
@@ -190,6 +190,7 @@ fn postgres_is_a_black_hole() {
     for way in [Way::ToServer, Way::ToClient] {
         let seen = s.log().len();
         s.pg_link.set(way, Mode::BlackHole);
+        s.is_ready(false);
         s.said("next_attempt_in", seen);
         s.pg_link.heal();
         s.flow();

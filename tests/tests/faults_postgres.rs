@@ -195,6 +195,7 @@ fn failover_to_a_standby() {
     s.m.db.reconnect();
     // The sink waits for the promotion.
     s.said("is a standby", 0);
+    s.is_ready(false);
     s.m.sql("SELECT pg_promote()");
     s.said("every table is backfilled anew", 0);
     s.m.settle();
@@ -255,6 +256,7 @@ fn nobody_is_let_in() {
         harm();
         s.pg_link.cut();
         s.said(said, seen);
+        s.is_ready(false);
         heal();
         s.flow();
         // With another process the pauses begin small again.

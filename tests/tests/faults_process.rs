@@ -158,7 +158,6 @@ fn the_clock_is_set() {
         ..Setup::default()
     };
     let s = Scenario::start("the_clock_is_set", setup);
-    let connections = (s.redis_link.accepted(), s.pg_link.accepted());
     for step in ["+1h", "-1h", "+400d", "-400d", "+0"] {
         std::fs::write(&clock, format!("{step}\n")).unwrap();
         s.flow();
@@ -169,7 +168,6 @@ fn the_clock_is_set() {
             (s.m.db.value(slot).parse::<Lsn>().unwrap() >= target).then_some(())
         });
     }
-    assert_eq!(connections, (s.redis_link.accepted(), s.pg_link.accepted()));
     // And across a restart of the sink, which sees another time from the beginning: another year, in its log.
     std::fs::write(&clock, "+400d\n").unwrap();
     s.kill_sink();
