@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use walmirror_tests::{DEADLINE, Mirror, wait_for};
+use walmirror_tests::{DEADLINE, Mirror, Signal, wait_for};
 
 use crate::{c_keys, empty, keys, session, setup, start, sync};
 
@@ -207,4 +207,35 @@ fn without_a_slot_for_its_worker_captures_arrive_all_the_same() {
     wait_for(DEADLINE, "c:1 without any commit", || {
         (keys(&m) == c_keys([1])).then_some(())
     });
+}
+
+#[test]
+fn on_a_standby_queries_run_and_nothing_is_captured() {
+    let m = Mirror::alone("hot_standby = on");
+    setup(&m);
+    let backup = m.db.pg.base_backup();
+    m.db.pg.stop(Signal::TERM);
+    m.db.pg.replace_data(&backup);
+    m.db.pg.resume();
+    m.db.reconnect();
+    assert_eq!(m.db.value("SELECT pg_is_in_recovery()"), "t");
+    let counted = |name: &str| {
+        m.db.value(&format!(
+            "SELECT value FROM walmirror.capture_stats WHERE counter = '{name}'"
+        ))
+    };
+    let mut s = session(&m);
+    let rows = s.query("SELECT v FROM c WHERE grp = 4", &[]).unwrap();
+    assert_eq!(rows.len(), 6);
+    assert_eq!(
+        (counted("rows_seen"), counted("rows_emitted")),
+        ("0".into(), "0".into())
+    );
+    // Promoted, it captures.
+    m.sql("SELECT pg_promote()");
+    wait_for(DEADLINE, "the promotion", || {
+        (m.db.value("SELECT pg_is_in_recovery()") == "f").then_some(())
+    });
+    s.query("SELECT v FROM c WHERE grp = 4", &[]).unwrap();
+    assert_eq!(counted("rows_emitted"), "6");
 }
