@@ -1,7 +1,8 @@
 //! Case `backfill`: a table that is there already into an empty Redis, by the sink from its very start (slot, first
 //! connection and all) and by `redis-cli --pipe` with ready-made commands.
 
-use crate::e2e::{Backlog, KINDS, note};
+use crate::backlog::Backlog;
+use crate::e2e::{KINDS, note};
 use crate::figures::{Contestant, Goal, Outcome, RATE};
 use crate::options::Options;
 use crate::rivals::{self, pipe, ready_made};

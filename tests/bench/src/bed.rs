@@ -3,9 +3,12 @@
 //! A slot can be read only once, so a workload is decoded from copies of one slot that was made before it. The copies
 //! may have another plugin than the original: all contestants decode the same WAL from the same place.
 
+use std::net::TcpListener;
 use std::sync::Arc;
 
 use walmirror_tests::{DEADLINE, Db, Lsn, Pg, wait_for};
+
+use crate::peers::DEBEZIUM;
 
 /// Settings of the server, beside what every private server of the harness has: no checkpoint and no vacuum disturbs a
 /// round, and timestamps look as most people have them. Everything else is the server's default.
@@ -26,6 +29,29 @@ bytea_output = 'hex'
 pub struct Bed {
     /// The database.
     pub db: Db,
+    /// Where JDBC reaches the server.
+    pub tcp: Option<Tcp>,
+}
+
+/// JDBC knows no Unix sockets, so for Debezium the server also listens on a loopback address of its own: the port is the
+/// same for all servers of the harness. There the user postgres has a password.
+pub struct Tcp {
+    /// 127.x.y.z, port 5432.
+    pub address: String,
+    /// Of the user postgres.
+    pub password: String,
+}
+
+impl Tcp {
+    /// An address that is free; None where there is no Debezium, or no such address.
+    fn find() -> Option<Tcp> {
+        std::env::var_os(DEBEZIUM)?;
+        let [x, y, z] = rand::random::<[u8; 3]>();
+        let address = format!("127.{}.{y}.{}", x.max(1), z.clamp(1, 254));
+        TcpListener::bind((address.as_str(), 5432)).ok()?;
+        let password = format!("{:032x}", rand::random::<u128>());
+        Some(Tcp { address, password })
+    }
 }
 
 impl Bed {
@@ -38,10 +64,19 @@ impl Bed {
             );
         }
         pg.configure(settings);
-        pg.resume();
-        Bed {
-            db: Db::create(Arc::new(pg)),
+        let tcp = Tcp::find();
+        if let Some(tcp) = &tcp {
+            pg.configure(&format!("listen_addresses = '{}'", tcp.address));
+            pg.set_hba(
+                "local all all trust\nlocal replication all trust\nhost all all 127.0.0.0/8 scram-sha-256\n",
+            );
         }
+        pg.resume();
+        let db = Db::create(Arc::new(pg));
+        if let Some(tcp) = &tcp {
+            db.sql(&format!("ALTER ROLE postgres PASSWORD '{}'", tcp.password));
+        }
+        Bed { db, tcp }
     }
 
     /// Whether a slot can be made with this plugin; the error if not.

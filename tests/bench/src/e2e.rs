@@ -1,18 +1,14 @@
-//! Case `e2e`: a backlog of one transaction into an empty Redis, by the sink and by what it is set against.
-//!
-//! The sink runs once on the empty table, so that slot and progress exist. Each round starts from copies of both.
+//! Case `e2e`: a backlog into an empty Redis, by the sink and by what it is set against. W1 is one transaction; the part
+//! `e2e-w2` is a hundred thousand of one row each; `e2e-growth` (LONG=1) are transactions of ten thousand to ten million.
 
-use std::collections::BTreeMap;
-use std::process::Command;
-use std::time::Duration;
-
-use walmirror_tests::{Lsn, Redis, Sink};
-
+use crate::backlog::{Backlog, ORIGIN, SLOT};
 use crate::bed::Bed;
-use crate::figures::{Contestant, Goal, Metric, Outcome, RATE, WALSENDER_CPU};
+use crate::figures::{Contestant, Goal, Metric, Outcome, RATE, WALSENDER_CPU, number};
+use crate::growth;
 use crate::options::Options;
+use crate::peers::PEERS;
 use crate::receive::{PLUGINS, receive};
-use crate::rivals::{self, Run, Shape, hand_written, pipe, ready_made};
+use crate::rivals::{self, Run, Shape, in_multi, pipe, ready_made};
 use crate::workload;
 
 /// CPU of the program that fills Redis.
@@ -34,9 +30,21 @@ const ROWS_PER_EXEC: Metric = Metric {
     digits: 0,
 };
 
-/// The slot, and the one that keeps its first position.
-const SLOT: &str = "mirror";
-pub const ORIGIN: &str = "origin";
+/// What is to be applied, each time from the beginning.
+#[derive(Clone, Copy)]
+enum Load {
+    /// W1: one INSERT of so many rows.
+    One(u64),
+    /// W2, with inserts: so many transactions of one row.
+    Many(u64),
+}
+
+/// Decoding with nobody to apply it.
+const DECODING: &str = "decoding alone";
+/// A peer that needs more seconds than this is run once, or the case would take a quarter of an hour.
+const SLOW: f64 = 30.0;
+/// How a contestant's name ends whose commands are one transaction.
+const IN_MULTI: &str = "in MULTI";
 
 /// How a table is mirrored, and what the ready-made commands for it are.
 pub struct Kind {
@@ -81,161 +89,85 @@ pub fn run(options: &Options) -> Vec<Outcome> {
     let mut outcomes: Vec<Outcome> = KINDS
         .iter()
         .filter(wanted)
-        .map(|kind| measure(options, kind, rows))
+        .map(|kind| measure(options, kind, Load::One(rows)))
         .collect();
-    if options.long {
-        let mut long = measure(
-            &Options {
-                rounds: 1,
-                ..options.clone()
-            },
-            &KINDS[0],
-            10_000_000,
-        );
-        long.name = "e2e-hash-10m".to_owned();
-        outcomes.push(long);
+    if options.wants("e2e-w2") {
+        outcomes.push(measure(options, &KINDS[0], Load::Many(options.rows(100_000))));
+    }
+    if options.long && options.wants("e2e-growth") {
+        outcomes.push(growth::run(options));
     }
     outcomes
 }
 
-/// A backlog and everything needed to work it off again and again.
-pub struct Backlog {
-    /// The server.
-    pub bed: Bed,
-    /// The Redis that is filled.
-    pub redis: Redis,
-    /// The end of the load.
-    pub end: Lsn,
-    bookkeeping: BTreeMap<Vec<u8>, Vec<u8>>,
-}
+impl Load {
+    fn rows(self) -> u64 {
+        let (Load::One(rows) | Load::Many(rows)) = self;
+        rows
+    }
 
-impl Backlog {
-    /// Prepares a database, lets the sink see it once, and then loads it.
-    pub fn make(settings: &str, prepare: impl FnOnce(&Bed), load: impl FnOnce(&Bed)) -> Backlog {
-        let bed = Bed::start(settings);
-        prepare(&bed);
-        let redis = Redis::start_with(&["--enable-debug-command", "local"]);
-        let mut backlog = Backlog {
-            end: bed.end(),
-            bed,
-            redis,
-            bookkeeping: BTreeMap::new(),
-        };
-        let arguments = backlog.arguments();
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let (code, output) = Sink::run(&arguments, Duration::from_secs(120));
-        assert_eq!(code, Some(0), "the sink on the loaded database:\n{output}");
-        let mut connection = backlog.redis.connect();
-        let keys: Vec<Vec<u8>> = redis::cmd("KEYS").arg("*").query(&mut connection).unwrap();
-        for key in keys {
-            let dump = redis::cmd("DUMP").arg(&key).query(&mut connection).unwrap();
-            backlog.bookkeeping.insert(key, dump);
+    fn make(self, bed: &Bed) {
+        match self {
+            Load::One(rows) => workload::insert(bed, rows),
+            Load::Many(rows) => workload::insert_one_by_one(bed, rows),
         }
-        backlog.bed.copy_slot(SLOT, ORIGIN, "walmirror");
-        load(&backlog.bed);
-        backlog.end = backlog.bed.end();
-        backlog
     }
 
-    fn arguments(&self) -> Vec<String> {
-        let (conninfo, url) = (self.bed.db.pg.conninfo(&self.bed.db.name), self.redis.url());
-        let end = self.end.to_string();
-        [
-            "run",
-            "--postgres",
-            &conninfo,
-            "--redis",
-            &url,
-            "--slot",
-            SLOT,
-            "--until-lsn",
-            &end,
-        ]
-        .map(str::to_owned)
-        .to_vec()
-    }
-
-    /// Redis and the slot as they were before the load.
-    pub fn rewind(&self, plugin: &str) {
-        let mut connection = self.redis.connect();
-        redis::cmd("FLUSHALL").exec(&mut connection).unwrap();
-        for (key, dump) in &self.bookkeeping {
-            redis::cmd("RESTORE")
-                .arg(key)
-                .arg(0)
-                .arg(dump)
-                .exec(&mut connection)
-                .unwrap();
+    fn name(self, kind: &Kind) -> String {
+        match self {
+            Load::One(_) => format!("e2e-{}", kind.name),
+            Load::Many(_) => "e2e-w2".to_owned(),
         }
-        self.bed.drop_slot(SLOT);
-        self.bed.copy_slot(ORIGIN, SLOT, plugin);
     }
 
-    /// Redis with nothing in it, and no slot: the sink will make one, and read the table.
-    pub fn empty(&self) {
-        redis::cmd("FLUSHALL").exec(&mut self.redis.connect()).unwrap();
-        self.bed.drop_slot(SLOT);
-    }
-
-    /// The sink from where it stands to the end.
-    pub fn run_sink(&self) -> Run {
-        let arguments = self.arguments();
-        let mut command: Command = Sink::command(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
-        rivals::run(&mut command, "walmirror", &self.bed, &self.redis, Some(SLOT))
-    }
-
-    /// The sink from the start of the load to the end.
-    pub fn sink(&self) -> Run {
-        self.rewind("walmirror");
-        self.run_sink()
-    }
-
-    /// What Redis holds, but for the mirror's own keys: the same data, the same digest.
-    pub fn digest(&self) -> String {
-        let mut connection = self.redis.connect();
-        let own: Vec<Vec<u8>> = redis::cmd("KEYS")
-            .arg("walmirror:*")
-            .query(&mut connection)
-            .unwrap();
-        if !own.is_empty() {
-            redis::cmd("DEL").arg(own).exec(&mut connection).unwrap();
+    fn title(self, kind: &Kind) -> String {
+        let (rows, kind) = (self.rows(), kind.name);
+        match self {
+            Load::One(_) => format!("{rows} rows in one INSERT, into {kind}"),
+            Load::Many(_) => format!("{rows} one-row INSERT transactions, into {kind}"),
         }
-        let digest: String = redis::cmd("DEBUG").arg("DIGEST").query(&mut connection).unwrap();
-        let size: u64 = redis::cmd("DBSIZE").query(&mut connection).unwrap();
-        let sample: redis::Value = match redis::cmd("GET").arg("bench:1").query(&mut connection) {
-            Ok(value) => value,
-            Err(_) => redis::cmd("HGETALL")
-                .arg("bench:1")
-                .query(&mut connection)
-                .unwrap(),
-        };
-        format!("{size} keys, digest {digest}, bench:1 is {sample:?}")
     }
 }
 
-fn measure(options: &Options, kind: &Kind, rows: u64) -> Outcome {
-    let backlog = Backlog::make(
+/// The table and the publication that pgoutput wants to be older than the load, and the load.
+pub fn backlog(kind: &Kind, load: impl FnOnce(&Bed)) -> Backlog {
+    let publication = "CREATE PUBLICATION bench FOR TABLE bench";
+    Backlog::make(
         "",
-        |bed| bed.db.sql(&format!("{}; {}", workload::TABLE, kind.label)),
-        |bed| workload::insert(bed, rows),
-    );
+        |bed| {
+            bed.db
+                .sql(&format!("{}; {}; {publication}", workload::TABLE, kind.label))
+        },
+        load,
+    )
+}
+
+fn measure(options: &Options, kind: &Kind, load: Load) -> Outcome {
+    let rows = load.rows();
+    let backlog = backlog(kind, |bed| load.make(bed));
     let (bed, redis) = (&backlog.bed, &backlog.redis);
-    let files: Vec<_> = kind
-        .shapes
-        .iter()
-        .enumerate()
-        .map(|(i, (name, shape))| {
-            (
-                *name,
-                ready_made(bed, kind.query, *shape, &format!("commands{i}")),
-            )
-        })
-        .collect();
+    let mut files = Vec::new();
+    for (i, (name, shape)) in kind.shapes.iter().enumerate() {
+        let file = ready_made(bed, kind.query, *shape, &format!("commands{i}"));
+        files.push(((*name).to_owned(), file));
+    }
+    if matches!(load, Load::One(_)) {
+        // What Postgres commits as one, Redis has to apply as one.
+        let (name, file) = &files[0];
+        files.push((format!("{name} {IN_MULTI}"), in_multi(file)));
+    }
     let mut ours = Contestant::new("walmirror");
     let mut pipes: Vec<Contestant> = files.iter().map(|(name, _)| Contestant::new(name)).collect();
-    let mut limit = Contestant::new("decoding alone");
-    let mut hand = Contestant::new("hand-written");
-    let hand_able = kind.name == "hash" && rows <= 1_000_000;
+    let mut limit = Contestant::new(DECODING);
+    let peers = &PEERS[..2];
+    let mut peers: Vec<_> = if kind.name == "hash" {
+        peers
+            .iter()
+            .map(|peer| (peer, Contestant::new(peer.name)))
+            .collect()
+    } else {
+        Vec::new()
+    };
     let mut expected: Option<String> = None;
     let mut check = |who: &str| {
         let digest = backlog.digest();
@@ -245,10 +177,10 @@ fn measure(options: &Options, kind: &Kind, rows: u64) -> Outcome {
             "Redis after {who} holds something else than the commands made by Postgres say"
         );
     };
+    let name = load.name(kind);
     for round in 0..options.rounds {
-        let log = |name: &str, seconds: f64| {
-            eprintln!("  {} round {} {name:<20} {seconds:.2} s", kind.name, round + 1)
-        };
+        let log =
+            |who: &str, seconds: f64| eprintln!("  {name} round {} {who:<24} {seconds:.2} s", round + 1);
         for ((name, file), contestant) in files.iter().zip(&mut pipes) {
             backlog.rewind("walmirror");
             let run = rivals::run(&mut pipe(file, redis), name, bed, redis, None);
@@ -262,39 +194,68 @@ fn measure(options: &Options, kind: &Kind, rows: u64) -> Outcome {
         note(&mut ours, &run, rows);
 
         let pass = receive(bed, &PLUGINS[0], ORIGIN, backlog.end);
-        log("decoding alone", pass.seconds);
+        log(DECODING, pass.seconds);
         limit.add(RATE, rows as f64 / pass.seconds);
         limit.add(WALSENDER_CPU, pass.walsender.cpu * 1e6 / rows as f64);
 
-        if hand_able && hand.skipped.is_none() {
-            match hand_written(bed, redis, SLOT).filter(|_| bed.has_plugin("wal2json").is_ok()) {
-                Some(mut command) => {
-                    backlog.rewind("wal2json");
-                    let run = rivals::run(&mut command, "the hand-written consumer", bed, redis, Some(SLOT));
-                    check("the hand-written consumer");
-                    log("hand-written", run.seconds);
-                    note(&mut hand, &run, rows);
+        let slow = |c: &Contestant| c.rounds(RATE).iter().any(|rate| rows as f64 / rate > SLOW);
+        for (peer, contestant) in &mut peers {
+            if contestant.skipped.is_some() || slow(contestant) {
+                continue;
+            }
+            match peer.command(bed, redis, SLOT) {
+                Ok(mut command) => {
+                    backlog.rewind(peer.plugin);
+                    let run = rivals::run(&mut command, peer.name, bed, redis, Some(SLOT));
+                    check(peer.name);
+                    log(peer.name, run.seconds);
+                    note(contestant, &run, rows);
                 }
-                None => hand.skipped = Some("psycopg2, redis-py or wal2json is not installed".to_owned()),
+                Err(why) => contestant.skipped = Some(why),
             }
         }
     }
     let mut contestants = vec![ours];
     contestants.extend(pipes);
     contestants.push(limit);
-    if hand_able {
-        contestants.push(hand);
-    }
+    contestants.extend(peers.into_iter().map(|(_, contestant)| contestant));
     let mut outcome = Outcome {
-        name: format!("e2e-{}", kind.name),
-        title: format!("{rows} rows in one INSERT, into {}", kind.name),
-        compared: "After every run all of Redis had the same digest as after the commands that Postgres itself made.".to_owned(),
+        name,
+        title: load.title(kind),
+        compared: "After every run all of Redis had the same digest as after the commands that Postgres itself made. A peer that needs \
+                   more than half a minute ran once.".to_owned(),
         headline: RATE,
         contestants,
         goals: Vec::new(),
     };
+    if let Some(bound) = bound(&outcome) {
+        outcome.compared.push_str(&bound);
+    }
     outcome.goals = goals(&outcome, kind);
     outcome
+}
+
+/// What no mirror can pass on this machine, from what decoding and Redis need alone. (A transaction above
+/// `--max-transaction`, 16 MiB, goes to Redis in steps, a MULTI each, so decoding and Redis can overlap.)
+fn bound(outcome: &Outcome) -> Option<String> {
+    let decoding = outcome.find(DECODING)?;
+    let piped = outcome
+        .contestants
+        .iter()
+        .find(|c| c.name.ends_with(IN_MULTI))
+        .or_else(|| outcome.contestants.iter().find(|c| c.name.starts_with("--pipe")))?;
+    let cores = std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64);
+    let cpu = decoding.median(WALSENDER_CPU)? + piped.median(REDIS_CPU)?;
+    let (decoded, applied) = (decoding.median(RATE)?, piped.median(RATE)?);
+    Some(format!(
+        " A transaction is decoded only when it has committed, and Redis applies it at its EXEC: one after the other, without a \
+         mirror between them, decoding alone and {} give {} rows/s, side by side at most {}; the CPU of the walsender and of \
+         Redis, {cpu:.2} µs/row, allows {} on {cores} cores.",
+        piped.name,
+        number(1.0 / (1.0 / decoded + 1.0 / applied), 0),
+        number(decoded.min(applied), 0),
+        number(cores / cpu * 1e6, 0),
+    ))
 }
 
 /// Adds the figures of a run.
@@ -321,45 +282,29 @@ fn goals(outcome: &Outcome, kind: &Kind) -> Vec<Goal> {
         .iter()
         .filter_map(|(name, _)| rate(name))
         .fold(0.0, f64::max);
+    let decoding = rate(DECODING).unwrap_or(f64::INFINITY);
     if kind.name == "hash" {
-        goals.push(Goal::at_least(
-            "rows/s against --pipe of the same commands",
-            0.9,
-            "×",
-            ours / pipe,
-        ));
-        goals.push(Goal::at_least(
-            "thousand rows/s into hashes",
-            100.0,
-            "",
-            ours / 1000.0,
-        ));
+        let what = "rows/s against --pipe of the same commands";
+        goals.push(Goal::at_least(what, 0.9, "×", ours / pipe));
+        let what = "thousand rows/s into hashes";
+        goals.push(Goal::at_least(what, 100.0, "", ours / 1000.0));
     } else {
-        let bound = rate("decoding alone").map_or(pipe, |limit| pipe.min(limit));
-        goals.push(Goal::at_least(
-            "rows/s against --pipe or decoding, the lower",
-            0.9,
-            "×",
-            ours / bound,
-        ));
+        let what = "rows/s against --pipe or decoding, the lower";
+        goals.push(Goal::at_least(what, 0.9, "×", ours / pipe.min(decoding)));
     }
-    if let Some(hand) = rate("hand-written") {
-        goals.push(Goal::at_least(
-            "rows/s against the hand-written consumer",
-            8.0,
-            "×",
-            ours / hand,
-        ));
+    for peer in &PEERS[..2] {
+        if let Some(theirs) = rate(peer.name) {
+            let what = format!("rows/s against {}", peer.name);
+            goals.push(Goal::at_least(&what, 8.0, "×", ours / theirs));
+        }
     }
-    let memory = outcome.contestants[0]
-        .sorted(CLIENT_MEMORY)
-        .and_then(|v| v.last().copied())
-        .unwrap_or(0.0);
-    goals.push(Goal::at_most(
-        "peak resident memory of the sink",
-        64.0,
-        " MiB",
-        memory,
-    ));
+    goals.push(memory_goal(&outcome.contestants[0]));
     goals
+}
+
+/// The sink's memory, in the worst round.
+pub fn memory_goal(contestant: &Contestant) -> Goal {
+    let sorted = contestant.sorted(CLIENT_MEMORY);
+    let most = sorted.and_then(|v| v.last().copied()).unwrap_or(0.0);
+    Goal::at_most("peak resident memory of the sink", 64.0, " MiB", most)
 }

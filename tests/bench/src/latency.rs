@@ -15,7 +15,8 @@ use crate::bed::Bed;
 use crate::figures::{Contestant, Goal, Metric, Outcome};
 use crate::meter::{Watch, cpu_seconds};
 use crate::options::Options;
-use crate::rivals::{hand_written, redis_pid};
+use crate::peers::PEERS;
+use crate::rivals::redis_pid;
 use crate::workload::{self, TABLE};
 
 const P50: Metric = Metric {
@@ -56,7 +57,7 @@ const ROWS: u64 = 20_000;
 const RATES: [u64; 2] = [1_000, 5_000];
 const SLOT: &str = "mirror";
 
-/// Both rates, the sink and the hand-written consumer in turns.
+/// Both rates, the sink and its peers in turns.
 pub fn run(options: &Options) -> Vec<Outcome> {
     let duration = Duration::from_secs(if options.quick { 3 } else { 10 });
     let mut outcomes = Vec::new();
@@ -70,29 +71,38 @@ pub fn run(options: &Options) -> Vec<Outcome> {
     ));
     bed.db
         .sql("SELECT walmirror.mirror('bench'), walmirror.mirror('probe')");
+    bed.db.sql("CREATE PUBLICATION bench FOR TABLE bench, probe");
     for rate in RATES {
+        if !options.wants(&format!("latency-{rate}")) {
+            continue;
+        }
         let mut ours = Contestant::new("walmirror");
-        let mut hand = Contestant::new("hand-written");
+        let mut peers = PEERS.each_ref().map(|peer| (Contestant::new(peer.name), peer));
         for round in 0..options.rounds {
             let redis = Redis::start();
             measure_ours(&bed, &redis, &mut ours, rate, duration);
             report(&ours, rate, round);
-            let redis = Redis::start();
-            match hand_written(&bed, &redis, SLOT) {
-                Some(command) if bed.has_plugin("wal2json").is_ok() => {
-                    measure_hand(&bed, &redis, command, &mut hand, rate, duration);
-                    report(&hand, rate, round);
+            for (contestant, peer) in peers.iter_mut().filter(|(c, _)| c.skipped.is_none()) {
+                let redis = Redis::start();
+                match peer.command(&bed, &redis, SLOT) {
+                    Ok(command) => {
+                        measure_peer(&bed, &redis, command, peer.plugin, contestant, (rate, duration));
+                        report(contestant, rate, round);
+                    }
+                    Err(why) => contestant.skipped = Some(why),
                 }
-                _ => hand.skipped = Some("psycopg2, redis-py or wal2json is not installed".to_owned()),
             }
         }
+        let mut contestants = vec![ours];
+        contestants.extend(peers.map(|(contestant, _)| contestant));
         let mut outcome = Outcome {
             name: format!("latency-{rate}"),
             title: format!("commit to visible at {rate} transactions/s"),
-            compared: "Every counter arrived, and in the end all of Redis was compared with Postgres."
-                .to_owned(),
+            compared:
+                "Every counter arrived, and in the end all of the mirror's Redis was compared with Postgres."
+                    .to_owned(),
             headline: P50,
-            contestants: vec![ours, hand],
+            contestants,
             goals: Vec::new(),
         };
         if rate == 5_000 {
@@ -111,7 +121,7 @@ fn report(contestant: &Contestant, rate: u64, round: usize) {
     let last = |metric| contestant.rounds(metric).last().copied().unwrap_or_default();
     let (p50, p99) = (last(P50), last(P99));
     eprintln!(
-        "  {rate} tx/s round {} {:<14} p50 {p50:.2} ms, p99 {p99:.2} ms",
+        "  {rate} tx/s round {} {:<20} p50 {p50:.2} ms, p99 {p99:.2} ms",
         round + 1,
         contestant.name
     );
@@ -138,17 +148,17 @@ fn measure_ours(bed: &Bed, redis: &Redis, contestant: &mut Contestant, rate: u64
     child.wait().unwrap();
 }
 
-fn measure_hand(
+fn measure_peer(
     bed: &Bed,
     redis: &Redis,
     mut command: Command,
+    plugin: &str,
     contestant: &mut Contestant,
-    rate: u64,
-    duration: Duration,
+    (rate, duration): (u64, Duration),
 ) {
     bed.drop_slot(SLOT);
     bed.db.sql(&format!(
-        "SELECT pg_create_logical_replication_slot('{SLOT}', 'wal2json')"
+        "SELECT pg_create_logical_replication_slot('{SLOT}', '{plugin}')"
     ));
     let mut child = start(bed, &mut command);
     load(bed, redis, contestant, rate, duration, child.id());

@@ -2,7 +2,7 @@
 //!
 //!     bench [CASE]...        decode, e2e, latency, backfill, workloads, capture; all of them without a name
 //!
-//! A part of a case has a name of its own: `e2e-hash`, `e2e-json`, `e2e-string`.
+//! A part of a case has a name of its own: `e2e-hash`, `e2e-json`, `e2e-string`, `e2e-w2`, `e2e-growth`.
 //!
 //! `QUICK=1` measures on a tenth of the rows, `LONG=1` adds 10 M rows, `ROUNDS=n` repeats n times (at least 3), and
 //! `OUT=dir` says where the results go. The contestants of a case take turns within each round, so that a machine that
@@ -19,7 +19,9 @@
 mod options;
 
 // What is run.
+mod backlog;
 mod bed;
+mod peers;
 mod receive;
 mod rivals;
 mod workload;
@@ -35,6 +37,7 @@ mod backfill;
 mod capture;
 mod decode;
 mod e2e;
+mod growth;
 mod latency;
 mod workloads;
 

@@ -1,10 +1,10 @@
-//! What the sink is set against: `redis-cli --pipe`, which is as fast as Redis itself takes commands, and the consumer that
-//! people write by hand.
+//! Runs what fills Redis, and makes what the sink's limit is: `redis-cli --pipe`, which is as fast as Redis itself takes
+//! ready-made commands.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Instant;
 
 use walmirror_tests::Redis;
@@ -85,14 +85,14 @@ pub fn pipe(file: &Path, redis: &Redis) -> Command {
     command
 }
 
-/// psycopg2, wal2json and redis-py; None where these are not installed.
-pub fn hand_written(bed: &Bed, redis: &Redis, slot: &str) -> Option<Command> {
-    let python = std::env::var_os("WALMIRROR_BENCH_PYTHON")?;
-    let mut command = Command::new(python);
-    command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/consumer.py"));
-    command.args([&bed.db.pg.conninfo(&bed.db.name), &redis.port().to_string(), slot]);
-    command.stdin(Stdio::null());
-    Some(command)
+/// The same commands between MULTI and EXEC: a transaction that Redis applies as one.
+pub fn in_multi(commands: &Path) -> PathBuf {
+    let path = commands.with_extension("multi");
+    let mut file = File::create(&path).unwrap();
+    write_command(&mut file, "MULTI", &[]);
+    std::io::copy(&mut File::open(commands).unwrap(), &mut file).unwrap();
+    write_command(&mut file, "EXEC", &[]);
+    path
 }
 
 /// How ready-made commands are put together.

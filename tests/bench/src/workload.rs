@@ -44,6 +44,15 @@ pub fn update(bed: &Bed, rows: u64, updates: u64) {
     assert!(output.contains("number of failed transactions: 0"), "{output}");
 }
 
+/// So many one-row inserts in their own transactions; the rows are those of W1.
+pub fn insert_one_by_one(bed: &Bed, rows: u64) {
+    bed.db.sql("CREATE SEQUENCE ids CACHE 100");
+    let script = format!("INSERT INTO bench SELECT {ROW} FROM (SELECT nextval('ids') AS i) one;\n");
+    let each = (rows / 4).to_string();
+    let arguments = ["-c", "4", "-j", "2", "-M", "prepared", "-t", &each];
+    pgbench(bed, &script, &arguments);
+}
+
 /// Runs pgbench with a script, without waiting for the WAL to be on disk.
 pub fn pgbench(bed: &Bed, script: &str, args: &[&str]) -> String {
     let file = bed.db.pg.data().with_file_name("script.sql");

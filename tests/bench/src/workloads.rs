@@ -5,8 +5,9 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
+use crate::backlog::{Backlog, ORIGIN};
 use crate::bed::Bed;
-use crate::e2e::{Backlog, CLIENT_CPU, ORIGIN, note};
+use crate::e2e::{CLIENT_CPU, note};
 use crate::figures::{Contestant, Goal, Outcome, RATE, WALSENDER_CPU};
 use crate::options::Options;
 use crate::receive::{PLUGINS, receive};
