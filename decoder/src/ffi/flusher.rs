@@ -4,7 +4,7 @@
 //! (`XLogSetAsyncXactLSN`, which each commit of a transaction that wrote WAL calls) wakes the WAL writer nearly every time,
 //! which costs more than the capture. So a background worker does it: while captures come in it flushes every
 //! [`ROUND`], and it sleeps when there are none. A backend tells it how far to flush by one atomic operation, and sets its
-//! latch only when it sleeps.
+//! latch only when it sleeps. The operation is on a word that few others share.
 
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
@@ -46,7 +46,7 @@ pub extern "C-unwind" fn walmirror_capture_flusher(_argument: pg_sys::Datum) {
     loop {
         // The flag first and then the position, and backends do it the other way round: one of the two sees the other.
         flush.sleeping.store(1, SeqCst);
-        let wanted = flush.wanted.load(SeqCst);
+        let wanted = shared::captured();
         let pause = (wanted != flushed).then_some(ROUND);
         if wanted != flushed {
             flush.sleeping.store(0, SeqCst);
@@ -78,7 +78,9 @@ pub fn write_capture(content: &[u8]) {
 }
 
 fn ask(flush: &Flush, lsn: u64) {
-    flush.wanted.fetch_max(lsn, SeqCst);
+    if let Some(captured) = shared::own_captured() {
+        captured.fetch_max(lsn, SeqCst);
+    }
     if flush.sleeping.load(SeqCst) != 0 && flush.sleeping.swap(0, SeqCst) != 0 {
         let latch = flush.latch.load(SeqCst) as *mut pg_sys::Latch;
         if !latch.is_null() {

@@ -2,7 +2,7 @@
 //! `shared_preload_libraries`; capture is off then.
 
 use std::slice;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use pgrx::pg_sys;
 use pgrx::prelude::*;
@@ -18,11 +18,11 @@ static mut START: *const AtomicU64 = std::ptr::null();
 static mut NEXT_REQUEST: pg_sys::shmem_request_hook_type = None;
 static mut NEXT_STARTUP: pg_sys::shmem_startup_hook_type = None;
 
-/// Words of one set of counters, padded to whole cache lines.
-const SET: usize = COUNTERS.len().next_multiple_of(LINE);
+/// Words of one set: the counters and the end of the last captured row in the WAL, padded to whole cache lines.
+const SET: usize = (COUNTERS.len() + 1).next_multiple_of(LINE);
 /// Words of a cache line.
 const LINE: usize = 8;
-/// Sets of counters. A backend adds to the set that its process id picks: one that all shared would be a cache line that every
+/// A backend writes to the set that its process id picks: one that all shared would be a cache line that every
 /// query of every core fights for.
 const SETS: usize = 64;
 const FLUSH: usize = size_of::<Flush>()
@@ -34,8 +34,6 @@ const HEAD: usize = SETS * SET + FLUSH;
 /// What backends and the flusher tell each other.
 #[repr(C)]
 pub struct Flush {
-    /// The end of the last captured row in the WAL.
-    pub wanted: AtomicU64,
     /// Not zero while the flusher sleeps until its latch is set.
     pub sleeping: AtomicU64,
     /// The address of the flusher's latch; zero while it does not run.
@@ -122,6 +120,21 @@ pub fn own_counters() -> &'static [AtomicU64] {
 pub fn all_counters() -> impl Iterator<Item = &'static [AtomicU64]> {
     // SAFETY: the sets stand at the start.
     (0..SETS).map(|set| unsafe { words(set * SET, COUNTERS.len()) })
+}
+
+/// How far this process, and others with the same set, captured into the WAL; `None` without shared memory.
+pub fn own_captured() -> Option<&'static AtomicU64> {
+    // SAFETY: the word behind the counters of a set.
+    unsafe { words((pg_sys::MyProcPid as usize % SETS) * SET + COUNTERS.len(), 1) }.first()
+}
+
+/// How far anybody captured into the WAL.
+pub fn captured() -> u64 {
+    let ends = (0..SETS).filter_map(|set| {
+        // SAFETY: as above.
+        unsafe { words(set * SET + COUNTERS.len(), 1) }.first()
+    });
+    ends.map(|end| end.load(Ordering::SeqCst)).max().unwrap_or(0)
 }
 
 /// What backends and the flusher tell each other; `None` without shared memory.
