@@ -214,7 +214,7 @@ fn on_a_standby_queries_run_and_nothing_is_captured() {
     let m = Mirror::alone("hot_standby = on");
     setup(&m);
     let backup = m.db.pg.base_backup();
-    m.db.pg.stop(Signal::TERM);
+    m.db.pg.stop(Signal::INT);
     m.db.pg.replace_data(&backup);
     m.db.pg.resume();
     m.db.reconnect();
