@@ -10,10 +10,12 @@ use walmirror_proto::pb;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::Refusal;
+use crate::ffi::datum::Row;
 use crate::ffi::function::Function;
 use crate::ffi::memory::Context;
 use crate::ffi::relation::{self, Column, Rel};
 use crate::ffi::session::Needs;
+use crate::ffi::{text, value};
 use crate::label::{Label, Value};
 use types::Form;
 
@@ -165,6 +167,19 @@ impl Plan {
         }
         plan.seal();
         Ok(plan)
+    }
+
+    /// Whether encoding a row takes nothing but the row: no function of a type, no TOAST table, no other encoding.
+    pub fn reads_only(&self, row: &Row) -> bool {
+        let toasted = |field: &Field| value::is_toasted(&field.read, row, field.position);
+        self.needs == Needs::Nothing && text::is_sent_plain() && !self.fields.iter().any(toasted)
+    }
+
+    /// Fetches the TOASTed values of a row that a query read. `false` if one is larger than `max_bytes`.
+    pub fn fetch_toasted(&self, row: &mut Row, max_bytes: usize) -> bool {
+        self.fields
+            .iter()
+            .all(|field| value::fetch_toasted(&field.read, row, field.position, max_bytes))
     }
 
     /// A column of the value whose JSON differs from its text stands twice when the key needs the text.

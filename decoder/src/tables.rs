@@ -68,13 +68,17 @@ impl Tables {
         })
     }
 
-    /// The same for a table that is known by its oid and locked already, by the query that reads it; `None` if it is gone.
-    pub fn get_oid(&mut self, table: u32) -> Option<&mut Table> {
-        let stale = !matches!(*self.stale.borrow(), Stale::Nothing);
-        if stale {
+    /// Whether a table need not be looked up.
+    pub fn knows(&mut self, table: u32) -> bool {
+        if !matches!(*self.stale.borrow(), Stale::Nothing) {
             self.forget_stale();
         }
-        if !self.known.contains_key(&table) {
+        self.known.contains_key(&table)
+    }
+
+    /// As [`Tables::get`], for a table that is known by its oid and locked already, by the query that reads it; `None` if it is gone.
+    pub fn get_oid(&mut self, table: u32) -> Option<&mut Table> {
+        if !self.knows(table) {
             let relation = Rel::open(pgrx::pg_sys::Oid::from(table))?;
             return Some(self.get(&relation));
         }

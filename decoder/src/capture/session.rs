@@ -93,7 +93,7 @@ impl Session {
 
     /// Whether rows of a table are to be captured.
     pub fn captures(&mut self, table: u32) -> bool {
-        matches!(self.tables.get_oid(table), Some(Table::Configured(plan)) if captured(plan))
+        plan_of(&mut self.tables, table).is_some()
     }
 
     /// A query starts that reads cached tables.
@@ -151,33 +151,50 @@ impl Session {
             stats::add(Counter::SkippedRecent, 1);
             return Next::Continue;
         }
-        let Some(Table::Configured(plan)) = self.tables.get_oid(scan.table) else {
-            return Next::Stop;
-        };
-        let encoded = {
-            let _entered = self.context.enter();
-            let _session = TextSession::enter(plan.needs);
-            query::catching(|| {
-                settings::failpoint(settings::Failpoint::CaptureEncode);
-                source.read(&mut self.row, plan, settings::capture_max_bytes())
-                    && encode::encode(plan, &self.row, None, Columns::All, &mut self.tuple).is_ok()
-            })
-        };
+        let encoded = self.encode(scan.table, source);
         self.context.reset();
         let Some(query) = self.queries.get_mut(at) else {
             return Next::Stop;
         };
         match encoded {
-            Some(true) if self.tuple.encoded_len() <= settings::capture_max_bytes() => {
-                query.add(plan, &self.tuple)
-            }
-            Some(_) => stats::add(Counter::SkippedMaxBytes, 1),
-            None => stats::add(Counter::SkippedFailed, 1),
+            Ok((oid, fingerprint)) => query.add(oid, fingerprint, &self.tuple),
+            Err(reason) => stats::add(reason, 1),
         }
         if query.filled().iter().map(|batch| batch.rows.len()).sum::<usize>() >= BATCH_BYTES {
             query.emit(&mut self.message);
         }
         Next::Continue
+    }
+
+    /// Encodes a row into `tuple`: the table's `pg_class.oid` and fingerprint, or why there is nothing to be captured.
+    fn encode(&mut self, table: u32, source: &scan::ScanSlot<'_>) -> Result<(u32, u64), Counter> {
+        let _entered = self.context.enter();
+        query::catching(|| source.read(&mut self.row)).ok_or(Counter::SkippedFailed)?;
+        let (row, tuple) = (&mut self.row, &mut self.tuple);
+        let plan = plan_of(&mut self.tables, table).ok_or(Counter::SkippedFailed)?;
+        let _session = TextSession::enter(plan.needs);
+        let max_bytes = settings::capture_max_bytes();
+        let reads_only_the_row = plan.reads_only(row);
+        let work = || {
+            settings::failpoint(settings::Failpoint::CaptureEncode);
+            if !plan.fetch_toasted(row, max_bytes) {
+                return Some(false);
+            }
+            encode::encode(plan, row, None, Columns::All, tuple).ok()?;
+            Some(tuple.encoded_len() <= max_bytes)
+        };
+        let fits = if reads_only_the_row {
+            query::catching(work).flatten()
+        } else if query::in_parallel_mode() {
+            return Err(Counter::SkippedParallel);
+        } else {
+            query::isolated(work)
+        };
+        match fits {
+            Some(true) => Ok((plan.relation.oid, plan.relation.fingerprint)),
+            Some(false) => Err(Counter::SkippedMaxBytes),
+            None => Err(Counter::SkippedFailed),
+        }
     }
 
     /// A query has run, or returned as many rows as it was asked for: what it read goes into the WAL.
@@ -204,6 +221,20 @@ impl Session {
     }
 }
 
+/// The plan of a table if its rows are to be captured. A table that would have to be looked up in parallel mode is left out.
+fn plan_of(tables: &mut Tables, table: u32) -> Option<&mut Plan> {
+    if !tables.knows(table) {
+        if query::in_parallel_mode() {
+            return None;
+        }
+        query::isolated(|| tables.get_oid(table).map(|_| ()))?;
+    }
+    match tables.get_oid(table) {
+        Some(Table::Configured(plan)) if captured(plan) => Some(plan),
+        _ => None,
+    }
+}
+
 /// Whether SELECTs of a table fill Redis.
 fn captured(plan: &Plan) -> bool {
     plan.relation.mode() == pb::Mode::Cache || plan.relation.capture
@@ -214,8 +245,7 @@ impl Query {
         self.batches.get(..self.filled).unwrap_or_default()
     }
 
-    fn add(&mut self, plan: &Plan, tuple: &TupleBuilder) {
-        let (oid, fingerprint) = (plan.relation.oid, plan.relation.fingerprint);
+    fn add(&mut self, oid: u32, fingerprint: u64, tuple: &TupleBuilder) {
         let known = self
             .filled()
             .iter()

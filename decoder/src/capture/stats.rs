@@ -62,7 +62,7 @@ pub const COUNTERS: [(Counter, &str, &str); 12] = [
     (
         Counter::SkippedParallel,
         "skipped_parallel",
-        "scans in parallel workers",
+        "scans in parallel workers, and rows of a leader that need a subtransaction",
     ),
     (
         Counter::SkippedFailed,

@@ -51,8 +51,17 @@ pub fn statement_time_ms() -> u64 {
     u64::try_from(unsafe { unguarded::GetCurrentStatementStartTimestamp() } / 1000).unwrap_or(0)
 }
 
+/// Whether no subtransaction can start: the leader of a parallel plan runs, or a worker. Then nothing can be [`isolated`].
+pub fn in_parallel_mode() -> bool {
+    // SAFETY: reads backend-local state.
+    unsafe { unguarded::IsInParallelMode() }
+}
+
 /// Runs work whose errors concern capture alone; `None` if it failed. What the session has to hear goes on its way: a
 /// cancel, a timeout, a shutdown (class 57).
+///
+/// INVARIANT I9: an error leaves what its work held, as buffers, locks and pins, to the end of a transaction, and here none
+/// comes. So this is only for work that computes and allocates; what reads tables or calls functions is [`isolated`].
 pub fn catching<R>(work: impl FnOnce() -> R) -> Option<R> {
     // pgrx's try block allocates for its handlers, so it is only built once there is something to handle.
     match std::panic::catch_unwind(AssertUnwindSafe(work)) {
@@ -60,6 +69,69 @@ pub fn catching<R>(work: impl FnOnce() -> R) -> Option<R> {
         Err(payload) => {
             handle(payload);
             None
+        }
+    }
+}
+
+/// The same for work that may do anything a query does, in a subtransaction (`BeginInternalSubTransaction`, as PL/pgSQL's
+/// EXCEPTION has it) that ends with the work. Where it says `None` too, all that it did is undone.
+///
+/// Not in parallel mode, where Postgres has no subtransactions.
+pub fn isolated<R>(work: impl FnOnce() -> Option<R>) -> Option<R> {
+    let outer = catching(Subtransaction::begin)?;
+    match std::panic::catch_unwind(AssertUnwindSafe(work)) {
+        Ok(Some(done)) => catching(|| outer.release()).map(|()| done),
+        Ok(None) => {
+            outer.roll_back();
+            None
+        }
+        Err(payload) => {
+            // Also for what goes on its way: who catches it further out ends the subtransaction that they began.
+            outer.roll_back();
+            handle(payload);
+            None
+        }
+    }
+}
+
+/// What was current when a subtransaction began.
+struct Subtransaction {
+    context: pg_sys::MemoryContext,
+    owner: pg_sys::ResourceOwner,
+}
+
+impl Subtransaction {
+    fn begin() -> Self {
+        // SAFETY: within a transaction, as every query is, and not in parallel mode. The work goes on in the memory context
+        // that it began in, so that what it makes there outlives the subtransaction.
+        unsafe {
+            let outer = Self {
+                context: pg_sys::CurrentMemoryContext,
+                owner: pg_sys::CurrentResourceOwner,
+            };
+            pg_sys::BeginInternalSubTransaction(std::ptr::null());
+            pg_sys::CurrentMemoryContext = outer.context;
+            outer
+        }
+    }
+
+    fn release(&self) {
+        // SAFETY: ends the subtransaction that `begin` began; those within it have ended before.
+        unsafe { pg_sys::ReleaseCurrentSubTransaction() };
+        self.restore();
+    }
+
+    fn roll_back(&self) {
+        // SAFETY: as above; pgrx has copied the error away (FlushErrorState), as a rollback demands.
+        unsafe { pg_sys::RollbackAndReleaseCurrentSubTransaction() };
+        self.restore();
+    }
+
+    fn restore(&self) {
+        // SAFETY: both are of the query that runs, and older than the subtransaction.
+        unsafe {
+            pg_sys::CurrentMemoryContext = self.context;
+            pg_sys::CurrentResourceOwner = self.owner;
         }
     }
 }

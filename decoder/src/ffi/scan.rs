@@ -11,9 +11,8 @@ use pgrx::prelude::*;
 use super::datum::Row;
 use super::executor::with_session;
 use super::local::Local;
-use super::{unguarded, value};
+use super::unguarded;
 use crate::capture::session::Next;
-use crate::plan::Plan;
 
 /// A node's function (`ExecProcNodeMtd`).
 pub type ExecProcNode =
@@ -226,8 +225,8 @@ impl ScanSlot<'_> {
         }
     }
 
-    /// Takes the row apart, TOASTed values fetched. `false` if one of them is larger than `max_bytes`.
-    pub fn read(&self, row: &mut Row, plan: &Plan, max_bytes: usize) -> bool {
+    /// Takes the row apart (`slot_getsomeattrs`), TOASTed values as they are.
+    pub fn read(&self, row: &mut Row) {
         // SAFETY: a filled slot; after slot_getsomeattrs_int its arrays hold as many items as its descriptor has columns.
         unsafe {
             let columns = (*(*self.slot).tts_tupleDescriptor).natts;
@@ -240,8 +239,5 @@ impl ScanSlot<'_> {
                 std::slice::from_raw_parts((*self.slot).tts_isnull, columns),
             );
         }
-        plan.fields
-            .iter()
-            .all(|field| value::fetch_toasted(&field.read, row, field.position, max_bytes))
     }
 }

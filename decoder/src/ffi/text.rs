@@ -5,11 +5,18 @@ use std::ffi::{CStr, CString, c_char};
 
 use pgrx::pg_sys;
 
-/// Text of the database as UTF-8 (`pg_server_to_any`). Bytes of a SQL_ASCII database are passed as they are.
-pub fn to_utf8(bytes: &[u8]) -> Cow<'_, [u8]> {
+use super::unguarded;
+
+/// Whether text of the database is sent as it stands: it is UTF-8, or SQL_ASCII, which is bytes.
+pub fn is_sent_plain() -> bool {
     // SAFETY: reads the backend's constant database encoding.
-    let encoding = unsafe { pg_sys::GetDatabaseEncoding() } as u32;
-    if encoding == pg_sys::pg_enc::PG_UTF8 || encoding == pg_sys::pg_enc::PG_SQL_ASCII || bytes.is_ascii() {
+    let encoding = unsafe { unguarded::GetDatabaseEncoding() } as u32;
+    encoding == pg_sys::pg_enc::PG_UTF8 || encoding == pg_sys::pg_enc::PG_SQL_ASCII
+}
+
+/// Text of the database as UTF-8 (`pg_server_to_any`).
+pub fn to_utf8(bytes: &[u8]) -> Cow<'_, [u8]> {
+    if is_sent_plain() || bytes.is_ascii() {
         return Cow::Borrowed(bytes);
     }
     let Ok(length) = i32::try_from(bytes.len()) else {

@@ -10,6 +10,8 @@ unsafe extern "C-unwind" {
     pub fn RecoveryInProgress() -> bool;
     /// xact.c
     pub fn GetTopTransactionIdIfAny() -> u32;
+    /// xact.c
+    pub fn IsInParallelMode() -> bool;
     /// xact.c; microseconds since 2000-01-01.
     pub fn GetCurrentStatementStartTimestamp() -> i64;
     /// mcxt.c
@@ -21,6 +23,8 @@ unsafe extern "C-unwind" {
     pub fn ExecSetExecProcNode(node: *mut pg_sys::PlanState, function: ExecProcNode);
     /// timestamp.c; microseconds since 2000-01-01.
     pub fn GetCurrentTimestamp() -> i64;
+    /// mbutils.c
+    pub fn GetDatabaseEncoding() -> std::ffi::c_int;
     /// latch.c
     pub fn SetLatch(latch: *mut pg_sys::Latch);
 }

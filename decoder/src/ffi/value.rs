@@ -111,15 +111,23 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
     Ok(Outcome::Appended)
 }
 
-/// Fetches a TOASTed value into the current memory context, for rows that a query read: its snapshot keeps the chunks.
-/// `false` if the value is larger than `max_bytes`, and then it is not fetched.
-pub fn fetch_toasted(read: &Read, row: &mut Row, column: usize, max_bytes: usize) -> bool {
+/// Whether the value of a column stands in the TOAST table.
+pub fn is_toasted(read: &Read, row: &Row, column: usize) -> bool {
     let varlena = match read {
         Read::Numeric(_) | Read::Bytea | Read::Text | Read::Blanked => true,
         Read::Output { varlena, .. } | Read::Cast { varlena, .. } | Read::Json { varlena, .. } => *varlena,
         _ => false,
     };
-    let Some(raw) = row.get(column).filter(|raw| varlena && is_unchanged(*raw)) else {
+    varlena && row.get(column).is_some_and(is_unchanged)
+}
+
+/// Fetches a value that [`is_toasted`] into the current memory context, for rows that a query read: its snapshot keeps the
+/// chunks. `false` if the value is larger than `max_bytes`, and then it is not fetched.
+pub fn fetch_toasted(read: &Read, row: &mut Row, column: usize, max_bytes: usize) -> bool {
+    if !is_toasted(read, row, column) {
+        return true;
+    }
+    let Some(raw) = row.get(column) else {
         return true;
     };
     // SAFETY: an on-disk TOAST pointer of a row that the query's snapshot sees.

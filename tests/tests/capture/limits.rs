@@ -239,3 +239,88 @@ fn on_a_standby_queries_run_and_nothing_is_captured() {
     s.query("SELECT v FROM c WHERE grp = 4", &[]).unwrap();
     assert_eq!(counted("rows_emitted"), "6");
 }
+
+/// A block that cannot be read is an error with its buffer in mid-air. Capture reads values that the query did not ask for, so
+/// the error is its own, and has to be cleaned up as the end of a transaction would: else others wait for that buffer for ever.
+#[test]
+fn a_broken_block_that_only_capture_reads_harms_nobody() {
+    let m = Mirror::alone("");
+    m.sql(
+        "CREATE TABLE d (id int PRIMARY KEY, n int, doc text); ALTER TABLE d ALTER doc SET STORAGE EXTERNAL; \
+         INSERT INTO d VALUES (1, 7, repeat('x', 10000)); SELECT walmirror.cache('d')",
+    );
+    m.sql("CHECKPOINT");
+    let file =
+        m.db.value("SELECT pg_relation_filepath(reltoastrelid) FROM pg_class WHERE oid = 'd'::regclass");
+    m.db.pg.stop(Signal::INT);
+    let file = m.db.pg.data().join(file);
+    let mut bytes = std::fs::read(&file).unwrap();
+    bytes[..24].fill(0xFF);
+    std::fs::write(&file, bytes).unwrap();
+    m.db.pg.resume();
+    m.db.reconnect();
+    let mut s = session(&m);
+    s.batch_execute("SET enable_indexonlyscan = off; BEGIN").unwrap();
+    for _ in 0..3 {
+        let n: i32 = s.query_one("SELECT n FROM d WHERE id = 1", &[]).unwrap().get(0);
+        assert_eq!(n, 7);
+    }
+    s.batch_execute("COMMIT").unwrap();
+    let failed =
+        m.db.value("SELECT value FROM walmirror.capture_stats WHERE counter = 'skipped_failed'");
+    assert_eq!(failed, "3");
+    // Somebody who asks for the value is told what is wrong with it, at once.
+    let mut other = m.db.connect();
+    let error = other
+        .batch_execute("SET statement_timeout = '5s'; SELECT md5(doc) FROM d")
+        .unwrap_err();
+    assert_eq!(
+        error.code(),
+        Some(&postgres::error::SqlState::DATA_CORRUPTED),
+        "{error}"
+    );
+    s.batch_execute("INSERT INTO d VALUES (2, 8, 'y'); SELECT n FROM d WHERE id = 2")
+        .unwrap();
+}
+
+/// Somebody took the library out of shared_preload_libraries: the application's queries and settings go on.
+#[test]
+fn without_preloading_nothing_is_captured_and_that_is_said_once() {
+    let m = Mirror::new();
+    setup(&m);
+    m.db.pg.stop(Signal::INT);
+    let conf = m.db.pg.data().join("postgresql.conf");
+    let mut text = std::fs::read_to_string(&conf).unwrap();
+    text.push_str("\nshared_preload_libraries = ''\n");
+    std::fs::write(&conf, text).unwrap();
+    m.db.pg.resume();
+    m.db.reconnect();
+    m.sql("SELECT pg_create_logical_replication_slot('seen', 'test_decoding')");
+    let mut s = session(&m);
+    // The first function of the library loads it.
+    s.batch_execute(
+        "SELECT * FROM walmirror.capture_stats; SET walmirror.capture = on; SET walmirror.capture_max_rows = 10; \
+         SELECT v FROM c WHERE id = 1; SELECT v FROM c WHERE id = 2",
+    )
+    .unwrap();
+    let pid: i32 = s.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
+    let log = m.db.pg.log();
+    let said = log
+        .lines()
+        .filter(|line| line.contains("SELECT capture is off") && line.contains(&format!("[{pid}]")))
+        .count();
+    assert_eq!(said, 1, "{log}");
+    m.sql("SELECT pg_logical_emit_message(true, 'a marker', '')");
+    let messages = m.db.value(
+        "SELECT string_agg(data, ' ') FROM pg_logical_slot_peek_changes('seen', NULL, NULL) WHERE data LIKE 'message:%'",
+    );
+    assert!(
+        messages.contains("a marker") && !messages.contains("walmirror.capture"),
+        "{messages}"
+    );
+    let error = s.batch_execute("SELECT walmirror.cache('o')").unwrap_err();
+    assert_eq!(
+        error.as_db_error().map(|e| e.message()),
+        Some("walmirror is not in shared_preload_libraries")
+    );
+}
