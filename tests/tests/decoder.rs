@@ -70,6 +70,76 @@ fn a_failure_in_a_callback_is_an_error_of_one_session() {
     db.sql("SELECT pg_drop_replication_slot(current_database())");
 }
 
+/// In a backlog of small transactions the walsender decodes several WAL records a turn, so that is where the failures strike.
+#[test]
+fn a_failure_in_a_backlog_ends_one_walsender_and_nothing_is_lost() {
+    let db = Db::create(Pg::shared());
+    db.sql("CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t')");
+    db.sql("SELECT pg_create_logical_replication_slot('backlog', 'walmirror')");
+    db.sql(
+        "DO $$ BEGIN FOR i IN 1..3000 LOOP \
+           INSERT INTO t VALUES (i, repeat('v', 50)); \
+           IF i % 3 = 0 THEN ROLLBACK; ELSE COMMIT; END IF; \
+           IF i % 500 = 0 THEN PERFORM pg_logical_emit_message(false, 'walmirror.marker', 'x'); END IF; \
+         END LOOP; END $$",
+    );
+    let end = db.value("SELECT pg_current_wal_insert_lsn()");
+    db.sql("SELECT pg_logical_emit_message(true, 'the end', '')");
+    let read = |failpoint: u32| {
+        db.sql("SELECT pg_copy_logical_replication_slot('backlog', 'backlog_copy')");
+        let output = db
+            .pg
+            .program("pg_recvlogical", &db.name)
+            .env("PGOPTIONS", format!("-c walmirror.failpoint={failpoint}"))
+            .args([
+                "-d",
+                &db.name,
+                "--slot",
+                "backlog_copy",
+                "--start",
+                "--no-loop",
+                "--endpos",
+                &end,
+            ])
+            .args(["--fsync-interval", "0", "-o", "tables=public.*", "-f", "-"])
+            .output()
+            .unwrap();
+        wait_for(DEADLINE, "the walsender to be gone", || {
+            db.connect()
+                .batch_execute("SELECT pg_drop_replication_slot('backlog_copy')")
+                .ok()
+        });
+        output
+    };
+    let whole = read(0);
+    assert!(
+        whole.status.success(),
+        "{}",
+        String::from_utf8_lossy(&whole.stderr)
+    );
+    assert!(whole.stdout.len() > 2000 * 50, "{} bytes", whole.stdout.len());
+    for (callback, bit) in CALLBACKS
+        .into_iter()
+        .filter(|(callback, _)| *callback != "truncate")
+    {
+        for (kind, failpoint) in [("error", bit), ("panic", bit << 1)] {
+            let output = read(failpoint);
+            let told = String::from_utf8_lossy(&output.stderr);
+            assert!(!output.status.success(), "{kind} in {callback}");
+            assert_eq!(
+                told.matches("walmirror.failpoint").count(),
+                1,
+                "{kind} in {callback}: {told}"
+            );
+        }
+    }
+    assert!(
+        read(0).stdout == whole.stdout,
+        "another output after the failures"
+    );
+    db.sql("SELECT pg_drop_replication_slot('backlog')");
+}
+
 #[test]
 fn the_sink_survives_a_failing_decoder_and_goes_on_when_it_is_mended() {
     let m = Mirror::alone("");

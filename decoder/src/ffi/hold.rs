@@ -18,7 +18,7 @@ use std::ffi::{c_char, c_int};
 use pgrx::pg_sys;
 
 use super::local::Local;
-use super::unguarded;
+use super::{ahead, unguarded};
 
 /// More is not held.
 const HOLD_BYTES: usize = 16 * 1024;
@@ -105,6 +105,7 @@ pub unsafe fn start(context: *mut pg_sys::LogicalDecodingContext) {
         if let Some(ours) = &*held.ours.as_ptr() {
             PqCommMethods = ours;
         }
+        ahead::start(context);
     }
 }
 
@@ -113,6 +114,7 @@ pub fn stop() {
     if let Some(original) = HELD.get().original.take() {
         // SAFETY: a variable of this process.
         unsafe { PqCommMethods = original };
+        ahead::stop();
     }
 }
 
@@ -127,7 +129,7 @@ pub fn writing(bytes: usize, write: impl FnOnce()) {
     }
     held.bytes.set(held.bytes.get() + bytes);
     held.writing.set(true);
-    write();
+    ahead::busy(write);
     held.writing.set(false);
 }
 
@@ -164,14 +166,15 @@ unsafe extern "C-unwind" fn flush_if_writable() -> c_int {
     let Some(original) = held.original.get() else {
         return 0;
     };
+    let turned = ahead::turn(|| held.bytes.get() < HOLD_BYTES && !held.blocked.get());
     let bytes = held.bytes.get();
-    // Asking the clock costs as much as the rest: every eighth time is a few records late at most.
+    // Asking the clock costs as much as the rest: every eighth time is a few records late at most, unless those are turns.
     let calls = held.calls.get().wrapping_add(1);
     held.calls.set(calls);
     let may_wait = bytes > 0
         && bytes < HOLD_BYTES
         && !held.blocked.get()
-        && (!calls.is_multiple_of(8) || now().wrapping_sub(held.since.get()) < HOLD_MICROSECONDS);
+        && (!(turned || calls.is_multiple_of(8)) || now().wrapping_sub(held.since.get()) < HOLD_MICROSECONDS);
     if may_wait {
         if held.writing.get() {
             return 0;

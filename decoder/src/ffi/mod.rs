@@ -4,6 +4,7 @@
 //! `#[pg_guard]` turns back into an ERROR of this backend, so destructors run. What Postgres may free by itself at such
 //! a moment (memory contexts) is never freed by a destructor.
 
+mod ahead;
 pub mod catalog_types;
 pub mod datum;
 pub mod executor;
