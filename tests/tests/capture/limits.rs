@@ -286,7 +286,7 @@ fn a_broken_block_that_only_capture_reads_harms_nobody() {
 /// Somebody took the library out of shared_preload_libraries: the application's queries and settings go on.
 #[test]
 fn without_preloading_nothing_is_captured_and_that_is_said_once() {
-    let m = Mirror::new();
+    let m = Mirror::alone("");
     setup(&m);
     m.db.pg.stop(Signal::INT);
     let conf = m.db.pg.data().join("postgresql.conf");
@@ -295,7 +295,7 @@ fn without_preloading_nothing_is_captured_and_that_is_said_once() {
     std::fs::write(&conf, text).unwrap();
     m.db.pg.resume();
     m.db.reconnect();
-    m.sql("SELECT pg_create_logical_replication_slot('seen', 'test_decoding')");
+    m.sql("SELECT pg_create_logical_replication_slot('seen', 'walmirror')");
     let mut s = session(&m);
     // The first function of the library loads it.
     s.batch_execute(
@@ -310,14 +310,12 @@ fn without_preloading_nothing_is_captured_and_that_is_said_once() {
         .filter(|line| line.contains("SELECT capture is off") && line.contains(&format!("[{pid}]")))
         .count();
     assert_eq!(said, 1, "{log}");
-    m.sql("SELECT pg_logical_emit_message(true, 'a marker', '')");
-    let messages = m.db.value(
-        "SELECT string_agg(data, ' ') FROM pg_logical_slot_peek_changes('seen', NULL, NULL) WHERE data LIKE 'message:%'",
+    m.sql("SELECT pg_logical_emit_message(false, 'walmirror.marker', 'the end')");
+    m.sql("CREATE TABLE flushed ()");
+    let read = m.db.value(
+        "SELECT string_agg(data, ' ') FROM pg_logical_slot_peek_changes('seen', NULL, NULL, 'format', 'json')",
     );
-    assert!(
-        messages.contains("a marker") && !messages.contains("walmirror.capture"),
-        "{messages}"
-    );
+    assert!(read.contains("the end") && !read.contains("apture"), "{read}");
     let error = s.batch_execute("SELECT walmirror.cache('o')").unwrap_err();
     assert_eq!(
         error.as_db_error().map(|e| e.message()),
