@@ -6,28 +6,26 @@
 //! INVARIANT I5: a Relation record precedes the first row of each version of a table.
 //! INVARIANT I6: nothing here waits for the sink beyond the socket.
 
-use std::collections::HashMap;
-
 use prost::Message;
-use walmirror_proto::key::KeyTemplate;
 use walmirror_proto::pb::{self, Kind};
-use walmirror_proto::row::{self, Datum, TupleRef};
-use walmirror_proto::writer::{FrameWriter, TupleBuilder};
+use walmirror_proto::writer::FrameWriter;
 
-use crate::encode::{self, Columns, EncodeError};
 use crate::error::Refusal;
-use crate::ffi::datum::{Row, Tuple};
+use crate::ffi::datum::Tuple;
 use crate::ffi::memory::Context;
 use crate::ffi::relation::Rel;
-use crate::ffi::session::TextSession;
 use crate::json::JsonLines;
 use crate::options::{Format, Options};
-use crate::plan::{self, Plan};
+use crate::plan;
 use crate::tables::{Table, Tables};
 
+mod buffers;
 pub mod ddl_message;
+mod relations;
 
+use buffers::Buffers;
 use ddl_message::DdlMessage;
+use relations::Relations;
 
 /// Where frames go: the walsender, or the result of an SQL function.
 pub trait Output {
@@ -74,25 +72,6 @@ pub struct Decoder {
     json: Option<JsonLines>,
 }
 
-/// Reused from row to row.
-struct Buffers {
-    context: Context,
-    new_row: Row,
-    old_row: Row,
-    new: TupleBuilder,
-    old_key: TupleBuilder,
-    new_key: TupleBuilder,
-}
-
-/// The relations that the client was told of.
-#[derive(Default)]
-struct Relations {
-    /// `index - 1` by the oid of the labelled table.
-    by_oid: HashMap<u32, usize>,
-    /// The identity of the definition that was sent last, by `index - 1`.
-    sent: Vec<Option<u64>>,
-}
-
 impl Decoder {
     /// A decoder whose caches live in `context`.
     pub fn new(options: Options, context: Context) -> Self {
@@ -105,14 +84,7 @@ impl Decoder {
             transaction: Transaction::default(),
             begun: false,
             skipped: 0,
-            buffers: Buffers {
-                context: context.child(c"walmirror row"),
-                new_row: Row::default(),
-                old_row: Row::default(),
-                new: TupleBuilder::new(),
-                old_key: TupleBuilder::new(),
-                new_key: TupleBuilder::new(),
-            },
+            buffers: Buffers::new(context),
             json,
         }
     }
@@ -332,206 +304,6 @@ impl Decoder {
         self.frame.clear();
         self.skipped = 0;
     }
-}
-
-impl Relations {
-    /// The index of a table, which stays with it for the life of the connection.
-    fn index(&mut self, oid: u32) -> u32 {
-        let next = self.sent.len();
-        let at = *self.by_oid.entry(oid).or_insert(next);
-        if at == next {
-            self.sent.push(None);
-        }
-        u32::try_from(at + 1).unwrap_or(u32::MAX)
-    }
-
-    /// Writes the table's definition unless it stands in the stream already; returns its index.
-    #[inline]
-    fn define(&mut self, plan: &mut Plan, frame: &mut FrameWriter) -> u32 {
-        let known = plan
-            .index
-            .and_then(|index| self.sent.get(index as usize - 1).copied());
-        if let (Some(index), Some(Some(identity))) = (plan.index, known)
-            && identity == plan.identity
-        {
-            return index;
-        }
-        let index = self.index(plan.relation.oid);
-        plan.index = Some(index);
-        let at = index as usize - 1;
-        if self.sent.get(at).copied().flatten() != Some(plan.identity) {
-            let relation = pb::Relation {
-                index,
-                ..plan.relation.clone()
-            };
-            frame.record(&pb::Record {
-                kind: Kind::Relation as i32,
-                relation_def: Some(relation),
-                ..Default::default()
-            });
-            if let Some(sent) = self.sent.get_mut(at) {
-                *sent = Some(plan.identity);
-            }
-        }
-        index
-    }
-
-    fn sent_now(&mut self, index: u32, relation: &pb::Relation) {
-        if let Some(sent) = self.sent.get_mut(index as usize - 1) {
-            *sent = Some(plan::identity(relation));
-        }
-    }
-}
-
-impl Buffers {
-    /// Encodes a change and appends its record to the frame.
-    fn write(
-        &mut self,
-        plan: &mut Plan,
-        table: &Rel,
-        change: Change,
-        index: u32,
-        frame: &mut FrameWriter,
-    ) -> Result<(), EncodeError> {
-        let descriptor = table.descriptor();
-        let entered = self.context.enter();
-        let session = TextSession::enter(plan.needs);
-        let result = match change {
-            Change::Insert(new) => {
-                self.new_row.deform(new, &descriptor);
-                encode::encode(plan, &self.new_row, None, Columns::All, &mut self.new)
-                    .map(|()| frame.row(Kind::Insert, index, &self.new, None))
-            }
-            Change::Delete(old) => {
-                self.old_row.deform(old, &descriptor);
-                encode::encode(plan, &self.old_row, None, Columns::Key, &mut self.old_key)
-                    .map(|()| frame.row(Kind::Delete, index, &self.old_key, None))
-            }
-            Change::Update { old: None, new } => {
-                self.new_row.deform(new, &descriptor);
-                encode::encode(plan, &self.new_row, None, Columns::All, &mut self.new)
-                    .map(|()| frame.row(Kind::Update, index, &self.new, None))
-            }
-            Change::Update { old: Some(old), new } => {
-                self.new_row.deform(new, &descriptor);
-                self.old_row.deform(old, &descriptor);
-                self.encode_update(plan)
-                    .map(|moved| frame.row(Kind::Update, index, &self.new, moved.then_some(&self.old_key)))
-            }
-        };
-        drop(session);
-        drop(entered);
-        self.context.reset();
-        result
-    }
-
-    /// Encodes an update whose old row, or old key, is known; tells whether the key changed.
-    fn encode_update(&mut self, plan: &mut Plan) -> Result<bool, EncodeError> {
-        encode::encode(
-            plan,
-            &self.new_row,
-            Some(&self.old_row),
-            Columns::All,
-            &mut self.new,
-        )?;
-        encode::encode(plan, &self.old_row, None, Columns::Key, &mut self.old_key)?;
-        encode::encode(
-            plan,
-            &self.new_row,
-            Some(&self.old_row),
-            Columns::Key,
-            &mut self.new_key,
-        )?;
-        Ok(self.old_key != self.new_key)
-    }
-
-    /// Deletes the keys of a row that could not be encoded: where it would be, and where it was.
-    fn write_deletes(&mut self, plan: &mut Plan, change: Change, index: u32, frame: &mut FrameWriter) {
-        let entered = self.context.enter();
-        let session = TextSession::enter(plan.needs);
-        if let Change::Update { old: Some(_), .. } = change
-            && encode::encode(plan, &self.old_row, None, Columns::Key, &mut self.old_key).is_ok()
-        {
-            frame.row(Kind::Delete, index, &self.old_key, None);
-        }
-        let (row, old) = match change {
-            Change::Delete(_) => (&self.old_row, None),
-            Change::Update { old: Some(_), .. } => (&self.new_row, Some(&self.old_row)),
-            Change::Insert(_) | Change::Update { old: None, .. } => (&self.new_row, None),
-        };
-        if encode::encode(plan, row, old, Columns::Key, &mut self.new_key).is_ok() {
-            frame.row(Kind::Delete, index, &self.new_key, None);
-        }
-        drop(session);
-        drop(entered);
-        self.context.reset();
-    }
-
-    /// The key of a row that could not be encoded, as far as it can be told; for the Error record.
-    fn key_text(&mut self, plan: &mut Plan, change: Change) -> String {
-        let row = if matches!(change, Change::Delete(_)) {
-            &self.old_row
-        } else {
-            &self.new_row
-        };
-        let _entered = self.context.enter();
-        let _session = TextSession::enter(plan.needs);
-        if encode::encode(plan, row, None, Columns::Key, &mut self.new_key).is_err() {
-            return String::new();
-        }
-        let mut tuple = Vec::new();
-        self.new_key.write_tuple(&mut tuple);
-        render_key(&plan.relation, &tuple).unwrap_or_default()
-    }
-}
-
-/// The key of an encoded row; `None` if it has none.
-pub fn render_key(relation: &pb::Relation, tuple: &[u8]) -> Option<String> {
-    let template = KeyTemplate::parse(&relation.key).ok()?;
-    let encodings = row::encodings(relation).ok()?;
-    let values: Vec<Datum<'_>> = TupleRef::parse(tuple)
-        .ok()?
-        .datums(&encodings)
-        .collect::<Result<_, _>>()
-        .ok()?;
-    let columns: Vec<Datum<'_>> = template
-        .placeholders()
-        .iter()
-        .map(|name| key_column(relation, &values, name))
-        .collect::<Option<_>>()?;
-    if columns
-        .iter()
-        .any(|value| matches!(value, Datum::Null | Datum::Unchanged))
-    {
-        return None;
-    }
-    let mut key = Vec::new();
-    template
-        .render(
-            |at, out| {
-                if let Some(value) = columns.get(at) {
-                    value.write_text(out)
-                }
-            },
-            &mut key,
-        )
-        .ok()?;
-    Some(String::from_utf8_lossy(&key).into_owned())
-}
-
-/// The value that the key takes for a column: the one that is there for the key alone, if there is one.
-fn key_column<'a>(relation: &pb::Relation, values: &[Datum<'a>], name: &str) -> Option<Datum<'a>> {
-    let named = || {
-        relation
-            .columns
-            .iter()
-            .zip(values)
-            .filter(|(column, _)| column.name == name)
-    };
-    named()
-        .find(|(column, _)| !column.in_value)
-        .or_else(|| named().next())
-        .map(|(_, value)| *value)
 }
 
 fn begin_record(frame: &mut FrameWriter, transaction: &Transaction) {
