@@ -3,8 +3,6 @@
 
 mod assembly;
 mod chunks;
-#[cfg(test)]
-mod nothing;
 mod records;
 mod registry;
 mod requests;

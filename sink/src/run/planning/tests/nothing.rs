@@ -1,17 +1,10 @@
-//! Tests: a backfill into a Redis that held nothing removes nothing first, and nothing afterwards; whatever makes that
+//! A backfill into a Redis that held nothing removes nothing first, and nothing afterwards; whatever makes that
 //! doubtful makes it a backfill like every other.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
-use std::sync::Arc;
-
-use walmirror_proto::pb::{self, Kind};
-
-use super::tests::{Frame, OID, chunk, flushed, packed, planning, relation, rows};
-use super::{Planning, Stored};
-use crate::backfill::{Cursor, Stage, Window};
-use crate::progress::Progress;
-use walmirror_proto::Lsn;
+use super::*;
+use crate::backfill::Stage;
 
 /// A session whose Redis held nothing, and whose stream announced the table.
 fn begun() -> Planning {

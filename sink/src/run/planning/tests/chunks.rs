@@ -1,0 +1,130 @@
+//! Chunks of a backfill: held until their marker, then through the gate.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
+
+use super::*;
+
+#[test]
+fn a_chunk_waits_for_its_marker_and_passes_the_gate() {
+    let mut stored = settled();
+    stored.progress.as_mut().unwrap().cursors.clear();
+    let mut planning = planning(stored, 1 << 20, 1 << 24);
+    let window = Arc::new(Window::default());
+    let content = rows(&[
+        packed(1, "1", "read"),
+        packed(1, "2", "read"),
+        packed(1, "3", "read"),
+    ]);
+    let cursor = Cursor {
+        block: 9,
+        ..Cursor::start(1, Vec::new())
+    };
+    planning.chunk(chunk(&planning, 7, content, Some(cursor), &window));
+    // 104 is visible to the snapshot of the chunk, 110 is not.
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(104, 10)
+        .row(Kind::Insert, "1", Some("old"))
+        .commit(20)
+        .feed(&mut planning);
+    Frame::default()
+        .begin(110, 20)
+        .row(Kind::Update, "2", Some("new"))
+        .commit(30)
+        .feed(&mut planning);
+    assert!(!planning.wants_piece());
+    let before = flushed(&mut planning);
+    assert!(before.contains(&"HSET t:2 id 2 v new".to_owned()));
+    Frame::default()
+        .record(pb::Marker {
+            content: b"m:7".to_vec(),
+            lsn: 31,
+        })
+        .feed(&mut planning);
+    assert!(planning.wants_piece());
+    planning.piece().unwrap();
+    let written = flushed(&mut planning);
+    assert_eq!(
+        written[..4],
+        [
+            "UNLINK t:1",
+            "HSET t:1 id 1 v read",
+            "UNLINK t:3",
+            "HSET t:3 id 3 v read"
+        ]
+    );
+    assert!(written[4].contains("\"block\":9"), "{}", written[4]);
+    assert!(window.wait(0, || true) && !window.is_stale());
+}
+
+#[test]
+fn a_chunk_of_another_version_is_dropped_with_those_behind_it() {
+    let mut stored = settled();
+    stored.progress.as_mut().unwrap().cursors.clear();
+    let mut planning = planning(stored, 1 << 20, 1 << 24);
+    let window = Arc::new(Window::default());
+    planning.chunk(chunk(&planning, 1, rows(&[packed(2, "1", "x")]), None, &window));
+    planning.chunk(chunk(&planning, 2, rows(&[packed(1, "1", "x")]), None, &window));
+    for id in ["m:1", "m:2"] {
+        Frame::default()
+            .record(pb::Marker {
+                content: id.into(),
+                lsn: 31,
+            })
+            .feed(&mut planning);
+        planning.piece().unwrap();
+    }
+    assert!(window.is_stale());
+    assert!(flushed(&mut planning).iter().all(|line| !line.contains("t:1")));
+}
+
+#[test]
+fn keys_without_a_row_go_unless_something_newer_wrote_them() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    let window = Arc::new(Window::default());
+    planning.chunk(chunk(
+        &planning,
+        1,
+        Content::Absent(vec![b"t:1".to_vec(), b"t:2".to_vec()]),
+        None,
+        &window,
+    ));
+    let pending = vec![
+        (b"t:3".to_vec(), None),
+        (b"t:4".to_vec(), Some(packed(1, "4", "again"))),
+        (b"t:5".to_vec(), None),
+    ];
+    planning.chunk(chunk(&planning, 2, Content::Keys(pending), None, &window));
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(110, 20)
+        .row(Kind::Insert, "2", Some("new"))
+        .row(Kind::Insert, "5", Some("new"))
+        .commit(30)
+        .record(pb::Marker {
+            content: b"m:1".to_vec(),
+            lsn: 31,
+        })
+        .record(pb::Marker {
+            content: b"m:2".to_vec(),
+            lsn: 31,
+        })
+        .feed(&mut planning);
+    flushed(&mut planning);
+    planning.piece().unwrap();
+    planning.piece().unwrap();
+    let mut written = flushed(&mut planning);
+    written.retain(|line| !line.contains("lsn"));
+    let pending = |key: &str| format!("HDEL walmirror:{{s}}:pending {key}");
+    assert_eq!(
+        written,
+        [
+            "UNLINK t:1",
+            "UNLINK t:3",
+            &pending("t:3"),
+            "UNLINK t:4",
+            "HSET t:4 id 4 v again",
+            &pending("t:4")
+        ]
+    );
+}

@@ -1,0 +1,121 @@
+//! Removals of all keys of a table: each needs a MULTI of its own, so what Redis has begun already is cut before it.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
+
+use super::*;
+
+#[test]
+fn a_truncate_removes_what_was_written_before_it_and_nothing_behind_it() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(100, 10)
+        .row(Kind::Insert, "1", Some("a"))
+        .record(pb::Truncate { relations: vec![1] })
+        .row(Kind::Insert, "2", Some("b"))
+        .commit(20)
+        .feed(&mut planning);
+    planning.flush();
+    let segment = planning.next_segment().unwrap();
+    assert_eq!(segment.purges.len(), 1);
+    assert!(segment.opens);
+    assert_eq!(
+        lines(&segment)[1..4],
+        ["HSET t:1 id 1 v a", "UNLINK t:1", "HSET t:2 id 2 v b"]
+    );
+}
+
+#[test]
+fn a_truncate_behind_what_redis_has_begun_already_cuts_the_transaction() {
+    let mut planning = planning(settled(), 500, 1 << 24);
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(100, 10)
+        .feed(&mut planning);
+    (0..100).for_each(|row| {
+        Frame::default()
+            .row(Kind::Insert, &row.to_string(), None)
+            .feed(&mut planning)
+    });
+    Frame::default()
+        .record(pb::Truncate { relations: vec![1] })
+        .row(Kind::Insert, "new", None)
+        .commit(20)
+        .feed(&mut planning);
+    planning.flush();
+    let mut segments = Vec::new();
+    while let Some(segment) = planning.next_segment() {
+        segments.push(segment);
+    }
+    let cut = segments
+        .iter()
+        .position(|segment| segment.step.is_some_and(|step| step.part.is_some()))
+        .unwrap();
+    assert_eq!(segments[cut].step.unwrap().part.unwrap().records, 100);
+    let next = &segments[cut + 1];
+    assert!(next.opens && next.purges.len() == 1, "{:?}", lines(next));
+}
+
+/// Found by the simulator: after a gap the keys of a cached table stayed, as stale as they were, because nothing fills a
+/// cache anew; and old key templates were forgotten with the cursors.
+#[test]
+fn a_resync_empties_caches_and_remembers_old_templates() {
+    for resync in [false, true] {
+        let mut stored = settled();
+        stored.relations.insert(
+            600,
+            pb::Relation {
+                oid: 600,
+                ..cache(7, "c:{id}")
+            },
+        );
+        if let Some(progress) = &mut stored.progress {
+            progress.resync = resync;
+            let cursor = Cursor::start(1, vec!["old:{id}".into()]);
+            progress.cursors.insert(OID, cursor.to_json());
+            progress.cursors.insert(600, Cursor::done(7).to_json());
+        }
+        let mut planning = planning(stored, 1 << 20, 1 << 24);
+        assert_eq!(planning.is_dirty(), resync);
+        planning.flush();
+        let segment = planning.next_segment().unwrap();
+        let purged: Vec<u32> = segment.purges.iter().map(|purge| purge.relation).collect();
+        assert_eq!(purged, if resync { vec![600] } else { vec![] });
+        assert_eq!(
+            lines(&segment).contains(&"HDEL walmirror:{s}:progress resync".to_owned()),
+            resync
+        );
+        let cursor = &planning.registry.get(OID).unwrap().cursor;
+        assert_eq!(cursor.old_keys, ["old:{id}"]);
+    }
+}
+
+/// Found by the simulator: the keys of a cached table stayed when its label changed in a transaction of which a part was on
+/// its way to Redis already, because a purge needs a MULTI of its own.
+#[test]
+fn a_new_label_of_a_cache_behind_what_redis_has_begun_already_cuts_the_transaction() {
+    let mut stored = settled();
+    stored.relations.insert(OID, cache(1, "t:{id}"));
+    let mut planning = planning(stored, 500, 1 << 24);
+    Frame::default()
+        .relation(cache(1, "t:{id}"))
+        .begin(100, 10)
+        .feed(&mut planning);
+    (0..100).for_each(|row| {
+        Frame::default()
+            .row(Kind::Insert, &row.to_string(), None)
+            .feed(&mut planning)
+    });
+    let announced = pb::Relation {
+        announced: true,
+        ..cache(2, "t:{id}")
+    };
+    Frame::default()
+        .relation(announced)
+        .commit(20)
+        .feed(&mut planning);
+    planning.flush();
+    let segments: Vec<Segment> = std::iter::from_fn(|| planning.next_segment()).collect();
+    let purging = segments.iter().find(|segment| !segment.purges.is_empty());
+    assert!(purging.unwrap().opens);
+}

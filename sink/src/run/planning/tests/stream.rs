@@ -1,0 +1,166 @@
+//! Transactions and keepalives: what shares a MULTI, where a large transaction is cut, and from where a session goes on.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
+
+use super::*;
+
+#[test]
+fn transactions_that_are_complete_share_one_multi_with_their_progress() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(100, 10)
+        .row(Kind::Insert, "1", Some("a"))
+        .commit(20)
+        .feed(&mut planning);
+    Frame::default()
+        .begin(101, 20)
+        .row(Kind::Insert, "2", None)
+        .row(Kind::Delete, "1", None)
+        .commit(30)
+        .feed(&mut planning);
+    // One that is not complete waits, and so does what is in front of it.
+    Frame::default()
+        .begin(102, 30)
+        .row(Kind::Insert, "3", Some("c"))
+        .feed(&mut planning);
+    assert!(!planning.is_dirty());
+    Frame::default().commit(40).feed(&mut planning);
+    planning.flush();
+    let segment = planning.next_segment().unwrap();
+    assert_eq!(
+        lines(&segment),
+        [
+            "MULTI",
+            "HSET t:2 id 2",
+            "HDEL t:2 v",
+            "UNLINK t:1",
+            "HSET t:3 id 3 v c",
+            "HSET walmirror:{s}:progress lsn 0/28 commit_ts 2000-01-01 00:00:00+00",
+            "EXEC",
+            "WATCH walmirror:{s}:progress",
+            "HGET walmirror:{s}:progress epoch",
+        ]
+    );
+    assert_eq!(segment.step.map(|step| step.lsn), Some(Lsn(40)));
+    assert!(planning.next_segment().is_none());
+}
+
+#[test]
+fn what_the_progress_says_is_applied_is_skipped() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(99, 5)
+        .row(Kind::Insert, "1", Some("a"))
+        .commit(10)
+        .feed(&mut planning);
+    assert!(flushed(&mut planning).is_empty());
+    Frame::default()
+        .begin(100, 10)
+        .row(Kind::Insert, "2", Some("b"))
+        .commit(20)
+        .feed(&mut planning);
+    assert_eq!(flushed(&mut planning)[0], "HSET t:2 id 2 v b");
+}
+
+/// A transaction far over the limit, restarted at every place where it was cut: every row is applied exactly once.
+#[test]
+fn a_large_transaction_is_cut_and_goes_on_where_it_was_cut() {
+    let rows = 600;
+    let feed = |planning: &mut Planning| {
+        Frame::default()
+            .relation(relation(1, "t:{id}"))
+            .begin(100, 10)
+            .feed(planning);
+        for row in 0..rows {
+            Frame::default()
+                .row(Kind::Insert, &row.to_string(), Some("value"))
+                .feed(planning);
+        }
+        Frame::default().commit(20).feed(planning);
+        if planning.is_dirty() {
+            planning.flush();
+        }
+    };
+    let mut whole = planning(settled(), 2_000, 20_000);
+    feed(&mut whole);
+    let mut steps = Vec::new();
+    let mut segments = 0;
+    while let Some(segment) = whole.next_segment() {
+        segments += 1;
+        steps.extend(segment.step);
+    }
+    assert!(
+        steps.len() > 2 && segments > 2 * steps.len(),
+        "{segments} segments, {} steps",
+        steps.len()
+    );
+    let (last, parts) = steps.split_last().unwrap();
+    assert_eq!((last.lsn, last.part, last.clear_part), (Lsn(20), None, true));
+    for step in parts {
+        let part = step.part.unwrap();
+        assert_eq!((step.lsn, part.xid, part.commit_lsn), (Lsn(10), 100, Lsn(10)));
+        let mut stored = settled();
+        stored.progress.as_mut().unwrap().part = Some(part);
+        let mut resumed = planning(stored, 2_000, 20_000);
+        feed(&mut resumed);
+        let written = flushed(&mut resumed)
+            .into_iter()
+            .filter(|line| line.starts_with("HSET t:"))
+            .collect::<Vec<_>>();
+        assert_eq!(written.len() as u64, rows - part.records);
+        assert_eq!(written[0], format!("HSET t:{0} id {0} v value", part.records));
+    }
+}
+
+/// Found by the simulator: a keepalive that came before the transaction that was cut made the progress forget the part, and
+/// after another restart the part was applied twice.
+#[test]
+fn a_part_outlasts_a_keepalive() {
+    let mut stored = settled();
+    stored.progress.as_mut().unwrap().part = Some(crate::transaction::Part {
+        xid: 100,
+        commit_lsn: Lsn(30),
+        records: 3,
+    });
+    let mut planning = planning(stored, 1 << 20, 1 << 24);
+    planning.keepalive(Lsn(20));
+    let lines = flushed(&mut planning);
+    assert!(lines[0].contains("part_xid 100"), "{lines:?}");
+    assert_eq!(lines.len(), 1);
+}
+
+#[test]
+fn a_keepalive_moves_the_position_between_transactions_only() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    planning.keepalive(Lsn(50));
+    assert!(planning.is_advanced() && !planning.is_dirty());
+    assert_eq!(flushed(&mut planning), ["HSET walmirror:{s}:progress lsn 0/32"]);
+    planning.keepalive(Lsn(40));
+    assert!(!planning.is_advanced());
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(100, 60)
+        .feed(&mut planning);
+    planning.keepalive(Lsn(70));
+    assert!(!planning.is_advanced());
+}
+
+#[test]
+fn a_broken_stream_is_an_error_that_says_where() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    let error = planning.frame(b"\x0a\x05nope!").unwrap_err();
+    assert!(error.to_string().contains("0/A"), "{error}");
+    let mut frame = Frame::default().begin(100, 10);
+    let mut tuple = TupleBuilder::new();
+    tuple.text(b"1");
+    frame.0.row(Kind::Insert, 9, &tuple, None);
+    assert!(
+        planning
+            .frame(frame.0.as_bytes())
+            .unwrap_err()
+            .to_string()
+            .contains("relation 9")
+    );
+}

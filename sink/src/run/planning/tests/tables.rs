@@ -1,0 +1,139 @@
+//! Labels and definitions: a table is announced, changed, forgotten, or corrected by what the catalog says.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
+
+use super::*;
+
+#[test]
+fn a_label_takes_effect_at_its_place() {
+    let mut planning = planning(
+        Stored {
+            progress: Some(Progress {
+                lsn: Lsn(10),
+                ..Progress::default()
+            }),
+            ..Stored::default()
+        },
+        1 << 20,
+        1 << 24,
+    );
+    let announced = pb::Relation {
+        announced: true,
+        ..relation(1, "t:{id}")
+    };
+    Frame::default()
+        .begin(100, 10)
+        .relation(announced)
+        .row(Kind::Insert, "1", Some("a"))
+        .commit(20)
+        .feed(&mut planning);
+    let lines = flushed(&mut planning);
+    assert!(
+        lines[0].starts_with("HSET walmirror:{s}:relations 500 "),
+        "{}",
+        lines[0]
+    );
+    assert!(
+        lines[1].starts_with("HSET walmirror:{s}:progress backfill:500 {"),
+        "{}",
+        lines[1]
+    );
+    // The table is not filled yet: a key may hold anything.
+    assert_eq!(lines[2..4], ["UNLINK t:1", "HSET t:1 id 1 v a"]);
+
+    // Another key: rows of a transaction that began before still have the old one.
+    let changed = pb::Relation {
+        announced: true,
+        ..relation(2, "u:{id}")
+    };
+    Frame::default()
+        .begin(101, 20)
+        .relation(changed)
+        .commit(30)
+        .feed(&mut planning);
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(99, 30)
+        .row(Kind::Insert, "2", Some("b"))
+        .commit(40)
+        .feed(&mut planning);
+    let lines = flushed(&mut planning);
+    assert!(lines[1].contains("\"old_keys\":[\"t:{id}\"]"), "{}", lines[1]);
+    assert_eq!(lines[2..4], ["UNLINK t:2", "HSET t:2 id 2 v b"]);
+    assert_eq!(planning.registry.get(OID).unwrap().relation.fingerprint, 2);
+
+    // The same version once more, without a refresh: nothing begins anew.
+    let generation = planning.registry.get(OID).unwrap().generation;
+    Frame::default()
+        .begin(102, 40)
+        .relation(pb::Relation {
+            announced: true,
+            ..relation(2, "u:{id}")
+        })
+        .commit(50)
+        .feed(&mut planning);
+    assert_eq!(planning.registry.get(OID).unwrap().generation, generation);
+    Frame::default()
+        .begin(103, 50)
+        .relation(pb::Relation {
+            announced: true,
+            refresh: true,
+            ..relation(2, "u:{id}")
+        })
+        .commit(60)
+        .feed(&mut planning);
+    assert!(planning.registry.get(OID).unwrap().generation > generation);
+}
+
+#[test]
+fn a_forgotten_table_stays_forgotten() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(100, 10)
+        .record(pb::Forget {
+            oid: OID,
+            keep_keys: false,
+        })
+        .commit(20)
+        .feed(&mut planning);
+    planning.flush();
+    let segment = planning.next_segment().unwrap();
+    assert_eq!(segment.purges.len(), 1);
+    assert_eq!(
+        lines(&segment)[1..3],
+        [
+            "HDEL walmirror:{s}:relations 500",
+            "HDEL walmirror:{s}:progress backfill:500"
+        ]
+    );
+    Frame::default()
+        .begin(99, 20)
+        .row(Kind::Insert, "1", Some("a"))
+        .commit(30)
+        .feed(&mut planning);
+    assert_eq!(flushed(&mut planning).len(), 1, "only the progress");
+}
+
+#[test]
+fn the_catalog_corrects_the_registry_where_the_stream_has_said_nothing() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    let window = Arc::new(Window::default());
+    let other = pb::Relation {
+        oid: 600,
+        name: "u".into(),
+        ..relation(3, "u:{id}")
+    };
+    let mut catalog = chunk(&planning, 1, Content::Catalog(vec![other]), None, &window);
+    catalog.relation = 0;
+    planning.chunk(catalog);
+    Frame::default()
+        .record(pb::Marker {
+            content: b"m:1".to_vec(),
+            lsn: 31,
+        })
+        .feed(&mut planning);
+    planning.piece().unwrap();
+    assert_eq!(planning.registry.oids(), [600]);
+    assert!(planning.is_dirty());
+}
