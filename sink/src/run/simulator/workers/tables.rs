@@ -1,86 +1,18 @@
-//! The backfill's threads against the model of Postgres: what `fill`, `sweep`, `pending` and `worker` do, one step at a time.
-//! A marker enters the WAL some time after its rows were read.
+//! The worker that reads tables and looks for keys without rows.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::dice::Dice;
-use super::postgres::{IDS, OIDS, Postgres, Wal};
-use super::redis::{Broken, Redis};
-use super::table::{Definition, Id};
-use crate::backfill::{Backfill, Chunk, Content, Cursor, PackedRows, Stage, Task, Window};
+use super::super::dice::Dice;
+use super::super::postgres::{IDS, OIDS, Postgres};
+use super::super::redis::{Broken, Redis};
+use super::super::table::{Definition, Id};
+use super::{Courier, row_of};
+use crate::backfill::{Backfill, Content, Cursor, PackedRows, Stage, Task};
 use crate::error::Error;
 use crate::gate::Snapshot;
 use crate::plan::Purge;
 use crate::run::planning::Planning;
-use walmirror_proto::pb;
-use walmirror_proto::writer::FrameWriter;
-
-/// Hands chunks to the planner and writes their markers.
-struct Courier {
-    marker_prefix: String,
-    broken: Broken,
-    window: Arc<Window>,
-}
-
-impl Courier {
-    fn new(marker_prefix: String, broken: Broken) -> Self {
-        Self {
-            marker_prefix,
-            broken,
-            window: Arc::new(Window::default()),
-        }
-    }
-
-    /// A snapshot that the gate will not refuse as a whole.
-    fn snapshot(&self, postgres: &Postgres, backfill: &Backfill) -> Option<Snapshot> {
-        let snapshot = postgres.snapshot();
-        (!snapshot.may_miss_below(backfill.horizon())).then_some(snapshot)
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    fn submit(
-        &self,
-        planning: &mut Planning,
-        backfill: &Backfill,
-        postgres: &mut Postgres,
-        (relation, generation): (u32, u64),
-        snapshot: Snapshot,
-        content: Content,
-        cursor: Option<Cursor>,
-    ) -> Result<(), Error> {
-        let id = backfill.marker();
-        self.window.sent();
-        let window = Arc::clone(&self.window);
-        planning.chunk(Chunk {
-            id,
-            relation,
-            generation,
-            snapshot,
-            content,
-            cursor,
-            window,
-        });
-        let content = format!("{}{id}", self.marker_prefix).into_bytes();
-        if self.broken == Broken::NoMarker {
-            let mut frame = FrameWriter::new();
-            frame.record(&pb::Marker { content, lsn: 0 }.into());
-            return planning.frame(frame.as_bytes());
-        }
-        postgres.message(|lsn| Wal::Marker { lsn, content });
-        postgres.burn_xid();
-        Ok(())
-    }
-
-    /// The snapshot that comes with what was read now in `snapshot`.
-    fn claimed(&self, postgres: &Postgres, snapshot: Snapshot) -> Snapshot {
-        if self.broken == Broken::GateByLsn {
-            postgres.snapshot_by_lsn()
-        } else {
-            snapshot
-        }
-    }
-}
 
 enum State {
     Idle,
@@ -100,20 +32,20 @@ enum Next {
 }
 
 /// The worker that reads tables and looks for keys without rows.
-pub(super) struct Tables {
+pub(in crate::run::simulator) struct Tables {
     courier: Courier,
     state: State,
 }
 
 impl Tables {
-    pub(super) fn new(marker_prefix: String, broken: Broken) -> Self {
+    pub(in crate::run::simulator) fn new(marker_prefix: String, broken: Broken) -> Self {
         Self {
             courier: Courier::new(marker_prefix, broken),
             state: State::Idle,
         }
     }
 
-    pub(super) fn step(
+    pub(in crate::run::simulator) fn step(
         &mut self,
         planning: &mut Planning,
         backfill: &Backfill,
@@ -297,105 +229,5 @@ trait ParseTemplate {
 impl ParseTemplate for String {
     fn parse_template(&self) -> walmirror_proto::key::KeyTemplate {
         walmirror_proto::key::KeyTemplate::parse(self).unwrap()
-    }
-}
-
-fn row_of(values: &[Vec<u8>]) -> Option<Id> {
-    std::str::from_utf8(values.first()?).ok()?.parse().ok()
-}
-
-/// The worker that reads pending keys again.
-pub(super) struct Pending {
-    courier: Courier,
-    read: Option<((u32, u64), Snapshot, Content)>,
-}
-
-impl Pending {
-    pub(super) fn new(marker_prefix: String, broken: Broken) -> Self {
-        Self {
-            courier: Courier::new(marker_prefix, broken),
-            read: None,
-        }
-    }
-
-    pub(super) fn step(
-        &mut self,
-        planning: &mut Planning,
-        backfill: &Backfill,
-        postgres: &mut Postgres,
-        redis: &Redis,
-    ) -> Result<(), Error> {
-        if let Some((target, snapshot, content)) = self.read.take() {
-            return self
-                .courier
-                .submit(planning, backfill, postgres, target, snapshot, content, None);
-        }
-        if !backfill.has_pending() || self.courier.window.outstanding() > 0 {
-            return Ok(());
-        }
-        self.courier.window.reset(|| true);
-        let mut pages: BTreeMap<u32, Vec<Vec<u8>>> = BTreeMap::new();
-        for (key, oid) in redis.pending() {
-            let oid = String::from_utf8_lossy(oid).parse().unwrap_or(0);
-            pages.entry(oid).or_default().push(key.clone());
-        }
-        if pages.is_empty() {
-            backfill.clear_pending();
-        }
-        for (relation, keys) in pages {
-            let Some(task) = backfill.task(relation) else {
-                let content = Content::Orphans(keys);
-                self.courier.submit(
-                    planning,
-                    backfill,
-                    postgres,
-                    (relation, 0),
-                    Snapshot::default(),
-                    content,
-                    None,
-                )?;
-                continue;
-            };
-            let own = Purge::new(
-                relation,
-                &task.mapping.template,
-                &backfill.other_templates(relation),
-            );
-            let (own, foreign): (Vec<_>, Vec<_>) =
-                keys.into_iter().partition(|key| own.match_key(key).is_some());
-            let target = (relation, task.generation);
-            if !foreign.is_empty() {
-                let content = Content::Orphans(foreign);
-                self.courier.submit(
-                    planning,
-                    backfill,
-                    postgres,
-                    target,
-                    Snapshot::default(),
-                    content,
-                    None,
-                )?;
-            }
-            let Some(snapshot) = self
-                .courier
-                .snapshot(postgres, backfill)
-                .filter(|_| !postgres.is_locked(relation))
-            else {
-                continue;
-            };
-            let Some(label) = postgres.label(relation, &snapshot).filter(|_| !own.is_empty()) else {
-                continue;
-            };
-            let rows = own.into_iter().map(|key| {
-                let values = task.mapping.template.match_key(&key).unwrap_or_default();
-                let row = row_of(&values).and_then(|id| postgres.row(relation, id, &snapshot));
-                (key, row.map(|row| label.pack(&row)))
-            });
-            let content = Content::Keys(rows.collect());
-            let snapshot = self.courier.claimed(postgres, snapshot);
-            self.read = Some((target, snapshot, content));
-            break;
-        }
-        Ok(())
     }
 }

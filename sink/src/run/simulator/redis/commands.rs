@@ -1,0 +1,113 @@
+//! What each command that the sink uses does to the keys.
+
+use redis::Value;
+
+use super::super::scripts;
+use super::{Fields, Redis, Stored, error};
+
+impl Redis {
+    pub(super) fn run(&mut self, id: u64, command: &[Vec<u8>]) -> Value {
+        let args: Vec<&[u8]> = command.iter().map(Vec::as_slice).collect();
+        match args.as_slice() {
+            [b"HSET", key, pairs @ ..] => {
+                let fields = self.fields(key);
+                for pair in pairs.chunks_exact(2) {
+                    fields.insert(pair[0].to_vec(), pair[1].to_vec());
+                }
+                Value::Int(1)
+            }
+            [b"HDEL", key, names @ ..] => {
+                if self.data.contains_key(*key) {
+                    let fields = self.fields(key);
+                    names.iter().for_each(|name| _ = fields.remove(*name));
+                    if fields.is_empty() {
+                        self.data.remove(*key);
+                    }
+                }
+                Value::Int(1)
+            }
+            [b"SET", key, value, options @ ..] => {
+                if options.first() == Some(&b"XX".as_slice()) && !self.data.contains_key(*key) {
+                    return Value::Nil;
+                }
+                self.touch(key);
+                self.data.insert(key.to_vec(), Stored::Text(value.to_vec()));
+                Value::Okay
+            }
+            [b"UNLINK", keys @ ..] => {
+                for key in keys {
+                    if self.data.contains_key(*key) {
+                        self.touch(key);
+                        self.data.remove(*key);
+                    }
+                }
+                Value::Int(1)
+            }
+            [b"HGET", key, field] => {
+                let value = self.hash(key).and_then(|fields| fields.get(*field));
+                value.map_or(Value::Nil, |value| Value::BulkString(value.clone()))
+            }
+            [b"HGETALL", key] => {
+                let fields = self.hash(key).into_iter().flatten();
+                let bulk = |bytes: &Vec<u8>| Value::BulkString(bytes.clone());
+                Value::Array(
+                    fields
+                        .flat_map(|(field, value)| [bulk(field), bulk(value)])
+                        .collect(),
+                )
+            }
+            [b"EXISTS", keys @ ..] => {
+                let there = keys.iter().filter(|key| self.data.contains_key(**key));
+                Value::Int(there.count() as i64)
+            }
+            [b"DBSIZE"] => Value::Int(self.data.len() as i64),
+            [b"SCAN", ..] => {
+                let keys = self
+                    .data
+                    .keys()
+                    .map(|key| Value::BulkString(key.clone()))
+                    .collect();
+                Value::Array(vec![Value::BulkString(b"0".to_vec()), Value::Array(keys)])
+            }
+            [b"EVALSHA", script, _, ..] => scripts::run(self, script, &args[2..]),
+            [b"EXEC"] => error("ERR EXEC without MULTI"),
+            [b"SCRIPT", b"LOAD", source] => scripts::load(source),
+            [b"CLIENT", b"SETNAME", name] => {
+                self.clients
+                    .entry(id)
+                    .and_modify(|client| client.name = name.to_vec());
+                Value::Okay
+            }
+            // Some do not allow this; the fence has to hold without it.
+            [b"CLIENT", ..] => error("NOPERM no permissions to run the 'client' command"),
+            [b"WAITAOF", ..] => Value::Array(vec![
+                Value::Int((self.saved == self.steps.len()).into()),
+                Value::Int(0),
+            ]),
+            _ => {
+                self.violation = Some(format!(
+                    "an unknown command: {}",
+                    String::from_utf8_lossy(args[0])
+                ));
+                error("ERR unknown command")
+            }
+        }
+    }
+
+    /// The fields of a hash that is about to change.
+    pub(in crate::run::simulator) fn fields(&mut self, key: &[u8]) -> &mut Fields {
+        self.touch(key);
+        let stored = self
+            .data
+            .entry(key.to_vec())
+            .or_insert_with(|| Stored::Hash(Fields::new()));
+        if let Stored::Text(_) = stored {
+            self.violation = Some(format!("WRONGTYPE for {}", String::from_utf8_lossy(key)));
+            *stored = Stored::Hash(Fields::new());
+        }
+        match stored {
+            Stored::Hash(fields) => fields,
+            Stored::Text(_) => unreachable!("it was replaced"),
+        }
+    }
+}

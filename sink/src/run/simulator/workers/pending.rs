@@ -1,0 +1,108 @@
+//! The worker that reads pending keys again.
+
+use std::collections::BTreeMap;
+
+use super::super::postgres::Postgres;
+use super::super::redis::{Broken, Redis};
+use super::{Courier, row_of};
+use crate::backfill::{Backfill, Content};
+use crate::error::Error;
+use crate::gate::Snapshot;
+use crate::plan::Purge;
+use crate::run::planning::Planning;
+
+/// The worker that reads pending keys again.
+pub(in crate::run::simulator) struct Pending {
+    courier: Courier,
+    read: Option<((u32, u64), Snapshot, Content)>,
+}
+
+impl Pending {
+    pub(in crate::run::simulator) fn new(marker_prefix: String, broken: Broken) -> Self {
+        Self {
+            courier: Courier::new(marker_prefix, broken),
+            read: None,
+        }
+    }
+
+    pub(in crate::run::simulator) fn step(
+        &mut self,
+        planning: &mut Planning,
+        backfill: &Backfill,
+        postgres: &mut Postgres,
+        redis: &Redis,
+    ) -> Result<(), Error> {
+        if let Some((target, snapshot, content)) = self.read.take() {
+            return self
+                .courier
+                .submit(planning, backfill, postgres, target, snapshot, content, None);
+        }
+        if !backfill.has_pending() || self.courier.window.outstanding() > 0 {
+            return Ok(());
+        }
+        self.courier.window.reset(|| true);
+        let mut pages: BTreeMap<u32, Vec<Vec<u8>>> = BTreeMap::new();
+        for (key, oid) in redis.pending() {
+            let oid = String::from_utf8_lossy(oid).parse().unwrap_or(0);
+            pages.entry(oid).or_default().push(key.clone());
+        }
+        if pages.is_empty() {
+            backfill.clear_pending();
+        }
+        for (relation, keys) in pages {
+            let Some(task) = backfill.task(relation) else {
+                let content = Content::Orphans(keys);
+                self.courier.submit(
+                    planning,
+                    backfill,
+                    postgres,
+                    (relation, 0),
+                    Snapshot::default(),
+                    content,
+                    None,
+                )?;
+                continue;
+            };
+            let own = Purge::new(
+                relation,
+                &task.mapping.template,
+                &backfill.other_templates(relation),
+            );
+            let (own, foreign): (Vec<_>, Vec<_>) =
+                keys.into_iter().partition(|key| own.match_key(key).is_some());
+            let target = (relation, task.generation);
+            if !foreign.is_empty() {
+                let content = Content::Orphans(foreign);
+                self.courier.submit(
+                    planning,
+                    backfill,
+                    postgres,
+                    target,
+                    Snapshot::default(),
+                    content,
+                    None,
+                )?;
+            }
+            let Some(snapshot) = self
+                .courier
+                .snapshot(postgres, backfill)
+                .filter(|_| !postgres.is_locked(relation))
+            else {
+                continue;
+            };
+            let Some(label) = postgres.label(relation, &snapshot).filter(|_| !own.is_empty()) else {
+                continue;
+            };
+            let rows = own.into_iter().map(|key| {
+                let values = task.mapping.template.match_key(&key).unwrap_or_default();
+                let row = row_of(&values).and_then(|id| postgres.row(relation, id, &snapshot));
+                (key, row.map(|row| label.pack(&row)))
+            });
+            let content = Content::Keys(rows.collect());
+            let snapshot = self.courier.claimed(postgres, snapshot);
+            self.read = Some((target, snapshot, content));
+            break;
+        }
+        Ok(())
+    }
+}

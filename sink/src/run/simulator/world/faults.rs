@@ -1,0 +1,147 @@
+//! What befalls a schedule: sinks that stall and wake up, commands that fail, ends of sessions, and a Redis or a slot that is
+//! lost.
+
+use super::super::link::{Fault, lock};
+use super::super::redis::Broken;
+use super::super::sink::Session;
+use super::{World, Wrong};
+use crate::config::Durability;
+use crate::error::Class;
+
+impl World {
+    /// A sink that was stalled wakes up. Whatever it does, Redis does not change.
+    pub(super) fn stalled_acts(&mut self) -> Result<(), Wrong> {
+        if self.dice.once_in(4)
+            && let Some(starting) = self.stalled_starting.pop()
+        {
+            // It has lost the slot, but claims all the same, and finds out with its first look at the stream.
+            let claimed = Session::claim(&self.setting, starting, &self.server, &mut self.postgres);
+            // If it had decided to begin anew, the position goes back while the other one still confirms: a gap for sure.
+            self.late_claim = true;
+            return match claimed {
+                Err(error) if error.class() != Class::Retry => Err(format!("a late claim: {error}")),
+                _ => Ok(()),
+            };
+        }
+        let count = self.stalled.len() as u64;
+        if count == 0 {
+            return Ok(());
+        }
+        let index = self.dice.roll(count) as usize;
+        let now = self.now();
+        let stalled = &mut self.stalled[index];
+        stalled.flush();
+        let is_current = lock(&self.server)
+            .redis
+            .progress()
+            .is_some_and(|progress| progress.epoch == stalled.epoch());
+        let before = lock(&self.server).redis.steps.len();
+        let result = stalled.apply(now);
+        let wrote = lock(&self.server).redis.steps.len() != before;
+        let broken = lock(&self.server).redis.broken;
+        if wrote && !is_current && !matches!(broken, Broken::NoFence | Broken::ProgressBefore) {
+            return Err("a sink wrote after another one had taken over".to_owned());
+        }
+        if result.is_err() {
+            self.stalled.remove(index);
+        }
+        Ok(())
+    }
+
+    /// Something on the way to Redis fails with the next commands, whoever sends them.
+    pub(super) fn fail(&mut self) {
+        let fault = match self.dice.roll(3) {
+            0 => Fault::LoseAnswer,
+            1 => Fault::Cut(self.dice.roll(12) as usize),
+            _ => Fault::Refuse(self.dice.roll(8) as usize),
+        };
+        lock(&self.server).fault = Some(fault);
+    }
+
+    pub(super) fn end_of_session(&mut self) -> Result<(), Wrong> {
+        let now = self.now();
+        match self.dice.roll(6) {
+            // A clean stop.
+            0 => {
+                let Some(mut sink) = self.sink.take() else {
+                    return Ok(());
+                };
+                let Ok(last) = sink.stop(now) else { return Ok(()) };
+                if let (Some(slot), Some(last)) = (&mut self.postgres.slot, last) {
+                    slot.confirmed = slot.confirmed.max(last);
+                    // If Redis loses this now, that is more than the window allows.
+                    self.gap_is_due |= matches!(self.setting.durability, Durability::Memory { .. });
+                }
+            }
+            // It stalls, the server gives the slot to somebody else.
+            1 | 2 => {
+                if let Some(mut sink) = self.sink.take() {
+                    sink.stream = None;
+                    self.stalled.push(sink);
+                }
+                if let Some(mut starting) = self.starting.take() {
+                    starting.stream = None;
+                    self.stalled_starting.push(starting);
+                }
+            }
+            // The server crashes and forgets what was confirmed since its checkpoint.
+            3 => {
+                self.kill();
+                if let Some(slot) = &mut self.postgres.slot {
+                    slot.confirmed = slot.persisted;
+                }
+            }
+            _ => self.kill(),
+        }
+        Ok(())
+    }
+
+    pub(super) fn kill(&mut self) {
+        self.sink = None;
+        self.starting = None;
+    }
+
+    /// Redis loses something, or Postgres its slot.
+    pub(super) fn lose(&mut self) -> Result<(), Wrong> {
+        let mut server = lock(&self.server);
+        let redis = &mut server.redis;
+        let (all, durable) = (redis.steps.len(), self.durable_steps(redis));
+        if redis.trace {
+            println!("Redis has {all} steps, {durable} of them durable, and will lose some");
+        }
+        match self.dice.roll(if self.disasters { 8 } else { 4 }) {
+            0 => redis.saved = all,
+            1 | 2 => redis.roll_back_to(durable.max(all.saturating_sub(self.dice.roll(6) as usize))),
+            3 => {
+                let keys: Vec<_> = redis
+                    .data
+                    .keys()
+                    .filter(|key| key.starts_with(b"c"))
+                    .cloned()
+                    .collect();
+                if let Some(key) = self.dice.pick(&keys) {
+                    redis.expire(key);
+                }
+                return Ok(());
+            }
+            4 => {
+                redis.roll_back_to(all.saturating_sub(self.dice.roll(30) as usize));
+                self.gap_is_due = true;
+            }
+            5 => {
+                redis.flush_all();
+                self.gap_is_due = true;
+            }
+            6 => {
+                drop(server);
+                self.kill();
+                self.postgres.slot = None;
+                self.gap_is_due = true;
+                return Ok(());
+            }
+            _ => return Ok(()),
+        }
+        self.checks.forget();
+        Ok(())
+    }
+}

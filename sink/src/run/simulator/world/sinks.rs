@@ -1,0 +1,126 @@
+//! What the sink does in a schedule: it begins, claims, goes on, and tells the server how far Redis is.
+
+use super::super::link::lock;
+use super::super::redis::{Broken, Redis};
+use super::super::sink::{Session, at, shake};
+use super::{WINDOW, World, Wrong};
+use crate::config::Durability;
+use crate::error::{Class, Error};
+
+impl World {
+    /// The sink goes on, or begins.
+    pub(super) fn drive(&mut self) -> Result<(), Wrong> {
+        let now = self.now();
+        let Some(sink) = &mut self.sink else {
+            return self.begin();
+        };
+        let result = match self.dice.roll(16) {
+            0..=4 => sink.frame(&self.postgres, &mut self.dice, 6).map(drop),
+            5 => {
+                sink.keepalive(&self.postgres);
+                Ok(())
+            }
+            6 => sink.piece().map(drop),
+            7 | 8 => {
+                sink.flush();
+                Ok(())
+            }
+            9..=11 => sink.apply(now).map(drop),
+            12 => sink.check(self.setting.durability, now),
+            13 | 14 => sink.work(&mut self.postgres, &self.server, &mut self.dice, true),
+            _ => sink.work(&mut self.postgres, &self.server, &mut self.dice, false),
+        };
+        self.outcome(result)
+    }
+
+    /// What an error of the session means.
+    pub(super) fn outcome(&mut self, result: Result<(), Error>) -> Result<(), Wrong> {
+        let Err(error) = result else { return Ok(()) };
+        let Some(sink) = self.sink.take() else {
+            return Err(format!("{error}"));
+        };
+        let epoch = lock(&self.server).redis.progress().map(|progress| progress.epoch);
+        // A stalled sink that had the slot before may still claim; then this one has to go.
+        let was_fenced = epoch.is_some_and(|epoch| epoch != sink.epoch());
+        if error.class() != Class::Retry && !was_fenced {
+            return Err(format!("the sink would have stopped: {error}"));
+        }
+        Ok(())
+    }
+
+    pub(super) fn begin(&mut self) -> Result<(), Wrong> {
+        if let Some(starting) = self.starting.take() {
+            if self.dice.once_in(3) {
+                self.starting = Some(starting);
+                return Ok(());
+            }
+            return match Session::claim(&self.setting, starting, &self.server, &mut self.postgres) {
+                Ok(session) => {
+                    self.sink = Some(session);
+                    Ok(())
+                }
+                Err(error) if error.class() == Class::Retry => Ok(()),
+                Err(error) => Err(format!("the sink would have stopped at its claim: {error}")),
+            };
+        }
+        match shake(&self.setting, &self.server, &mut self.postgres, &mut self.dice) {
+            Ok((_, Some(gap))) if !self.gap_is_due && !self.late_claim => {
+                Err(format!("a gap where none should be: {gap}"))
+            }
+            Ok((starting, _)) => {
+                // Until its beginning is durable, Redis may lose it again.
+                self.gap_is_due |= starting.is_fresh();
+                self.starting = Some(starting);
+                Ok(())
+            }
+            Err(error) if error.class() == Class::Retry => Ok(()),
+            Err(error) => Err(format!("the sink would have stopped at its start: {error}")),
+        }
+    }
+
+    /// The receiver tells the server how far Redis is. INVARIANT I1.
+    pub(super) fn feedback(&mut self) -> Result<(), Wrong> {
+        let (now, durable, least, broken, has_progress) = {
+            let redis = &lock(&self.server).redis;
+            let durable = self.durable_steps(redis);
+            (
+                redis.now,
+                redis.position_after(durable),
+                redis.least_position(durable),
+                redis.broken,
+                redis.progress().is_some(),
+            )
+        };
+        let Some(sink) = &mut self.sink else { return Ok(()) };
+        let Some(mut flushed) = sink.feedback(at(&self.setting, now)) else {
+            return Ok(());
+        };
+        if broken == Broken::ConfirmAhead {
+            flushed = sink.shared.applied().0;
+        }
+        if let Some(slot) = &mut self.postgres.slot {
+            // An emptied Redis has nothing to be safe, and the gap is seen by that the progress is gone.
+            if flushed > durable.max(slot.confirmed) && has_progress && broken != Broken::ConfirmAhead {
+                return Err(format!(
+                    "{flushed} is confirmed, but only {durable} is durable (I1)"
+                ));
+            }
+            self.gap_is_due &= least < slot.confirmed;
+            if lock(&self.server).redis.trace {
+                println!("confirmed {}, now {flushed}; durable {durable}", slot.confirmed);
+            }
+            slot.confirmed = slot.confirmed.max(flushed);
+            if self.dice.once_in(2) {
+                slot.persisted = slot.confirmed;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn durable_steps(&self, redis: &Redis) -> usize {
+        match self.setting.durability {
+            Durability::Memory { .. } => redis.old_steps(WINDOW),
+            _ => redis.saved,
+        }
+    }
+}
