@@ -67,17 +67,25 @@ impl Mirror {
 
     /// Starts the sink with other ways to its servers, and with variables of its environment.
     pub fn start_at(&self, conninfo: &str, url: &str, args: &[&str], environment: &[(String, String)]) {
-        let mut all = vec![
-            "run",
-            "--postgres",
-            conninfo,
-            "--redis",
-            url,
-            "--slot",
-            &self.db.name,
-        ];
-        all.extend(args);
-        *self.slot() = Some(Sink::start_in(&all, environment));
+        let args = [&["run"][..], args].concat();
+        let args = arguments(&args, conninfo, url, &self.db.name);
+        *self.slot() = Some(Sink::start_in(&args, environment));
+    }
+
+    /// What to type for a command of `walmirror` that is about this mirror: these arguments, its servers and its slot.
+    pub fn arguments(&self, args: &[&str]) -> Vec<String> {
+        let conninfo = self.db.pg.conninfo(&self.db.name);
+        arguments(args, &conninfo, &self.redis.url(), &self.db.name)
+    }
+
+    /// Runs such a command to its end: its exit code and what it printed.
+    pub fn run(&self, args: &[&str]) -> (Option<i32>, String) {
+        Sink::run(&self.arguments(args), DEADLINE)
+    }
+
+    /// A second sink for the same slot.
+    pub fn second_sink(&self) -> Sink {
+        Sink::start(&self.arguments(&["run"]))
     }
 
     /// The running sink.
@@ -160,6 +168,11 @@ impl Mirror {
     pub fn compare(&self) -> Report {
         compare(&mut self.db.connect(), &mut self.redis.connect())
     }
+}
+
+fn arguments(args: &[&str], conninfo: &str, url: &str, slot: &str) -> Vec<String> {
+    let servers = ["--postgres", conninfo, "--redis", url, "--slot", slot];
+    args.iter().chain(&servers).map(|&arg| arg.to_owned()).collect()
 }
 
 impl Default for Mirror {

@@ -1,5 +1,6 @@
 //! The sink under test, as a process.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
 use std::time::Duration;
@@ -15,12 +16,12 @@ pub struct Sink {
 
 impl Sink {
     /// Starts `walmirror` with these arguments.
-    pub fn start(args: &[&str]) -> Sink {
+    pub fn start(args: &[impl AsRef<OsStr>]) -> Sink {
         Sink::start_in(args, &[])
     }
 
     /// The same with variables of its environment.
-    pub fn start_in(args: &[&str], environment: &[(String, String)]) -> Sink {
+    pub fn start_in(args: &[impl AsRef<OsStr>], environment: &[(String, String)]) -> Sink {
         let dir = Dir::new("sink");
         let mut command = Sink::command(args);
         command.envs(environment.iter().cloned());
@@ -33,14 +34,14 @@ impl Sink {
     }
 
     /// The command itself, for a test that wants to run it to its end.
-    pub fn command(args: &[&str]) -> Command {
+    pub fn command(args: &[impl AsRef<OsStr>]) -> Command {
         let mut command = Command::new(binary());
         command.args(args);
         command
     }
 
     /// Runs it to its end and returns its exit code and what it printed.
-    pub fn run(args: &[&str], deadline: Duration) -> (Option<i32>, String) {
+    pub fn run(args: &[impl AsRef<OsStr>], deadline: Duration) -> (Option<i32>, String) {
         let mut sink = Sink::start(args);
         let status = sink.process.wait(deadline);
         (status.code(), sink.output())

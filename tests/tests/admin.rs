@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
-use walmirror_tests::{DEADLINE, Mirror, Signal, Sink, wait_for};
+use walmirror_tests::{DEADLINE, Mirror, Signal, wait_for};
 
 /// An address that nobody listens on now.
 fn free_address() -> String {
@@ -116,21 +116,8 @@ fn metrics_are_read_and_move() {
 #[test]
 fn doctor_warns_when_a_slot_keeps_much() {
     let mirror = Mirror::alone("max_slot_wal_keep_size = '64MB'");
-    let conninfo = mirror.db.pg.conninfo(&mirror.db.name);
-    let doctor = || {
-        let url = mirror.redis.url();
-        let args = [
-            "doctor",
-            "--postgres",
-            &conninfo,
-            "--redis",
-            &url,
-            "--slot",
-            "kept",
-        ];
-        Sink::run(&args, DEADLINE).1
-    };
-    mirror.sql("SELECT pg_create_logical_replication_slot('kept', 'walmirror')");
+    let doctor = || mirror.run(&["doctor"]).1;
+    mirror.sql("SELECT pg_create_logical_replication_slot(current_database(), 'walmirror')");
     assert!(!doctor().contains("WARN"), "{}", doctor());
     mirror
         .sql("SELECT pg_logical_emit_message(false, 'x', repeat('x', 1000000)) FROM generate_series(1, 45)");

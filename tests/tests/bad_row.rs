@@ -25,19 +25,9 @@ fn mirror(setup: &str, args: &[&str]) -> Mirror {
 }
 
 fn walmirror(m: &Mirror, command: &str) -> (i32, String) {
-    let (conninfo, url) = (m.db.pg.conninfo(&m.db.name), m.redis.url());
     let mut args: Vec<&str> = command.split_whitespace().collect();
-    args.extend([
-        "--postgres",
-        &conninfo,
-        "--redis",
-        &url,
-        "--slot",
-        &m.db.name,
-        "--log-level",
-        "error",
-    ]);
-    let (code, output) = Sink::run(&args, DEADLINE);
+    args.extend(["--log-level", "error"]);
+    let (code, output) = m.run(&args);
     assert!(!output.contains(CANARY), "a value was printed");
     (code.unwrap(), output)
 }

@@ -13,7 +13,7 @@
 use std::time::Duration;
 
 use rand::Rng;
-use walmirror_tests::{Dir, Lsn, Scenario, Setup, Signal, Sink, wait_for};
+use walmirror_tests::{Dir, Lsn, Scenario, Setup, Signal, wait_for};
 
 /// How often the sink is killed; `KILLS=200` by hand.
 fn kills() -> u32 {
@@ -92,16 +92,7 @@ fn the_frozen_one_wakes_up_after_another_took_over() {
     s.silence("2s");
     for round in 0..3 {
         s.m.sink(|sink| sink.signal(Signal::STOP));
-        let (conninfo, url) = (s.m.db.pg.conninfo(&s.m.db.name), s.m.redis.url());
-        let mut second = Sink::start(&[
-            "run",
-            "--postgres",
-            &conninfo,
-            "--redis",
-            &url,
-            "--slot",
-            &s.m.db.name,
-        ]);
+        let mut second = s.m.second_sink();
         let from = s.progress();
         let before = s.m.db.lsn();
         wait_for(Duration::from_secs(30), "the second to take over", || {

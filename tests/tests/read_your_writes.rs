@@ -98,24 +98,19 @@ fn commit_returns_when_redis_has_the_row() {
 fn wait_returns_when_redis_has_the_row() {
     let m = Mirror::with(SETUP);
     let url = m.redis.url();
+    // Without --postgres: only Redis is asked.
+    let wait = |timeout: &str| {
+        let lsn = m.db.lsn().to_string();
+        let servers = ["--redis", &url, "--slot", &m.db.name];
+        let until = ["--lsn", &lsn, "--timeout", timeout];
+        Sink::run(&[&["wait"][..], &servers, &until].concat(), DEADLINE)
+    };
     let mut redis = m.redis.connect();
     for round in 1..=60 {
         let id = round % 100;
         m.sql(&format!("UPDATE t SET n = {round} WHERE id = {id}"));
-        let lsn = m.db.lsn().to_string();
-        let wait = [
-            "wait",
-            "--redis",
-            &url,
-            "--slot",
-            &m.db.name,
-            "--lsn",
-            &lsn,
-            "--timeout",
-            "30s",
-        ];
-        let output = Sink::command(&wait).output().unwrap();
-        assert!(output.status.success(), "{output:?}");
+        let (code, output) = wait("30s");
+        assert_eq!(code, Some(0), "{output}");
         let read: i32 = redis::cmd("HGET")
             .arg(format!("t:{id}"))
             .arg("n")
@@ -126,18 +121,6 @@ fn wait_returns_when_redis_has_the_row() {
     // Nobody applies anything: it says so after its time.
     m.sink(Sink::kill);
     m.sql("UPDATE t SET n = 0");
-    let lsn = m.db.lsn().to_string();
-    let wait = [
-        "wait",
-        "--redis",
-        &url,
-        "--slot",
-        &m.db.name,
-        "--lsn",
-        &lsn,
-        "--timeout",
-        "300ms",
-    ];
-    let (code, output) = Sink::run(&wait, DEADLINE);
+    let (code, output) = wait("300ms");
     assert_eq!(code, Some(7), "{output}");
 }

@@ -16,17 +16,7 @@ const TABLE: &str = "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t 
 fn run_goes_on_from_where_init_began() {
     let m = Mirror::new();
     m.sql(TABLE);
-    let (postgres, redis) = (m.db.pg.conninfo(&m.db.name), m.redis.url());
-    let init = [
-        "init",
-        "--postgres",
-        &postgres,
-        "--redis",
-        &redis,
-        "--slot",
-        &m.db.name,
-    ];
-    let (code, output) = Sink::run(&init, DEADLINE);
+    let (code, output) = m.run(&["init"]);
     assert_eq!(code, Some(0), "{output}");
     m.sql("INSERT INTO t VALUES (1000, 'between')");
     m.start_with(&["--on-gap", "fail"]);
@@ -35,7 +25,7 @@ fn run_goes_on_from_where_init_began() {
     assert!(!log.contains("do not fit"), "{log}");
     // Again: the slot is there already, and nothing is begun anew.
     let before = m.progress();
-    let (code, output) = Sink::run(&init, DEADLINE);
+    let (code, output) = m.run(&["init"]);
     assert_eq!(code, Some(0), "{output}");
     assert!(m.progress() >= before);
     m.check();
@@ -46,19 +36,7 @@ fn an_emptied_redis_is_refused_or_filled_again() {
     let m = Mirror::with(TABLE);
     m.sink(Sink::terminate);
     let _: String = m.redis.command("FLUSHALL");
-    let (postgres, redis) = (m.db.pg.conninfo(&m.db.name), m.redis.url());
-    let run = [
-        "run",
-        "--postgres",
-        &postgres,
-        "--redis",
-        &redis,
-        "--slot",
-        &m.db.name,
-        "--on-gap",
-        "fail",
-    ];
-    let (code, output) = Sink::run(&run, DEADLINE);
+    let (code, output) = m.run(&["run", "--on-gap", "fail"]);
     assert_eq!(code, Some(6), "{output}");
     assert!(
         output.contains("no progress") && output.contains("--on-gap resync"),
@@ -93,16 +71,7 @@ fn a_slot_that_was_dropped_is_made_again_and_the_tables_with_it() {
 #[test]
 fn a_second_sink_waits_and_takes_over_when_the_first_is_gone() {
     let m = Mirror::with(TABLE);
-    let (postgres, redis) = (m.db.pg.conninfo(&m.db.name), m.redis.url());
-    let mut second = Sink::start(&[
-        "run",
-        "--postgres",
-        &postgres,
-        "--redis",
-        &redis,
-        "--slot",
-        &m.db.name,
-    ]);
+    let mut second = m.second_sink();
     m.sql("INSERT INTO t VALUES (1000, 'by the first')");
     m.check();
     second.assert_running();

@@ -20,19 +20,8 @@ const CANARY: &str = "canary-in-a-row";
 
 /// Runs a command against both servers: its exit code and what it printed.
 fn walmirror(m: &Mirror, args: &[&str]) -> (i32, String) {
-    let (conninfo, url) = (m.db.pg.conninfo(&m.db.name), m.redis.url());
-    let mut all = args.to_vec();
-    all.extend([
-        "--postgres",
-        &conninfo,
-        "--redis",
-        &url,
-        "--slot",
-        &m.db.name,
-        "--log-level",
-        "warn",
-    ]);
-    let (code, output) = Sink::run(&all, Duration::from_secs(120));
+    let all = [args, &["--log-level", "warn"][..]].concat();
+    let (code, output) = Sink::run(&m.arguments(&all), Duration::from_secs(120));
     println!("{args:?}: {code:?}\n{output}");
     assert!(!output.contains(CANARY), "a value was printed");
     (code.expect("an exit code"), output)
@@ -403,16 +392,7 @@ fn memory_is_bounded() {
     ));
     m.start();
     m.settle_within(Duration::from_secs(120));
-    let (conninfo, url) = (m.db.pg.conninfo(&m.db.name), m.redis.url());
-    let args = [
-        "verify",
-        "--postgres",
-        &conninfo,
-        "--redis",
-        &url,
-        "--slot",
-        &m.db.name,
-    ];
+    let args = m.arguments(&["verify"]);
     let started = std::time::Instant::now();
     let mut child = Sink::command(&args).stdout(Stdio::null()).spawn().unwrap();
     let mut highest_kib = 0;
