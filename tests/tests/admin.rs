@@ -114,6 +114,45 @@ fn metrics_are_read_and_move() {
 }
 
 #[test]
+fn captured_rows_that_are_dropped_are_counted_by_reason() {
+    let address = free_address();
+    let mirror = Mirror::new();
+    mirror.sql(
+        "CREATE TABLE c (id int PRIMARY KEY, v text); INSERT INTO c VALUES (1, 'old'), (2, 'old'); \
+         SELECT walmirror.cache('c')",
+    );
+    mirror.start_with(&["--admin", &address]);
+    mirror.sync();
+    let admitted = figure(&address, "walmirror_read_admitted_total").unwrap();
+    let mut reader = mirror.db.connect();
+    reader
+        .batch_execute("SET walmirror.capture_interval = 0")
+        .unwrap();
+    let mut reading = reader
+        .build_transaction()
+        .isolation_level(postgres::IsolationLevel::RepeatableRead)
+        .start()
+        .unwrap();
+    reading.query("SELECT txid_current_snapshot()", &[]).unwrap();
+    mirror.sql("UPDATE c SET v = 'new' WHERE id = 1");
+    // An old row and one that is as it was.
+    assert_eq!(reading.query("SELECT * FROM c", &[]).unwrap().len(), 2);
+    reading.commit().unwrap();
+    mirror.sql("SELECT pg_logical_emit_message(true, 'test', '')");
+    mirror.sync();
+    let dropped = |reason: &str| {
+        let name = format!("walmirror_captures_dropped_total{{reason=\"{reason}\"}}");
+        figure(&address, &name).unwrap()
+    };
+    assert_eq!(dropped("changed"), 1.0);
+    assert_eq!(dropped("other_version") + dropped("unknown_table"), 0.0);
+    assert_eq!(
+        figure(&address, "walmirror_read_admitted_total"),
+        Some(admitted + 1.0)
+    );
+}
+
+#[test]
 fn doctor_warns_when_a_slot_keeps_much() {
     let mirror = Mirror::alone("max_slot_wal_keep_size = '64MB'");
     let doctor = || mirror.run(&["doctor"]).1;

@@ -3,6 +3,7 @@
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text::encode};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
@@ -14,10 +15,14 @@ use crate::run::Health;
 
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
+const SEE_DOCS: &str = "See docs/operations.md";
+
 /// The figures of one moment.
 #[derive(Debug)]
 struct Figures {
     counters: Vec<(String, &'static str, u64)>,
+    /// Counters with a label `reason`.
+    by_reason: Vec<(String, Vec<(&'static str, u64)>)>,
     gauges: Vec<(&'static str, &'static str, f64)>,
 }
 
@@ -33,7 +38,11 @@ impl Figures {
     fn new(health: &Health, sample: &Sample) -> Self {
         let counted = health.metrics.read().into_iter();
         let mut counters: Vec<_> = counted
-            .map(|(name, value)| (format!("walmirror_{name}"), "See docs/operations.md", value))
+            .map(|(name, value)| (format!("walmirror_{name}"), SEE_DOCS, value))
+            .collect();
+        let by_reason = health.metrics.read_by_reason().into_iter();
+        let by_reason = by_reason
+            .map(|(name, reasons)| (format!("walmirror_{name}"), reasons))
             .collect();
         let of_process = [
             ("walmirror_sessions", "Sessions that began", &health.sessions),
@@ -115,7 +124,11 @@ impl Figures {
         if let Some(bytes) = resident_bytes() {
             gauges.push(("walmirror_resident_bytes", "Resident memory", bytes as f64));
         }
-        Self { counters, gauges }
+        Self {
+            counters,
+            by_reason,
+            gauges,
+        }
     }
 }
 
@@ -124,6 +137,12 @@ impl Collector for Figures {
         for (name, help, value) in &self.counters {
             let counter = ConstCounter::new(*value);
             counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
+        }
+        for (name, reasons) in &self.by_reason {
+            let mut family = encoder.encode_descriptor(name, SEE_DOCS, None, MetricType::Counter)?;
+            for (reason, value) in reasons {
+                ConstCounter::new(*value).encode(family.encode_family(&[("reason", *reason)])?)?;
+            }
         }
         for (name, help, value) in &self.gauges {
             let gauge = ConstGauge::new(*value);
@@ -163,6 +182,20 @@ mod tests {
         {
             assert!(docs.contains(name), "{name} is not in docs/operations.md");
         }
+        // Each reason, too.
+        for line in text.lines() {
+            let reason = line
+                .split_once("reason=\"")
+                .and_then(|(_, rest)| rest.split('"').next());
+            assert!(
+                reason.is_none_or(|reason| docs.contains(reason)),
+                "{line} is not in docs/operations.md"
+            );
+        }
+        assert!(
+            text.contains("walmirror_captures_dropped_total{reason=\"changed\"} 0"),
+            "{text}"
+        );
         assert!(
             text.contains("walmirror_pending_keys 3") && text.ends_with("# EOF\n"),
             "{text}"

@@ -59,6 +59,7 @@ impl Planning {
             .is_some_and(|registered| registered.generation == chunk.generation);
         let is_orphaned = matches!(chunk.content, Content::Orphans(_));
         if !is_orphaned && (!is_current || chunk.window.is_stale()) {
+            add(&self.shared.metrics.chunks_dropped.outdated, 1);
             chunk.window.done(true);
             return Ok(());
         }
@@ -73,6 +74,7 @@ impl Planning {
             }
             if !self.item(&chunk, position)? {
                 // Read under another version of the table than the stream has announced so far.
+                add(&self.shared.metrics.chunks_dropped.other_version, 1);
                 chunk.window.done(true);
                 return Ok(());
             }

@@ -2,6 +2,7 @@
 //! `plan_loop` owns one and feeds it.
 
 mod assembly;
+mod captures;
 mod chunks;
 mod records;
 mod registry;

@@ -3,13 +3,12 @@
 use std::sync::Arc;
 
 use walmirror_proto::Lsn;
-use walmirror_proto::frame::{CaptureRef, FrameReader, RecordRef};
+use walmirror_proto::frame::{FrameReader, RecordRef};
 use walmirror_proto::pb;
 
 use super::super::metrics::add;
 use super::{Definition, Planning, standing};
 use crate::error::Error;
-use crate::gate::{Snapshot, Verdict};
 use crate::plan::{Change, Mapping, Planned, Purge, Trust};
 use crate::rejected::Rejected;
 use crate::request::Request;
@@ -64,7 +63,10 @@ impl Planning {
             .transactions
             .change("a row")
             .map_err(|error| self.broken("a row", error))?;
-        let Some(open) = open else { return Ok(()) };
+        let Some(open) = open else {
+            add(&self.shared.metrics.rows_skipped.already_applied, 1);
+            return Ok(());
+        };
         let definition = self.definitions.get(index as usize).and_then(Option::as_ref);
         let Some(definition) = definition else {
             // INVARIANT I5: a relation stands before its first row.
@@ -72,7 +74,10 @@ impl Planning {
         };
         let trust = match definition.standing {
             Standing::Trusted(trust) => trust,
-            Standing::Forgotten => return Ok(()),
+            Standing::Forgotten => {
+                add(&self.shared.metrics.rows_skipped.forgotten_table, 1);
+                return Ok(());
+            }
             Standing::Unregistered => {
                 // Perhaps the row of an old transaction, and the table was forgotten in an earlier session.
                 let relation = definition.relation.clone();
@@ -306,38 +311,6 @@ impl Planning {
         Ok(())
     }
 
-    /// Rows that a SELECT read. INVARIANT I10: through the gate. Dropping any of them is safe.
-    fn capture(&mut self, capture: &CaptureRef<'_>) -> Result<(), Error> {
-        let Some(registered) = self.registry.get(capture.oid) else {
-            return Ok(());
-        };
-        if registered.relation.fingerprint != capture.fingerprint {
-            return Ok(());
-        }
-        let mapping = Arc::clone(&registered.mapping);
-        let snapshot = Snapshot::from(&capture.snapshot);
-        for tuple in capture.rows() {
-            let row = mapping
-                .datums(&tuple)
-                .map_err(|error| self.broken("a captured row", error))?;
-            let hash = self
-                .planner
-                .read_key(&self.gate, &mapping, &row)
-                .map_err(|error| self.broken("a captured row", error))?;
-            if let Some(hash) = hash
-                && !tuple.has_unchanged()
-                && self.gate.admit(capture.oid, hash, &snapshot) == Verdict::Admit
-                && !self.planner.is_too_large(&mapping, &row)
-            {
-                add(&self.shared.metrics.read_admitted, 1);
-                self.planner
-                    .read_row(self.assembly.batch(), &mapping, Trust::Refreshing, &row, hash);
-                self.dirty = true;
-            }
-        }
-        Ok(())
-    }
-
     /// Compares what the catalog says with the registry, at the place of the stream where it was read.
     pub(super) fn reconcile(&mut self, catalog: &[pb::Relation]) -> Result<(), Error> {
         for relation in catalog
@@ -362,7 +335,7 @@ impl Planning {
         Ok(())
     }
 
-    fn broken(&self, what: &str, source: impl Into<crate::error::Source>) -> Error {
+    pub(super) fn broken(&self, what: &str, source: impl Into<crate::error::Source>) -> Error {
         Error::stream(format!("the stream cannot be followed: {what}"), source).at(self.lsn)
     }
 }

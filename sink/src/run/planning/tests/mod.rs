@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
 
+mod captures;
 mod chunks;
 mod nothing;
 mod purges;

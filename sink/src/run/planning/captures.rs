@@ -1,0 +1,59 @@
+//! Rows that a SELECT read, on their way through the gate. Dropping any of them is safe, so whatever speaks against one
+//! drops it; each reason is counted.
+
+use std::sync::Arc;
+
+use walmirror_proto::frame::CaptureRef;
+
+use super::super::metrics::add;
+use super::Planning;
+use crate::error::Error;
+use crate::gate::{Snapshot, Verdict};
+use crate::plan::Trust;
+
+impl Planning {
+    /// INVARIANT I10: through the gate.
+    pub(super) fn capture(&mut self, capture: &CaptureRef<'_>) -> Result<(), Error> {
+        let dropped = &self.shared.metrics.captures_dropped;
+        let Some(registered) = self.registry.get(capture.oid) else {
+            add(&dropped.unknown_table, capture.rows().count() as u64);
+            return Ok(());
+        };
+        if registered.relation.fingerprint != capture.fingerprint {
+            add(&dropped.other_version, capture.rows().count() as u64);
+            return Ok(());
+        }
+        let mapping = Arc::clone(&registered.mapping);
+        let snapshot = Snapshot::from(&capture.snapshot);
+        for tuple in capture.rows() {
+            let row = mapping
+                .datums(&tuple)
+                .map_err(|error| self.broken("a captured row", error))?;
+            let hash = self
+                .planner
+                .read_key(&self.gate, &mapping, &row)
+                .map_err(|error| self.broken("a captured row", error))?;
+            let dropped = &self.shared.metrics.captures_dropped;
+            let Some(hash) = hash else {
+                add(&dropped.no_key, 1);
+                continue;
+            };
+            if tuple.has_unchanged() {
+                add(&dropped.not_encoded, 1);
+                continue;
+            }
+            match self.gate.admit(capture.oid, hash, &snapshot) {
+                Verdict::Admit if self.planner.is_too_large(&mapping, &row) => add(&dropped.too_large, 1),
+                Verdict::Admit => {
+                    add(&self.shared.metrics.read_admitted, 1);
+                    self.planner
+                        .read_row(self.assembly.batch(), &mapping, Trust::Refreshing, &row, hash);
+                    self.dirty = true;
+                }
+                Verdict::Changed => add(&dropped.changed, 1),
+                Verdict::Forgotten => add(&dropped.forgotten, 1),
+            }
+        }
+        Ok(())
+    }
+}
