@@ -155,13 +155,25 @@ fn captured_rows_that_are_dropped_are_counted_by_reason() {
 #[test]
 fn doctor_warns_when_a_slot_keeps_much() {
     let mirror = Mirror::alone("max_slot_wal_keep_size = '64MB'");
-    let doctor = || mirror.run(&["doctor"]).1;
+    let doctor = || {
+        let (code, output) = mirror.run(&["doctor"]);
+        assert_eq!(code, Some(0), "{output}");
+        output
+    };
     mirror.sql("SELECT pg_create_logical_replication_slot(current_database(), 'walmirror')");
-    assert!(!doctor().contains("WARN"), "{}", doctor());
+    let told = doctor();
+    assert!(
+        !told.contains("WARN") && told.ends_with("all is well\n"),
+        "{told}"
+    );
     mirror
         .sql("SELECT pg_logical_emit_message(false, 'x', repeat('x', 1000000)) FROM generate_series(1, 45)");
     let told = doctor();
-    assert!(told.contains("WARN: the slot keeps"), "{told}");
+    assert!(
+        told.contains("\nWARN  retained WAL             the slot keeps"),
+        "{told}"
+    );
+    assert!(told.contains("1 of the checks warn"), "{told}");
     assert!(
         told.contains("64 MiB") && told.contains("max_slot_wal_keep_size"),
         "{told}"

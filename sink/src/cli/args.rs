@@ -65,8 +65,8 @@ Example:
   walmirror doctor --postgres dbname=shop --redis redis://localhost:6379
 
 Changes nothing. Without --redis only Postgres is checked, without --postgres only Redis.
-The exit code is 0 if all is well, 3 if something has to be done at Postgres, 4 if only at
-Redis, 5 if a server did not answer.")]
+The exit code is 0 if nothing FAILs (a WARN does not count), 3 if something has to be done
+at Postgres, 4 if only at Redis, 5 if a server did not answer.")]
     Doctor,
 
     /// Show how far the mirror is.

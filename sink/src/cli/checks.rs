@@ -18,6 +18,8 @@ pub enum Outcome {
     Ok(String),
     /// Works, but somebody should know; with the next command, if there is one.
     Note(String, Option<String>),
+    /// Works, and will not for long if nobody does something; with the next command.
+    Warn(String, String),
     /// Does not work; with the next command.
     Fail(String, String),
 }
@@ -35,6 +37,10 @@ impl Check {
     pub fn failed(&self) -> bool {
         matches!(self.outcome, Outcome::Fail(..))
     }
+
+    pub fn warned(&self) -> bool {
+        matches!(self.outcome, Outcome::Warn(..))
+    }
 }
 
 impl fmt::Display for Check {
@@ -42,6 +48,7 @@ impl fmt::Display for Check {
         let (word, text, next) = match &self.outcome {
             Outcome::Ok(text) => ("ok  ", text, None),
             Outcome::Note(text, next) => ("note", text, next.as_ref()),
+            Outcome::Warn(text, next) => ("WARN", text, Some(next)),
             Outcome::Fail(text, next) => ("FAIL", text, Some(next)),
         };
         write!(f, "{word}  {:<24} {text}", self.name)?;

@@ -37,9 +37,9 @@ pub fn slot_outcome(slot: &SlotName, info: Option<&SlotInfo>, database: &str) ->
             ),
             drop,
         ),
-        (_, _, Some("unreserved")) => Outcome::Note(
+        (_, _, Some("unreserved")) => Outcome::Warn(
             format!("the slot {slot} is about to lose its WAL (wal_status unreserved)"),
-            Some("SHOW max_slot_wal_keep_size;".into()),
+            "SHOW max_slot_wal_keep_size;".into(),
         ),
         (_, _, status) => {
             let at = info
@@ -64,7 +64,7 @@ pub fn retained_outcome(retained: Option<&Retained>) -> Outcome {
         return Outcome::Ok("no slot that keeps any".into());
     };
     match retained.warning() {
-        Some(warning) => Outcome::Note(format!("WARN: {}", warning.text), Some(warning.next.into())),
+        Some(warning) => Outcome::Warn(warning.text, warning.next.into()),
         None => Outcome::Ok(retained.describe()),
     }
 }
@@ -123,6 +123,10 @@ mod tests {
         assert!(matches!(
             outcome(&info("walmirror", "db", "lost")),
             Outcome::Fail(..)
+        ));
+        assert!(matches!(
+            outcome(&info("walmirror", "db", "unreserved")),
+            Outcome::Warn(..)
         ));
         assert!(matches!(slot_outcome(&slot, None, "db"), Outcome::Note(..)));
     }

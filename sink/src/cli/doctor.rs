@@ -22,36 +22,59 @@ pub fn run(options: &Options) -> Result<(), Error> {
         exit::REDIS,
         redis.map(|url| checks_redis::redis(&url, &slot)),
     )?;
-    match postgres.or(redis) {
+    let warnings = postgres.warnings + redis.warnings;
+    match postgres.failure.or(redis.failure) {
         Some(error) => Err(error),
-        None => say("all is well"),
+        None if warnings == 0 => say("all is well"),
+        None => say(format!(
+            "it works, and {warnings} of the checks warn: each says the next command"
+        )),
     }
 }
 
-/// Prints the checks of one server, an unreachable one as a check that failed. What is returned sums up what failed.
+/// What the checks of one server came to.
+#[derive(Debug, Default)]
+pub struct Summary {
+    /// Sums up those that failed, if any did.
+    pub failure: Option<Error>,
+    /// How many warn of something that works for now.
+    pub warnings: usize,
+}
+
+/// Prints the checks of one server, an unreachable one as a check that failed.
 pub fn print(
     name: &'static str,
     exit_code: u8,
     checks: Option<Result<Vec<Check>, Error>>,
-) -> Result<Option<Error>, Error> {
+) -> Result<Summary, Error> {
     let checks = match checks {
-        None => return Ok(None),
+        None => return Ok(Summary::default()),
         Some(Ok(checks)) => checks,
         Some(Err(error)) => {
             say(checks::from_error(name, &error))?;
-            return Ok(Some(Error::checks(
-                "there is no connection to check through",
-                error.exit_code(),
-            )));
+            let failure = Error::checks("there is no connection to check through", error.exit_code());
+            return Ok(Summary {
+                failure: Some(failure),
+                warnings: 0,
+            });
         }
     };
     for check in &checks {
         say(check)?;
     }
-    let failed = checks.iter().filter(|check| check.failed()).count();
+    let count = |which: fn(&Check) -> bool| checks.iter().filter(|check| which(check)).count();
+    let (failed, warnings) = (count(Check::failed), count(Check::warned));
+    let warn = if warnings > 0 {
+        format!(", {warnings} warn")
+    } else {
+        String::new()
+    };
     let what = format!(
-        "{failed} of {} checks failed: each says the next command",
+        "{failed} of {} checks failed{warn}: each says the next command",
         checks.len()
     );
-    Ok((failed > 0).then(|| Error::checks(what, exit_code)))
+    Ok(Summary {
+        failure: (failed > 0).then(|| Error::checks(what, exit_code)),
+        warnings,
+    })
 }

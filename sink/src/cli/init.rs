@@ -19,12 +19,12 @@ pub fn run(options: &Options, shutdown: &Shutdown) -> Result<(), Error> {
     let (conninfo, slot) = (options.postgres()?, options.slot());
     let redis = options.redis_if_given()?;
     let postgres = print("server", exit::POSTGRES, Some(checks::postgres(&conninfo, &slot)))?;
-    let redis_failed = print(
+    let redis_checks = print(
         "Redis",
         exit::REDIS,
         redis.map(|url| checks_redis::redis(&url, &slot)),
     )?;
-    if let Some(error) = postgres.or(redis_failed) {
+    if let Some(error) = postgres.failure.or(redis_checks.failure) {
         return Err(error);
     }
     let mut connection =
