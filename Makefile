@@ -34,6 +34,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PG=18 picks the Postgres version (15 is the default; 16 and 18 are downloaded when needed)."
+	@echo "  WALMIRROR_REDIS_SERVER=/path/to/valkey-server runs the tests with another Redis, or Valkey."
 
 deps: ## install what is missing with apt (or print the command)
 	@command -v cargo > /dev/null || { \

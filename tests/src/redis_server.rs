@@ -1,6 +1,7 @@
 //! A private Redis server.
 
 use std::net::TcpListener;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use redis::{Connection, FromRedisValue};
@@ -13,6 +14,11 @@ pub(crate) fn free_port() -> u16 {
     std::iter::repeat_with(|| rand::random_range(12_000..32_000))
         .find(|&port| TcpListener::bind(("127.0.0.1", port)).is_ok())
         .expect("it does not end")
+}
+
+/// The server's executable: WALMIRROR_REDIS_SERVER names another Redis, or Valkey.
+fn executable() -> String {
+    std::env::var("WALMIRROR_REDIS_SERVER").unwrap_or_else(|_| "redis-server".to_owned())
 }
 
 /// A Redis on a free port of the loopback interface, that persists nothing unless told.
@@ -45,7 +51,7 @@ impl Redis {
 
     /// Starts the server (again), on the same port.
     pub fn resume(&mut self) {
-        let mut command = Command::new("redis-server");
+        let mut command = Command::new(executable());
         command.args([
             "--port",
             &self.port.to_string(),
@@ -100,8 +106,19 @@ impl Redis {
     }
 
     /// Its directory.
-    pub fn dir(&self) -> &std::path::Path {
+    pub fn dir(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// The file that it appends to, with `--appendonly yes`.
+    pub fn append_only_file(&self) -> PathBuf {
+        self.dir().join("appendonlydir/appendonly.aof.1.incr.aof")
+    }
+
+    /// Whether it knows the command.
+    pub fn knows(&self, command: &str) -> bool {
+        let known: Vec<redis::Value> = self.command(&format!("COMMAND INFO {command}"));
+        !matches!(known.first(), None | Some(redis::Value::Nil))
     }
 
     /// The URL of its database 0.

@@ -1,6 +1,7 @@
 //! The frame of every fault test: a mirror whose two links can be broken, a load that goes on, somebody who looks all the
 //! time, and what must be true in the end, whatever happened in between.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
@@ -232,6 +233,20 @@ impl Scenario {
         let seen = self.log().len();
         self.m.sink(Sink::restart);
         self.said("walmirror starts", seen);
+    }
+
+    /// Ends Redis the way that a power failure does: what was appended since its file had this length is not there.
+    #[track_caller]
+    pub fn lose_the_tail(&mut self, length: u64) {
+        self.watch.may_lose(true);
+        self.m.redis.stop(Signal::KILL);
+        let file = File::options()
+            .write(true)
+            .open(self.m.redis.append_only_file())
+            .unwrap();
+        assert!(file.metadata().unwrap().len() > length, "nothing was appended");
+        file.set_len(length).unwrap();
+        self.m.redis.resume();
     }
 
     /// From here on Redis may have lost data, and tables may be backfilled anew: only the end counts.

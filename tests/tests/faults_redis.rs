@@ -10,8 +10,7 @@
     clippy::indexing_slicing
 )]
 
-use std::fs::{self, File};
-use std::path::PathBuf;
+use std::fs;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
@@ -32,24 +31,6 @@ fn with(options: &[&str]) -> Setup {
 }
 
 const EVERYSEC: [&str; 4] = ["--appendonly", "yes", "--appendfsync", "everysec"];
-
-/// The file that Redis appends to.
-fn append_only_file(redis: &Redis) -> PathBuf {
-    redis.dir().join("appendonlydir/appendonly.aof.1.incr.aof")
-}
-
-/// Ends Redis the way that a power failure does: what was appended since the file had this length is not there.
-fn lose_the_tail(s: &mut Scenario, length: u64) {
-    s.watch.may_lose(true);
-    s.m.redis.stop(Signal::KILL);
-    let file = File::options()
-        .write(true)
-        .open(append_only_file(&s.m.redis))
-        .unwrap();
-    assert!(file.metadata().unwrap().len() > length);
-    file.set_len(length).unwrap();
-    s.m.redis.resume();
-}
 
 #[test]
 fn restarted_in_good_order() {
@@ -84,11 +65,11 @@ fn the_last_second_is_lost() {
         with(&EVERYSEC).args(&["--durability", "memory=5s"]),
     );
     for _ in 0..3 {
-        let length = fs::metadata(append_only_file(&s.m.redis)).unwrap().len();
+        let length = fs::metadata(s.m.redis.append_only_file()).unwrap().len();
         std::thread::sleep(Duration::from_millis(1000));
         s.flow();
         let before = s.progress();
-        lose_the_tail(&mut s, length);
+        s.lose_the_tail(length);
         let after = s.progress();
         assert!(after < before, "nothing was lost: {before:?}, {after:?}");
         s.flow();
@@ -105,11 +86,11 @@ fn more_is_lost_than_allowed_for() {
         "more_is_lost_than_allowed_for",
         with(&EVERYSEC).args(&["--durability", "memory=100ms"]),
     );
-    let length = fs::metadata(append_only_file(&s.m.redis)).unwrap().len();
+    let length = fs::metadata(s.m.redis.append_only_file()).unwrap().len();
     s.flow();
     std::thread::sleep(Duration::from_millis(1500));
     s.flow();
-    lose_the_tail(&mut s, length);
+    s.lose_the_tail(length);
     s.resyncs();
     s.said("it lost what is between", 0);
     s.finish(&[&LOST[..], &["it lost what is between"]].concat());

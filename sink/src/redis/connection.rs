@@ -101,15 +101,22 @@ impl Connection {
 
 /// The longest value that Redis takes: a longer one would end the connection. A Redis that does not tell has the default.
 pub fn value_limit(connection: &mut Connection) -> Result<usize, Error> {
+    let told = setting(connection, "proto-max-bulk-len")?;
+    Ok(told
+        .and_then(|digits| digits.parse().ok())
+        .unwrap_or(crate::plan::VALUE_BYTES))
+}
+
+/// What CONFIG GET says; None where it says nothing, as where the login may not ask.
+pub(super) fn setting(connection: &mut Connection, name: &str) -> Result<Option<String>, Error> {
     let mut commands = Commands::new();
-    commands.command(&[b"CONFIG", b"GET", b"proto-max-bulk-len"]);
+    commands.command(&[b"CONFIG", b"GET", name.as_bytes()]);
     connection.send(commands.as_bytes())?;
-    let told = match connection.receive()? {
+    Ok(match connection.receive()? {
         Value::Array(items) => match items.into_iter().nth(1) {
-            Some(Value::BulkString(digits)) => String::from_utf8_lossy(&digits).parse().ok(),
+            Some(Value::BulkString(text)) => String::from_utf8(text).ok(),
             _ => None,
         },
         _ => None,
-    };
-    Ok(told.unwrap_or(crate::plan::VALUE_BYTES))
+    })
 }

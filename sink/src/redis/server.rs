@@ -20,7 +20,8 @@ impl Server {
     pub(crate) fn start() -> Option<Self> {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("redis.sock");
-        let spawned = Command::new("redis-server")
+        let executable = std::env::var_os("WALMIRROR_REDIS_SERVER");
+        let spawned = Command::new(executable.unwrap_or_else(|| "redis-server".into()))
             .args([
                 "--port",
                 "0",

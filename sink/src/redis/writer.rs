@@ -6,6 +6,7 @@
 
 use redis::{ServerError, Value};
 
+use super::connection::setting;
 use super::error::{class_of, reply_error};
 use super::{Claim, Connection, Scan};
 use crate::config::OnBadRow;
@@ -208,6 +209,11 @@ impl Writer {
                 error.next("walmirror run --durability memory   # or Redis 7.2 or later with appendonly yes")
             })?;
         Ok(matches!(reply, Value::Array(counts) if matches!(counts.first(), Some(Value::Int(1..)))))
+    }
+
+    /// Whether Redis never tells the disk to keep what it appends. Where it does not say, it is taken to do so.
+    pub fn never_syncs(&mut self) -> Result<bool, Error> {
+        Ok(setting(&mut self.connection, "appendfsync")?.as_deref() == Some("no"))
     }
 
     /// Removes the keys of a purge. Few keys become commands behind the MULTI that is returned, so that they go in the

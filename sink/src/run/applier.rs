@@ -42,6 +42,12 @@ pub(super) fn apply(
     if durability == Durability::Aof {
         // A Redis that knows no WAITAOF, or has no append-only file, is told of at once and not at the first change.
         writer.wait_aof(1)?;
+        if writer.never_syncs()? {
+            tracing::warn!(
+                "--durability aof, and Redis' appendfsync is no: nothing is ever confirmed, and Postgres keeps its WAL; \
+                 next: redis-cli CONFIG SET appendfsync everysec"
+            );
+        }
     }
     loop {
         match segments.recv_timeout(WAIT_EVERY) {
