@@ -125,6 +125,7 @@ impl World {
                 return Ok(());
             }
             4 => {
+                self.was_durable = redis.position_after(durable);
                 redis.roll_back_to(all.saturating_sub(self.dice.roll(30) as usize));
                 self.gap_is_due = true;
             }

@@ -38,6 +38,8 @@ pub(super) struct World {
     disasters: bool,
     /// One happened, or the slot was confirmed up to the end by a clean stop: a gap is what has to follow.
     gap_is_due: bool,
+    /// What was durable before Redis lost more than it may. The sink that runs has seen that, and may still say so.
+    was_durable: u64,
     late_claim: bool,
 }
 
@@ -91,6 +93,7 @@ impl World {
             checks: Checks::default(),
             disasters: dice.once_in(3),
             gap_is_due: false,
+            was_durable: 0,
             late_claim: false,
             dice,
         }

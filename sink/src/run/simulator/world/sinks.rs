@@ -56,6 +56,7 @@ impl World {
             }
             return match Session::claim(&self.setting, starting, &self.server, &mut self.postgres) {
                 Ok(session) => {
+                    self.was_durable = 0;
                     self.sink = Some(session);
                     Ok(())
                 }
@@ -100,7 +101,10 @@ impl World {
         }
         if let Some(slot) = &mut self.postgres.slot {
             // An emptied Redis has nothing to be safe, and the gap is seen by that the progress is gone.
-            if flushed > durable.max(slot.confirmed) && has_progress && broken != Broken::ConfirmAhead {
+            if flushed > durable.max(slot.confirmed).max(self.was_durable)
+                && has_progress
+                && broken != Broken::ConfirmAhead
+            {
                 return Err(format!(
                     "{flushed} is confirmed, but only {durable} is durable (I1)"
                 ));
