@@ -109,11 +109,11 @@ impl World {
                     "{flushed} is confirmed, but only {durable} is durable (I1)"
                 ));
             }
-            self.gap_is_due &= least < slot.confirmed;
             if lock(&self.server).redis.trace {
                 println!("confirmed {}, now {flushed}; durable {durable}", slot.confirmed);
             }
             slot.confirmed = slot.confirmed.max(flushed);
+            self.gap_is_due &= least < slot.confirmed;
             if self.dice.once_in(2) {
                 slot.persisted = slot.confirmed;
             }
