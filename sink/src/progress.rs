@@ -16,6 +16,8 @@ const BACKFILL: &str = "backfill:";
 pub(crate) const RESYNC: &str = "resync";
 /// The fields of a transaction that is applied in part.
 pub(crate) const PART_FIELDS: [&[u8]; 3] = [b"part_xid", b"part_commit_lsn", b"part_records"];
+/// The field that says that keys are removed ahead of the transaction that they go with.
+pub(crate) const PURGING: &[u8] = b"purging";
 
 /// What the progress hash says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -36,6 +38,8 @@ pub struct Progress {
     pub part: Option<Part>,
     /// oid -> backfill cursor (JSON); see [`Self::cursor`].
     pub cursors: BTreeMap<u32, String>,
+    /// Keys may be gone that go only with a transaction behind `lsn`.
+    pub purging: bool,
     /// Redis and the stream did not fit together, and the session that was to make everything anew has not begun to.
     pub resync: bool,
 }
@@ -102,6 +106,7 @@ impl Progress {
             database: text("database").unwrap_or_default(),
             part,
             cursors,
+            purging: fields.contains_key("purging"),
             resync: fields.contains_key(RESYNC),
         }))
     }

@@ -4,9 +4,10 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
+use postgres::config::TargetSessionAttrs;
 use postgres::{Client, NoTls};
 
 use crate::{DEADLINE, Dir, Process, Signal, wait_for};
@@ -40,6 +41,7 @@ pub struct Pg {
     dir: Dir,
     bin: PathBuf,
     version: u32,
+    standby: OnceLock<PathBuf>,
 }
 
 impl Pg {
@@ -83,6 +85,7 @@ impl Pg {
             dir,
             bin,
             version,
+            standby: OnceLock::new(),
         };
         pg.configure(SETTINGS);
         pg.configure(&format!("unix_socket_directories = '{}'", pg.host()));
@@ -245,6 +248,30 @@ impl Pg {
             .pid()
     }
 
+    /// From here on every connection looks for whichever of the two is the primary. The process, the data directory and the
+    /// log stay those of this one.
+    pub fn fails_over_to(&self, standby: &Pg) {
+        let set = self.standby.set(standby.dir.path().to_owned());
+        set.expect("one standby at most");
+    }
+
+    /// What names it, and the standby if there is one, in a connection string of libpq.
+    fn hosts(&self) -> String {
+        match self.standby.get() {
+            None => format!("host={} port=5432", self.host()),
+            Some(standby) => format!(
+                "host={},{} port=5432 target_session_attrs=read-write",
+                self.host(),
+                standby.display()
+            ),
+        }
+    }
+
+    /// Whether it has a standby that connections know of.
+    pub fn has_standby(&self) -> bool {
+        self.standby.get().is_some()
+    }
+
     /// The data directory.
     pub fn data(&self) -> PathBuf {
         self.dir.path().join("data")
@@ -257,7 +284,7 @@ impl Pg {
 
     /// A libpq connection string for a database.
     pub fn conninfo(&self, database: &str) -> String {
-        format!("host={} port=5432 user=postgres dbname={database}", self.host())
+        format!("{} user=postgres dbname={database}", self.hosts())
     }
 
     /// The same for the `postgres` crate.
@@ -269,6 +296,11 @@ impl Pg {
             .user("postgres")
             .dbname(database);
         config.connect_timeout(Duration::from_secs(10));
+        if let Some(standby) = self.standby.get() {
+            config
+                .host_path(standby)
+                .target_session_attrs(TargetSessionAttrs::ReadWrite);
+        }
         config
     }
 

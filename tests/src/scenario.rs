@@ -97,12 +97,17 @@ impl Scenario {
         m.sql(&tables(&word));
         let redis_link = Proxy::to_port(m.redis.port());
         let pg_link = Proxy::to_socket(setup.pg.socket());
-        let conninfo = format!(
-            "host=127.0.0.1 port={} user={} dbname={}",
-            pg_link.port(),
-            setup.user,
-            m.db.name
-        );
+        let conninfo = if setup.pg.has_standby() {
+            // libpq asks the next host when nobody listens; the link would always listen.
+            setup.pg.conninfo(&m.db.name)
+        } else {
+            format!(
+                "host=127.0.0.1 port={} user={} dbname={}",
+                pg_link.port(),
+                setup.user,
+                m.db.name
+            )
+        };
         let url = format!("redis://{}127.0.0.1:{}/0", setup.redis_login, redis_link.port());
         let admin = free_port();
         let address = format!("127.0.0.1:{admin}");

@@ -50,8 +50,9 @@ pub fn slot_outcome(slot: &SlotName, info: Option<&SlotInfo>, database: &str) ->
                 .active_pid
                 .map(|pid| format!(", in use by process {pid}"))
                 .unwrap_or_default();
+            let failover = if info.failover { ", failover slot" } else { "" };
             Outcome::Ok(format!(
-                "{slot}: confirmed {at}, WAL {}{user}",
+                "{slot}: confirmed {at}, WAL {}{failover}{user}",
                 status.unwrap_or("?")
             ))
         }
@@ -106,6 +107,7 @@ mod tests {
             active: false,
             active_pid: None,
             wal_status: Some(status.into()),
+            failover: false,
         };
         let outcome = |info: &SlotInfo| slot_outcome(&slot, Some(info), "db");
         assert!(matches!(

@@ -85,6 +85,7 @@ fn begin_progress(
         slot.as_str(),
         &identity,
         Some(lsn),
+        |_| Ok(()),
     )?;
     say(format!("Redis begins at {lsn} too"))
 }

@@ -275,7 +275,15 @@ fn schedule(server: &Server, value: ValueKind, seed: u64) {
     let mut reader = server.connect();
     reader.call("empty", &[b"FLUSHALL"]).unwrap();
     let keys = RedisKeys::new("s");
-    let claim = Claim::take(server.connect(), &keys, "s", &Identity::default(), Some(Lsn(1))).unwrap();
+    let claim = Claim::take(
+        server.connect(),
+        &keys,
+        "s",
+        &Identity::default(),
+        Some(Lsn(1)),
+        |_| Ok(()),
+    )
+    .unwrap();
     let mut fixture = Fixture {
         planner: Planner::new(keys.clone(), claim.scripts.clone()),
         gate: Gate::new(1 << 16, 0, 0),
@@ -396,7 +404,15 @@ fn a_patch_that_finds_no_key_is_noted_and_writes_nothing() {
         let mut reader = server.connect();
         reader.call("empty", &[b"FLUSHALL"]).unwrap();
         let keys = RedisKeys::new("s");
-        let claim = Claim::take(server.connect(), &keys, "s", &Identity::default(), Some(Lsn(1))).unwrap();
+        let claim = Claim::take(
+            server.connect(),
+            &keys,
+            "s",
+            &Identity::default(),
+            Some(Lsn(1)),
+            |_| Ok(()),
+        )
+        .unwrap();
         let mut fixture = Fixture {
             planner: Planner::new(keys.clone(), claim.scripts.clone()),
             gate: Gate::new(1 << 16, 0, 0),

@@ -10,7 +10,7 @@ use walmirror_proto::{Lsn, pb};
 use super::Connection;
 use crate::error::{Class, Error};
 use crate::plan::{RedisKeys, Script, Scripts};
-use crate::progress::{PART_FIELDS, Progress, RESYNC};
+use crate::progress::{PART_FIELDS, PURGING, Progress, RESYNC};
 
 /// What earlier sessions left.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -100,13 +100,15 @@ fn damaged(key: &[u8], why: &str) -> Error {
 
 impl Claim {
     /// Takes the right to write, and ends the connections of whoever had it. With `start`, the progress begins anew at
-    /// this position (first start, or resync after a gap); otherwise it goes on from what is stored.
+    /// this position (first start, or resync after a gap); otherwise it goes on from what is stored, if that `fits`: nothing
+    /// is written before it has been asked, nor if what is stored changes after.
     pub fn take(
         mut connection: Connection,
         keys: &RedisKeys,
         slot: &str,
         identity: &Identity,
         start: Option<Lsn>,
+        fits: impl FnOnce(&Stored) -> Result<(), Error>,
     ) -> Result<Self, Error> {
         let scripts = load_scripts(&mut connection)?;
         connection.call("watch the progress key", &[b"WATCH", &keys.progress])?;
@@ -121,6 +123,7 @@ impl Claim {
                 "it was there a moment ago: Redis was emptied meanwhile",
             ));
         }
+        fits(&stored)?;
         let epoch = stored.progress.as_ref().map_or(0, |progress| progress.epoch) + 1;
         let mut fields: Vec<(&str, String)> = vec![
             ("epoch", epoch.to_string()),
@@ -135,6 +138,7 @@ impl Claim {
             // written its first batch.
             let mut command: Vec<&[u8]> = vec![b"HDEL", &keys.progress];
             command.extend(PART_FIELDS);
+            command.push(PURGING);
             connection.call("reset the progress", &command)?;
             fields.push(("lsn", lsn.to_string()));
             fields.push((RESYNC, "1".to_owned()));

@@ -4,12 +4,14 @@
 //! calls [`Stream::hold`] instead of [`Stream::next`]. The server then feels the back-pressure (nothing is read,
 //! INVARIANT I7), and the status updates that `hold` goes on sending keep it from ending the connection.
 
+mod history;
 mod message;
 mod retained;
 pub mod settings;
 pub mod slot;
 mod stream;
 
+pub use history::{History, history};
 pub use message::{Message, MessageError, parse};
 pub use retained::{Retained, Warning, retained};
 pub use slot::{SlotInfo, SystemInfo, create_slot, drop_slot, identify_system, slot_info};

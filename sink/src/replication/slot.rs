@@ -29,6 +29,8 @@ pub struct SlotInfo {
     pub active_pid: Option<i32>,
     /// `reserved`, `extended`, `unreserved` or `lost`.
     pub wal_status: Option<String>,
+    /// Whether standbys keep a copy of it that can be used after a promotion (Postgres 17).
+    pub failover: bool,
 }
 
 /// What IDENTIFY_SYSTEM says.
@@ -44,19 +46,29 @@ pub struct SystemInfo {
     pub database: Option<String>,
 }
 
+/// The first version that has failover slots.
+const FAILOVER_SINCE: i32 = 170_000;
+
 /// Makes a logical slot, and returns its consistent point: every transaction that commits after it is in the stream.
 ///
-/// Refuses where walmirror is not preloaded. Waits for all transactions that run at this moment. A temporary slot lives as long as the connection.
+/// Refuses where walmirror is not preloaded. Waits for all transactions that run at this moment. A temporary slot lives as
+/// long as the connection; one that stays is a failover slot where the server knows what that is.
 pub fn create_slot(
     connection: &mut Connection,
     slot: &str,
     plugin: &str,
     temporary: bool,
 ) -> Result<Lsn, Error> {
+    let (kind, options) = if temporary {
+        (" TEMPORARY", "NOEXPORT_SNAPSHOT")
+    } else if connection.server_version() >= FAILOVER_SINCE {
+        ("", "(SNAPSHOT 'nothing', FAILOVER)")
+    } else {
+        ("", "NOEXPORT_SNAPSHOT")
+    };
     let command = format!(
-        "CREATE_REPLICATION_SLOT {}{} LOGICAL {} NOEXPORT_SNAPSHOT",
+        "CREATE_REPLICATION_SLOT {}{kind} LOGICAL {} {options}",
         quote_identifier(slot),
-        if temporary { " TEMPORARY" } else { "" },
         quote_identifier(plugin)
     );
     let what = || format!("cannot create the slot {slot:?}");
@@ -88,8 +100,13 @@ pub fn drop_slot(connection: &mut Connection, slot: &str) -> Result<(), Error> {
 
 /// Looks at a slot; None when there is none of this name.
 pub fn slot_info(connection: &mut Connection, slot: &str) -> Result<Option<SlotInfo>, Error> {
+    let failover = if connection.server_version() >= FAILOVER_SINCE {
+        "failover"
+    } else {
+        "false"
+    };
     let sql = format!(
-        "SELECT plugin, database, confirmed_flush_lsn, restart_lsn, active, active_pid, wal_status \
+        "SELECT plugin, database, confirmed_flush_lsn, restart_lsn, active, active_pid, wal_status, {failover} \
          FROM pg_catalog.pg_replication_slots WHERE slot_name = {}",
         quote_literal(slot)
     );
@@ -108,6 +125,7 @@ pub fn slot_info(connection: &mut Connection, slot: &str) -> Result<Option<SlotI
         active: result.text(0, 4) == Some("t"),
         active_pid: result.text(0, 5).and_then(|text| text.parse().ok()),
         wal_status: text(6),
+        failover: result.text(0, 7) == Some("t"),
     }))
 }
 

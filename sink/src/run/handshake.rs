@@ -4,14 +4,16 @@ use std::time::Duration;
 
 use walmirror_proto::Lsn;
 
-use super::decide::{Decision, decide, still_fits};
+use super::decide::{Decision, Server, decide, still_fits};
 use crate::config::{OnGap, RunConfig};
 use crate::error::Error;
 use crate::plan::RedisKeys;
 use crate::pq::{Connection as Postgres, ErrorKind, PqError, Waker};
 use crate::redis::{Claim, Connection as Redis, Identity, read_stored};
 use crate::replication::slot::PLUGIN;
-use crate::replication::{SlotInfo, Stream, create_slot, drop_slot, identify_system, slot_info};
+use crate::replication::{
+    History, SlotInfo, Stream, create_slot, drop_slot, history, identify_system, slot_info,
+};
 
 /// What a session begins with.
 pub(super) struct Handshake {
@@ -57,11 +59,35 @@ pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> 
         database: system.database.unwrap_or_default(),
     };
 
-    let decision = decide(stored.progress.as_ref(), info.as_ref(), &identity, system.xlogpos);
+    // Timelines only rise, and the first one has no history.
+    let before = stored.progress.as_ref().map(|progress| progress.timeline);
+    let history = if before.is_some_and(|before| before < identity.timeline) {
+        history(&mut replication, identity.timeline)?
+    } else {
+        History::none()
+    };
+    let server = Server {
+        slot: info.as_ref(),
+        identity: &identity,
+        history: &history,
+        end: system.xlogpos,
+    };
+
+    let decision = decide(stored.progress.as_ref(), &server);
     // Making a slot waits for all transactions that are running.
     replication.answer_within(None);
     let (start, fresh) = match decision {
-        Decision::Resume(lsn) => (lsn, None),
+        Decision::Resume(lsn) => {
+            if let Some(before) = before.filter(|before| *before != identity.timeline) {
+                tracing::info!(
+                    slot,
+                    %lsn,
+                    "there was a failover from timeline {before} to {}, and nothing is missing: going on",
+                    identity.timeline
+                );
+            }
+            (lsn, None)
+        }
         Decision::First => {
             let lsn = create_slot(&mut replication, slot, PLUGIN, false)?;
             tracing::info!(slot, %lsn, "first start: the slot is made, all mirrored tables will be backfilled");
@@ -96,8 +122,10 @@ pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> 
     // The slot comes first: whoever holds it is alive, and is not to be fenced off.
     let options = [("proto_version", "1")];
     let stream = Stream::start_on(replication, slot, start, &options, config.status_interval)?;
-    let claim = Claim::take(redis, keys, slot, &identity, fresh)?;
-    still_fits(&claim.stored, start, fresh)?;
+    let claim = Claim::take(redis, keys, slot, &identity, fresh, |stored| match fresh {
+        Some(_) => Ok(()),
+        None => still_fits(stored, start, &server),
+    })?;
     let horizon = horizon(&mut sql)?;
     let silence = silence(&mut sql)?;
     let confirmed = fresh

@@ -105,8 +105,8 @@ fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) ->
             }
         };
         match input {
-            Some(Input::Frame(bytes)) => {
-                planning.frame(&bytes)?;
+            Some(Input::Frame(bytes, start)) => {
+                planning.frame(&bytes, start)?;
                 let left = shared.queued_bytes.fetch_sub(bytes.len(), Ordering::SeqCst) - bytes.len();
                 if left < QUEUE_BYTES / 2 && shared.held.swap(false, Ordering::SeqCst) {
                     shared.wake_stream();

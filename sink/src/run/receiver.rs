@@ -80,11 +80,15 @@ pub(super) fn receive(
             continue;
         }
         match stream.next(trail.wait(now))? {
-            Event::Frame { bytes, wal_end, .. } => {
+            Event::Frame {
+                bytes,
+                wal_start,
+                wal_end,
+            } => {
                 shared.health.note_stream(Some(wal_end));
                 asked = now;
                 shared.queued_bytes.fetch_add(bytes.len(), Ordering::AcqRel);
-                let _ = queue.send(Input::Frame(bytes));
+                let _ = queue.send(Input::Frame(bytes, wal_start));
             }
             Event::Keepalive { wal_end, .. } => {
                 shared.health.note_stream(Some(wal_end));

@@ -18,8 +18,8 @@ pub(super) const QUEUE_BYTES: usize = 8 * 1024 * 1024;
 /// What the planner gets, in the order in which it counts.
 #[derive(Debug)]
 pub enum Input {
-    /// One write of the output plugin.
-    Frame(CopyBuffer),
+    /// One write of the output plugin, and where it was.
+    Frame(CopyBuffer, Lsn),
     /// The server has sent everything before this.
     Keepalive(Lsn),
     /// A worker read something; its marker follows in the stream.

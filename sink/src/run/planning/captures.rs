@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use walmirror_proto::Lsn;
 use walmirror_proto::frame::CaptureRef;
 
 use super::super::metrics::add;
@@ -12,8 +13,9 @@ use crate::gate::{Snapshot, Verdict};
 use crate::plan::Trust;
 
 impl Planning {
-    /// INVARIANT I10: through the gate.
-    pub(super) fn capture(&mut self, capture: &CaptureRef<'_>) -> Result<(), Error> {
+    /// INVARIANT I10: through the gate. `start`: where it was noted in the WAL.
+    pub(super) fn capture(&mut self, capture: &CaptureRef<'_>, start: Lsn) -> Result<(), Error> {
+        self.pass(start);
         let dropped = &self.shared.metrics.captures_dropped;
         let Some(registered) = self.registry.get(capture.oid) else {
             add(&dropped.unknown_table, capture.rows().count() as u64);

@@ -19,8 +19,8 @@ use super::Standing;
 const INDEX_MAX: usize = 10_000_000;
 
 impl Planning {
-    /// Plans one frame.
-    pub(crate) fn frame(&mut self, frame: &[u8]) -> Result<(), Error> {
+    /// Plans one frame, which the plugin wrote when it was at `start`.
+    pub(crate) fn frame(&mut self, frame: &[u8], start: Lsn) -> Result<(), Error> {
         let mut rows = 0;
         for record in FrameReader::new(frame) {
             let record = record.map_err(|error| self.broken("a frame cannot be read", error))?;
@@ -47,7 +47,7 @@ impl Planning {
                 RecordRef::Truncate(truncate) => self.truncate(&truncate)?,
                 RecordRef::Forget(forget) => self.forget(&forget)?,
                 RecordRef::Marker(marker) => self.marker(&marker)?,
-                RecordRef::Capture(capture) => self.capture(&capture)?,
+                RecordRef::Capture(capture) => self.capture(&capture, start)?,
                 RecordRef::Error { error, .. } => self.error(&error)?,
             }
         }
@@ -306,9 +306,19 @@ impl Planning {
         let number = marker.content.strip_prefix(self.marker_prefix.as_slice());
         let number = number.and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok());
         if let Some(number) = number {
+            self.pass(Lsn(marker.lsn));
             self.chunks.release(number);
         }
         Ok(())
+    }
+
+    /// The position passes something that stands between transactions: every one that ended before it is planned, because
+    /// the server sends them in that order. What SQL read is written with such a position, so that Redis never holds more
+    /// than its position says: rows of a transaction that was not in the stream, as its table was not mirrored yet.
+    pub(super) fn pass(&mut self, lsn: Lsn) {
+        if !self.transactions.is_open() {
+            self.lsn = self.lsn.max(lsn);
+        }
     }
 
     /// Compares what the catalog says with the registry, at the place of the stream where it was read.

@@ -18,9 +18,9 @@ use crate::config::Durability;
 use crate::error::Error;
 use crate::gate::Gate;
 use crate::plan::RedisKeys;
-use crate::redis::{Claim, Connection, Identity, Segment, Writer, read_stored};
-use crate::replication::SlotInfo;
-use crate::run::decide::{Decision, decide, still_fits};
+use crate::redis::{Claim, Connection, Identity, Segment, Stored, Writer, read_stored};
+use crate::replication::{History, SlotInfo};
+use crate::run::decide::{Decision, Server, decide, still_fits};
 use crate::run::durability::{Seen, Trail};
 use crate::run::planning::{Limits, Planning, Start};
 
@@ -44,6 +44,17 @@ fn identity() -> Identity {
     }
 }
 
+/// What the server says; the model knows one timeline.
+fn says<'a>(slot: Option<&'a SlotInfo>, identity: &'a Identity, end: Lsn) -> Server<'a> {
+    static NONE: History = History::none();
+    Server {
+        slot,
+        identity,
+        history: &NONE,
+        end,
+    }
+}
+
 /// A session that has the slot, but not yet the right to write.
 pub(super) struct Starting {
     redis: Connection,
@@ -51,6 +62,8 @@ pub(super) struct Starting {
     start: Lsn,
     fresh: Option<Lsn>,
     confirmed: Lsn,
+    info: Option<SlotInfo>,
+    end: Lsn,
 }
 
 impl Starting {
@@ -77,14 +90,12 @@ pub(super) fn shake(
         active: false,
         active_pid: None,
         wal_status: Some("reserved".into()),
+        failover: false,
     });
     let mut gap = None;
-    let (start, fresh) = match decide(
-        stored.progress.as_ref(),
-        info.as_ref(),
-        &identity(),
-        Lsn(postgres.end),
-    ) {
+    let end = Lsn(postgres.end);
+    let decision = decide(stored.progress.as_ref(), &says(info.as_ref(), &identity(), end));
+    let (start, fresh) = match decision {
         Decision::Resume(lsn) => (lsn, None),
         Decision::First => {
             let lsn = Lsn(postgres.create_slot());
@@ -113,8 +124,10 @@ pub(super) fn shake(
         start,
         fresh,
         confirmed: fresh
-            .or(info.and_then(|slot| slot.confirmed_flush_lsn))
+            .or(info.as_ref().and_then(|slot| slot.confirmed_flush_lsn))
             .unwrap_or_default(),
+        info,
+        end,
     };
     Ok((starting, gap))
 }
@@ -147,9 +160,14 @@ impl Session {
             start,
             fresh,
             confirmed,
+            info,
+            end,
         } = starting;
-        let mut claim = Claim::take(redis, &setting.keys, "s", &identity(), fresh)?;
-        still_fits(&claim.stored, start, fresh)?;
+        let fits = |stored: &Stored| match fresh {
+            Some(_) => Ok(()),
+            None => still_fits(stored, start, &says(info.as_ref(), &identity(), end)),
+        };
+        let mut claim = Claim::take(redis, &setting.keys, "s", &identity(), fresh, fits)?;
         let broken = lock(server).redis.broken;
         if broken == Broken::ForgetPosition
             && let Some(progress) = &mut claim.stored.progress
@@ -219,7 +237,7 @@ impl Session {
             .as_mut()
             .and_then(|stream| stream.frame(postgres, dice, records))
         {
-            Some(frame) => self.planning.frame(&frame).map(|()| true),
+            Some(frame) => self.planning.frame(&frame, Lsn::INVALID).map(|()| true),
             None => Ok(false),
         }
     }

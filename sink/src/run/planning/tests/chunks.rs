@@ -54,6 +54,8 @@ fn a_chunk_waits_for_its_marker_and_passes_the_gate() {
         ]
     );
     assert!(written[4].contains("\"block\":9"), "{}", written[4]);
+    // What was read is never ahead of the position that it is written with.
+    assert_eq!(written.last().unwrap(), "HSET walmirror:{s}:progress lsn 0/1F");
     assert!(window.wait(0, || true) && !window.is_stale());
 }
 

@@ -127,11 +127,11 @@ impl Frame {
     }
 
     pub(super) fn feed(self, planning: &mut Planning) {
-        planning.frame(self.0.as_bytes()).unwrap();
+        planning.frame(self.0.as_bytes(), Lsn::INVALID).unwrap();
     }
 
     pub(super) fn fails(self, planning: &mut Planning) -> Error {
-        planning.frame(self.0.as_bytes()).unwrap_err()
+        planning.frame(self.0.as_bytes(), Lsn::INVALID).unwrap_err()
     }
 }
 

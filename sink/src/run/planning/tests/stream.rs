@@ -150,7 +150,7 @@ fn a_keepalive_moves_the_position_between_transactions_only() {
 #[test]
 fn a_broken_stream_is_an_error_that_says_where() {
     let mut planning = planning(settled(), 1 << 20, 1 << 24);
-    let error = planning.frame(b"\x0a\x05nope!").unwrap_err();
+    let error = planning.frame(b"\x0a\x05nope!", Lsn::INVALID).unwrap_err();
     assert!(error.to_string().contains("0/A"), "{error}");
     let mut frame = Frame::default().begin(100, 10);
     let mut tuple = TupleBuilder::new();
@@ -158,7 +158,7 @@ fn a_broken_stream_is_an_error_that_says_where() {
     frame.0.row(Kind::Insert, 9, &tuple, None);
     assert!(
         planning
-            .frame(frame.0.as_bytes())
+            .frame(frame.0.as_bytes(), Lsn::INVALID)
             .unwrap_err()
             .to_string()
             .contains("relation 9")

@@ -68,7 +68,7 @@ impl Courier {
         if self.broken == Broken::NoMarker {
             let mut frame = FrameWriter::new();
             frame.record(&pb::Marker { content, lsn: 0 }.into());
-            return planning.frame(frame.as_bytes());
+            return planning.frame(frame.as_bytes(), walmirror_proto::Lsn::INVALID);
         }
         postgres.message(|lsn| Wal::Marker { lsn, content });
         postgres.burn_xid();
