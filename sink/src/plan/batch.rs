@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Range;
 
+use super::Script;
 use crate::resp::Commands;
 
 /// What an operation means to others of the same key.
@@ -42,6 +43,7 @@ pub struct Batch {
     ops: Vec<Op>,
     last: HashMap<u64, u32, BuildHasherDefault<AsIs>>,
     dead: usize,
+    loaded: Vec<Script>,
 }
 
 /// The hash of a key is the gate's, which is good already.
@@ -143,6 +145,16 @@ impl Batch {
         };
         self.ops.push(op);
         &mut self.commands
+    }
+
+    /// Has a script there when the batch is applied, whatever happened to Redis' scripts before: a command that fails does not
+    /// undo the others of its EXEC, and the position is one of them.
+    pub fn load(&mut self, script: Script) {
+        if !self.loaded.contains(&script) {
+            self.loaded.push(script);
+            self.bookkeeping()
+                .command(&[b"SCRIPT", b"LOAD", script.source().as_bytes()]);
+        }
     }
 
     /// The key of an operation.

@@ -119,6 +119,7 @@ impl Planner {
         moved_from: Option<u64>,
         args: usize,
     ) -> &'b mut Commands {
+        batch.load(script);
         let kind = match moved_from {
             Some(old_hash) => {
                 batch.pin(old_hash);

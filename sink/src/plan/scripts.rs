@@ -5,6 +5,8 @@
 //! missing key is noted as pending, to be read again), `c` (cache: a missing key stays missing) or `r` (the table is
 //! being refreshed: what the key holds may be stale, so it is noted as pending in any case).
 
+use std::sync::LazyLock;
+
 /// The status reply of a script that noted its key as pending.
 pub const PENDING_REPLY: &str = "PENDING";
 
@@ -129,14 +131,18 @@ impl Script {
     pub const ALL: [Self; 4] = [Self::PatchHash, Self::PatchString, Self::PatchJson, Self::Purge];
 
     /// What SCRIPT LOAD gets.
-    pub fn source(self) -> String {
-        let (kind, body) = match self {
-            Self::PatchHash => ("hash", HASH),
-            Self::PatchString => ("string", STRING),
-            Self::PatchJson => ("string", JSON),
-            Self::Purge => return PURGE.to_owned(),
-        };
-        format!("{}{body}{EPILOGUE}", PROLOGUE.replace("KIND", kind))
+    pub fn source(self) -> &'static str {
+        static PATCHES: LazyLock<[String; 3]> = LazyLock::new(|| {
+            [("hash", HASH), ("string", STRING), ("string", JSON)]
+                .map(|(kind, body)| format!("{}{body}{EPILOGUE}", PROLOGUE.replace("KIND", kind)))
+        });
+        let [hash, string, json] = &*PATCHES;
+        match self {
+            Self::PatchHash => hash,
+            Self::PatchString => string,
+            Self::PatchJson => json,
+            Self::Purge => PURGE,
+        }
     }
 }
 

@@ -11,7 +11,7 @@ pub fn class_of(code: &str, detail: Option<&str>) -> Class {
         // batch or stopping would only make it worse.
         "LOADING" | "OOM" | "READONLY" | "MISCONF" | "CLUSTERDOWN" | "TRYAGAIN" | "BUSY" | "MASTERDOWN"
         | "NOREPLICAS" | "UNKILLABLE" | "UNBLOCKED" => Class::Retry,
-        // Somebody flushed the scripts: the next session loads them again.
+        // Somebody flushed the scripts, so a purge is refused (patches bring theirs): the next session loads them again.
         "NOSCRIPT" => Class::Retry,
         "NOAUTH" | "WRONGPASS" | "NOPERM" => Class::Access,
         "WRONGTYPE" | "DENIED" | "MOVED" | "ASK" | "CROSSSLOT" => Class::Operator,

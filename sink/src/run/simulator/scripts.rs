@@ -1,17 +1,15 @@
 //! The scripts of `plan/scripts.rs` once more, in Rust. That the real ones do the same is what `plan/model.rs` tests against
 //! a real Redis.
 
-use std::sync::OnceLock;
-
 use redis::Value;
 
 use super::redis::{Redis, Stored, error};
 use crate::plan::{PENDING_REPLY, Script};
 
 pub(super) fn load(source: &[u8]) -> Value {
-    static SOURCES: OnceLock<Vec<String>> = OnceLock::new();
-    let sources = SOURCES.get_or_init(|| Script::ALL.map(Script::source).to_vec());
-    let number = sources.iter().position(|known| known.as_bytes() == source);
+    let number = Script::ALL
+        .iter()
+        .position(|known| known.source().as_bytes() == source);
     number.map_or(Value::Nil, |number| {
         Value::BulkString(number.to_string().into_bytes())
     })
