@@ -37,6 +37,11 @@ impl Redis {
 
     /// Starts a server with further options, such as `&["--requirepass", "x"]`.
     pub fn start_with(options: &[&str]) -> Redis {
+        Redis::try_start_with(options).unwrap_or_else(|output| panic!("Redis ended:\n{output}"))
+    }
+
+    /// The same, for options that not every server takes; else what it said before it ended.
+    pub fn try_start_with(options: &[&str]) -> Result<Redis, String> {
         let port = free_port();
         let options = options.iter().map(|&o| o.to_owned()).collect();
         let mut redis = Redis {
@@ -45,12 +50,17 @@ impl Redis {
             port,
             options,
         };
-        redis.resume();
-        redis
+        redis.try_resume()?;
+        Ok(redis)
     }
 
     /// Starts the server (again), on the same port.
     pub fn resume(&mut self) {
+        self.try_resume()
+            .unwrap_or_else(|output| panic!("Redis ended:\n{output}"));
+    }
+
+    fn try_resume(&mut self) -> Result<(), String> {
         let mut command = Command::new(executable());
         command.args([
             "--port",
@@ -65,15 +75,18 @@ impl Redis {
         command.arg("--dir").arg(self.dir.path()).args(&self.options);
         let mut server = Process::start("redis", &self.dir.path().join("log"), None, &command);
         wait_for(DEADLINE, "Redis to start", || {
-            assert!(server.exited().is_none(), "Redis ended:\n{}", server.output());
+            if server.exited().is_some() {
+                return Some(Err(server.output()));
+            }
             let mut connection = self.client().get_connection().ok()?;
             // With a password set the answer is an error, but it is an answer.
             match redis::cmd("PING").query::<String>(&mut connection) {
                 Err(e) if e.is_io_error() || e.code() == Some("LOADING") => None,
-                _ => Some(()),
+                _ => Some(Ok(())),
             }
-        });
+        })?;
         self.process = Some(server);
+        Ok(())
     }
 
     /// Ends the server with a signal: `TERM` saves what its options say, `KILL` does not.

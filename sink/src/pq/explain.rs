@@ -31,6 +31,9 @@ pub fn next_after_connect(source: &PqError) -> Option<String> {
         (ErrorKind::Settings, _) if source.message.contains("no password supplied") => {
             format!("psql \"{target}\"   # put the password that works into ~/.pgpass, or into PGPASSWORD")
         }
+        (ErrorKind::Settings, _) if source.message.contains("certificate") => {
+            format!("psql \"{target} sslmode=verify-full\"   # sslrootcert names the authorities to trust; the server's certificate is ssl_cert_file there")
+        }
         (ErrorKind::Settings, _) => {
             "walmirror doctor --postgres 'host=localhost port=5432 dbname=mydb user=me'   # or postgresql://me@localhost/mydb".into()
         }

@@ -86,6 +86,12 @@ pub(super) fn client_error(what: impl Into<String>, error: RedisError, secret_ho
         .into_iter()
         .find(|code| text.contains(code));
     let class = hidden.map_or(class, |code| class_of(code, None));
+    if text.contains("invalid peer certificate") {
+        // It does not mend itself, so it is told as a refused login is.
+        return Error::redis(what, Class::Access, text).next(
+            "openssl s_client -connect <host>:<port> -showcerts   # what the server shows; SSL_CERT_FILE names whom to trust",
+        );
+    }
     let wrapped = Error::redis(what, class, text);
     let code = if class == Class::Access {
         "WRONGPASS"
