@@ -14,6 +14,7 @@ use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 
 use walmirror_proto::Lsn;
+use walmirror_proto::pb;
 
 use super::shared::Shared;
 use crate::backfill::{Backfill, Chunk};
@@ -60,6 +61,8 @@ pub(super) struct Start {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Standing {
     Trusted(Trust),
+    /// Another version than the one that Redis is kept by, and nobody announced it.
+    Stray,
     /// Nobody announced it yet: it is registered with its first row.
     Unregistered,
     /// The table was dropped or unlabelled: what an older transaction did to it is of no interest.
@@ -69,7 +72,7 @@ enum Standing {
 /// A version of a table, as rows name it.
 #[derive(Debug)]
 struct Definition {
-    relation: walmirror_proto::pb::Relation,
+    relation: pb::Relation,
     mapping: Arc<Mapping>,
     standing: Standing,
 }
@@ -246,20 +249,19 @@ impl Planning {
     fn restate(&mut self) {
         let (registry, forgotten) = (&self.registry, &self.forgotten);
         for definition in self.definitions.iter_mut().flatten() {
-            definition.standing = standing(registry, forgotten, &definition.mapping);
+            definition.standing = standing(registry, forgotten, &definition.relation);
         }
     }
 }
 
-fn standing(registry: &Registry, forgotten: &HashSet<u32>, mapping: &Mapping) -> Standing {
-    match registry.get(mapping.oid) {
-        Some(registered)
-            if registered.cursor.is_done() && registered.relation.fingerprint == mapping.fingerprint =>
-        {
-            Standing::Trusted(Trust::Settled)
-        }
-        Some(_) => Standing::Trusted(Trust::Refreshing),
-        None if forgotten.contains(&mapping.oid) => Standing::Forgotten,
+fn standing(registry: &Registry, forgotten: &HashSet<u32>, relation: &pb::Relation) -> Standing {
+    match registry.get(relation.oid) {
+        Some(registered) => match registered.is_settled_for(relation) {
+            Some(true) => Standing::Trusted(Trust::Settled),
+            Some(false) => Standing::Trusted(Trust::Refreshing),
+            None => Standing::Stray,
+        },
+        None if forgotten.contains(&relation.oid) => Standing::Forgotten,
         None => Standing::Unregistered,
     }
 }

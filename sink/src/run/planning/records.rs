@@ -78,6 +78,11 @@ impl Planning {
                 add(&self.shared.metrics.rows_skipped.forgotten_table, 1);
                 return Ok(());
             }
+            Standing::Stray => {
+                let relation = definition.relation.clone();
+                self.stray(&relation)?;
+                return self.planned_row(open.xid, index, Trust::Refreshing, change);
+            }
             Standing::Unregistered => {
                 // Perhaps the row of an old transaction, and the table was forgotten in an earlier session.
                 let relation = definition.relation.clone();
@@ -165,7 +170,7 @@ impl Planning {
         if self.definitions.len() <= index {
             self.definitions.resize_with(index + 1, || None);
         }
-        let standing = standing(&self.registry, &self.forgotten, &mapping);
+        let standing = standing(&self.registry, &self.forgotten, &relation);
         if let Some(place) = self.definitions.get_mut(index) {
             *place = Some(Definition {
                 relation,
@@ -173,6 +178,17 @@ impl Planning {
                 standing,
             });
         }
+        Ok(())
+    }
+
+    /// A row of a version that is neither the registered one nor was announced: the catalog has to say which one counts.
+    fn stray(&mut self, relation: &pb::Relation) -> Result<(), Error> {
+        self.registry
+            .outdate(self.assembly.batch(), relation.oid, relation)
+            .map_err(|error| self.broken("RELATION", error))?;
+        self.announced.remove(&relation.oid);
+        self.backfill.want_reconcile();
+        self.restate();
         Ok(())
     }
 

@@ -21,6 +21,22 @@ pub(super) struct Registered {
     pub(super) cursor: Cursor,
 }
 
+/// The fingerprint of a table of which rows of a version came that nobody announced. No version has it.
+const OUTDATED: u64 = 0;
+
+impl Registered {
+    /// Whether the keys are settled, for rows of this version. None: it is another version, whose keys nothing will remove.
+    pub(super) fn is_settled_for(&self, relation: &pb::Relation) -> Option<bool> {
+        if self.relation.fingerprint == relation.fingerprint {
+            return Some(self.cursor.is_done());
+        }
+        // A backfill removes the keys of its table's old templates when all transactions that write them have ended.
+        let is_due = self.relation.fingerprint == OUTDATED || !self.cursor.is_done();
+        let has_key = || self.relation.key == relation.key || self.cursor.old_keys.contains(&relation.key);
+        (is_due && has_key()).then_some(false)
+    }
+}
+
 /// All of them. Tells the backfill about every change.
 #[derive(Debug)]
 pub(super) struct Registry {
@@ -102,6 +118,9 @@ impl Registry {
         }
         old_keys.retain(|key| *key != relation.key);
         old_keys.dedup();
+        if is_cache(&relation) {
+            purges.extend(self.retired(oid, &old_keys));
+        }
         let mut cursor = fresh(&relation, old_keys);
         cursor.on_nothing = self.nothing_else && !self.relations.contains_key(&oid) && !cursor.is_done();
         self.store(batch, &relation);
@@ -139,20 +158,52 @@ impl Registry {
             .bookkeeping()
             .command(&[b"HDEL", &self.keys.relations, field.as_bytes()]);
         write_cursor(batch.bookkeeping(), &self.keys, oid, None);
-        let others = self.templates(oid);
-        let mut purges = vec![Purge::new(oid, &registered.mapping.template, &others)];
-        let old = registered
-            .cursor
-            .old_keys
-            .iter()
-            .filter_map(|key| KeyTemplate::parse(key).ok());
-        purges.extend(old.map(|template| Purge::retired(oid, &template, &others)));
+        let mut purges = vec![self.purge(oid, &registered.mapping.template)];
+        purges.extend(self.retired(oid, &registered.cursor.old_keys));
         Some(purges)
+    }
+
+    /// A row came of a version that nobody announced: the label changed while there was no slot, or an older transaction wrote
+    /// the row. Whatever is said of the table next, here or by the catalog, is a change; the keys of that version go with it.
+    pub(super) fn outdate(
+        &mut self,
+        batch: &mut Batch,
+        oid: u32,
+        met: &pb::Relation,
+    ) -> Result<(), MappingError> {
+        self.nothing_else = false;
+        let Some(Registered {
+            mut relation,
+            mut cursor,
+            ..
+        }) = self.relations.remove(&oid)
+        else {
+            return Ok(());
+        };
+        relation.fingerprint = OUTDATED;
+        cursor.fingerprint = OUTDATED;
+        cursor.on_nothing = false;
+        if met.key != relation.key && !cursor.old_keys.contains(&met.key) {
+            cursor.old_keys.push(met.key.clone());
+        }
+        self.store(batch, &relation);
+        write_cursor(batch.bookkeeping(), &self.keys, oid, Some(&cursor.to_json()));
+        self.insert(relation, cursor)
     }
 
     /// What removes the keys of a table.
     pub(super) fn purge(&self, oid: u32, template: &KeyTemplate) -> Purge {
         Purge::new(oid, template, &self.templates(oid))
+    }
+
+    /// What removes the keys of templates that a table had before.
+    fn retired(&self, oid: u32, old_keys: &[String]) -> Vec<Purge> {
+        let others = self.templates(oid);
+        old_keys
+            .iter()
+            .filter_map(|key| KeyTemplate::parse(key).ok())
+            .map(|template| Purge::retired(oid, &template, &others))
+            .collect()
     }
 
     /// A worker came so far.
