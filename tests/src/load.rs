@@ -2,13 +2,15 @@
 //! never changes, and a word in every row that must never be seen in a log.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use postgres::{Client, NoTls};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+
+use crate::{DEADLINE, wait_for};
 
 /// Accounts, and what all of them hold together.
 pub const ACCOUNTS: i32 = 20;
@@ -39,6 +41,8 @@ pub fn tables(word: &str) -> String {
 pub struct Load {
     stop: Arc<AtomicBool>,
     paused: Arc<AtomicBool>,
+    /// Writers that may be in a transaction.
+    busy: Arc<AtomicUsize>,
     committed: Arc<AtomicU64>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -47,30 +51,36 @@ impl Load {
     /// Starts so many writers, each of which rests for `pause` after a transaction.
     pub fn start(config: &postgres::Config, rng: &mut StdRng, writers: usize, pause: Duration) -> Load {
         let (stop, paused) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-        let committed = Arc::new(AtomicU64::new(0));
+        let (busy, committed) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicU64::new(0)));
         let threads = (0..writers)
             .map(|_| {
                 let (config, mut rng) = (config.clone(), StdRng::seed_from_u64(rng.random()));
-                let (stop, paused, committed) =
-                    (Arc::clone(&stop), Arc::clone(&paused), Arc::clone(&committed));
+                let (stop, paused, busy, committed) = (
+                    Arc::clone(&stop),
+                    Arc::clone(&paused),
+                    Arc::clone(&busy),
+                    Arc::clone(&committed),
+                );
                 thread::spawn(move || {
                     let mut client: Option<Client> = None;
                     while !stop.load(Ordering::Acquire) {
-                        if paused.load(Ordering::Acquire) {
-                            thread::sleep(Duration::from_millis(5));
-                            continue;
-                        }
                         let Some(open) = client.as_mut().filter(|client| !client.is_closed()) else {
                             client = config.connect(NoTls).ok();
                             thread::sleep(Duration::from_millis(20));
                             continue;
                         };
-                        // Writers meet in deadlocks and in keys that are taken; a fault takes the server away.
-                        match open.batch_execute(&transaction(&mut rng)) {
-                            Ok(()) => drop(committed.fetch_add(1, Ordering::AcqRel)),
-                            Err(_) => drop(open.batch_execute("ROLLBACK")),
+                        // First this and then a look at `paused`: who pauses does it the other way round.
+                        busy.fetch_add(1, Ordering::SeqCst);
+                        let rests = paused.load(Ordering::SeqCst);
+                        if !rests {
+                            // Writers meet in deadlocks and in keys that are taken; a fault takes the server away.
+                            match open.batch_execute(&transaction(&mut rng)) {
+                                Ok(()) => drop(committed.fetch_add(1, Ordering::AcqRel)),
+                                Err(_) => drop(open.batch_execute("ROLLBACK")),
+                            }
                         }
-                        thread::sleep(pause);
+                        busy.fetch_sub(1, Ordering::SeqCst);
+                        thread::sleep(if rests { Duration::from_millis(5) } else { pause });
                     }
                 })
             })
@@ -78,6 +88,7 @@ impl Load {
         Load {
             stop,
             paused,
+            busy,
             committed,
             threads,
         }
@@ -88,9 +99,18 @@ impl Load {
         self.committed.load(Ordering::Acquire)
     }
 
-    /// Lets the writers rest, or go on.
-    pub fn pause(&self, paused: bool) {
-        self.paused.store(paused, Ordering::Release);
+    /// Lets the writers go on.
+    pub fn resume(&self) {
+        self.paused.store(false, Ordering::SeqCst);
+    }
+
+    /// Lets the writers rest, and waits until none is in a transaction.
+    #[track_caller]
+    pub fn rest(&self) {
+        self.paused.store(true, Ordering::SeqCst);
+        wait_for(DEADLINE, "the writers to rest", || {
+            (self.busy.load(Ordering::SeqCst) == 0).then_some(())
+        });
     }
 
     /// Ends the writers.

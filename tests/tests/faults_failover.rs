@@ -100,7 +100,7 @@ fn a_failover_slot_goes_on() {
     let log = s.log();
     assert!(!log[seen..].contains("there was a failover"), "{log}");
     assert!(!log.contains("do not fit"), "{log}");
-    s.load.pause(true);
+    s.load.rest();
     s.m.settle();
     s.finish(&AWAY);
 }
@@ -124,7 +124,7 @@ fn a_failover_slot_behind_redis_is_a_gap() {
     s.m.sql("INSERT INTO item SELECT i, i, 'of a future that never was' FROM generate_series(2000, 2100) i; DELETE FROM doc");
     s.reach();
     s.resyncs();
-    s.load.pause(true);
+    s.load.rest();
     fail_over(&s, &standby);
     s.said("Postgres lost what is between", 0);
     s.m.settle();

@@ -149,14 +149,14 @@ fn slow_links() {
         } else {
             Way::ToServer
         };
-        s.load.pause(true);
+        s.load.rest();
         s.reach();
         link.heal();
         link.set(way, Mode::Throttle(8_000));
         s.m.sql("UPDATE doc SET body = body || part");
         s.reach();
         link.heal();
-        s.load.pause(false);
+        s.load.resume();
     }
     // A drip of one byte a second for a while.
     s.redis_link.set(Way::ToClient, Mode::Throttle(1));

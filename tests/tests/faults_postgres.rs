@@ -158,16 +158,16 @@ fn no_space_for_wal() {
 #[test]
 fn put_back_to_an_earlier_state() {
     let mut s = Scenario::start("put_back_to_an_earlier_state", Setup::alone(""));
-    s.load.pause(true);
+    s.load.rest();
     s.m.db.pg.stop(Signal::INT);
     let copy = s.m.db.pg.copy_data();
     s.m.db.pg.resume();
     s.m.db.reconnect();
-    s.load.pause(false);
+    s.load.resume();
     s.flow();
     s.m.sql("INSERT INTO item SELECT i, i, 'of a future that never was' FROM generate_series(2000, 2100) i");
     s.reach();
-    s.load.pause(true);
+    s.load.rest();
     s.resyncs();
     s.m.db.pg.stop(Signal::QUIT);
     s.m.db.pg.replace_data(&copy);
@@ -188,7 +188,7 @@ fn failover_to_a_standby() {
     s.m.sql("UPDATE item SET n = n + 1000; DELETE FROM doc");
     s.reach();
     s.resyncs();
-    s.load.pause(true);
+    s.load.rest();
     s.m.db.pg.stop(Signal::KILL);
     s.m.db.pg.replace_data(&backup);
     s.m.db.pg.resume();
@@ -271,7 +271,7 @@ fn nobody_is_let_in() {
 #[test]
 fn another_database_is_busy() {
     let s = Scenario::start("another_database_is_busy", Setup::alone(""));
-    s.load.pause(true);
+    s.load.rest();
     s.reach();
     let mut other = s.m.db.pg.connect("postgres");
     other.batch_execute("CREATE TABLE waste (v text)").unwrap();

@@ -134,7 +134,7 @@ fn a_large_transaction() {
     ));
     std::thread::sleep(Duration::from_millis(s.rng.random_range(100..1500)));
     s.kill_sink();
-    s.load.pause(true);
+    s.load.rest();
     s.m.settle_within(Duration::from_secs(120 + rows / 5_000));
     let (_, memory) = s.m.sink(|sink| sink.memory());
     println!("{rows} rows, {} MB at most", memory >> 20);
