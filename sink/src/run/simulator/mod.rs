@@ -32,6 +32,8 @@ mod table;
 mod workers;
 mod world;
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use redis::Broken;
 use world::World;
 
@@ -53,11 +55,24 @@ fn whatever_happens_redis_is_what_the_position_says() {
     }
     let count = number("WALMIRROR_SIM_COUNT").unwrap_or(2_000);
     let started = std::time::Instant::now();
-    for seed in 0..count {
-        if let Err(fault) = World::new(seed, Broken::Nothing).run() {
-            panic!("{fault}\nreplay it with WALMIRROR_SIM_SEED={seed}");
+    let next = AtomicU64::new(0);
+    let worker = || {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= count {
+                return;
+            }
+            if let Err(fault) = World::new(seed, Broken::Nothing).run() {
+                next.store(count, Ordering::Relaxed);
+                panic!("{fault}\nreplay it with WALMIRROR_SIM_SEED={seed}");
+            }
         }
-    }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(worker);
+        }
+    });
     println!(
         "{count} schedules, {:.0} a second",
         count as f64 / started.elapsed().as_secs_f64()
