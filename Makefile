@@ -24,7 +24,7 @@ packages = postgresql-15:/usr/lib/postgresql/15/bin/postgres \
 	libclang-dev:/usr/share/doc/libclang-dev libpq-dev:/usr/include/postgresql/libpq-fe.h \
 	redis-server:/usr/bin/redis-server pkg-config:/usr/bin/pkg-config gcc:/usr/bin/gcc g++:/usr/bin/g++ \
 	protobuf-compiler:/usr/bin/protoc python3-protobuf:/usr/lib/python3/dist-packages/google/protobuf \
-	python3-pip:/usr/lib/python3/dist-packages/pip libfaketime:/usr/share/doc/libfaketime
+	python3-pip:/usr/lib/python3/dist-packages/pip libfaketime:/usr/share/doc/libfaketime openssl:/usr/bin/openssl
 missing = $(strip $(foreach p,$(packages),$(if $(wildcard $(lastword $(subst :, ,$(p)))),,$(firstword $(subst :, ,$(p))))))
 
 .PHONY: help deps build extension install demo dev test faults test-matrix fuzz check-pg lint bench clean
