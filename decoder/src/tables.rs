@@ -76,12 +76,15 @@ impl Tables {
         self.known.contains_key(&table)
     }
 
-    /// As [`Tables::get`], for a table that is known by its oid and locked already, by the query that reads it; `None` if it is gone.
-    pub fn get_oid(&mut self, table: u32) -> Option<&mut Table> {
-        if !self.knows(table) {
-            let relation = Rel::open(pgrx::pg_sys::Oid::from(table))?;
-            return Some(self.get(&relation));
+    /// Looks up a table by its oid, which the query that reads it has locked already. Not if it is gone.
+    pub fn look_up(&mut self, table: u32) {
+        if let Some(relation) = Rel::open(pgrx::pg_sys::Oid::from(table)) {
+            self.get(&relation);
         }
+    }
+
+    /// What is known of a table, as of when [`Tables::knows`] was asked.
+    pub fn known(&mut self, table: u32) -> Option<&mut Table> {
         self.known.get_mut(&table)
     }
 

@@ -125,18 +125,25 @@ fn memory_is_confirmed_behind_its_window() {
     s.finish(&[]);
 }
 
+/// A Redis with an append-only file. None where it has no WAITAOF: tested is then that the sink says so.
+fn with_waitaof(fsync: &str) -> Option<Setup> {
+    let redis = Redis::start_with(&["--appendonly", "yes", "--appendfsync", fsync]);
+    if redis.knows("WAITAOF") {
+        return Some(Setup {
+            redis,
+            ..Setup::default()
+        });
+    }
+    println!("this Redis has no WAITAOF: tested is that the sink says so");
+    refuses_aof(&redis, "unknown command");
+    None
+}
+
 /// `aof`: what is confirmed survives a power failure, whenever the disk was last told to keep what was appended.
 #[test]
 fn only_what_the_append_only_file_holds_is_confirmed() {
-    let redis = Redis::start_with(&["--appendonly", "yes", "--appendfsync", "everysec"]);
-    if !redis.knows("WAITAOF") {
-        println!("this Redis has no WAITAOF: tested is that the sink says so");
-        refuses_aof(&redis, "unknown command");
+    let Some(setup) = with_waitaof("everysec") else {
         return;
-    }
-    let setup = Setup {
-        redis,
-        ..Setup::default()
     };
     let mut s = Scenario::start(
         "only_what_the_append_only_file_holds_is_confirmed",
@@ -182,16 +189,7 @@ fn only_what_the_append_only_file_holds_is_confirmed() {
 /// Where the disk is never told to keep anything, the slot would wait for ever: the sink says so.
 #[test]
 fn aof_without_fsync_is_said_at_the_start() {
-    let redis = Redis::start_with(&["--appendonly", "yes", "--appendfsync", "no"]);
-    if !redis.knows("WAITAOF") {
-        println!("this Redis has no WAITAOF: tested is that the sink says so");
-        refuses_aof(&redis, "unknown command");
-        return;
-    }
-    let setup = Setup {
-        redis,
-        ..Setup::default()
-    };
+    let Some(setup) = with_waitaof("no") else { return };
     let s = Scenario::start(
         "aof_without_fsync_is_said_at_the_start",
         setup.args(&["--durability", "aof"]),

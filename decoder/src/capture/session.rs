@@ -227,9 +227,12 @@ fn plan_of(tables: &mut Tables, table: u32) -> Option<&mut Plan> {
         if query::in_parallel_mode() {
             return None;
         }
-        query::isolated(|| tables.get_oid(table).map(|_| ()))?;
+        query::isolated(|| {
+            tables.look_up(table);
+            Some(())
+        })?;
     }
-    match tables.get_oid(table) {
+    match tables.known(table) {
         Some(Table::Configured(plan)) if captured(plan) => Some(plan),
         _ => None,
     }

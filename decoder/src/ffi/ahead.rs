@@ -98,7 +98,9 @@ pub fn turn(goes_on: impl Fn() -> bool) -> bool {
     // SAFETY: the context lives until `stop`. A walsender in its loop has no transaction; one that waits for WAL is busy.
     unsafe {
         let reader = (*context).reader;
-        if !walsender.has_more((*reader).EndRecPtr) || unguarded::IsTransactionState() {
+        // Zero: it was not told yet where to begin.
+        let position = (*reader).EndRecPtr;
+        if position == 0 || !walsender.has_more(position) || unguarded::IsTransactionState() {
             return false;
         }
         let began = unguarded::GetCurrentTimestamp();

@@ -78,9 +78,23 @@ pub fn catching<R>(work: impl FnOnce() -> R) -> Option<R> {
 ///
 /// Not in parallel mode, where Postgres has no subtransactions.
 pub fn isolated<R>(work: impl FnOnce() -> Option<R>) -> Option<R> {
-    let outer = catching(Subtransaction::begin)?;
+    // SAFETY: reads backend-local state.
+    let level = || unsafe { unguarded::GetCurrentTransactionNestLevel() };
+    let before = level();
+    let outer = match std::panic::catch_unwind(Subtransaction::begin) {
+        Ok(outer) => outer,
+        Err(payload) if level() == before => {
+            handle(payload);
+            return None;
+        }
+        // Begun by half: only the end of the whole transaction mends that.
+        Err(payload) => std::panic::resume_unwind(payload),
+    };
     match std::panic::catch_unwind(AssertUnwindSafe(work)) {
-        Ok(Some(done)) => catching(|| outer.release()).map(|()| done),
+        Ok(Some(done)) => {
+            outer.release();
+            Some(done)
+        }
         Ok(None) => {
             outer.roll_back();
             None

@@ -12,6 +12,8 @@ unsafe extern "C-unwind" {
     pub fn GetTopTransactionIdIfAny() -> u32;
     /// xact.c
     pub fn IsInParallelMode() -> bool;
+    /// xact.c; 1 outside of subtransactions.
+    pub fn GetCurrentTransactionNestLevel() -> std::ffi::c_int;
     /// xact.c; microseconds since 2000-01-01.
     pub fn GetCurrentStatementStartTimestamp() -> i64;
     /// mcxt.c

@@ -149,8 +149,6 @@ impl Planning {
         if relation.announced {
             // The keys of a cached table go.
             self.cut_before_purge();
-        }
-        if relation.announced {
             let open = self
                 .transactions
                 .change("RELATION")
@@ -184,7 +182,7 @@ impl Planning {
     /// A row of a version that is neither the registered one nor was announced: the catalog has to say which one counts.
     fn stray(&mut self, relation: &pb::Relation) -> Result<(), Error> {
         self.registry
-            .outdate(self.assembly.batch(), relation.oid, relation)
+            .outdate(self.assembly.batch(), relation)
             .map_err(|error| self.broken("RELATION", error))?;
         self.announced.remove(&relation.oid);
         self.backfill.want_reconcile();

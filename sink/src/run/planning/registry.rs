@@ -165,12 +165,8 @@ impl Registry {
 
     /// A row came of a version that nobody announced: the label changed while there was no slot, or an older transaction wrote
     /// the row. Whatever is said of the table next, here or by the catalog, is a change; the keys of that version go with it.
-    pub(super) fn outdate(
-        &mut self,
-        batch: &mut Batch,
-        oid: u32,
-        met: &pb::Relation,
-    ) -> Result<(), MappingError> {
+    pub(super) fn outdate(&mut self, batch: &mut Batch, met: &pb::Relation) -> Result<(), MappingError> {
+        let oid = met.oid;
         self.nothing_else = false;
         let Some(Registered {
             mut relation,
