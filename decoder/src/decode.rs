@@ -3,6 +3,10 @@
 //! BEGIN is lazy: a transaction that touches no configured table sends nothing. Many records travel in one write: a frame
 //! is sent when it has grown to `batch_bytes`, at commit, and before and after a marker.
 //!
+//! With `streaming=on` a transaction that has outgrown `logical_decoding_work_mem` comes in parts while it is in progress, and
+//! Postgres does not write it to disk and read it back. Its changes name the subtransaction that did them, so that
+//! the client can leave out what was rolled back.
+//!
 //! INVARIANT I5: a Relation record precedes the first row of each version of a table.
 //! INVARIANT I6: nothing here waits for the sink beyond the socket.
 
@@ -13,6 +17,7 @@ use walmirror_proto::writer::FrameWriter;
 use crate::error::Refusal;
 use crate::ffi::datum::Tuple;
 use crate::ffi::memory::Context;
+use crate::ffi::output_plugin::full_xid;
 use crate::ffi::relation::Rel;
 use crate::json::JsonLines;
 use crate::options::{Format, Options};
@@ -21,11 +26,15 @@ use crate::tables::{Table, Tables};
 
 mod buffers;
 pub mod ddl_message;
+mod opening;
 mod relations;
 
 use buffers::Buffers;
 use ddl_message::DdlMessage;
+use opening::Opening;
 use relations::Relations;
+
+pub use opening::Transaction;
 
 /// Where frames go: the walsender, or the result of an SQL function.
 pub trait Output {
@@ -33,17 +42,6 @@ pub trait Output {
     fn write(&mut self, frame: &[u8]);
     /// Tells the client that the stream has come this far though nothing was sent (`OutputPluginUpdateProgress`).
     fn progress(&mut self);
-}
-
-/// The transaction that is being decoded.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Transaction {
-    /// The top-level transaction id, without epoch.
-    pub xid: u32,
-    /// Where its commit record starts.
-    pub commit_lsn: u64,
-    /// Microseconds since 2000-01-01 UTC.
-    pub commit_time: i64,
 }
 
 /// What a change did, with its tuples.
@@ -64,9 +62,7 @@ pub struct Decoder {
     tables: Tables,
     relations: Relations,
     frame: FrameWriter,
-    transaction: Transaction,
-    /// Whether the Begin record of the transaction was written.
-    begun: bool,
+    opening: Opening,
     skipped: u32,
     buffers: Buffers,
     json: Option<JsonLines>,
@@ -81,8 +77,7 @@ impl Decoder {
             tables: Tables::new(context, true),
             relations: Relations::default(),
             frame: FrameWriter::new(),
-            transaction: Transaction::default(),
-            begun: false,
+            opening: Opening::default(),
             skipped: 0,
             buffers: Buffers::new(context),
             json,
@@ -96,14 +91,27 @@ impl Decoder {
 
     /// A transaction starts. Nothing is sent yet.
     pub fn begin(&mut self, transaction: Transaction) {
-        self.transaction = transaction;
-        self.begun = false;
+        self.opening.begin(transaction);
+        self.relations.leave_frame();
         // What an aborted decoding left behind belongs to no frame.
         self.frame.clear();
     }
 
-    /// A row changed.
-    pub fn change(&mut self, output: &mut impl Output, table: &Rel, change: Change, lsn: u64) {
+    /// A part of a transaction in progress starts.
+    pub fn part(&mut self, xid: u32) {
+        self.opening.enter(Some(xid));
+        self.frame.clear();
+    }
+
+    /// The part is over.
+    pub fn part_end(&mut self, output: &mut impl Output) {
+        self.flush(output);
+        self.opening.enter(None);
+        self.relations.leave_frame();
+    }
+
+    /// A row changed. `xid` is that of the transaction or subtransaction that did it.
+    pub fn change(&mut self, output: &mut impl Output, table: &Rel, change: Change, xid: u32, lsn: u64) {
         let plan = match self.tables.get(table) {
             Table::Unconfigured => return self.skip(output),
             Table::Configured(plan) if !self.options.wants(&plan.relation.schema, &plan.relation.name) => {
@@ -112,14 +120,10 @@ impl Decoder {
             Table::Configured(plan) => plan,
             Table::Broken(refusal) => {
                 let error = broken(table, refusal, lsn);
-                self.start();
-                return self.record(output, Kind::Error, |record| record.error = Some(error));
+                return self.record(output, xid, error);
             }
         };
-        if !self.begun {
-            begin_record(&mut self.frame, &self.transaction);
-            self.begun = true;
-        }
+        self.opening.start(&mut self.frame, &mut self.relations, xid);
         let index = self.relations.define(plan, &mut self.frame);
         if let Err(error) = self.buffers.write(plan, table, change, index, &mut self.frame) {
             let key = self.buffers.key_text(plan, change);
@@ -145,26 +149,23 @@ impl Decoder {
 
     /// Tables were truncated. The list holds partitions too; a partitioned table's rows are all gone only if each of its
     /// partitions is in it, which is so when the parent is.
-    pub fn truncate(&mut self, output: &mut impl Output, tables: &[Rel], lsn: u64) {
+    pub fn truncate(&mut self, output: &mut impl Output, tables: &[Rel], xid: u32, lsn: u64) {
+        for table in tables {
+            if let Table::Broken(refusal) = self.tables.get(table) {
+                let error = broken(table, refusal, lsn);
+                self.record(output, xid, error);
+            }
+        }
         let mut whole = Vec::new();
         let mut parts = Vec::new();
         for table in tables {
-            let plan = match self.tables.get(table) {
-                Table::Configured(plan) if self.options.wants(&plan.relation.schema, &plan.relation.name) => {
-                    plan
-                }
-                Table::Configured(_) | Table::Unconfigured => continue,
-                Table::Broken(refusal) => {
-                    let error = broken(table, refusal, lsn);
-                    self.start();
-                    self.record(output, Kind::Error, |record| record.error = Some(error));
-                    continue;
-                }
+            let Table::Configured(plan) = self.tables.get(table) else {
+                continue;
             };
-            if !self.begun {
-                begin_record(&mut self.frame, &self.transaction);
-                self.begun = true;
+            if !self.options.wants(&plan.relation.schema, &plan.relation.name) {
+                continue;
             }
+            self.opening.start(&mut self.frame, &mut self.relations, xid);
             let index = self.relations.define(plan, &mut self.frame);
             if plan.relation.oid == u32::from(table.oid()) {
                 whole.push(index);
@@ -174,9 +175,7 @@ impl Decoder {
         }
         if !whole.is_empty() {
             let relations = whole.clone();
-            self.record(output, Kind::Truncate, |record| {
-                record.truncate = Some(pb::Truncate { relations })
-            });
+            self.record(output, xid, pb::Truncate { relations });
         }
         parts.retain(|(index, _)| !whole.contains(index));
         parts.dedup_by_key(|(index, _)| *index);
@@ -188,47 +187,62 @@ impl Decoder {
                 refresh: true,
                 ..relation
             };
-            self.record(output, Kind::Relation, |record| {
-                record.relation_def = Some(relation)
-            });
+            self.record(output, xid, relation);
         }
     }
 
     /// The transaction is over.
     pub fn commit(&mut self, output: &mut impl Output, end_lsn: u64) {
-        if !self.begun {
+        if self.opening.end() {
+            self.last(output, pb::Commit { end_lsn });
+        } else {
             output.progress();
-            return;
         }
-        self.begun = false;
-        self.record(output, Kind::Commit, |record| {
-            record.commit = Some(pb::Commit { end_lsn })
-        });
-        self.flush(output);
+    }
+
+    /// A transaction that came in parts has committed.
+    pub fn late_commit(&mut self, output: &mut impl Output, transaction: Transaction, end_lsn: u64) {
+        if !self.opening.forget(transaction.xid) {
+            return output.progress();
+        }
+        let commit = pb::LateCommit {
+            begin: Some(transaction.into()),
+            commit: Some(pb::Commit { end_lsn }),
+        };
+        self.last(output, commit);
+    }
+
+    /// A transaction of which parts may have been sent was rolled back, or a subtransaction of it.
+    pub fn rollback(&mut self, output: &mut impl Output, xid: u32, sub_xid: u32) {
+        let was_sent = if xid == sub_xid {
+            self.opening.forget(xid)
+        } else {
+            self.opening.was_sent(xid)
+        };
+        if was_sent {
+            let rollback = pb::Rollback {
+                xid: full_xid(xid),
+                sub_xid: full_xid(sub_xid),
+            };
+            self.last(output, rollback);
+        }
     }
 
     /// A marker that the sink wrote; outside transactions.
     pub fn marker(&mut self, output: &mut impl Output, content: &[u8], lsn: u64) {
         let content = content.to_vec();
-        self.record(output, Kind::Marker, |record| {
-            record.marker = Some(pb::Marker { content, lsn })
-        });
-        self.flush(output);
+        self.last(output, pb::Marker { content, lsn });
     }
 
     /// Rows that a SELECT read; outside transactions. Anybody may write logical messages: what is no Capture is left out.
     pub fn capture(&mut self, output: &mut impl Output, content: &[u8]) {
-        let Ok(capture) = pb::Capture::decode(content) else {
-            return;
-        };
-        self.record(output, Kind::Capture, |record| {
-            record.capture = Some(capture);
-        });
-        self.flush(output);
+        if let Ok(capture) = pb::Capture::decode(content) {
+            self.last(output, capture);
+        }
     }
 
     /// DDL changed a table that has, or had, a label. Told by the event triggers of the extension.
-    pub fn ddl(&mut self, output: &mut impl Output, message: &DdlMessage) {
+    pub fn ddl(&mut self, output: &mut impl Output, message: &DdlMessage, xid: u32) {
         let table = if message.dropped || message.keep_keys {
             None
         } else {
@@ -241,17 +255,16 @@ impl Decoder {
             Some(Table::Unconfigured) | None => None,
         };
         let Some(relation) = relation else {
-            self.start();
             let forget = pb::Forget {
                 oid: message.oid,
                 keep_keys: message.keep_keys,
             };
-            return self.record(output, Kind::Forget, |record| record.forget = Some(forget));
+            return self.record(output, xid, forget);
         };
         if !self.options.wants(&relation.schema, &relation.name) {
             return;
         }
-        self.start();
+        self.opening.start(&mut self.frame, &mut self.relations, xid);
         let index = self.relations.index(relation.oid);
         // The announced definition also serves the rows that follow.
         self.relations.sent_now(index, &relation);
@@ -261,29 +274,22 @@ impl Decoder {
             refresh: message.refresh,
             ..relation
         };
-        self.record(output, Kind::Relation, |record| {
-            record.relation_def = Some(relation)
-        });
+        self.record(output, xid, relation);
     }
 
-    /// Writes the Begin record if it is still missing.
-    fn start(&mut self) {
-        if !self.begun {
-            begin_record(&mut self.frame, &self.transaction);
-            self.begun = true;
-        }
-    }
-
-    fn record(&mut self, output: &mut impl Output, kind: Kind, fill: impl FnOnce(&mut pb::Record)) {
-        let mut record = pb::Record {
-            kind: kind as i32,
-            ..Default::default()
-        };
-        fill(&mut record);
-        self.frame.record(&record);
+    /// Writes a record of a transaction that is no row.
+    fn record(&mut self, output: &mut impl Output, xid: u32, record: impl Into<pb::Record>) {
+        self.opening.start(&mut self.frame, &mut self.relations, xid);
+        self.frame.record(&record.into());
         if self.json.is_some() || self.frame.len() >= self.options.batch_bytes {
             self.flush(output);
         }
+    }
+
+    /// Writes a record that ends a transaction, or stands between transactions.
+    fn last(&mut self, output: &mut impl Output, record: impl Into<pb::Record>) {
+        self.frame.record(&record.into());
+        self.flush(output);
     }
 
     fn skip(&mut self, output: &mut impl Output) {
@@ -304,19 +310,6 @@ impl Decoder {
         self.frame.clear();
         self.skipped = 0;
     }
-}
-
-fn begin_record(frame: &mut FrameWriter, transaction: &Transaction) {
-    let begin = pb::Begin {
-        xid: crate::ffi::output_plugin::full_xid(transaction.xid),
-        commit_lsn: transaction.commit_lsn,
-        commit_time: transaction.commit_time,
-    };
-    frame.record(&pb::Record {
-        kind: Kind::Begin as i32,
-        begin: Some(begin),
-        ..Default::default()
-    });
 }
 
 fn qualified(relation: &pb::Relation) -> String {

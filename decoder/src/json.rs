@@ -58,6 +58,10 @@ impl JsonLines {
             RecordRef::Error { error, .. } => json!({
                 "kind": "error", "table": error.table, "key": error.key, "reason": error.reason, "lsn": Lsn(error.lsn).to_string(),
             }),
+            // The options do not allow them here.
+            RecordRef::InProgress(_) | RecordRef::Rollback(_) | RecordRef::LateCommit(_) => {
+                json!({"kind": "in progress"})
+            }
         }
     }
 

@@ -13,6 +13,8 @@ pub struct Options {
     pub batch_bytes: usize,
     /// Which replication origins' changes to send.
     pub origin: Origin,
+    /// Whether transactions larger than `logical_decoding_work_mem` come while they are in progress.
+    pub streaming: bool,
 }
 
 /// The `format` option.
@@ -37,7 +39,7 @@ pub struct TablePattern {
 }
 
 const VALID: &str = "Valid options are format (protobuf, json), tables (comma-separated patterns like public.*), proto_version (1), \
-                     batch_bytes (1024 to 16777216) and origin (any, none).";
+                     batch_bytes (1024 to 16777216), origin (any, none) and streaming (on, off).";
 
 impl Default for Options {
     fn default() -> Self {
@@ -46,6 +48,7 @@ impl Default for Options {
             tables: Vec::new(),
             batch_bytes: 32 * 1024,
             origin: Origin::Any,
+            streaming: false,
         }
     }
 }
@@ -56,6 +59,12 @@ impl Options {
         let mut options = Self::default();
         for (name, value) in given {
             options.set(name, value.unwrap_or(""))?;
+        }
+        if options.streaming && options.format == Format::Json {
+            return Err(Refusal::invalid(
+                "walmirror option \"streaming\" is for format protobuf",
+                "Leave it out, and transactions come whole, in the order of their commits.",
+            ));
         }
         Ok(options)
     }
@@ -93,6 +102,13 @@ impl Options {
                 self.origin = match value {
                     "any" => Origin::Any,
                     "none" => Origin::None,
+                    _ => return Err(wrong()),
+                }
+            }
+            "streaming" => {
+                self.streaming = match value {
+                    "on" => true,
+                    "off" => false,
                     _ => return Err(wrong()),
                 }
             }
@@ -169,6 +185,7 @@ mod tests {
             ("colour", "red"),
             ("batch_bytes", "12"),
             ("origin", ""),
+            ("streaming", "perhaps"),
             ("proto_version", "2"),
             ("tables", "a,,b"),
         ] {

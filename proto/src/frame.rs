@@ -47,6 +47,12 @@ pub enum RecordRef<'a> {
         /// Table, key and reason.
         error: pb::Error,
     },
+    /// What follows are changes of a transaction in progress.
+    InProgress(pb::InProgress),
+    /// What a transaction in progress did, or a subtransaction of it, is undone.
+    Rollback(pb::Rollback),
+    /// A transaction that came while it was in progress has committed.
+    LateCommit(pb::LateCommit),
 }
 
 /// The records of one frame. After an error it ends: what follows broken bytes cannot be trusted.
@@ -114,6 +120,9 @@ impl<'a> FrameReader<'a> {
                     error,
                 })
             }
+            Kind::InProgress => parts.content(18).map(RecordRef::InProgress),
+            Kind::Rollback => parts.content(19).map(RecordRef::Rollback),
+            Kind::LateCommit => parts.content(20).map(RecordRef::LateCommit),
         }
     }
 }
@@ -163,7 +172,7 @@ impl<'a> Parts<'a> {
                 }
                 3..=8 => parts.tuple.field(field, value, here)?,
                 9 => parts.old_key = Some(value.bytes(field)?),
-                10..=17 => parts.content = Some((field, value)),
+                10..=20 => parts.content = Some((field, value)),
                 _ => {}
             }
         }

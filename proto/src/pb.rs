@@ -24,4 +24,7 @@ record_from! {
     Marker => Marker, marker;
     Capture => Capture, capture;
     Error => Error, error;
+    InProgress => InProgress, in_progress;
+    Rollback => Rollback, rollback;
+    LateCommit => LateCommit, late_commit;
 }

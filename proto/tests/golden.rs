@@ -230,6 +230,30 @@ fn everything_else() -> FrameWriter {
     frame
 }
 
+fn in_progress() -> FrameWriter {
+    let mut frame = FrameWriter::new();
+    let columns = vec![pb::Column {
+        name: "id".into(),
+        encoding: Encoding::Int.into(),
+        in_value: true,
+        ..pb::Column::default()
+    }];
+    let xid = 1 << 33;
+    frame.record(&pb::InProgress { xid, sub_xid: xid }.into());
+    frame.record(&relation(1, columns).into());
+    frame.row(Kind::Insert, 1, &tuple(|row| row.int(1)), None);
+    let sub_xid = xid + 1;
+    frame.record(&pb::InProgress { xid, sub_xid }.into());
+    frame.row(Kind::Insert, 1, &tuple(|row| row.int(2)), None);
+    frame.record(&pb::Rollback { xid, sub_xid }.into());
+    let late = pb::LateCommit {
+        begin: begin().begin,
+        commit: commit().commit,
+    };
+    frame.record(&late.into());
+    frame
+}
+
 /// What a frame says, a line a record; rows value by value as text, and as the JSON object.
 fn explain(frame: &[u8]) -> String {
     let mut relations = HashMap::new();
@@ -337,4 +361,9 @@ fn many_columns_as_in_version_1() {
 #[test]
 fn everything_else_as_in_version_1() {
     check("everything_else", &everything_else());
+}
+
+#[test]
+fn transactions_in_progress_as_in_version_1() {
+    check("in_progress", &in_progress());
 }

@@ -11,4 +11,4 @@ mod values;
 pub use file::RunConfig;
 pub use options::{Options, RunOptions};
 pub use secret::{Conninfo, RedisUrl, scrub};
-pub use values::{ByteSize, Durability, LogFormat, LogLevel, OnBadRow, OnGap, SlotName, Span};
+pub use values::{ByteSize, Durability, LogFormat, LogLevel, OnBadRow, OnGap, SlotName, Span, Streaming};

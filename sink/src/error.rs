@@ -100,6 +100,9 @@ pub enum Error {
     /// Reading or writing a local file, standard output, a signal handler.
     #[error("{0}: {1}")]
     Io(Report, #[source] std::io::Error),
+    /// A transaction in progress could not be kept on the local disk: it can be asked for when it has committed.
+    #[error("{0}: {1}")]
+    Spool(Report, #[source] std::io::Error),
     /// A state that the code holds to be impossible.
     #[error("internal error: {0}")]
     Bug(Report),
@@ -160,6 +163,11 @@ impl Error {
         Self::Io(report(what), source)
     }
 
+    /// An error of the files in which transactions in progress wait.
+    pub fn spool(what: impl Into<String>, source: std::io::Error) -> Self {
+        Self::Spool(report(what), source)
+    }
+
     /// A state that should be impossible.
     pub fn bug(what: impl Into<String>) -> Self {
         Self::Bug(report(what))
@@ -205,6 +213,7 @@ impl Error {
         match self {
             Self::Postgres(_, source) => source.class(),
             Self::Redis(_, class, _) => *class,
+            Self::Spool(..) => Class::Retry,
             Self::Config(_)
             | Self::Setup(_)
             | Self::Gap(_)
@@ -255,6 +264,7 @@ impl Error {
             | Self::Timeout(report)
             | Self::Checks(report, _)
             | Self::Io(report, _)
+            | Self::Spool(report, _)
             | Self::Bug(report) => report,
         }
     }
@@ -271,6 +281,7 @@ impl Error {
             | Self::Timeout(report)
             | Self::Checks(report, _)
             | Self::Io(report, _)
+            | Self::Spool(report, _)
             | Self::Bug(report) => report,
         }
     }

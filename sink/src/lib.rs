@@ -16,6 +16,9 @@ pub mod request;
 pub mod resp;
 pub mod transaction;
 
+// Transactions in progress, on disk.
+pub mod spool;
+
 // The edge to Redis.
 pub mod redis;
 

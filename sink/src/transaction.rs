@@ -179,6 +179,11 @@ impl Transactions {
         }
     }
 
+    /// Whether the open transaction was applied whole before.
+    pub fn is_skipped(&self) -> bool {
+        self.open.is_some_and(|open| open.skip == u64::MAX)
+    }
+
     /// Whether the stream is inside of a transaction.
     pub fn is_open(&self) -> bool {
         self.open.is_some()

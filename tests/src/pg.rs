@@ -13,13 +13,15 @@ use postgres::{Client, NoTls};
 use crate::{DEADLINE, Dir, Process, Signal, wait_for};
 
 /// What every server gets. The output settings are chosen to be wrong for the value contract: nothing in Redis may
-/// depend on them. Losing data in a crash of the machine does not matter here, so fsync is off.
+/// depend on them. Losing data in a crash of the machine does not matter here, so fsync is off. So little memory for decoding
+/// makes a few hundred rows a large transaction, which comes while it is in progress or is spilled.
 const SETTINGS: &str = "
 listen_addresses = ''
 port = 5432
 fsync = off
 full_page_writes = off
 wal_level = logical
+logical_decoding_work_mem = 64kB
 max_wal_senders = 50
 max_replication_slots = 100
 max_prepared_transactions = 10

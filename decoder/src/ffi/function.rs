@@ -102,9 +102,10 @@ impl Function {
 const F_TO_JSONB: u32 = 3787;
 
 /// Whether an error says something about the value, not about the session. Classes 57 (operator intervention), 53
-/// (insufficient resources), 58 (system error) and XX (internal error) are the session's.
+/// (insufficient resources), 58 (system error) and XX (internal error) are the session's. Class 40 says that the transaction
+/// in progress whose changes are decoded was rolled back meanwhile, for which Postgres waits (ReorderBufferProcessTXN).
 fn concerns_value(code: PgSqlErrorCode) -> bool {
-    !matches!(class(code), ['5', '7' | '3' | '8'] | ['X', 'X'])
+    !matches!(class(code), ['5', '7' | '3' | '8'] | ['4', '0'] | ['X', 'X'])
 }
 
 /// Class 57: a cancel, a timeout, a shutdown.

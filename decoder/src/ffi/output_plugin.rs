@@ -38,6 +38,13 @@ pub unsafe extern "C-unwind" fn _PG_output_plugin_init(callbacks: *mut pg_sys::O
     callbacks.commit_cb = Some(commit);
     callbacks.message_cb = Some(message);
     callbacks.filter_by_origin_cb = Some(filter_by_origin);
+    callbacks.stream_start_cb = Some(stream_start);
+    callbacks.stream_stop_cb = Some(stream_stop);
+    callbacks.stream_abort_cb = Some(stream_abort);
+    callbacks.stream_commit_cb = Some(stream_commit);
+    callbacks.stream_change_cb = Some(change);
+    callbacks.stream_message_cb = Some(message);
+    callbacks.stream_truncate_cb = Some(truncate);
     super::hooks::register_relcache_callback();
 }
 
@@ -102,6 +109,8 @@ unsafe extern "C-unwind" fn startup(
             Format::Json => pg_sys::OutputPluginOutputType::OUTPUT_PLUGIN_TEXTUAL_OUTPUT,
         };
         (*output).receive_rewrites = false;
+        // True so far, as the callbacks are there.
+        (*context).streaming = options.streaming;
         if options.origin == Origin::Any {
             // Postgres asks about every record otherwise.
             (*context).callbacks.filter_by_origin_cb = None;
@@ -173,15 +182,78 @@ unsafe extern "C-unwind" fn begin(
     // SAFETY: both are valid for the call.
     unsafe {
         hold::before_transaction((*txn).total_size);
+        decoder(context).begin(transaction(txn));
+    }
+}
+
+/// What is known of a transaction that has committed.
+///
+/// # Safety
+/// `txn` must be the transaction of a callback.
+unsafe fn transaction(txn: *const pg_sys::ReorderBufferTXN) -> Transaction {
+    // SAFETY: by the caller's promise; the union holds commit_time once the commit record was read.
+    unsafe {
         #[cfg(feature = "pg14")]
         let commit_time = (*txn).commit_time;
         #[cfg(not(feature = "pg14"))]
         let commit_time = (*txn).xact_time.commit_time;
-        decoder(context).begin(Transaction {
+        Transaction {
             xid: xid_number((*txn).xid),
             commit_lsn: (*txn).final_lsn,
             commit_time,
-        });
+        }
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn stream_start(
+    context: *mut pg_sys::LogicalDecodingContext,
+    txn: *mut pg_sys::ReorderBufferTXN,
+) {
+    settings::failpoint(settings::Failpoint::Begin);
+    // SAFETY: both are valid for the call.
+    unsafe {
+        hold::before_transaction((*txn).total_size);
+        decoder(context).part(xid_number((*txn).xid));
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn stream_stop(
+    context: *mut pg_sys::LogicalDecodingContext,
+    _txn: *mut pg_sys::ReorderBufferTXN,
+) {
+    // SAFETY: the context is valid for the call.
+    unsafe { decoder(context).part_end(&mut Writer { context, last: false }) }
+}
+
+/// `txn` is what was rolled back: a transaction that was sent while it was in progress, or a subtransaction of it.
+#[pg_guard]
+unsafe extern "C-unwind" fn stream_abort(
+    context: *mut pg_sys::LogicalDecodingContext,
+    txn: *mut pg_sys::ReorderBufferTXN,
+    _abort_lsn: pg_sys::XLogRecPtr,
+) {
+    settings::failpoint(settings::Failpoint::Rollback);
+    // SAFETY: both are valid for the call; `toptxn` is NULL in a top-level transaction.
+    unsafe {
+        let top = if (*txn).toptxn.is_null() { txn } else { (*txn).toptxn };
+        let writer = &mut Writer { context, last: false };
+        decoder(context).rollback(writer, xid_number((*top).xid), xid_number((*txn).xid));
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn stream_commit(
+    context: *mut pg_sys::LogicalDecodingContext,
+    txn: *mut pg_sys::ReorderBufferTXN,
+    _commit_lsn: pg_sys::XLogRecPtr,
+) {
+    settings::failpoint(settings::Failpoint::Commit);
+    // SAFETY: both are valid for the call.
+    unsafe {
+        let writer = &mut Writer { context, last: true };
+        decoder(context).late_commit(writer, transaction(txn), (*txn).end_lsn);
     }
 }
 
@@ -207,8 +279,18 @@ unsafe extern "C-unwind" fn change(
             _ => return,
         };
         let table = Rel::borrowed(relation);
-        decoder(context).change(&mut Writer { context, last: false }, &table, what, (*change).lsn);
+        let writer = &mut Writer { context, last: false };
+        decoder(context).change(writer, &table, what, changer(change), (*change).lsn);
     }
+}
+
+/// The transaction or subtransaction that did a change.
+///
+/// # Safety
+/// `change` must be the change of a callback.
+unsafe fn changer(change: *const pg_sys::ReorderBufferChange) -> u32 {
+    // SAFETY: by the caller's promise; the reorder buffer sets `txn` in each change.
+    unsafe { xid_number((*(*change).txn).xid) }
 }
 
 /// # Safety
@@ -245,7 +327,8 @@ unsafe extern "C-unwind" fn truncate(
             .iter()
             .map(|&relation| Rel::borrowed(relation))
             .collect();
-        decoder(context).truncate(&mut Writer { context, last: false }, &tables, (*change).lsn);
+        let writer = &mut Writer { context, last: false };
+        decoder(context).truncate(writer, &tables, changer(change), (*change).lsn);
     }
 }
 
@@ -263,7 +346,7 @@ unsafe extern "C-unwind" fn commit(
 #[pg_guard]
 unsafe extern "C-unwind" fn message(
     context: *mut pg_sys::LogicalDecodingContext,
-    _txn: *mut pg_sys::ReorderBufferTXN,
+    txn: *mut pg_sys::ReorderBufferTXN,
     lsn: pg_sys::XLogRecPtr,
     transactional: bool,
     prefix: *const c_char,
@@ -271,7 +354,7 @@ unsafe extern "C-unwind" fn message(
     content: *const c_char,
 ) {
     settings::failpoint(settings::Failpoint::Message);
-    // SAFETY: the prefix is a C string and the content has `size` bytes; `txn`, which may be NULL, is not used.
+    // SAFETY: the prefix is a C string and the content has `size` bytes; `txn` is NULL only if not transactional.
     unsafe {
         let prefix = CStr::from_ptr(prefix);
         let content = slice::from_raw_parts(content.cast::<u8>(), size);
@@ -282,12 +365,28 @@ unsafe extern "C-unwind" fn message(
         if transactional && prefix.to_bytes() == ddl_message::PREFIX.as_bytes() {
             // Anybody may write logical messages: one that is not ours is none of our business.
             if let Ok(message) = serde_json::from_slice::<DdlMessage>(content) {
-                decoder(context).ddl(writer, &message);
+                decoder(context).ddl(writer, &message, message_writer(txn));
             }
         } else if !transactional && prefix == MARKER_PREFIX {
             decoder(context).marker(writer, content, lsn);
         } else if !transactional && prefix == capture::PREFIX {
             decoder(context).capture(writer, content);
+        }
+    }
+}
+
+/// The transaction or subtransaction that wrote a transactional message. The callback is not told, but before each change of a
+/// transaction in progress Postgres notes who did it, to find out whether that was rolled back, unless it has committed
+/// (SetupCheckXidLive): then it cannot be.
+///
+/// # Safety
+/// `txn` must be the transaction of a callback.
+unsafe fn message_writer(txn: *const pg_sys::ReorderBufferTXN) -> u32 {
+    // SAFETY: by the caller's promise, and a variable of this process.
+    unsafe {
+        match xid_number(pg_sys::CheckXidAlive) {
+            0 => xid_number((*txn).xid),
+            xid => xid,
         }
     }
 }

@@ -164,6 +164,7 @@ pub enum Failpoint {
     Truncate = 256,
     Message = 1024,
     CaptureWrite = 4096,
+    Rollback = 16384,
 }
 
 /// Fails here if a test asked for it.

@@ -70,6 +70,9 @@ pub(super) fn owned(record: RecordRef<'_>) -> pb::Record {
         RecordRef::Truncate(truncate) => truncate.into(),
         RecordRef::Forget(forget) => forget.into(),
         RecordRef::Marker(marker) => marker.into(),
+        RecordRef::InProgress(in_progress) => in_progress.into(),
+        RecordRef::Rollback(rollback) => rollback.into(),
+        RecordRef::LateCommit(late) => late.into(),
         RecordRef::Error { relation, error } => pb::Record {
             relation,
             ..error.into()

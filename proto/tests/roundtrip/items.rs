@@ -56,6 +56,16 @@ pub(super) fn other() -> impl Strategy<Value = pb::Record> {
         vec(any::<u32>(), 0..5).prop_map(|relations| pb::Truncate { relations }.into()),
         (any::<u32>(), any::<bool>()).prop_map(|(oid, keep_keys)| pb::Forget { oid, keep_keys }.into()),
         (vec(any::<u8>(), 0..40), any::<u64>()).prop_map(|(content, lsn)| pb::Marker { content, lsn }.into()),
+        (any::<u64>(), any::<u64>()).prop_map(|(xid, sub_xid)| pb::InProgress { xid, sub_xid }.into()),
+        (any::<u64>(), any::<u64>()).prop_map(|(xid, sub_xid)| pb::Rollback { xid, sub_xid }.into()),
+        (any::<u64>(), any::<u64>()).prop_map(|(xid, end_lsn)| pb::LateCommit {
+            begin: Some(pb::Begin {
+                xid,
+                ..pb::Begin::default()
+            }),
+            commit: Some(pb::Commit { end_lsn }),
+        }
+        .into()),
         ("\\PC{0,9}", any::<u64>(), 0u32..9).prop_map(|(reason, lsn, relation)| pb::Record {
             relation,
             ..pb::Error {

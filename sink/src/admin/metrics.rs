@@ -88,6 +88,11 @@ impl Figures {
                 "Age of the last applied commit while there is more",
                 health.lag_seconds(),
             ),
+            (
+                "walmirror_spool_bytes",
+                "Transactions in progress that wait for their commit, in memory and on disk",
+                health.spooled() as f64,
+            ),
             ("walmirror_tables", "Mirrored and cached tables", tables as f64),
             (
                 "walmirror_tables_unfilled",

@@ -1,11 +1,12 @@
 //! The configuration file, and what comes of all options together.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 use walmirror_proto::lsn::Lsn;
 
-use super::{ByteSize, Conninfo, Durability, OnBadRow, OnGap, Options, RedisUrl, RunOptions, SlotName};
+use super::{ByteSize, Conninfo, Durability, OnBadRow, OnGap, Options, RedisUrl, RunOptions, SlotName, Streaming};
 use crate::error::Error;
 
 /// What `run` does, complete.
@@ -29,6 +30,10 @@ pub struct RunConfig {
     pub batch_bytes: usize,
     /// A transaction with more bytes than this is cut into several steps.
     pub transaction_bytes: usize,
+    /// Whether large transactions are asked for while they are in progress.
+    pub streaming: Streaming,
+    /// Where those wait for their commit.
+    pub spool_dir: PathBuf,
     /// How often the server hears from the sink when nothing happens.
     pub status_interval: Duration,
     /// How long to try to reach Postgres and Redis at the start; None: for ever.
@@ -64,6 +69,8 @@ impl RunConfig {
             }),
             batch_bytes: size(run.batch_bytes, 1 << 20, "--batch-bytes")?,
             transaction_bytes: size(run.transaction_bytes, 16 << 20, "--transaction-bytes")?,
+            streaming: run.streaming.unwrap_or_default(),
+            spool_dir: run.spool_dir.unwrap_or_else(spool_dir),
             status_interval,
             connect_timeout: match run.connect_timeout {
                 None => Some(Duration::from_secs(30)),
@@ -109,12 +116,19 @@ impl RunOptions {
             durability: self.durability.or(other.durability),
             batch_bytes: self.batch_bytes.or(other.batch_bytes),
             transaction_bytes: self.transaction_bytes.or(other.transaction_bytes),
+            streaming: self.streaming.or(other.streaming),
+            spool_dir: self.spool_dir.or(other.spool_dir),
             status_interval: self.status_interval.or(other.status_interval),
             connect_timeout: self.connect_timeout.or(other.connect_timeout),
             once: self.once.or(other.once),
             admin: self.admin.or(other.admin),
         }
     }
+}
+
+/// For temporary files that may be large: /tmp is often kept in memory.
+fn spool_dir() -> PathBuf {
+    std::env::var_os("TMPDIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from)
 }
 
 /// Reads the text of a configuration file.
@@ -201,7 +215,8 @@ mod tests {
     fn every_key_of_the_file_is_read() {
         let file = "postgres = \"\"\nredis = \"redis://h\"\nslot = \"s\"\nlog-level = \"debug\"\nlog-format = \"json\"\n\
                     until-lsn = \"0/10\"\non-gap = \"fail\"\non-bad-row = \"stop\"\ndurability = \"aof\"\nbatch-bytes = \"64KiB\"\n\
-                    transaction-bytes = \"1GiB\"\nstatus-interval = \"5s\"\nconnect-timeout = 0\nonce = false\n";
+                    transaction-bytes = \"1GiB\"\nstatus-interval = \"5s\"\nconnect-timeout = 0\nonce = false\n\
+                    streaming = \"off\"\nspool-dir = \"/srv/spool\"\n";
         let (options, run) = parse_file(file, "w.toml").unwrap();
         assert_eq!(options.log_level, Some(LogLevel::Debug));
         assert_eq!(options.log_format, Some(LogFormat::Json));
@@ -210,6 +225,10 @@ mod tests {
         assert_eq!(config.on_bad_row, OnBadRow::Stop);
         assert_eq!((config.batch_bytes, config.transaction_bytes), (65536, 1 << 30));
         assert_eq!((config.connect_timeout, config.once), (None, false));
+        assert_eq!(
+            (config.streaming, config.spool_dir),
+            (Streaming::Off, "/srv/spool".into())
+        );
     }
 
     #[test]

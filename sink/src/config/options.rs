@@ -8,7 +8,7 @@ use clap::Args;
 use serde::{Deserialize, Deserializer};
 use walmirror_proto::lsn::Lsn;
 
-use super::{ByteSize, Conninfo, Durability, LogFormat, LogLevel, OnBadRow, OnGap, RedisUrl, SlotName, Span};
+use super::{ByteSize, Conninfo, Durability, LogFormat, LogLevel, OnBadRow, OnGap, RedisUrl, SlotName, Span, Streaming};
 use crate::error::Error;
 
 /// The options that every command has, as they were given; what was not given is None.
@@ -144,6 +144,27 @@ pub struct RunOptions {
     )]
     #[serde(deserialize_with = "parsed")]
     pub transaction_bytes: Option<ByteSize>,
+
+    /// Whether transactions larger than logical_decoding_work_mem come while they are in progress, and wait here until they
+    /// commit, instead of on the disk of Postgres: on, off. [default: on]
+    #[arg(
+        long,
+        env = "WALMIRROR_STREAMING",
+        hide_env_values = true,
+        value_name = "BOOL"
+    )]
+    #[serde(deserialize_with = "parsed")]
+    pub streaming: Option<Streaming>,
+
+    /// Where they wait: a directory with room for them. [default: $TMPDIR, or /var/tmp]
+    #[arg(
+        long,
+        env = "WALMIRROR_SPOOL_DIR",
+        hide_env_values = true,
+        value_name = "DIR"
+    )]
+    #[serde(deserialize_with = "parsed")]
+    pub spool_dir: Option<PathBuf>,
 
     /// How often Postgres hears from the sink when nothing happens. [default: 1s]
     #[arg(

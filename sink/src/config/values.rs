@@ -221,6 +221,17 @@ pub enum OnGap {
 }
 words!(OnGap);
 
+/// Whether transactions larger than `logical_decoding_work_mem` are asked for while they are in progress.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Streaming {
+    /// They come in parts and wait for their commit in files of the sink.
+    #[default]
+    On,
+    /// They come when they have committed; until then Postgres keeps them in files of its own.
+    Off,
+}
+words!(Streaming);
+
 /// What to do about a row that cannot be mirrored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum OnBadRow {

@@ -35,7 +35,13 @@ const ANSWER: Duration = Duration::from_secs(30);
 const SILENCE: Duration = Duration::from_secs(60);
 
 /// Connects and claims. `interrupt` ends a wait when the process should stop.
-pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> Result<Handshake, Error> {
+/// `streaming`: transactions may come while they are in progress.
+pub(super) fn shake(
+    config: &RunConfig,
+    keys: &RedisKeys,
+    interrupt: &Waker,
+    streaming: bool,
+) -> Result<Handshake, Error> {
     let slot = config.slot.as_str();
     let mut redis = Redis::connect(&config.redis)?;
     let stored = read_stored(&mut redis, keys)?;
@@ -120,7 +126,8 @@ pub(super) fn shake(config: &RunConfig, keys: &RedisKeys, interrupt: &Waker) -> 
 
     replication.answer_within(Some(ANSWER));
     // The slot comes first: whoever holds it is alive, and is not to be fenced off.
-    let options = [("proto_version", "1")];
+    let streaming = if streaming { "on" } else { "off" };
+    let options = [("proto_version", "1"), ("streaming", streaming)];
     let stream = Stream::start_on(replication, slot, start, &options, config.status_interval)?;
     let claim = Claim::take(redis, keys, slot, &identity, fresh, |stored| match fresh {
         Some(_) => Ok(()),

@@ -37,6 +37,10 @@ pub struct Health {
     applied: AtomicU64,
     confirmed: AtomicU64,
     server_end: AtomicU64,
+    /// Bytes of transactions in progress that are kept.
+    spooled: AtomicU64,
+    /// Whether they could not be kept: then they are asked for when they have committed.
+    cannot_spool: AtomicBool,
     /// Of the last commit that is applied: microseconds since 2000-01-01 UTC; 0: none yet.
     commit_time: AtomicI64,
     /// Milliseconds on the clock of [`since`].
@@ -65,6 +69,24 @@ impl Health {
 
     pub(super) fn ended(&self) {
         self.streaming.store(false, Ordering::Release);
+        self.note_spool(0);
+    }
+
+    pub(super) fn note_spool(&self, bytes: u64) {
+        self.spooled.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes of transactions in progress that are kept.
+    pub fn spooled(&self) -> u64 {
+        self.spooled.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn note_cannot_spool(&self) {
+        self.cannot_spool.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn can_spool(&self) -> bool {
+        !self.cannot_spool.load(Ordering::Relaxed)
     }
 
     /// Everything is filled that was to be.

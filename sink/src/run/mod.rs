@@ -83,6 +83,14 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
         let pause = pause(failures);
         failures += 1;
         health.retries.fetch_add(1, Ordering::Relaxed);
+        if matches!(error, Error::Spool(..)) {
+            health.note_cannot_spool();
+            tracing::warn!(
+                directory = %config.spool_dir.display(),
+                next = "walmirror run --spool-dir <a directory with room> …",
+                "there is no room for transactions in progress: until the next start Postgres keeps them until they commit"
+            );
+        }
         silences = if error.is_silence() { silences + 1 } else { 0 };
         if error.class() == Class::Retry {
             tracing::warn!(next_attempt_in = ?pause, "{error}");

@@ -67,6 +67,10 @@ fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) ->
         if outstanding < AHEAD && planning.wants_piece() {
             planning.piece()?;
         }
+        if planning.is_replaying() {
+            planning.replay()?;
+            continue;
+        }
         let input = match channels.input.try_recv() {
             Ok(input) => Some(input),
             Err(TryRecvError::Disconnected) => return Ok(()),

@@ -15,13 +15,14 @@ use super::planning::{Limits, Planning, Start};
 use super::shared::{Input, Phase, Shared};
 use super::{applier, receiver};
 use crate::backfill::{Backfill, Context, Role, work};
-use crate::config::RunConfig;
+use crate::config::{RunConfig, Streaming};
 use crate::error::Error;
 use crate::gate::Gate;
 use crate::plan::RedisKeys;
 use crate::pq::Waker;
 use crate::redis::{Writer, value_limit};
 use crate::shutdown::Shutdown;
+use crate::spool::Spool;
 
 /// Memory of the gate.
 const GATE_BYTES: usize = 4 * 1024 * 1024;
@@ -57,7 +58,12 @@ pub(super) fn run(
         confirmed,
         silence,
         horizon,
-    } = shake(config, &keys, &interrupt)?;
+    } = shake(
+        config,
+        &keys,
+        &interrupt,
+        config.streaming == Streaming::On && health.can_spool(),
+    )?;
     let start_lsn = fresh.unwrap_or_else(|| {
         claim
             .stored
@@ -91,6 +97,7 @@ pub(super) fn run(
             value_bytes: value_limit(&mut claim.connection)?,
         },
         on_bad_row: config.on_bad_row,
+        spool: Spool::new(config.spool_dir.clone()),
         backfill: Arc::clone(&backfill),
         shared: Arc::clone(&shared),
     })?;

@@ -77,6 +77,8 @@ impl TextPrinter {
                 }
                 out.push(b'\n');
             }
+            // `tail` does not ask for transactions in progress.
+            RecordRef::InProgress(_) | RecordRef::Rollback(_) | RecordRef::LateCommit(_) => {}
             RecordRef::Begin(begin) => {
                 seen.begins = Some(Lsn(begin.commit_lsn));
                 self.rows = 0;

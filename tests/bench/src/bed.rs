@@ -18,6 +18,7 @@ max_wal_size = 32GB
 checkpoint_timeout = 1h
 autovacuum = off
 fsync = off
+logical_decoding_work_mem = 64MB
 DateStyle = 'ISO, MDY'
 TimeZone = 'UTC'
 IntervalStyle = 'postgres'

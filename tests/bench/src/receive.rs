@@ -22,13 +22,32 @@ pub struct Plugin {
     pub count: Option<(&'static str, &'static str)>,
 }
 
-/// The contestants; the first is what the others are set against. The limit comes last: decoding with nothing to send.
-pub const PLUGINS: [Plugin; 7] = [
+/// The contestants; the first is what the others are set against, with the options of the sink. The limits come last:
+/// decoding with nothing to send. With streaming on, what has outgrown logical_decoding_work_mem is not written to disk and
+/// read back; of the peers only pgoutput can do that, with a protocol of its own.
+pub const PLUGINS: [Plugin; 10] = [
     Plugin {
         name: "walmirror",
         library: "walmirror",
+        options: &[("streaming", "on")],
+        count: None,
+    },
+    Plugin {
+        name: "walmirror, streaming off",
+        library: "walmirror",
         options: &[],
         count: None,
+    },
+    Plugin {
+        name: "pgoutput binary, streaming",
+        library: "pgoutput",
+        options: &[
+            ("proto_version", "2"),
+            ("publication_names", "bench"),
+            ("binary", "true"),
+            ("streaming", "on"),
+        ],
+        count: Some(("get_byte(d, 0) = ascii('I')", "get_byte(d, 0) = ascii('U')")),
     },
     Plugin {
         name: "pgoutput binary",
@@ -76,6 +95,12 @@ pub const PLUGINS: [Plugin; 7] = [
     },
     Plugin {
         name: "nothing sent",
+        library: "walmirror",
+        options: &[("tables", "none.none"), ("streaming", "on")],
+        count: None,
+    },
+    Plugin {
+        name: "nothing sent, streaming off",
         library: "walmirror",
         options: &[("tables", "none.none")],
         count: None,

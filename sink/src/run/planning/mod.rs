@@ -6,6 +6,7 @@ mod captures;
 mod chunks;
 mod records;
 mod registry;
+mod replay;
 mod requests;
 #[cfg(test)]
 mod tests;
@@ -24,11 +25,13 @@ use crate::gate::Gate;
 use crate::plan::{Mapping, Planner, RedisKeys, Scripts, Trust};
 use crate::progress::{Progress, Step, write_resync_begun};
 use crate::redis::{Segment, Stored};
+use crate::spool::Spool;
 use crate::transaction::Transactions;
 
 use assembly::Assembly;
 use chunks::Chunks;
 use registry::Registry;
+use replay::Replay;
 
 /// What the planner is limited to.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +56,7 @@ pub(super) struct Start {
     pub(super) marker_prefix: String,
     pub(super) limits: Limits,
     pub(super) on_bad_row: OnBadRow,
+    pub(super) spool: Spool,
     pub(super) backfill: Arc<Backfill>,
     pub(super) shared: Arc<Shared>,
 }
@@ -84,6 +88,9 @@ pub(super) struct Planning {
     registry: Registry,
     /// By Relation.index, which counts from 1.
     definitions: Vec<Option<Definition>>,
+    /// Transactions in progress, and the one of them that has just committed.
+    spool: Spool,
+    replay: Option<Replay>,
     assembly: Assembly,
     chunks: Chunks,
     /// Relations that were announced or forgotten in this session: about them the stream knows better than the catalog.
@@ -120,6 +127,7 @@ impl Planning {
             marker_prefix,
             limits,
             on_bad_row,
+            spool,
             backfill,
             shared,
         } = start;
@@ -148,6 +156,8 @@ impl Planning {
             planner: Planner::new(keys.clone(), scripts),
             registry,
             definitions: Vec::new(),
+            spool,
+            replay: None,
             assembly: Assembly::new(keys),
             chunks: Chunks::default(),
             announced: HashSet::new(),

@@ -19,12 +19,25 @@ use super::Standing;
 const INDEX_MAX: usize = 10_000_000;
 
 impl Planning {
-    /// Plans one frame, which the plugin wrote when it was at `start`.
+    /// Plans one frame, which the plugin wrote when it was at `start`, or keeps it.
     pub(crate) fn frame(&mut self, frame: &[u8], start: Lsn) -> Result<(), Error> {
+        add(&self.shared.metrics.bytes, frame.len() as u64);
+        self.records(frame, start)
+    }
+
+    pub(super) fn records(&mut self, frame: &[u8], start: Lsn) -> Result<(), Error> {
         let mut rows = 0;
-        for record in FrameReader::new(frame) {
+        let mut rolled_back = false;
+        let mut reader = FrameReader::new(frame).enumerate();
+        while let Some((number, record)) = reader.next() {
             let record = record.map_err(|error| self.broken("a frame cannot be read", error))?;
             match record {
+                RecordRef::InProgress(in_progress) => match &self.replay {
+                    Some(replay) => rolled_back = replay.is_rolled_back(in_progress.sub_xid),
+                    None if number == 0 => return self.keep(in_progress.xid, frame),
+                    None => return Err(self.broken("IN_PROGRESS", "it is not the first of its frame")),
+                },
+                _ if rolled_back => {}
                 RecordRef::Row {
                     kind,
                     relation,
@@ -49,10 +62,14 @@ impl Planning {
                 RecordRef::Marker(marker) => self.marker(&marker)?,
                 RecordRef::Capture(capture) => self.capture(&capture, start)?,
                 RecordRef::Error { error, .. } => self.error(&error)?,
+                RecordRef::Rollback(rollback) => self.rollback(&rollback),
+                RecordRef::LateCommit(late) if reader.next().is_none() => self.late_commit(late)?,
+                RecordRef::LateCommit(_) => {
+                    return Err(self.broken("LATE_COMMIT", "it is not the last of its frame"));
+                }
             }
         }
         add(&self.shared.metrics.rows, rows);
-        add(&self.shared.metrics.bytes, frame.len() as u64);
         self.flush_if_full();
         self.backfill.set_horizon(self.gate.horizon());
         Ok(())
@@ -121,7 +138,7 @@ impl Planning {
         }
     }
 
-    fn commit(&mut self, commit: &pb::Commit) -> Result<(), Error> {
+    pub(super) fn commit(&mut self, commit: &pb::Commit) -> Result<(), Error> {
         let ended = self
             .transactions
             .commit(commit)
@@ -213,7 +230,9 @@ impl Planning {
             "mirroring a table"
         );
         self.forgotten.remove(&relation.oid);
-        let mut known = self.definitions.iter().flatten().map(|known| &known.mapping);
+        let outside = self.replay.iter().flat_map(|replay| replay.outside());
+        let known = self.definitions.iter().chain(outside).flatten();
+        let mut known = known.map(|known| &known.mapping);
         if known.any(|known| known.oid == relation.oid && known.fingerprint != relation.fingerprint) {
             self.registry.doubt();
         }

@@ -23,6 +23,7 @@ use crate::replication::{History, SlotInfo};
 use crate::run::decide::{Decision, Server, decide, still_fits};
 use crate::run::durability::{Seen, Trail};
 use crate::run::planning::{Limits, Planning, Start};
+use crate::spool::Spool;
 
 /// Segments that are on their way to Redis (AHEAD of plan_loop).
 const AHEAD: usize = 2;
@@ -191,6 +192,7 @@ impl Session {
             slot: "s".to_owned(),
             limits: setting.limits,
             on_bad_row: crate::config::OnBadRow::Skip,
+            spool: Spool::new(std::env::temp_dir()),
             backfill: Arc::clone(&backfill),
             shared: Arc::clone(&shared),
         })?;
@@ -231,6 +233,9 @@ impl Session {
     ) -> Result<bool, Error> {
         if self.hand_over() {
             return Ok(false);
+        }
+        if self.planning.is_replaying() {
+            return self.planning.replay().map(|()| true);
         }
         match self
             .stream

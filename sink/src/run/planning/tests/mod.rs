@@ -77,6 +77,7 @@ pub(super) fn planning(stored: Stored, batch_bytes: usize, transaction_bytes: us
             value_bytes: crate::plan::VALUE_BYTES,
         },
         on_bad_row: crate::config::OnBadRow::Skip,
+        spool: Spool::new(std::env::temp_dir()),
         backfill: Arc::new(Backfill::default()),
         shared: Arc::new(Shared::default()),
     })
