@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use postgres::Client;
-use rand::{Rng, SeedableRng};
 use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use walmirror_tests::{Db, Dir, Mirror, Sink, Tmpfs, rng, wait_for};
 
 const TABLES: &str = "CREATE TABLE t (id int PRIMARY KEY, n int NOT NULL, v text); SELECT walmirror.mirror('t'); \
@@ -61,7 +61,10 @@ fn rows(client: &mut Client, table: &str, from: u32, to: u32) {
 fn not_there(m: &Mirror, keys: &[&str]) {
     m.sync();
     for key in keys {
-        let there: bool = redis::cmd("EXISTS").arg(key).query(&mut m.redis.connect()).unwrap();
+        let there: bool = redis::cmd("EXISTS")
+            .arg(key)
+            .query(&mut m.redis.connect())
+            .unwrap();
         assert!(!there, "{key} is of a transaction in progress");
     }
 }
@@ -126,21 +129,28 @@ fn schema_and_labels_change_inside_and_beside_it() {
     rows(&mut a, "u", 2001, 3500);
     m.sql("INSERT INTO u VALUES (9001, 1, 'after')");
     not_there(&m, &["u:1", "u2:1", "u2:2001"]);
+    rows(&mut a, "c", 1, 2000);
+    not_there(&m, &["c:1"]);
+    m.sql("SELECT walmirror.mirror('c', key => 'c2:{id}'); INSERT INTO c VALUES (9001, 1, 'after')");
     rows(&mut a, "t", 1, 1500);
     a.batch_execute("SAVEPOINT s; ALTER TABLE t ADD never text DEFAULT 'never'; UPDATE t SET never = id")
         .unwrap();
     rows(&mut a, "t (id, n, v)", 2001, 3500);
     not_there(&m, &["t:1", "t:2001"]);
-    a.batch_execute("ROLLBACK TO s; ALTER TABLE t ADD kept text DEFAULT 'kept'; UPDATE t SET kept = id WHERE id < 1000")
-        .unwrap();
+    a.batch_execute(
+        "ROLLBACK TO s; ALTER TABLE t ADD kept text DEFAULT 'kept'; UPDATE t SET kept = id WHERE id < 1000",
+    )
+    .unwrap();
     not_there(&m, &["t:1"]);
-    a.batch_execute("CREATE TABLE made (id int PRIMARY KEY, n int NOT NULL, v text); SELECT walmirror.mirror('made')")
-        .unwrap();
+    a.batch_execute(
+        "CREATE TABLE made (id int PRIMARY KEY, n int NOT NULL, v text); SELECT walmirror.mirror('made')",
+    )
+    .unwrap();
     rows(&mut a, "made", 1, 2000);
     a.batch_execute("COMMIT").unwrap();
-    assert_eq!(m.settle().rows, 1500 + 3000 + 1 + 2000);
-    m.sql("UPDATE u SET n = 5 WHERE id = 9001; UPDATE t SET kept = 'end' WHERE id = 7");
-    m.settle();
+    // Rows of versions that the stream has defined before it.
+    m.sql("UPDATE c SET n = 5 WHERE id = 9001; UPDATE u SET n = 5 WHERE id = 9001; UPDATE t SET kept = 'end' WHERE id = 7");
+    assert_eq!(m.settle().rows, 1500 + 3000 + 1 + 2001 + 2000);
     is_streamed(&m);
 }
 
@@ -212,9 +222,7 @@ fn no_space_for_the_spool() {
     m.sql("INSERT INTO u SELECT i, 0, repeat('x', 100) FROM generate_series(1, 30000) i");
     assert_eq!(m.settle().rows, 60_000);
     assert_eq!(
-        m.sink(|sink| sink.output())
-            .matches("there is no room")
-            .count(),
+        m.sink(|sink| sink.output()).matches("there is no room").count(),
         1
     );
 }
@@ -237,8 +245,10 @@ fn transaction(client: &mut Client, rng: &mut StdRng, writer: u32) -> Result<(),
             4..6 => format!("UPDATE {table} SET n = n + 1 WHERE id BETWEEN {from} AND {to}"),
             6 => format!("UPDATE {table} SET v = v || 'y' WHERE id BETWEEN {from} AND {to}"),
             7 => format!("DELETE FROM {table} WHERE id BETWEEN {from} AND {to}"),
-            8 => format!("UPDATE {table} SET id = id + 5000 WHERE id BETWEEN {from} AND {to} AND id % 10000 < 5000 \
-                 AND NOT EXISTS (SELECT FROM {table} o WHERE o.id = {table}.id + 5000)"),
+            8 => format!(
+                "UPDATE {table} SET id = id + 5000 WHERE id BETWEEN {from} AND {to} AND id % 10000 < 5000 \
+                 AND NOT EXISTS (SELECT FROM {table} o WHERE o.id = {table}.id + 5000)"
+            ),
             9..11 => {
                 depth += 1;
                 format!("SAVEPOINT s{depth}")
@@ -257,7 +267,11 @@ fn transaction(client: &mut Client, rng: &mut StdRng, writer: u32) -> Result<(),
         };
         client.batch_execute(&statement)?;
     }
-    client.batch_execute(if rng.random_bool(0.25) { "ROLLBACK" } else { "COMMIT" })
+    client.batch_execute(if rng.random_bool(0.25) {
+        "ROLLBACK"
+    } else {
+        "COMMIT"
+    })
 }
 
 /// Many writers at once, a sink that is killed and gets the stream one way or the other, and DDL beside it all.
@@ -299,7 +313,10 @@ fn random_transactions_in_progress() {
                     let mut client = m.db.connect();
                     client.batch_execute("SET lock_timeout = '2s'").unwrap();
                     let ddl = &ddl[rng.random_range(0..4)];
-                    println!("{ddl}: {:?}", client.batch_execute(ddl).map_err(|error| error.to_string()));
+                    println!(
+                        "{ddl}: {:?}",
+                        client.batch_execute(ddl).map_err(|error| error.to_string())
+                    );
                 }
             }
             done.store(true, Ordering::Relaxed);

@@ -237,7 +237,11 @@ unsafe extern "C-unwind" fn stream_abort(
     settings::failpoint(settings::Failpoint::Rollback);
     // SAFETY: both are valid for the call; `toptxn` is NULL in a top-level transaction.
     unsafe {
-        let top = if (*txn).toptxn.is_null() { txn } else { (*txn).toptxn };
+        let top = if (*txn).toptxn.is_null() {
+            txn
+        } else {
+            (*txn).toptxn
+        };
         let writer = &mut Writer { context, last: false };
         decoder(context).rollback(writer, xid_number((*top).xid), xid_number((*txn).xid));
     }

@@ -6,7 +6,9 @@ use std::time::Duration;
 use clap::Args;
 use walmirror_proto::lsn::Lsn;
 
-use super::{ByteSize, Conninfo, Durability, OnBadRow, OnGap, Options, RedisUrl, RunOptions, SlotName, Streaming};
+use super::{
+    ByteSize, Conninfo, Durability, OnBadRow, OnGap, Options, RedisUrl, RunOptions, SlotName, Streaming,
+};
 use crate::error::Error;
 
 /// What `run` does, complete.

@@ -8,7 +8,9 @@ use clap::Args;
 use serde::{Deserialize, Deserializer};
 use walmirror_proto::lsn::Lsn;
 
-use super::{ByteSize, Conninfo, Durability, LogFormat, LogLevel, OnBadRow, OnGap, RedisUrl, SlotName, Span, Streaming};
+use super::{
+    ByteSize, Conninfo, Durability, LogFormat, LogLevel, OnBadRow, OnGap, RedisUrl, SlotName, Span, Streaming,
+};
 use crate::error::Error;
 
 /// The options that every command has, as they were given; what was not given is None.
@@ -157,12 +159,7 @@ pub struct RunOptions {
     pub streaming: Option<Streaming>,
 
     /// Where they wait: a directory with room for them. [default: $TMPDIR, or /var/tmp]
-    #[arg(
-        long,
-        env = "WALMIRROR_SPOOL_DIR",
-        hide_env_values = true,
-        value_name = "DIR"
-    )]
+    #[arg(long, env = "WALMIRROR_SPOOL_DIR", hide_env_values = true, value_name = "DIR")]
     #[serde(deserialize_with = "parsed")]
     pub spool_dir: Option<PathBuf>,
 

@@ -94,7 +94,11 @@ fn measure(
 
 /// Refuses to measure what is not equal.
 fn check(bed: &Bed, plugin: &Plugin, (mark, end): (&str, Lsn), expected: (u64, u64)) {
-    let expected = if plugin.name.starts_with(LIMIT) { (0, 0) } else { expected };
+    let expected = if plugin.name.starts_with(LIMIT) {
+        (0, 0)
+    } else {
+        expected
+    };
     let counted = count(bed, plugin, mark, end);
     assert_eq!(
         counted, expected,

@@ -22,6 +22,7 @@
 mod check;
 mod dice;
 mod history;
+mod in_progress;
 mod link;
 mod postgres;
 mod redis;

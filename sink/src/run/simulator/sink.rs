@@ -353,6 +353,7 @@ impl Session {
             && self.segments.is_empty()
             && self.blocked.is_none()
             && !self.planning.is_dirty()
+            && !self.planning.is_replaying()
             && !self.planning.wants_piece()
     }
 }

@@ -8,6 +8,7 @@ use walmirror_proto::pb;
 use walmirror_proto::writer::{FrameWriter, TupleBuilder};
 
 use super::dice::Dice;
+use super::in_progress::Early;
 use super::postgres::{Postgres, Record, Wal};
 use super::table::{Definition, key_tuple, tuple};
 use crate::gate::Snapshot;
@@ -15,12 +16,14 @@ use crate::gate::Snapshot;
 #[derive(Debug)]
 pub(super) struct Stream {
     /// Transactions whose commit record starts before this are not sent.
-    from: u64,
+    pub(super) from: u64,
     /// The next entry of the WAL, and how much of it was sent: 0 nothing, 1 BEGIN, 2 the first record, …
-    entry: usize,
-    sent: usize,
+    pub(super) entry: usize,
+    pub(super) sent: usize,
     /// oid -> index, and the fingerprint that was sent last.
-    known: BTreeMap<u32, (u32, u64)>,
+    pub(super) known: BTreeMap<u32, (u32, u64)>,
+    /// Transactions of which something was sent while they were in progress.
+    pub(super) early: Early,
 }
 
 impl Stream {
@@ -30,6 +33,7 @@ impl Stream {
             entry: 0,
             sent: 0,
             known: BTreeMap::new(),
+            early: Early::default(),
         }
     }
 
@@ -47,6 +51,9 @@ impl Stream {
 
     /// The next frame, of at most so many records.
     pub(super) fn frame(&mut self, postgres: &Postgres, dice: &mut Dice, records: u64) -> Option<Vec<u8>> {
+        if let Some(frame) = self.early(postgres, dice, records) {
+            return Some(frame);
+        }
         let mut frame = FrameWriter::new();
         for _ in 0..=dice.roll(records) {
             if !self.record(postgres, &mut frame) {
@@ -67,6 +74,9 @@ impl Stream {
                 end,
                 records,
             } => {
+                if self.early.holds(*xid) {
+                    return false;
+                }
                 if *lsn < self.from || records.is_empty() {
                     self.next();
                     return true;
@@ -124,12 +134,12 @@ impl Stream {
         true
     }
 
-    fn next(&mut self) {
+    pub(super) fn next(&mut self) {
         self.entry += 1;
         self.sent = 0;
     }
 
-    fn change(&mut self, record: &Record, frame: &mut FrameWriter) {
+    pub(super) fn change(&mut self, record: &Record, frame: &mut FrameWriter) {
         match record {
             Record::Row {
                 definition,

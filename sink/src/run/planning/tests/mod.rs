@@ -5,6 +5,7 @@
 
 mod captures;
 mod chunks;
+mod in_progress;
 mod nothing;
 mod purges;
 mod stream;

@@ -72,6 +72,13 @@ pub(super) struct Transaction {
     pub(super) logged: bool,
 }
 
+impl Transaction {
+    /// What it did so far.
+    pub(super) fn records(&self) -> &[Record] {
+        &self.records
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Slot {
     pub(super) confirmed: u64,

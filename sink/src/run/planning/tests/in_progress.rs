@@ -1,0 +1,163 @@
+//! Transactions that come while they are in progress.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
+
+use super::*;
+
+/// A frame of the transaction 105, by the transaction itself or a subtransaction.
+fn part(sub_xid: u64) -> Frame {
+    Frame::default().record(pb::InProgress { xid: 105, sub_xid })
+}
+
+fn rollback(sub_xid: u64) -> pb::Rollback {
+    pb::Rollback { xid: 105, sub_xid }
+}
+
+fn late_commit(commit_lsn: u64, end_lsn: u64) -> Frame {
+    Frame::default().record(pb::LateCommit {
+        begin: Some(pb::Begin {
+            xid: 105,
+            commit_lsn,
+            commit_time: 0,
+        }),
+        commit: Some(pb::Commit { end_lsn }),
+    })
+}
+
+fn replay(planning: &mut Planning) {
+    while planning.is_replaying() {
+        planning.replay().unwrap();
+    }
+}
+
+#[test]
+fn it_counts_where_it_commits_without_what_was_rolled_back() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    part(105)
+        .relation(relation(1, "t:{id}"))
+        .row(Kind::Insert, "1", Some("first"))
+        .record(pb::InProgress {
+            xid: 105,
+            sub_xid: 106,
+        })
+        .row(Kind::Insert, "2", Some("undone"))
+        .feed(&mut planning);
+    part(107)
+        .relation(relation(1, "t:{id}"))
+        .row(Kind::Insert, "4", Some("kept"))
+        .feed(&mut planning);
+    Frame::default().record(rollback(106)).feed(&mut planning);
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(108, 10)
+        .row(Kind::Insert, "3", Some("between"))
+        .commit(20)
+        .feed(&mut planning);
+    planning.keepalive(Lsn(25));
+    assert_eq!(
+        flushed(&mut planning),
+        [
+            "HSET t:3 id 3 v between",
+            "HSET walmirror:{s}:progress lsn 0/19 commit_ts 2000-01-01 00:00:00+00"
+        ]
+    );
+    late_commit(30, 40).feed(&mut planning);
+    assert!(planning.is_replaying() && !planning.wants_piece());
+    replay(&mut planning);
+    assert_eq!(
+        flushed(&mut planning),
+        [
+            "HSET t:1 id 1 v first",
+            "HSET t:4 id 4 v kept",
+            "HSET walmirror:{s}:progress lsn 0/28 commit_ts 2000-01-01 00:00:00+00"
+        ]
+    );
+}
+
+#[test]
+fn what_is_rolled_back_whole_or_applied_already_is_not_planned() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    let first = |planning: &mut Planning| {
+        part(105)
+            .relation(relation(1, "t:{id}"))
+            .row(Kind::Insert, "1", Some("a"))
+            .feed(planning);
+    };
+    first(&mut planning);
+    Frame::default().record(rollback(105)).feed(&mut planning);
+    assert!(
+        late_commit(30, 40)
+            .fails(&mut planning)
+            .to_string()
+            .contains("transaction 105")
+    );
+    first(&mut planning);
+    late_commit(5, 10).feed(&mut planning);
+    replay(&mut planning);
+    assert!(flushed(&mut planning).is_empty());
+}
+
+/// What its frames define, perhaps an older version, serves them alone.
+#[test]
+fn its_definitions_are_its_own() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    part(105)
+        .relation(relation(1, "t:{id}"))
+        .row(Kind::Insert, "1", Some("old"))
+        .feed(&mut planning);
+    let new = pb::Relation {
+        announced: true,
+        ..relation(2, "n:{id}")
+    };
+    Frame::default()
+        .begin(108, 10)
+        .relation(new)
+        .row(Kind::Insert, "2", Some("new"))
+        .commit(20)
+        .feed(&mut planning);
+    late_commit(30, 40).feed(&mut planning);
+    replay(&mut planning);
+    Frame::default()
+        .begin(109, 40)
+        .row(Kind::Insert, "3", Some("new"))
+        .commit(50)
+        .feed(&mut planning);
+    let all = flushed(&mut planning);
+    let sets: Vec<_> = all
+        .iter()
+        .filter(|line| line.starts_with("HSET n:") || line.starts_with("HSET t:"))
+        .collect();
+    assert_eq!(
+        sets,
+        [
+            "HSET n:2 id 2 v new",
+            "HSET t:1 id 1 v old",
+            "HSET n:3 id 3 v new"
+        ]
+    );
+}
+
+#[test]
+fn records_where_they_cannot_be_are_an_error() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    let inside = Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(100, 10)
+        .record(pb::InProgress {
+            xid: 105,
+            sub_xid: 105,
+        });
+    assert!(
+        inside
+            .fails(&mut planning)
+            .to_string()
+            .contains("not the first of its frame")
+    );
+    let behind = late_commit(30, 40).begin(106, 50);
+    assert!(
+        behind
+            .fails(&mut planning)
+            .to_string()
+            .contains("not the last of its frame")
+    );
+}
