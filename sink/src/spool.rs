@@ -183,7 +183,10 @@ mod tests {
             assert!(spool.buffered < BUFFERS_BYTES);
         }
         for xid in 0..200 {
-            assert_eq!(all(spool.take(xid).unwrap().unwrap()), [frame.clone()]);
+            assert_eq!(
+                all(spool.take(xid).unwrap().unwrap()),
+                std::slice::from_ref(&frame)
+            );
         }
     }
 

@@ -24,26 +24,29 @@ const CALLBACKS: [(&str, u32); 5] = [
 const PEEK: &str =
     "SELECT count(*) FROM pg_logical_slot_peek_changes(current_database(), NULL, NULL, 'format', 'json')";
 
-#[test]
-fn a_failure_in_a_callback_is_an_error_of_one_session() {
+/// A slot of a database with a table `t` and what these statements do to it.
+fn with_slot(statements: &[&str]) -> Db {
     let db = Db::create(Pg::shared());
     db.sql("CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t')");
     db.sql("SELECT pg_create_logical_replication_slot(current_database(), 'walmirror')");
-    db.sql("INSERT INTO t SELECT generate_series(1, 10)");
-    db.sql("TRUNCATE t");
-    db.sql("SELECT pg_logical_emit_message(false, 'walmirror.marker', 'x')");
-    // Flushes the marker.
-    db.sql("INSERT INTO t VALUES (11)");
+    statements.iter().for_each(|statement| db.sql(statement));
+    // Flushes what does not flush itself.
+    db.sql("INSERT INTO t VALUES (-1)");
+    db
+}
+
+/// Each failure is an ERROR of the session that meets it, which goes on.
+fn fails(db: &Db, peek: &str, callbacks: &[(&str, u32)]) {
     let postmaster = db.value("SELECT pg_postmaster_start_time()");
-    let whole = db.value(PEEK);
-    for (callback, bit) in CALLBACKS {
+    let whole = db.value(peek);
+    for &(callback, bit) in callbacks {
         for (kind, failpoint) in [("error", bit), ("panic", bit << 1)] {
             let mut session = db.connect();
             session
                 .batch_execute(&format!("SET walmirror.failpoint = {failpoint}"))
                 .unwrap();
             let error = session
-                .batch_execute(PEEK)
+                .batch_execute(peek)
                 .expect_err(&format!("{kind} in {callback}"));
             let error = error
                 .as_db_error()
@@ -56,7 +59,7 @@ fn a_failure_in_a_callback_is_an_error_of_one_session() {
             // The session goes on, and reads everything when nothing fails.
             session.batch_execute("SET walmirror.failpoint = 0").unwrap();
             assert_eq!(
-                session.query_one(PEEK, &[]).unwrap().get::<_, i64>(0).to_string(),
+                session.query_one(peek, &[]).unwrap().get::<_, i64>(0).to_string(),
                 whole,
                 "after {kind} in {callback}"
             );
@@ -68,6 +71,29 @@ fn a_failure_in_a_callback_is_an_error_of_one_session() {
         "the server was restarted"
     );
     db.sql("SELECT pg_drop_replication_slot(current_database())");
+}
+
+#[test]
+fn a_failure_in_a_callback_is_an_error_of_one_session() {
+    let db = with_slot(&[
+        "INSERT INTO t SELECT generate_series(1, 10)",
+        "TRUNCATE t",
+        "SELECT pg_logical_emit_message(false, 'walmirror.marker', 'x')",
+    ]);
+    fails(&db, PEEK, &CALLBACKS);
+}
+
+/// The same in the callbacks for transactions in progress.
+#[test]
+fn a_failure_while_a_transaction_in_progress_comes() {
+    let db = with_slot(&["BEGIN; INSERT INTO t SELECT generate_series(1, 3000); \
+         SAVEPOINT s; INSERT INTO t SELECT generate_series(4001, 7000); ROLLBACK TO s; \
+         TRUNCATE t; ALTER TABLE t ADD v text; INSERT INTO t SELECT generate_series(1, 3000); COMMIT"]);
+    let binary = "SELECT count(*) FROM pg_logical_slot_peek_binary_changes(current_database(), NULL, NULL";
+    let (peek, whole) = (format!("{binary}, 'streaming', 'on')"), format!("{binary})"));
+    assert_ne!(db.value(&peek), db.value(&whole), "it came in parts");
+    let rollback = ("stream_abort", 16384);
+    fails(&db, &peek, &[&CALLBACKS[..], &[rollback]].concat());
 }
 
 /// In a backlog of small transactions the walsender decodes several WAL records a turn, so that is where the failures strike.

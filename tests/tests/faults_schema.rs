@@ -87,14 +87,10 @@ fn schema_changes_while_the_sink_is_down() {
     }
 }
 
-/// Everything is spilled, streamed changes of subtransactions that are rolled back among it.
-#[test]
-fn with_64_kb_of_decoding_memory() {
-    let s = Scenario::start("with_64_kb_of_decoding_memory", Setup::default());
-    s.m.sql(&format!(
-        "ALTER DATABASE {} SET logical_decoding_work_mem = '64kB'",
-        s.m.db.name
-    ));
+/// Everything comes in parts, or is spilled, changes of subtransactions that are rolled back among it.
+fn with_64_kb_of_decoding_memory(test: &str, streaming: &str, counter: &str) {
+    let setup = Setup::default().args(&["--streaming", streaming]);
+    let s = Scenario::start(test, setup);
     s.kill_sink();
     s.flow();
     for round in 0..3 {
@@ -108,10 +104,20 @@ fn with_64_kb_of_decoding_memory() {
         s.kill_sink();
         s.flow();
     }
-    let spilled =
-        "SELECT sum(spill_count) FROM pg_stat_replication_slots WHERE slot_name = current_database()";
-    assert_ne!(s.m.db.value(spilled), "0");
+    let counted =
+        format!("SELECT sum({counter}) FROM pg_stat_replication_slots WHERE slot_name = current_database()");
+    assert_ne!(s.m.db.value(&counted), "0");
     s.finish(&[]);
+}
+
+#[test]
+fn in_progress_with_64_kb_of_decoding_memory() {
+    with_64_kb_of_decoding_memory("in_progress_with_64_kb_of_decoding_memory", "on", "stream_count");
+}
+
+#[test]
+fn spilled_with_64_kb_of_decoding_memory() {
+    with_64_kb_of_decoding_memory("spilled_with_64_kb_of_decoding_memory", "off", "spill_count");
 }
 
 /// One transaction of `LARGE_ROWS` rows (10 million by hand), rolled back in part, with the sink killed in the middle of it.
