@@ -249,7 +249,9 @@ fn ddl_that_breaks_a_mapping_is_refused() {
          ALTER TABLE t REPLICA IDENTITY USING INDEX t_tag_key; \
          CREATE TABLE u (id int PRIMARY KEY, v text); \
          CREATE TABLE p (id int PRIMARY KEY, v text) PARTITION BY LIST (id); CREATE TABLE p1 PARTITION OF p FOR VALUES IN (1); \
-         SELECT walmirror.mirror('t', key => 't:{tag}', columns => '{a}'), walmirror.mirror('u'), walmirror.mirror('p')",
+         CREATE TABLE x (id int NOT NULL, v text); CREATE UNIQUE INDEX x_id ON x (id); ALTER TABLE x REPLICA IDENTITY FULL; \
+         SELECT walmirror.mirror('t', key => 't:{tag}', columns => '{a}'), walmirror.mirror('u'), walmirror.mirror('p'), \
+                walmirror.mirror('x', key => 'x:{id}')",
     );
     let mut problems = Vec::new();
     for statement in [
@@ -266,6 +268,7 @@ fn ddl_that_breaks_a_mapping_is_refused() {
         "ALTER TABLE u DROP COLUMN id",
         "ALTER TABLE u REPLICA IDENTITY NOTHING",
         "ALTER TABLE p1 REPLICA IDENTITY NOTHING",
+        "DROP INDEX x_id",
     ] {
         match m.db.connect().batch_execute(statement) {
             Ok(()) => problems.push(format!("accepted: {statement}")),
@@ -289,6 +292,35 @@ fn ddl_that_breaks_a_mapping_is_refused() {
     m.check();
     // Columns that no mapping names may go.
     m.sql("ALTER TABLE t DROP COLUMN b; ALTER TABLE u RENAME v TO w");
+    m.settle();
+}
+
+/// DDL on a mirrored table, and its label, wait for nothing that a session does to another one.
+#[test]
+fn ddl_waits_for_nobody_at_another_table() {
+    let m = Mirror::with(
+        "CREATE TABLE a (id int PRIMARY KEY, v text, w text); CREATE TABLE b (id int PRIMARY KEY, v text UNIQUE, w text); \
+         CREATE INDEX b_w ON b (w); SELECT walmirror.mirror('a'), walmirror.mirror('b')",
+    );
+    let mut other = m.db.connect();
+    other
+        .batch_execute("BEGIN; ALTER TABLE a ADD x int; ALTER TABLE a DROP COLUMN w")
+        .unwrap();
+    let mut client = m.db.connect();
+    for statement in [
+        "SET lock_timeout = '100ms'",
+        "ALTER TABLE b ADD x int",
+        "ALTER TABLE b DROP CONSTRAINT b_v_key",
+        "ALTER TABLE b DROP COLUMN v",
+        "DROP INDEX b_w",
+        "SELECT walmirror.mirror('b', key => 'b2:{id}')",
+    ] {
+        client
+            .batch_execute(statement)
+            .unwrap_or_else(|error| panic!("{statement}: {error:?}"));
+    }
+    other.batch_execute("COMMIT").unwrap();
+    m.sql("INSERT INTO a VALUES (1, 'v', 2); INSERT INTO b VALUES (1, 'w', 2)");
     m.settle();
 }
 
