@@ -148,6 +148,14 @@ impl Error {
         Self::Gap(report(what))
     }
 
+    /// Why Redis and the slot do not fit together, if it is that.
+    pub fn gap_reason(&self) -> Option<&str> {
+        match self {
+            Self::Gap(report) => Some(&report.what),
+            _ => None,
+        }
+    }
+
     /// `wait` gave up.
     pub fn timeout(what: impl Into<String>) -> Self {
         Self::Timeout(report(what))

@@ -8,6 +8,7 @@ pub mod pq;
 pub mod replication;
 
 // The pure core: what is to be applied, what may still be applied, and as which commands.
+pub mod continuity;
 pub mod gate;
 pub mod plan;
 pub mod progress;

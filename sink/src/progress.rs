@@ -5,17 +5,28 @@ use std::collections::BTreeMap;
 
 use walmirror_proto::Lsn;
 
+use crate::continuity::Last;
 use crate::plan::RedisKeys;
 use crate::resp::Commands;
-use crate::transaction::Part;
+use crate::transaction::{Commit, Part};
 
 /// Prefix of the fields that hold the backfill cursors.
 const BACKFILL: &str = "backfill:";
 
+/// The field that says which transaction was applied last.
+pub(crate) const LAST: &str = "last_commit";
 /// The field that says that everything has to be made anew.
 pub(crate) const RESYNC: &str = "resync";
 /// The fields of a transaction that is applied in part.
-pub(crate) const PART_FIELDS: [&[u8]; 3] = [b"part_xid", b"part_commit_lsn", b"part_records"];
+pub(crate) const PART_FIELDS: [&[u8]; 4] = [
+    b"part_xid",
+    b"part_commit_lsn",
+    b"part_records",
+    PART_COMMIT.as_bytes(),
+];
+/// The one of them that an older version of this program does not know. It names the transaction, so that one that such a version has
+/// left there is told from the one that it has written about since.
+const PART_COMMIT: &str = "part_commit";
 /// The field that says that keys are removed ahead of the transaction that they go with.
 pub(crate) const PURGING: &[u8] = b"purging";
 
@@ -26,6 +37,8 @@ pub struct Progress {
     pub lsn: Lsn,
     /// When the last of them committed, as text; for people.
     pub commit_ts: Option<String>,
+    /// Which one that was. None: an older version of this program wrote the hash.
+    pub last: Option<Last>,
     /// Raised by every session; only the session that raised it last may write.
     pub epoch: u64,
     /// The system identifier of the Postgres cluster.
@@ -82,10 +95,23 @@ impl Progress {
                 .ok_or(ProgressError { field })
         }
         let text = |field: &str| fields.get(field).map(|text| (*text).to_owned());
+        let last = match fields.get(LAST) {
+            Some(text) => Some(Last::parse(text).ok_or(ProgressError { field: LAST })?),
+            None => None,
+        };
+        let commit_ts = text("commit_ts");
         let part = if fields.contains_key("part_xid") {
+            let (xid, commit_lsn) = (number(&fields, "part_xid")?, number(&fields, "part_commit_lsn")?);
+            let commit_time = match fields.get(PART_COMMIT).and_then(|text| Last::parse(text)) {
+                Some(Last::Commit(commit)) if (commit.xid, commit.lsn) == (xid, commit_lsn) => {
+                    Some(commit.time)
+                }
+                _ => None,
+            };
             Some(Part {
-                xid: number(&fields, "part_xid")?,
-                commit_lsn: number(&fields, "part_commit_lsn")?,
+                xid,
+                commit_lsn,
+                commit_time,
                 records: number(&fields, "part_records")?,
             })
         } else {
@@ -99,7 +125,8 @@ impl Progress {
             .collect();
         Ok(Some(Self {
             lsn: number(&fields, "lsn")?,
-            commit_ts: text("commit_ts"),
+            last: last.filter(|last| is_current(last, commit_ts.as_deref())),
+            commit_ts,
             epoch: number(&fields, "epoch")?,
             system_id: text("system_id").unwrap_or_default(),
             timeline: number(&fields, "timeline")?,
@@ -117,8 +144,8 @@ impl Progress {
 pub struct Step {
     /// Every transaction that ends at or before this is in Redis once the step is applied.
     pub lsn: Lsn,
-    /// When the last of them committed: microseconds since 2000-01-01 UTC. None: a keepalive moved the position.
-    pub commit_time: Option<i64>,
+    /// The last of them. None: a keepalive moved the position.
+    pub last: Option<Commit>,
     /// What is applied of the transaction behind `lsn`.
     pub part: Option<Part>,
     /// Whether the hash may hold a part from before, which is then over.
@@ -128,13 +155,22 @@ pub struct Step {
 /// Appends the command that writes a step.
 pub fn write_step(commands: &mut Commands, keys: &RedisKeys, step: &Step) {
     let mut fields: Vec<(&[u8], String)> = vec![(b"lsn", step.lsn.to_string())];
-    if let Some(time) = step.commit_time {
-        fields.push((b"commit_ts", timestamp(time)));
+    if let Some(commit) = step.last {
+        fields.push((b"commit_ts", timestamp(commit.time)));
+        fields.push((LAST.as_bytes(), Last::Commit(commit).encode()));
     }
     if let Some(part) = step.part {
         fields.push((b"part_xid", part.xid.to_string()));
         fields.push((b"part_commit_lsn", part.commit_lsn.to_string()));
         fields.push((b"part_records", part.records.to_string()));
+        if let Some(time) = part.commit_time {
+            let commit = Commit {
+                lsn: part.commit_lsn,
+                xid: part.xid,
+                time,
+            };
+            fields.push((PART_COMMIT.as_bytes(), Last::Commit(commit).encode()));
+        }
     }
     commands
         .begin(2 + 2 * fields.len())
@@ -144,8 +180,9 @@ pub fn write_step(commands: &mut Commands, keys: &RedisKeys, step: &Step) {
         commands.arg(field).arg(value.as_bytes());
     }
     if step.clear_part && step.part.is_none() {
-        let [xid, commit_lsn, records] = PART_FIELDS;
-        commands.command(&[b"HDEL", &keys.progress, xid, commit_lsn, records]);
+        let mut command: Vec<&[u8]> = vec![b"HDEL", &keys.progress];
+        command.extend(PART_FIELDS);
+        commands.command(&command);
     }
 }
 
@@ -163,8 +200,17 @@ pub fn write_cursor(commands: &mut Commands, keys: &RedisKeys, relation: u32, cu
     };
 }
 
+/// An older version of this program, which does not know the field, has written behind it if the one for people says
+/// another time.
+fn is_current(last: &Last, commit_ts: Option<&str>) -> bool {
+    match last {
+        Last::NoneSince(_) => true,
+        Last::Commit(commit) => commit_ts == Some(timestamp(commit.time).as_str()),
+    }
+}
+
 /// A Postgres timestamp as timestamptz prints it.
-fn timestamp(micros: i64) -> String {
+pub(crate) fn timestamp(micros: i64) -> String {
     let mut text = Vec::new();
     walmirror_proto::row::Datum::Timestamptz(micros).write_text(&mut text);
     String::from_utf8_lossy(&text).into_owned()
@@ -213,9 +259,15 @@ mod tests {
         }
         assert_eq!(read(&fields), Err(ProgressError { field: "lsn" }));
 
+        let last = Commit {
+            lsn: Lsn(8),
+            xid: 7,
+            time: 0,
+        };
         let part = Part {
             xid: 9,
             commit_lsn: Lsn(0x1_0000_0020),
+            commit_time: Some(-3),
             records: 5,
         };
         let mut commands = Commands::new();
@@ -224,7 +276,7 @@ mod tests {
             &keys,
             &Step {
                 lsn: Lsn(16),
-                commit_time: Some(0),
+                last: Some(last),
                 part: Some(part),
                 clear_part: false,
             },
@@ -236,7 +288,13 @@ mod tests {
             (progress.lsn, progress.part, progress.epoch),
             (Lsn(16), Some(part), 3)
         );
+        // What an older version has left there says nothing.
+        let mut older = fields.clone();
+        older.insert(b"part_xid".to_vec(), b"10".to_vec());
+        let part_of = |fields: &BTreeMap<_, _>| read(fields).unwrap().unwrap().part.unwrap();
+        assert_eq!(part_of(&older).commit_time, None);
         assert_eq!(progress.commit_ts.as_deref(), Some("2000-01-01 00:00:00+00"));
+        assert_eq!(progress.last, Some(Last::Commit(last)));
         assert_eq!(progress.cursors, BTreeMap::from([(42, "{}".to_owned())]));
 
         commands.clear();
@@ -245,7 +303,7 @@ mod tests {
             &keys,
             &Step {
                 lsn: Lsn(17),
-                commit_time: None,
+                last: None,
                 part: None,
                 clear_part: true,
             },
@@ -257,5 +315,37 @@ mod tests {
             (progress.lsn, progress.part, progress.cursors.len()),
             (Lsn(17), None, 0)
         );
+        assert_eq!(progress.last, Some(Last::Commit(last)));
+    }
+
+    #[test]
+    fn the_last_transaction_is_known_unless_an_older_version_wrote_behind_it() {
+        let mut fields = BTreeMap::from([("lsn", "0/11"), ("epoch", "3"), ("timeline", "1")]);
+        let read = |fields: &BTreeMap<&str, &str>| {
+            let fields = fields
+                .iter()
+                .map(|(field, value)| (field.as_bytes(), value.as_bytes()));
+            Progress::parse(fields).map(|progress| progress.unwrap().last)
+        };
+        assert_eq!(read(&fields), Ok(None));
+        fields.insert(LAST, "0/10");
+        assert_eq!(read(&fields), Ok(Some(Last::NoneSince(Lsn(16)))));
+        let last = Last::Commit(Commit {
+            lsn: Lsn(16),
+            xid: 7,
+            time: 1_000_000,
+        });
+        let text = last.encode();
+        assert_eq!(text, "0/10 7 1000000");
+        fields.insert(LAST, &text);
+        assert_eq!(read(&fields), Ok(None));
+        fields.insert("commit_ts", "2000-01-01 00:00:01+00");
+        assert_eq!(read(&fields), Ok(Some(last)));
+        fields.insert("commit_ts", "2000-01-01 00:00:02+00");
+        assert_eq!(read(&fields), Ok(None));
+        for text in ["", "x", "0/10 7", "0/10 7 x"] {
+            fields.insert(LAST, text);
+            assert_eq!(read(&fields), Err(ProgressError { field: LAST }), "{text:?}");
+        }
     }
 }

@@ -14,8 +14,38 @@ pub struct Part {
     pub xid: u64,
     /// Where its commit record starts.
     pub commit_lsn: Lsn,
+    /// When it committed: microseconds since 2000-01-01 UTC. None: an older version of this program wrote this down.
+    pub commit_time: Option<i64>,
     /// How many of its change records are applied: rows, truncates, forgets, announcements, errors.
     pub records: u64,
+}
+
+impl Part {
+    fn is(&self, begin: &pb::Begin) -> bool {
+        self.xid == begin.xid
+            && self.commit_lsn.0 == begin.commit_lsn
+            && self.commit_time.is_none_or(|time| time == begin.commit_time)
+    }
+
+    fn lost(self, next: String) -> OrderError {
+        OrderError::PartLost {
+            xid: self.xid,
+            commit: self.commit_lsn,
+            next,
+        }
+    }
+}
+
+/// A transaction that is applied whole, so that it can be told from any other: in another history of the same server another one may
+/// commit at the same place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Commit {
+    /// Where its commit record starts.
+    pub lsn: Lsn,
+    /// Its top-level transaction id.
+    pub xid: u64,
+    /// When it committed: microseconds since 2000-01-01 UTC.
+    pub time: i64,
 }
 
 /// The transaction that the stream is in.
@@ -59,17 +89,15 @@ pub enum OrderError {
     },
     /// The transaction that was applied in part is not the next one.
     #[error(
-        "transaction {xid} (commit at {commit}) was applied in part, but the stream goes on with {next} (commit at {next_commit})"
+        "Redis has a part of transaction {xid}, which commits at {commit}, and Postgres goes on with {next} instead"
     )]
     PartLost {
         /// The one that was cut.
         xid: u64,
         /// Where its commit record starts.
         commit: Lsn,
-        /// What came instead.
-        next: u64,
-        /// Where that commits.
-        next_commit: Lsn,
+        /// What came instead: a transaction, or nothing up to a position.
+        next: String,
     },
 }
 
@@ -78,8 +106,8 @@ pub enum OrderError {
 pub struct Ended {
     /// Just after its commit record.
     pub end_lsn: Lsn,
-    /// When it committed: microseconds since 2000-01-01 UTC.
-    pub commit_time: i64,
+    /// Which one it is.
+    pub commit: Commit,
 }
 
 /// Follows the stream from a progress position on.
@@ -115,14 +143,10 @@ impl Transactions {
         } else {
             match self.part {
                 None => 0,
-                Some(part) if part.xid == begin.xid && part.commit_lsn == commit_lsn => part.records,
+                Some(part) if part.is(begin) => part.records,
                 Some(part) => {
-                    return Err(OrderError::PartLost {
-                        xid: part.xid,
-                        commit: part.commit_lsn,
-                        next: begin.xid,
-                        next_commit: commit_lsn,
-                    });
+                    let next = format!("transaction {}, which commits at {commit_lsn}", begin.xid);
+                    return Err(part.lost(next));
                 }
             }
         };
@@ -134,6 +158,16 @@ impl Transactions {
             skip,
         });
         Ok(())
+    }
+
+    /// Between transactions: the server has sent all that ends before this.
+    pub fn reached(&self, lsn: Lsn) -> Result<(), OrderError> {
+        match self.part {
+            Some(part) if self.open.is_none() && lsn > part.commit_lsn => {
+                Err(part.lost(format!("what is behind {lsn}")))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// A change record of the open transaction. Some: it is to be applied.
@@ -161,7 +195,11 @@ impl Transactions {
         self.part = None;
         Ok(Some(Ended {
             end_lsn,
-            commit_time: open.commit_time,
+            commit: Commit {
+                lsn: open.commit_lsn,
+                xid: open.xid,
+                time: open.commit_time,
+            },
         }))
     }
 
@@ -173,6 +211,7 @@ impl Transactions {
             Some(open) if open.skip != u64::MAX => Some(Part {
                 xid: open.xid,
                 commit_lsn: open.commit_lsn,
+                commit_time: Some(open.commit_time),
                 records: open.records.max(open.skip),
             }),
             _ => self.part,
@@ -182,6 +221,11 @@ impl Transactions {
     /// Whether the open transaction was applied whole before.
     pub fn is_skipped(&self) -> bool {
         self.open.is_some_and(|open| open.skip == u64::MAX)
+    }
+
+    /// Whether a transaction of which an earlier session applied a part has not begun yet: so it may never have been here.
+    pub fn awaits_part(&self) -> bool {
+        self.part.is_some() && self.open.is_none_or(|open| open.skip == u64::MAX)
     }
 
     /// Whether the stream is inside of a transaction.
@@ -269,7 +313,11 @@ mod tests {
             ended,
             Some(Ended {
                 end_lsn: Lsn(120),
-                commit_time: 7
+                commit: Commit {
+                    lsn: Lsn(110),
+                    xid: 2,
+                    time: 7
+                }
             })
         );
     }
@@ -279,6 +327,7 @@ mod tests {
         let part = Part {
             xid: 5,
             commit_lsn: Lsn(100),
+            commit_time: Some(7),
             records: 2,
         };
         let mut transactions = Transactions::resume(Lsn(50), Some(part));
@@ -287,9 +336,24 @@ mod tests {
         transactions.commit(&pb::Commit { end_lsn: 50 }).unwrap();
         assert!(matches!(
             transactions.begin(&begin(6, 100)),
-            Err(OrderError::PartLost { xid: 5, next: 6, .. })
+            Err(OrderError::PartLost { xid: 5, .. })
         ));
+        assert_eq!(transactions.reached(Lsn(100)), Ok(()));
+        assert!(matches!(
+            transactions.reached(Lsn(101)),
+            Err(OrderError::PartLost { xid: 5, .. })
+        ));
+        let other = pb::Begin {
+            commit_time: 8,
+            ..begin(5, 100)
+        };
+        assert!(matches!(
+            transactions.begin(&other),
+            Err(OrderError::PartLost { xid: 5, .. })
+        ));
+        assert!(transactions.awaits_part());
         transactions.begin(&begin(5, 100)).unwrap();
+        assert!(!transactions.awaits_part());
         let applied: Vec<bool> = (0..4)
             .map(|_| transactions.change("row").unwrap().is_some())
             .collect();
@@ -299,6 +363,7 @@ mod tests {
             Some(Part {
                 xid: 5,
                 commit_lsn: Lsn(100),
+                commit_time: Some(7),
                 records: 4
             })
         );
@@ -313,6 +378,7 @@ mod tests {
         let part = Part {
             xid: 5,
             commit_lsn: Lsn(100),
+            commit_time: Some(7),
             records: 2,
         };
         let mut transactions = Transactions::resume(Lsn(50), Some(part));

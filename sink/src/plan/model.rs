@@ -331,7 +331,7 @@ fn schedule(server: &Server, value: ValueKind, seed: u64) {
             }
             let step = Step {
                 lsn: Lsn(round + 2),
-                commit_time: Some(0),
+                last: None,
                 part: None,
                 clear_part: false,
             };
@@ -431,7 +431,7 @@ fn a_patch_that_finds_no_key_is_noted_and_writes_nothing() {
         fixture.plan(Trust::Settled, Kind::Update, &tuple(&row, true, false), None);
         let step = Step {
             lsn: Lsn(2),
-            commit_time: Some(0),
+            last: None,
             part: None,
             clear_part: false,
         };

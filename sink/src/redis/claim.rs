@@ -8,9 +8,10 @@ use redis::Value;
 use walmirror_proto::{Lsn, pb};
 
 use super::Connection;
+use crate::continuity::Last;
 use crate::error::{Class, Error};
 use crate::plan::{RedisKeys, Script, Scripts};
-use crate::progress::{PART_FIELDS, PURGING, Progress, RESYNC};
+use crate::progress::{LAST, PART_FIELDS, PURGING, Progress, RESYNC};
 
 /// What earlier sessions left.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -141,6 +142,7 @@ impl Claim {
             command.push(PURGING);
             connection.call("reset the progress", &command)?;
             fields.push(("lsn", lsn.to_string()));
+            fields.push((LAST, Last::NoneSince(lsn).encode()));
             fields.push((RESYNC, "1".to_owned()));
         }
         let mut command: Vec<&[u8]> = vec![b"HSET", &keys.progress];

@@ -42,7 +42,7 @@ fn segment(lsn: u64, commands: &[(&str, &[&str])]) -> Segment {
     }
     let step = Step {
         lsn: Lsn(lsn),
-        commit_time: None,
+        last: None,
         part: None,
         clear_part: false,
     };

@@ -66,7 +66,7 @@ pub(super) fn apply(
                     shared.set_applied(applied.step.lsn);
                     shared
                         .health
-                        .note_applied(applied.step.lsn, applied.step.commit_time);
+                        .note_applied(applied.step.lsn, applied.step.last.map(|last| last.time));
                 }
                 let _ = room.send(());
             }

@@ -39,8 +39,18 @@ pub(super) struct Server<'a> {
     pub(super) end: Lsn,
 }
 
+/// What the session before found in the stream: it is of another history than what Redis holds. Nothing was written or confirmed
+/// since, so this process need not remember it over its end: another one finds it once more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Found {
+    /// For a person.
+    pub(super) why: String,
+    /// The epoch of that session. If another one has begun since, it may be healed.
+    pub(super) epoch: u64,
+}
+
 /// Compares what Redis and Postgres say.
-pub(super) fn decide(progress: Option<&Progress>, server: &Server<'_>) -> Decision {
+pub(super) fn decide(progress: Option<&Progress>, server: &Server<'_>, found: Option<&Found>) -> Decision {
     let Server {
         slot, identity, end, ..
     } = *server;
@@ -76,17 +86,26 @@ pub(super) fn decide(progress: Option<&Progress>, server: &Server<'_>) -> Decisi
         (Some(progress), Some(slot)) => match (strayed(progress, slot, server), usable) {
             (Some(why), _) => gap(why),
             // Only WAL that is flushed is ever sent. The server would wait until it gets there, and leave out what is before.
-            _ if progress.lsn > end => gap(format!(
+            _ if reach(progress) > end => gap(format!(
                 "Redis is at {}, but the server's WAL ends at {end}: the server was put back to an earlier state",
-                progress.lsn
+                reach(progress)
             )),
             (_, Some(confirmed)) if confirmed > progress.lsn => gap(format!(
                 "the slot is confirmed up to {confirmed}, but Redis is only at {}: it lost what is between",
                 progress.lsn
             )),
-            _ => Decision::Resume(progress.lsn),
+            _ => match found.filter(|found| found.epoch == progress.epoch) {
+                Some(found) => gap(found.why.clone()),
+                None => Decision::Resume(progress.lsn),
+            },
         },
     }
+}
+
+/// How far Redis has seen the WAL: a transaction of which it has a part was whole when it was sent.
+fn reach(progress: &Progress) -> Lsn {
+    let part = progress.part.map(|part| Lsn(part.commit_lsn.0.saturating_add(1)));
+    part.map_or(progress.lsn, |part| part.max(progress.lsn))
 }
 
 /// Why what Redis holds is not of the server's past, if that is so. On the same timeline it always is.
@@ -132,7 +151,8 @@ fn strayed(progress: &Progress, slot: &SlotInfo, server: &Server<'_>) -> Option<
 }
 
 /// Whether what Redis holds now that the right to write is being taken is what the decision was about: between the two, Redis
-/// may have lost its tail, and the stream has begun already; or a session on the old primary has gone on.
+/// may have lost its tail, and the stream has begun already; or a session on the old primary has gone on. The server's slot is that
+/// of the stream.
 pub(super) fn still_fits(stored: &Stored, start: Lsn, server: &Server<'_>) -> Result<(), Error> {
     let changed = |why: &str| {
         let what = "the progress changed while this session began";
@@ -140,6 +160,10 @@ pub(super) fn still_fits(stored: &Stored, start: Lsn, server: &Server<'_>) -> Re
     };
     match &stored.progress {
         Some(progress) if progress.lsn >= start => {
+            let confirmed = server.slot.and_then(|slot| slot.confirmed_flush_lsn);
+            if confirmed.is_some_and(|confirmed| confirmed > progress.lsn) {
+                return changed("the slot was confirmed beyond it");
+            }
             let strayed = server.slot.and_then(|slot| strayed(progress, slot, server));
             strayed.map_or(Ok(()), |why| changed(&why))
         }
@@ -210,7 +234,7 @@ mod tests {
             history: &history,
             end: END,
         };
-        decide(progress, &server)
+        decide(progress, &server, None)
     }
 
     #[track_caller]
@@ -247,6 +271,15 @@ mod tests {
     fn what_does_not_fit_is_a_gap_with_a_reason() {
         assert_gap(&at_home(Some(&progress(10)), Some(&slot(11))), Some(11), "0/B");
         assert_gap(&at_home(Some(&progress(101)), Some(&slot(5))), Some(5), "0/64");
+        let in_part = Progress {
+            part: Some(part(100)),
+            ..progress(10)
+        };
+        assert_gap(
+            &at_home(Some(&in_part), Some(&slot(5))),
+            Some(5),
+            "ends at 0/64: the server was put back",
+        );
         assert_gap(&at_home(Some(&progress(10)), None), None, "slot is gone");
         assert_gap(&at_home(None, Some(&slot(5))), Some(5), "no progress");
         let other = |identity: Identity| on(&identity, Some(&progress(10)), Some(&slot(5)));
@@ -271,10 +304,30 @@ mod tests {
         );
     }
 
+    #[test]
+    fn what_the_session_before_found_is_a_gap_unless_another_one_began_since() {
+        let history = History::none();
+        let server = Server {
+            slot: Some(&slot(5)),
+            identity: &identity(1),
+            history: &history,
+            end: END,
+        };
+        let found = |epoch| Found {
+            why: "never was".to_owned(),
+            epoch,
+        };
+        let decision = decide(Some(&progress(10)), &server, Some(&found(1)));
+        assert_gap(&decision, Some(5), "never was");
+        let later = decide(Some(&progress(10)), &server, Some(&found(0)));
+        assert_eq!(later, Decision::Resume(Lsn(10)));
+    }
+
     fn part(commit_lsn: u64) -> Part {
         Part {
             xid: 7,
             commit_lsn: Lsn(commit_lsn),
+            commit_time: None,
             records: 3,
         }
     }
@@ -381,7 +434,11 @@ mod tests {
             history: &history,
             end: END,
         };
-        assert_gap(&decide(Some(&old), &server), Some(5), "does not know the other");
+        assert_gap(
+            &decide(Some(&old), &server, None),
+            Some(5),
+            "does not know the other",
+        );
     }
 
     #[test]
@@ -407,6 +464,23 @@ mod tests {
             assert!(!fits(timeline, Some(progress(39))));
             assert!(!fits(timeline, None));
         }
+        // The slot was confirmed after it was looked at, and Redis has lost that.
+        let ahead = SlotInfo {
+            confirmed_flush_lsn: Some(Lsn(41)),
+            ..slot.clone()
+        };
+        let server = Server {
+            slot: Some(&ahead),
+            identity: &identity(1),
+            history: &history,
+            end: END,
+        };
+        let stored = |lsn| Stored {
+            progress: Some(progress(lsn)),
+            ..Stored::default()
+        };
+        assert!(still_fits(&stored(40), Lsn(40), &server).is_err());
+        assert!(still_fits(&stored(41), Lsn(40), &server).is_ok());
         // Somebody on the old primary has gone on.
         assert!(fits(1, Some(progress(51))));
         assert!(!fits(2, Some(progress(51))));

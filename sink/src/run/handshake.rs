@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use walmirror_proto::Lsn;
 
-use super::decide::{Decision, Server, decide, still_fits};
+use super::decide::{Decision, Found, Server, decide, still_fits};
 use crate::config::{OnGap, RunConfig};
+use crate::continuity::Continuity;
 use crate::error::Error;
 use crate::plan::RedisKeys;
 use crate::pq::{Connection as Postgres, ErrorKind, PqError, Waker};
@@ -21,6 +22,8 @@ pub(super) struct Handshake {
     pub(super) claim: Claim,
     /// Where the progress begins anew, if it does.
     pub(super) fresh: Option<Lsn>,
+    /// Whether the stream is of the history that Redis mirrors.
+    pub(super) continuity: Continuity,
     /// What the slot is confirmed up to.
     pub(super) confirmed: Lsn,
     /// As long as the server may be silent although it was asked.
@@ -34,11 +37,12 @@ const ANSWER: Duration = Duration::from_secs(30);
 /// As long as the server may be silent where it does not mind how long the sink is.
 const SILENCE: Duration = Duration::from_secs(60);
 
-/// Connects and claims. `interrupt` ends a wait when the process should stop.
-/// `streaming`: transactions may come while they are in progress.
+/// Connects and claims. `found` is what the session before this one found in the stream. `interrupt` ends a wait when the process
+/// should stop. `streaming`: transactions may come while they are in progress.
 pub(super) fn shake(
     config: &RunConfig,
     keys: &RedisKeys,
+    found: Option<&Found>,
     interrupt: &Waker,
     streaming: bool,
 ) -> Result<Handshake, Error> {
@@ -79,7 +83,7 @@ pub(super) fn shake(
         end: system.xlogpos,
     };
 
-    let decision = decide(stored.progress.as_ref(), &server);
+    let decision = decide(stored.progress.as_ref(), &server, found);
     // Making a slot waits for all transactions that are running.
     replication.answer_within(None);
     let (start, fresh) = match decision {
@@ -128,20 +132,37 @@ pub(super) fn shake(
     // The slot comes first: whoever holds it is alive, and is not to be fenced off.
     let streaming = if streaming { "on" } else { "off" };
     let options = [("proto_version", "1"), ("streaming", streaming)];
-    let stream = Stream::start_on(replication, slot, start, &options, config.status_interval)?;
+    let resumed = stored.progress.as_ref().filter(|_| fresh.is_none());
+    let from = resumed.map_or(start, Continuity::start);
+    let from = info
+        .as_ref()
+        .and_then(|slot| slot.confirmed_flush_lsn)
+        .map_or(from, |confirmed| from.max(confirmed));
+    let stream = Stream::start_on(replication, slot, from, &options, config.status_interval)?;
+    // Whoever had the slot before may have confirmed more since it was looked at: then the server begins there. From here
+    // on only this session confirms.
+    let info = slot_info(&mut sql, slot)?;
+    let held = info.as_ref().and_then(|slot| slot.confirmed_flush_lsn);
+    let server = Server {
+        slot: info.as_ref(),
+        ..server
+    };
     let claim = Claim::take(redis, keys, slot, &identity, fresh, |stored| match fresh {
         Some(_) => Ok(()),
         None => still_fits(stored, start, &server),
     })?;
+    let continuity = match claim.stored.progress.as_ref().filter(|_| fresh.is_none()) {
+        Some(progress) => Continuity::of(progress, held.map_or(from, |held| from.max(held))),
+        None => Continuity::proved(),
+    };
     let horizon = horizon(&mut sql)?;
     let silence = silence(&mut sql)?;
-    let confirmed = fresh
-        .or_else(|| info.and_then(|slot| slot.confirmed_flush_lsn))
-        .unwrap_or_default();
+    let confirmed = fresh.or(held).unwrap_or_default();
     Ok(Handshake {
         stream,
         claim,
         fresh,
+        continuity,
         confirmed,
         silence,
         horizon,

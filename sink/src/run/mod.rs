@@ -52,11 +52,14 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
     let mut streamed = false;
     let mut failures = 0;
     let mut silences = 0;
+    let mut found = None;
     loop {
         let session = Instant::now();
         // What keeps a server silent may be work that it would begin anew each time: it gets twice as long the next time.
         let patience = 1 << silences.min(SILENCES_MAX);
-        let result = session::run(config, shutdown, &health, patience, || streamed = true);
+        let result = session::run(config, shutdown, &health, patience, &mut found, || {
+            streamed = true
+        });
         health.ended();
         if session.elapsed() >= STEADY {
             failures = 0;
@@ -70,6 +73,10 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
             Err(_) if shutdown.requested() => return Ok(()),
             Err(error) => error,
         };
+        if found.is_some() {
+            // The next session begins with that, and heals or refuses it.
+            continue;
+        }
         let heals = error.class() == Class::Retry || streamed && error.heals_later();
         if !heals || config.once {
             return Err(error);

@@ -116,7 +116,7 @@ fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) ->
                     shared.wake_stream();
                 }
             }
-            Some(Input::Keepalive(wal_end)) => planning.keepalive(wal_end),
+            Some(Input::Keepalive(wal_end)) => planning.keepalive(wal_end)?,
             Some(Input::Chunk(chunk)) => planning.chunk(chunk),
             Some(Input::Stop) => return Ok(()),
             None => {}

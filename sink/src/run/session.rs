@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::unbounded;
 
+use super::decide::Found;
 use super::handshake::{Handshake, shake};
 use super::health::Health;
 use super::plan_loop::{self, Channels};
@@ -42,11 +43,13 @@ pub(super) enum Ended {
 
 /// Runs a session to its end. `began` is called once streaming has begun.
 /// `patience`: how many times longer than usual the server may be silent.
+/// `found`: what the session before found in the stream; what this one finds, if that is why it ends.
 pub(super) fn run(
     config: &RunConfig,
     shutdown: &Shutdown,
     health: &Arc<Health>,
     patience: u32,
+    found: &mut Option<Found>,
     began: impl FnOnce(),
 ) -> Result<Ended, Error> {
     let keys = RedisKeys::new(config.slot.as_str());
@@ -55,12 +58,14 @@ pub(super) fn run(
         stream,
         mut claim,
         fresh,
+        continuity,
         confirmed,
         silence,
         horizon,
     } = shake(
         config,
         &keys,
+        found.take().as_ref(),
         &interrupt,
         config.streaming == Streaming::On && health.can_spool(),
     )?;
@@ -72,7 +77,13 @@ pub(super) fn run(
             .map(|progress| progress.lsn)
             .unwrap_or_default()
     });
-    let shared = Arc::new(Shared::of(health, start_lsn));
+    // Until the stream is known to be of the history that Redis mirrors, nothing more is confirmed than was.
+    let applied = if continuity.is_proved() {
+        start_lsn
+    } else {
+        confirmed
+    };
+    let shared = Arc::new(Shared::of(health, applied));
     shared.set_stream_waker(stream.waker());
     let backfill = Arc::new(Backfill::default());
     // A transaction id is used once: markers of earlier sessions, which may come again, are told apart. The epoch would
@@ -84,6 +95,7 @@ pub(super) fn run(
         scripts: claim.scripts.clone(),
         stored: claim.stored.clone(),
         fresh,
+        continuity,
         gate: Gate::new(
             GATE_BYTES,
             horizon,
@@ -101,6 +113,7 @@ pub(super) fn run(
         backfill: Arc::clone(&backfill),
         shared: Arc::clone(&shared),
     })?;
+    let epoch = claim.epoch;
     let mut writer = Writer::new(claim, keys.clone())?;
     writer.set_on_bad_row(config.on_bad_row);
     began();
@@ -183,7 +196,13 @@ pub(super) fn run(
         Ok(ended)
     })?;
     match shared.take_failure() {
-        Some(error) => Err(error),
+        Some(error) => {
+            *found = error.gap_reason().map(|why| Found {
+                why: why.to_owned(),
+                epoch,
+            });
+            Err(error)
+        }
         None => Ok(ended),
     }
 }

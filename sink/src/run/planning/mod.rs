@@ -4,6 +4,7 @@
 mod assembly;
 mod captures;
 mod chunks;
+mod history;
 mod records;
 mod registry;
 mod replay;
@@ -20,13 +21,14 @@ use walmirror_proto::pb;
 use super::shared::Shared;
 use crate::backfill::{Backfill, Chunk};
 use crate::config::OnBadRow;
+use crate::continuity::Continuity;
 use crate::error::Error;
 use crate::gate::Gate;
 use crate::plan::{Mapping, Planner, RedisKeys, Scripts, Trust};
 use crate::progress::{Progress, Step, write_resync_begun};
 use crate::redis::{Segment, Stored};
 use crate::spool::Spool;
-use crate::transaction::Transactions;
+use crate::transaction::{Commit, Transactions};
 
 use assembly::Assembly;
 use chunks::Chunks;
@@ -51,6 +53,7 @@ pub(super) struct Start {
     pub(super) stored: Stored,
     /// Where the progress begins anew, if it does: then every backfill does.
     pub(super) fresh: Option<Lsn>,
+    pub(super) continuity: Continuity,
     pub(super) gate: Gate,
     pub(super) slot: String,
     pub(super) marker_prefix: String,
@@ -83,6 +86,7 @@ struct Definition {
 
 pub(super) struct Planning {
     transactions: Transactions,
+    continuity: Continuity,
     gate: Gate,
     planner: Planner,
     registry: Registry,
@@ -105,7 +109,7 @@ pub(super) struct Planning {
     marker_prefix: Vec<u8>,
     /// The end of the last transaction that is planned whole, or a keepalive behind it.
     lsn: Lsn,
-    commit_time: Option<i64>,
+    last: Option<Commit>,
     /// The progress hash may hold a part.
     part_stored: bool,
     /// Something waits for an EXEC.
@@ -122,6 +126,7 @@ impl Planning {
             scripts,
             stored,
             fresh,
+            continuity,
             gate,
             slot,
             marker_prefix,
@@ -152,6 +157,7 @@ impl Planning {
         .map_err(bug)?;
         let mut planning = Self {
             transactions: Transactions::resume(progress.lsn, progress.part),
+            continuity,
             gate,
             planner: Planner::new(keys.clone(), scripts),
             registry,
@@ -169,7 +175,7 @@ impl Planning {
             slot,
             marker_prefix: marker_prefix.into_bytes(),
             lsn: progress.lsn,
-            commit_time: None,
+            last: None,
             part_stored: progress.part.is_some(),
             dirty: false,
             advanced: false,
@@ -187,11 +193,13 @@ impl Planning {
     }
 
     /// The server has sent everything before `wal_end`.
-    pub(super) fn keepalive(&mut self, wal_end: Lsn) {
+    pub(super) fn keepalive(&mut self, wal_end: Lsn) -> Result<(), Error> {
+        self.reached(wal_end)?;
         if !self.transactions.is_open() && wal_end > self.lsn {
             self.lsn = wal_end;
             self.advanced = true;
         }
+        Ok(())
     }
 
     /// A worker read something.
@@ -214,8 +222,11 @@ impl Planning {
         self.advanced && !self.transactions.is_open()
     }
 
-    /// The next segment that has to go out.
+    /// The next segment that has to go out. Until the stream is known to be of the history that Redis mirrors, none is.
     pub(super) fn next_segment(&mut self) -> Option<Segment> {
+        if !self.continuity.is_proved() || self.transactions.awaits_part() {
+            return None;
+        }
         self.out.pop_front()
     }
 
@@ -244,7 +255,7 @@ impl Planning {
         let part = self.transactions.part();
         let step = Step {
             lsn: self.lsn,
-            commit_time: self.commit_time.take(),
+            last: self.last.take(),
             part,
             clear_part: self.part_stored,
         };

@@ -51,10 +51,7 @@ impl Planning {
                         self.flush_if_full();
                     }
                 }
-                RecordRef::Begin(begin) => self
-                    .transactions
-                    .begin(&begin)
-                    .map_err(|error| self.broken("BEGIN", error))?,
+                RecordRef::Begin(begin) => self.begin(&begin)?,
                 RecordRef::Commit(commit) => self.commit(&commit)?,
                 RecordRef::Relation(relation) => self.relation(relation)?,
                 RecordRef::Truncate(truncate) => self.truncate(&truncate)?,
@@ -145,7 +142,7 @@ impl Planning {
             .map_err(|error| self.broken("COMMIT", error))?;
         if let Some(ended) = ended {
             self.lsn = self.lsn.max(ended.end_lsn);
-            self.commit_time = Some(ended.commit_time);
+            self.last = Some(ended.commit);
             self.dirty = true;
             add(&self.shared.metrics.transactions, 1);
             // The transaction behind this one begins a MULTI of its own when this one fills a batch by itself.
@@ -339,7 +336,7 @@ impl Planning {
         let number = marker.content.strip_prefix(self.marker_prefix.as_slice());
         let number = number.and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok());
         if let Some(number) = number {
-            self.pass(Lsn(marker.lsn));
+            self.pass(Lsn(marker.lsn))?;
             self.chunks.release(number);
         }
         Ok(())
@@ -348,10 +345,12 @@ impl Planning {
     /// The position passes something that stands between transactions: every one that ended before it is planned, because
     /// the server sends them in that order. What SQL read is written with such a position, so that Redis never holds more
     /// than its position says: rows of a transaction that was not in the stream, as its table was not mirrored yet.
-    pub(super) fn pass(&mut self, lsn: Lsn) {
+    pub(super) fn pass(&mut self, lsn: Lsn) -> Result<(), Error> {
+        self.reached(lsn)?;
         if !self.transactions.is_open() {
             self.lsn = self.lsn.max(lsn);
         }
+        Ok(())
     }
 
     /// Compares what the catalog says with the registry, at the place of the stream where it was read.

@@ -13,7 +13,7 @@ impl Planning {
     /// What the command line asked for. It is written in the EXEC whose progress passes the marker, so a crash loses no
     /// request; a repeated one does no harm.
     pub(super) fn request(&mut self, request: &Request, lsn: Lsn) -> Result<(), Error> {
-        self.pass(lsn);
+        self.pass(lsn)?;
         self.dirty = true;
         match request {
             Request::Sync => {}

@@ -25,7 +25,13 @@ impl Checks {
         *self = Self::default();
     }
 
-    pub(super) fn look(&mut self, redis: &Redis, history: &History) -> Result<(), String> {
+    /// `incarnation` is that of Postgres: until a sink has written there what of it it knows, Redis holds what is lost.
+    pub(super) fn look(
+        &mut self,
+        redis: &Redis,
+        history: &History,
+        incarnation: usize,
+    ) -> Result<(), String> {
         if let Some(violation) = &redis.violation {
             return Err(violation.clone());
         }
@@ -46,7 +52,7 @@ impl Checks {
             ));
         }
         self.last = Some((epoch, lsn));
-        if progress.resync {
+        if progress.resync || redis.incarnation() != incarnation {
             // Everything is to be made anew, and the first step of the session says so.
             return Ok(());
         }

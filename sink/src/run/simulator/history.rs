@@ -11,7 +11,7 @@ use super::table::{Definition, Id, Row};
 /// A value from a commit on: where its record starts, where it ends, the value.
 type Since<T> = Vec<(u64, u64, Option<T>)>;
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct History {
     rows: BTreeMap<(u32, Id), Since<Row>>,
     labels: BTreeMap<u32, Since<Arc<Definition>>>,

@@ -57,6 +57,7 @@ impl Stream {
             xid,
             lsn,
             end,
+            time,
             records,
         }) = postgres.wal.get(self.entry)
         else {
@@ -75,7 +76,7 @@ impl Stream {
             begin: Some(pb::Begin {
                 xid: *xid,
                 commit_lsn: *lsn,
-                commit_time: 0,
+                commit_time: *time as i64,
             }),
             commit: Some(pb::Commit { end_lsn: *end }),
         };

@@ -1,7 +1,7 @@
 //! A deterministic simulator of the whole sink: the real planner, gate, writer, claim, decision and durability trail, driven
 //! by seeds against a model of Postgres and a model of Redis. Everything that can come between two steps comes: commits
 //! that snapshots do not see yet, lost answers, refused and cut batches, a Redis that loses its tail, crashes and
-//! restarts at any state, stalled sinks that wake up after another took over, lost slots.
+//! restarts at any state, stalled sinks that wake up after another took over, lost slots, and files of Postgres that are put back.
 //!
 //! After every step it checks INVARIANT I1 (nothing is confirmed that is not durable), I2 (rows and position change in one
 //! step), I4 (the position never goes back) and I10 (no key is older than the position); I3 (twice is once) and that
@@ -91,9 +91,11 @@ fn what_is_broken_on_purpose_is_found() {
         Broken::ForgetPosition,
         Broken::NoMarker,
         Broken::IgnoreGap,
+        Broken::AnyHistory,
+        Broken::ConfirmUnproved,
     ] {
         let found =
-            (0..3_000).find_map(|seed| World::new(seed, broken).run().err().map(|fault| (seed, fault)));
+            (0..30_000).find_map(|seed| World::new(seed, broken).run().err().map(|fault| (seed, fault)));
         let (seed, fault) = found.unwrap_or_else(|| panic!("{broken:?} is not noticed"));
         println!("{broken:?}: seed {seed}: {fault}");
     }

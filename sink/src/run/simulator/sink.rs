@@ -15,12 +15,13 @@ use super::stream::Stream;
 use super::workers::{Pending, Tables};
 use crate::backfill::Backfill;
 use crate::config::Durability;
+use crate::continuity::Continuity;
 use crate::error::Error;
 use crate::gate::Gate;
 use crate::plan::RedisKeys;
 use crate::redis::{Claim, Connection, Identity, Segment, Stored, Writer, read_stored};
 use crate::replication::{History, SlotInfo};
-use crate::run::decide::{Decision, Server, decide, still_fits};
+use crate::run::decide::{Decision, Found, Server, decide, still_fits};
 use crate::run::durability::{Seen, Trail};
 use crate::run::planning::{Limits, Planning, Start};
 use crate::spool::Spool;
@@ -61,6 +62,8 @@ pub(super) struct Starting {
     redis: Connection,
     pub(super) stream: Option<Stream>,
     start: Lsn,
+    /// What the server is asked to send.
+    from: Lsn,
     fresh: Option<Lsn>,
     confirmed: Lsn,
     info: Option<SlotInfo>,
@@ -80,6 +83,7 @@ pub(super) fn shake(
     server: &link::Shared,
     postgres: &mut Postgres,
     dice: &mut Dice,
+    found: Option<&Found>,
 ) -> Result<(Starting, Option<String>), Error> {
     let mut redis = connect(server);
     let stored = read_stored(&mut redis, &setting.keys)?;
@@ -95,7 +99,11 @@ pub(super) fn shake(
     });
     let mut gap = None;
     let end = Lsn(postgres.end);
-    let decision = decide(stored.progress.as_ref(), &says(info.as_ref(), &identity(), end));
+    let decision = decide(
+        stored.progress.as_ref(),
+        &says(info.as_ref(), &identity(), end),
+        found,
+    );
     let (start, fresh) = match decision {
         Decision::Resume(lsn) => (lsn, None),
         Decision::First => {
@@ -114,15 +122,14 @@ pub(super) fn shake(
     // The server never begins before what is confirmed. It begins at the start that was asked for; that it may send more
     // is what the skipping is for.
     let confirmed = postgres.slot.map_or(0, |slot| slot.confirmed);
-    let from = if dice.once_in(3) {
-        confirmed
-    } else {
-        start.0.max(confirmed)
-    };
+    let resumed = stored.progress.as_ref().filter(|_| fresh.is_none());
+    let from = resumed.map_or(start, Continuity::start).max(Lsn(confirmed));
+    let sent = if dice.once_in(3) { confirmed } else { from.0 };
     let starting = Starting {
         redis,
-        stream: Some(Stream::start(from)),
+        stream: Some(Stream::start(sent)),
         start,
+        from,
         fresh,
         confirmed: fresh
             .or(info.as_ref().and_then(|slot| slot.confirmed_flush_lsn))
@@ -145,6 +152,9 @@ pub(super) struct Session {
     blocked: Option<Segment>,
     tables: Tables,
     pending: Pending,
+    server: link::Shared,
+    /// The Postgres that it streams from.
+    incarnation: usize,
 }
 
 impl Session {
@@ -159,6 +169,7 @@ impl Session {
             redis,
             stream,
             start,
+            from,
             fresh,
             confirmed,
             info,
@@ -179,7 +190,17 @@ impl Session {
         let position = fresh
             .or(claim.stored.progress.as_ref().map(|progress| progress.lsn))
             .unwrap_or_default();
-        let shared = Arc::new(crate::run::shared::Shared::new(position));
+        let resumed = claim.stored.progress.as_ref().filter(|_| fresh.is_none());
+        let continuity = match resumed {
+            Some(progress) if broken != Broken::AnyHistory => Continuity::of(progress, from),
+            _ => Continuity::proved(),
+        };
+        let applied = if continuity.is_proved() || broken == Broken::ConfirmUnproved {
+            position
+        } else {
+            confirmed
+        };
+        let shared = Arc::new(crate::run::shared::Shared::new(applied));
         let backfill = Arc::new(Backfill::default());
         let marker_prefix = format!("s:{horizon}:");
         let planning = Planning::new(Start {
@@ -187,6 +208,7 @@ impl Session {
             scripts: claim.scripts.clone(),
             stored: claim.stored.clone(),
             fresh,
+            continuity,
             gate: Gate::new(setting.gate_bytes, horizon, horizon),
             marker_prefix: marker_prefix.clone(),
             slot: "s".to_owned(),
@@ -209,6 +231,8 @@ impl Session {
             stream,
             segments: VecDeque::new(),
             blocked: None,
+            server: Arc::clone(server),
+            incarnation: postgres.incarnation,
         })
     }
 
@@ -247,10 +271,11 @@ impl Session {
         }
     }
 
-    pub(super) fn keepalive(&mut self, postgres: &Postgres) {
+    pub(super) fn keepalive(&mut self, postgres: &Postgres) -> Result<(), Error> {
         if let (false, Some(stream)) = (self.hand_over(), &self.stream) {
-            self.planning.keepalive(Lsn(stream.position(postgres)));
+            self.planning.keepalive(Lsn(stream.position(postgres)))?;
         }
+        Ok(())
     }
 
     pub(super) fn piece(&mut self) -> Result<bool, Error> {
@@ -274,7 +299,10 @@ impl Session {
         let Some(segment) = self.segments.pop_front() else {
             return Ok(None);
         };
-        let applied = self.writer.apply(segment, &|| false)?;
+        lock(&self.server).redis.writes = Some(self.incarnation);
+        let applied = self.writer.apply(segment, &|| false);
+        lock(&self.server).redis.writes = None;
+        let applied = applied?;
         self.shared.set_heard(now);
         if let Some(applied) = &applied {
             if applied.pending {

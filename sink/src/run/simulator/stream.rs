@@ -72,6 +72,7 @@ impl Stream {
                 xid,
                 lsn,
                 end,
+                time,
                 records,
             } => {
                 if self.early.holds(*xid) {
@@ -86,7 +87,7 @@ impl Stream {
                         let begin = pb::Begin {
                             xid: *xid,
                             commit_lsn: *lsn,
-                            commit_time: 0,
+                            commit_time: *time as i64,
                         };
                         frame.record(&begin.into());
                         self.sent = 1;

@@ -53,7 +53,7 @@ fn it_counts_where_it_commits_without_what_was_rolled_back() {
         .row(Kind::Insert, "3", Some("between"))
         .commit(20)
         .feed(&mut planning);
-    planning.keepalive(Lsn(25));
+    planning.keepalive(Lsn(25)).unwrap();
     assert_eq!(
         flushed(&mut planning),
         [

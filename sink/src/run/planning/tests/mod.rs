@@ -68,6 +68,7 @@ pub(super) fn planning(stored: Stored, batch_bytes: usize, transaction_bytes: us
         keys: RedisKeys::new("s"),
         scripts: Scripts::default(),
         fresh: None,
+        continuity: Continuity::proved(),
         stored,
         gate: Gate::new(1 << 16, 100, 0),
         slot: "s".to_owned(),

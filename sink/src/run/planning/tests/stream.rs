@@ -36,7 +36,7 @@ fn transactions_that_are_complete_share_one_multi_with_their_progress() {
             "HDEL t:2 v",
             "UNLINK t:1",
             "HSET t:3 id 3 v c",
-            "HSET walmirror:{s}:progress lsn 0/28 commit_ts 2000-01-01 00:00:00+00",
+            "HSET walmirror:{s}:progress lsn 0/28 commit_ts 2000-01-01 00:00:00+00 last_commit 0/1E 102 0",
             "EXEC",
             "WATCH walmirror:{s}:progress",
             "HGET walmirror:{s}:progress epoch",
@@ -121,29 +121,85 @@ fn a_part_outlasts_a_keepalive() {
     let mut stored = settled();
     stored.progress.as_mut().unwrap().part = Some(crate::transaction::Part {
         xid: 100,
+        commit_time: Some(0),
         commit_lsn: Lsn(30),
         records: 3,
     });
     let mut planning = planning(stored, 1 << 20, 1 << 24);
-    planning.keepalive(Lsn(20));
+    planning.keepalive(Lsn(20)).unwrap();
+    // Until the transaction has begun again, it may be of a history that is lost.
+    assert!(flushed(&mut planning).is_empty());
+    Frame::default().begin(100, 30).feed(&mut planning);
     let lines = flushed(&mut planning);
     assert!(lines[0].contains("part_xid 100"), "{lines:?}");
     assert_eq!(lines.len(), 1);
 }
 
+/// A server that was put back, and has written on: `frame` and `keepalive` end with a gap, and nothing was written before.
+#[test]
+fn what_is_of_another_history_is_a_gap() {
+    let last = Commit {
+        lsn: Lsn(6),
+        xid: 90,
+        time: 0,
+    };
+    let resumed = |part| {
+        let mut stored = settled();
+        let progress = stored.progress.as_mut().unwrap();
+        (progress.last, progress.part) = (Some(crate::continuity::Last::Commit(last)), part);
+        let continuity = Continuity::of(progress, Lsn(6));
+        let mut planning = planning(stored, 1 << 20, 1 << 24);
+        planning.continuity = continuity;
+        planning
+    };
+    let assert_gap = |error: Error, because: &str| {
+        assert!(
+            error.gap_reason().is_some_and(|why| why.contains(because)),
+            "{error}"
+        );
+    };
+    let error = Frame::default().begin(91, 6).fails(&mut resumed(None));
+    assert_gap(error, "Redis has transaction 90");
+    let mut planning = resumed(None);
+    assert_gap(
+        planning.keepalive(Lsn(11)).unwrap_err(),
+        "Redis has transaction 90",
+    );
+    assert!(flushed(&mut planning).is_empty());
+
+    let part = crate::transaction::Part {
+        xid: 100,
+        commit_time: Some(0),
+        commit_lsn: Lsn(30),
+        records: 3,
+    };
+    let mut planning = resumed(Some(part));
+    Frame::default().begin(90, 6).commit(10).feed(&mut planning);
+    assert_eq!(planning.shared.applied(), Lsn(0));
+    planning.keepalive(Lsn(10)).unwrap();
+    assert_eq!(planning.shared.applied(), Lsn(10));
+    assert_gap(
+        planning.keepalive(Lsn(31)).unwrap_err(),
+        "part of transaction 100",
+    );
+    assert!(flushed(&mut planning).is_empty());
+    let error = Frame::default().begin(101, 30).fails(&mut planning);
+    assert_gap(error, "part of transaction 100");
+}
+
 #[test]
 fn a_keepalive_moves_the_position_between_transactions_only() {
     let mut planning = planning(settled(), 1 << 20, 1 << 24);
-    planning.keepalive(Lsn(50));
+    planning.keepalive(Lsn(50)).unwrap();
     assert!(planning.is_advanced() && !planning.is_dirty());
     assert_eq!(flushed(&mut planning), ["HSET walmirror:{s}:progress lsn 0/32"]);
-    planning.keepalive(Lsn(40));
+    planning.keepalive(Lsn(40)).unwrap();
     assert!(!planning.is_advanced());
     Frame::default()
         .relation(relation(1, "t:{id}"))
         .begin(100, 60)
         .feed(&mut planning);
-    planning.keepalive(Lsn(70));
+    planning.keepalive(Lsn(70)).unwrap();
     assert!(!planning.is_advanced());
 }
 

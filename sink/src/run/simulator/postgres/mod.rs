@@ -37,6 +37,8 @@ pub(super) enum Wal {
         xid: u64,
         lsn: u64,
         end: u64,
+        /// When it committed. No two transactions ever have the same, not in a server that is put back either.
+        time: u64,
         records: Vec<Record>,
     },
     Marker {
@@ -60,7 +62,7 @@ pub(super) enum Effect {
     Rewrite(u32),
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Transaction {
     pub(super) xid: u64,
     records: Vec<Record>,
@@ -89,7 +91,7 @@ pub(super) struct Slot {
 /// What writers made of something, each with its id; None: it is not there.
 type Versions<T> = Vec<(u64, Option<T>)>;
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Postgres {
     next_xid: u64,
     latest_completed: u64,
@@ -99,6 +101,9 @@ pub(super) struct Postgres {
     labels: BTreeMap<u32, Versions<Arc<Definition>>>,
     writes: u64,
     fingerprints: u64,
+    clock: u64,
+    /// How often it was put back.
+    pub(super) incarnation: usize,
     pub(super) wal: Vec<Wal>,
     pub(super) end: u64,
     pub(super) history: History,
@@ -115,6 +120,8 @@ impl Postgres {
             labels: BTreeMap::new(),
             writes: 0,
             fingerprints: 0,
+            clock: 0,
+            incarnation: 0,
             wal: Vec::new(),
             end: 1000,
             history: History::default(),
@@ -202,12 +209,14 @@ impl Postgres {
         open.logged = true;
         let (lsn, end) = (self.end, self.end + 8);
         self.end = end;
+        self.clock += 1;
         let records = std::mem::take(&mut open.records);
         self.history.add(lsn, end, &open.effects);
         self.wal.push(Wal::Commit {
             xid: open.xid,
             lsn,
             end,
+            time: self.clock,
             records,
         });
     }
@@ -238,6 +247,31 @@ impl Postgres {
             self.commit(0);
             self.finish(0);
         }
+    }
+
+    /// The files as they are, started again: what has not committed is gone, and the slot is what the checkpoint says.
+    pub(super) fn copy(&self) -> Self {
+        let mut copy = self.clone();
+        while let Some(open) = copy.open.first() {
+            if open.logged {
+                copy.finish(0);
+            } else {
+                copy.roll_back(0);
+            }
+        }
+        if let Some(slot) = &mut copy.slot {
+            slot.confirmed = slot.persisted;
+        }
+        copy
+    }
+
+    /// Puts such a copy back, and returns what was lost. Positions and transaction ids are used once more; values and times
+    /// are not, so that the one history can be told from the other.
+    pub(super) fn put_back(&mut self, copy: Self) -> Self {
+        let lost = std::mem::replace(self, copy);
+        (self.writes, self.fingerprints, self.clock) = (lost.writes, lost.fingerprints, lost.clock);
+        self.incarnation = lost.incarnation + 1;
+        lost
     }
 
     pub(super) fn message(&mut self, make: impl FnOnce(u64) -> Wal) {

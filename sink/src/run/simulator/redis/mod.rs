@@ -40,6 +40,8 @@ pub(super) struct Step {
     before: BTreeMap<Vec<u8>, Option<Stored>>,
     /// The position that Redis has after it.
     lsn: u64,
+    /// The incarnation of Postgres that its content is of.
+    incarnation: usize,
 }
 
 #[derive(Debug, Default)]
@@ -53,6 +55,8 @@ pub(super) struct Redis {
     /// The clock, in milliseconds.
     pub(super) now: u64,
     before: BTreeMap<Vec<u8>, Option<Stored>>,
+    /// The incarnation of Postgres that is being written. None: the content stays that of the one before.
+    pub(super) writes: Option<usize>,
     /// How many steps are on a replica or on disk.
     pub(super) saved: usize,
     pub(super) broken: Broken,
@@ -81,6 +85,10 @@ pub(super) enum Broken {
     NoMarker,
     /// Where Redis and the slot do not fit together, the stream goes on all the same.
     IgnoreGap,
+    /// Whether the stream is of the history that Redis mirrors is not looked at.
+    AnyHistory,
+    /// The slot is confirmed up to the position before that is known.
+    ConfirmUnproved,
 }
 
 impl Redis {
@@ -139,6 +147,11 @@ impl Redis {
                 .ok()
         });
         lsn.map_or(0, |lsn| lsn.0)
+    }
+
+    /// The incarnation of Postgres that the content is of.
+    pub(super) fn incarnation(&self) -> usize {
+        self.steps.last().map_or(0, |step| step.incarnation)
     }
 
     /// Steps that are safe from a crash when memory of that long ago is.
@@ -208,11 +221,12 @@ impl Redis {
     fn end_step(&mut self) {
         let before = std::mem::take(&mut self.before);
         if !before.is_empty() {
-            let lsn = self.position();
+            let (lsn, incarnation) = (self.position(), self.writes.unwrap_or(self.incarnation()));
             self.steps.push(Step {
                 at: self.now,
                 before,
                 lsn,
+                incarnation,
             });
         }
     }

@@ -2,6 +2,7 @@
 //! and what Postgres does; `sinks` is what the sink does, `faults` what befalls it.
 
 mod faults;
+mod put_back;
 mod sinks;
 
 use std::time::{Duration, Instant};
@@ -15,7 +16,10 @@ use super::sink::{Session, Setting, Starting, at};
 use super::table::Id;
 use crate::config::Durability;
 use crate::plan::RedisKeys;
+use crate::run::decide::Found;
 use crate::run::planning::Limits;
+
+use put_back::Lost;
 
 /// What `--durability memory` waits for, in milliseconds of the model's clock.
 pub(super) const WINDOW: u64 = 100;
@@ -41,6 +45,12 @@ pub(super) struct World {
     /// What was durable before Redis lost more than it may. The sink that runs has seen that, and may still say so.
     was_durable: u64,
     late_claim: bool,
+    /// Whether the files of Postgres are copied and put back, the copy, and what was lost each time.
+    put_backs: bool,
+    copy: Option<Postgres>,
+    lost: Vec<Lost>,
+    /// What the last session found.
+    found: Option<Found>,
 }
 
 /// What was wrong, in words.
@@ -95,6 +105,10 @@ impl World {
             gap_is_due: false,
             was_durable: 0,
             late_claim: false,
+            put_backs: dice.once_in(3),
+            copy: None,
+            lost: Vec::new(),
+            found: None,
             dice,
         }
     }
@@ -113,7 +127,7 @@ impl World {
     }
 
     fn step(&mut self) -> Result<(), Wrong> {
-        match self.dice.roll(40) {
+        match self.dice.roll(41) {
             0..=13 => self.write(),
             14 => self.select(),
             15 => self.log_capture(),
@@ -124,6 +138,7 @@ impl World {
             37 if self.dice.once_in(3) => self.fail(),
             38 if self.dice.once_in(4) => self.end_of_session()?,
             39 if self.dice.once_in(5) => self.lose()?,
+            40 if self.put_backs => self.copy_or_put_back(),
             _ => {}
         }
         self.look()
@@ -132,7 +147,8 @@ impl World {
     /// The invariants, wherever the last step has left the world.
     fn look(&mut self) -> Result<(), Wrong> {
         let server = lock(&self.server);
-        self.checks.look(&server.redis, &self.postgres.history)
+        self.checks
+            .look(&server.redis, &self.postgres.history, self.postgres.incarnation)
     }
 
     /// Postgres goes on.
@@ -251,7 +267,7 @@ impl World {
             };
             let mut result = sink.frame(&self.postgres, &mut self.dice, 30).map(drop);
             result = result.and_then(|()| sink.piece().map(drop));
-            sink.keepalive(&self.postgres);
+            result = result.and_then(|()| sink.keepalive(&self.postgres));
             sink.flush();
             result = result.and_then(|()| sink.apply(now).map(drop));
             for table_worker in [true, false] {

@@ -6,6 +6,7 @@ use super::super::sink::{Session, at, shake};
 use super::{WINDOW, World, Wrong};
 use crate::config::Durability;
 use crate::error::{Class, Error};
+use crate::run::decide::Found;
 
 impl World {
     /// The sink goes on, or begins.
@@ -16,10 +17,7 @@ impl World {
         };
         let result = match self.dice.roll(16) {
             0..=4 => sink.frame(&self.postgres, &mut self.dice, 6).map(drop),
-            5 => {
-                sink.keepalive(&self.postgres);
-                Ok(())
-            }
+            5 => sink.keepalive(&self.postgres),
             6 => sink.piece().map(drop),
             7 | 8 => {
                 sink.flush();
@@ -42,6 +40,21 @@ impl World {
         let epoch = lock(&self.server).redis.progress().map(|progress| progress.epoch);
         // A stalled sink that had the slot before may still claim; then this one has to go.
         let was_fenced = epoch.is_some_and(|epoch| epoch != sink.epoch());
+        if let Some(why) = error.gap_reason()
+            && !was_fenced
+        {
+            // A process that ends now has it forgotten, and the next one finds it again.
+            self.found = (!self.dice.once_in(3)).then(|| Found {
+                why: why.to_owned(),
+                epoch: sink.epoch(),
+            });
+            // Redis may have been emptied, and the session not know it yet.
+            return if self.is_diverged() || epoch.is_none() {
+                Ok(())
+            } else {
+                Err(format!("a gap was found where none should be: {why}"))
+            };
+        }
         if error.class() != Class::Retry && !was_fenced {
             return Err(format!("the sink would have stopped: {error}"));
         }
@@ -64,8 +77,14 @@ impl World {
                 Err(error) => Err(format!("the sink would have stopped at its claim: {error}")),
             };
         }
-        match shake(&self.setting, &self.server, &mut self.postgres, &mut self.dice) {
-            Ok((_, Some(gap))) if !self.gap_is_due && !self.late_claim => {
+        match shake(
+            &self.setting,
+            &self.server,
+            &mut self.postgres,
+            &mut self.dice,
+            self.found.take().as_ref(),
+        ) {
+            Ok((_, Some(gap))) if !self.gap_is_due && !self.late_claim && !self.is_diverged() => {
                 Err(format!("a gap where none should be: {gap}"))
             }
             Ok((starting, _)) => {
@@ -86,12 +105,21 @@ impl World {
             let durable = self.durable_steps(redis);
             (
                 redis.now,
-                redis.position_after(durable),
+                // A late claim that begins anew takes the position back, and nothing else.
+                if self.late_claim {
+                    (0..=durable)
+                        .map(|steps| redis.position_after(steps))
+                        .max()
+                        .unwrap_or(0)
+                } else {
+                    redis.position_after(durable)
+                },
                 redis.least_position(durable),
                 redis.broken,
                 redis.progress().is_some(),
             )
         };
+        let is_elsewhere = self.is_elsewhere() && !self.late_claim;
         let Some(sink) = &mut self.sink else { return Ok(()) };
         let Some(mut flushed) = sink.feedback(at(&self.setting, now)) else {
             return Ok(());
@@ -107,6 +135,11 @@ impl World {
             {
                 return Err(format!(
                     "{flushed} is confirmed, but only {durable} is durable (I1)"
+                ));
+            }
+            if is_elsewhere && flushed > slot.confirmed {
+                return Err(format!(
+                    "{flushed} is confirmed, but what Redis has there is of another history (I1)"
                 ));
             }
             if lock(&self.server).redis.trace {

@@ -1,0 +1,285 @@
+//! Whether the stream goes on with the history that Redis mirrors. Pure; the planner asks it about every transaction that
+//! begins and every position that is reached, before anything is written or confirmed.
+//!
+//! A position, a timeline and a system identifier do not tell one history of a server from another: files that were copied while it was
+//! down and are put back, slot included, get to every position once more. What tells them apart is what was committed where. So the
+//! progress names the last transaction that was applied, and a session has the stream begin there instead of at the
+//! position. Of what comes before the position there must be this transaction, and no other. INVARIANT I11: in the stream are
+//! only transactions that touched a mirrored table, and the same WAL always gives the same ones.
+//!
+//! Where the slot is confirmed beyond that transaction it does not come again, and need not: a copy of the server that is
+//! confirmed up to there was made when Redis had it. That no other one follows before the position is left to prove.
+
+use walmirror_proto::Lsn;
+use walmirror_proto::pb;
+
+use crate::progress::{Progress, timestamp};
+use crate::transaction::Commit;
+
+/// The last transaction that is applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Last {
+    /// None since the progress began at this position.
+    NoneSince(Lsn),
+    /// This one.
+    Commit(Commit),
+}
+
+impl Last {
+    /// Where in the WAL it is.
+    pub fn lsn(&self) -> Lsn {
+        match self {
+            Self::NoneSince(lsn) => *lsn,
+            Self::Commit(commit) => commit.lsn,
+        }
+    }
+
+    /// As the progress hash holds it: `<position> <transaction id> <time>`, or the position alone.
+    pub(crate) fn encode(&self) -> String {
+        match self {
+            Self::NoneSince(lsn) => lsn.to_string(),
+            Self::Commit(Commit { lsn, xid, time }) => format!("{lsn} {xid} {time}"),
+        }
+    }
+
+    /// Reads that.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let mut words = text.split(' ');
+        let lsn = words.next()?.parse().ok()?;
+        let Some(xid) = words.next() else {
+            return Some(Self::NoneSince(lsn));
+        };
+        Some(Self::Commit(Commit {
+            lsn,
+            xid: xid.parse().ok()?,
+            time: words.next()?.parse().ok()?,
+        }))
+    }
+
+    /// The epoch of a transaction id is not in the WAL: the server guesses it anew.
+    fn is(&self, begin: &pb::Begin) -> bool {
+        matches!(self, Self::Commit(commit) if commit.lsn.0 == begin.commit_lsn
+            && commit.xid as u32 == begin.xid as u32
+            && commit.time == begin.commit_time)
+    }
+}
+
+/// The stream is of another history than what Redis holds.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Diverged {
+    /// The last transaction that is applied never was.
+    #[error(
+        "Redis has transaction {}, which committed at {} ({}), and the server does not: its files were put back to an \
+         earlier state, and it has written other WAL since",
+        .0.xid, .0.lsn, timestamp(.0.time)
+    )]
+    Missing(Commit),
+    /// There is one that Redis has never seen.
+    #[error(
+        "Redis is at {at}, and the server has transaction {}, which committed before at {} ({}), and which Redis has never \
+         seen: its files were put back to an earlier state, and it has written other WAL since",
+        .found.xid, .found.lsn, timestamp(.found.time)
+    )]
+    Unknown {
+        /// The position of Redis.
+        at: Lsn,
+        /// The one that was found.
+        found: Commit,
+    },
+}
+
+/// Follows the stream until it has passed the position of Redis.
+#[derive(Clone, Debug)]
+pub struct Continuity {
+    /// What Redis says.
+    at: Lsn,
+    /// None: it is proved, or there is nothing to go by.
+    last: Option<Last>,
+    /// The last transaction has to come yet.
+    is_awaited: bool,
+}
+
+impl Continuity {
+    /// Redis begins anew with this stream: there is nothing to be proved.
+    pub fn proved() -> Self {
+        Self {
+            at: Lsn::INVALID,
+            last: None,
+            is_awaited: false,
+        }
+    }
+
+    /// Where the stream has to begin so that it can be told.
+    pub fn start(progress: &Progress) -> Lsn {
+        let last = progress.last.filter(|_| !progress.resync);
+        last.map_or(progress.lsn, |last| last.lsn().min(progress.lsn))
+    }
+
+    /// Of a stream that begins at `from`.
+    pub fn of(progress: &Progress, from: Lsn) -> Self {
+        let last = progress.last.filter(|_| !progress.resync && from < progress.lsn);
+        Self {
+            at: progress.lsn,
+            last,
+            is_awaited: matches!(last, Some(Last::Commit(commit)) if from <= commit.lsn),
+        }
+    }
+
+    /// Whether the stream is known to be of the history that Redis mirrors, or there is no telling.
+    pub fn is_proved(&self) -> bool {
+        self.last.is_none()
+    }
+
+    /// A BEGIN record. True: that proved it.
+    pub fn begin(&mut self, begin: &pb::Begin) -> Result<bool, Diverged> {
+        let Some(last) = self.last else {
+            return Ok(false);
+        };
+        let found = Commit {
+            lsn: Lsn(begin.commit_lsn),
+            xid: begin.xid,
+            time: begin.commit_time,
+        };
+        if found.lsn >= self.at {
+            return self.reached(found.lsn);
+        }
+        if last.is(begin) {
+            self.is_awaited = false;
+        } else if found.lsn >= last.lsn() {
+            return Err(match last {
+                Last::Commit(commit) if self.is_awaited => Diverged::Missing(commit),
+                _ => Diverged::Unknown { at: self.at, found },
+            });
+        }
+        Ok(false)
+    }
+
+    /// Between transactions: the server has sent all that ends before this. True: that proved it.
+    pub fn reached(&mut self, lsn: Lsn) -> Result<bool, Diverged> {
+        match self.last {
+            Some(Last::Commit(commit)) if self.is_awaited && lsn > commit.lsn => {
+                Err(Diverged::Missing(commit))
+            }
+            Some(_) if lsn >= self.at => {
+                self.last = None;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    const COMMIT: Commit = Commit {
+        lsn: Lsn(100),
+        xid: 7,
+        time: 5,
+    };
+
+    fn progress(last: Option<Last>) -> Progress {
+        Progress {
+            lsn: Lsn(150),
+            last,
+            ..Progress::default()
+        }
+    }
+
+    fn resumed(from: u64) -> Continuity {
+        Continuity::of(&progress(Some(Last::Commit(COMMIT))), Lsn(from))
+    }
+
+    fn begin(commit_lsn: u64, xid: u64, commit_time: i64) -> pb::Begin {
+        pb::Begin {
+            commit_lsn,
+            xid,
+            commit_time,
+        }
+    }
+
+    #[test]
+    fn the_last_transaction_and_nothing_else_proves_it() {
+        let progress = progress(Some(Last::Commit(COMMIT)));
+        assert_eq!(Continuity::start(&progress), Lsn(100));
+        for reach in [true, false] {
+            let mut stream = resumed(90);
+            assert!(!stream.is_proved());
+            assert_eq!(stream.reached(Lsn(90)), Ok(false));
+            // Older ones may come before it, where the server sends more than it was asked for.
+            assert_eq!(stream.begin(&begin(95, 6, 5)), Ok(false));
+            assert_eq!(stream.reached(Lsn(100)), Ok(false));
+            // The epoch of its id is guessed.
+            assert_eq!(stream.begin(&begin(100, 7 + (1 << 32), 5)), Ok(false));
+            assert_eq!(stream.reached(Lsn(149)), Ok(false));
+            let proved = if reach {
+                stream.reached(Lsn(150))
+            } else {
+                stream.begin(&begin(150, 9, 6))
+            };
+            assert_eq!(proved, Ok(true));
+            assert!(stream.is_proved());
+            assert_eq!(stream.begin(&begin(120, 9, 6)), Ok(false));
+        }
+    }
+
+    #[test]
+    fn another_history_is_found_out() {
+        let missing = Err(Diverged::Missing(COMMIT));
+        // Another transaction commits there, behind it, behind the position, or none does.
+        assert_eq!(resumed(90).begin(&begin(100, 8, 5)), missing);
+        assert_eq!(resumed(90).begin(&begin(100, 7, 6)), missing);
+        assert_eq!(resumed(90).begin(&begin(101, 7, 5)), missing);
+        assert_eq!(resumed(100).begin(&begin(160, 8, 5)), missing);
+        assert_eq!(resumed(100).reached(Lsn(101)), missing);
+        // It is there, and one more is.
+        let mut stream = resumed(100);
+        stream.begin(&begin(100, 7, 5)).unwrap();
+        let more = stream.begin(&begin(140, 8, 6)).unwrap_err();
+        let text = more.to_string();
+        assert!(
+            text.starts_with("Redis is at 0/96, and the server has transaction 8"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn what_the_slot_is_confirmed_beyond_need_not_come_again() {
+        let mut stream = resumed(110);
+        assert_eq!(stream.reached(Lsn(120)), Ok(false));
+        assert!(matches!(
+            stream.clone().begin(&begin(130, 8, 6)),
+            Err(Diverged::Unknown { .. })
+        ));
+        assert_eq!(stream.reached(Lsn(150)), Ok(true));
+        assert!(resumed(150).is_proved());
+    }
+
+    #[test]
+    fn where_nothing_was_applied_nothing_may_come() {
+        let none = progress(Some(Last::NoneSince(Lsn(80))));
+        assert_eq!(Continuity::start(&none), Lsn(80));
+        let mut stream = Continuity::of(&none, Lsn(80));
+        assert!(matches!(
+            stream.clone().begin(&begin(80, 8, 6)),
+            Err(Diverged::Unknown { .. })
+        ));
+        assert_eq!(stream.begin(&begin(79, 8, 6)), Ok(false));
+        assert_eq!(stream.reached(Lsn(151)), Ok(true));
+    }
+
+    #[test]
+    fn an_old_progress_and_one_that_begins_anew_prove_nothing() {
+        assert_eq!(Continuity::start(&progress(None)), Lsn(150));
+        assert!(Continuity::of(&progress(None), Lsn(90)).is_proved());
+        let resync = Progress {
+            resync: true,
+            ..progress(Some(Last::Commit(COMMIT)))
+        };
+        assert_eq!(Continuity::start(&resync), Lsn(150));
+        assert!(Continuity::of(&resync, Lsn(90)).is_proved());
+        assert!(Continuity::proved().is_proved());
+    }
+}

@@ -1,0 +1,117 @@
+//! The files of Postgres, slot included, are copied and put back, and it writes on: up to the position that Redis has, and beyond.
+
+use super::super::link::lock;
+use super::super::postgres::{Postgres, Wal};
+use super::World;
+use crate::transaction::Part;
+
+/// What was lost when a copy was put back.
+pub(super) struct Lost {
+    /// Where the copy ended.
+    from: u64,
+    /// The WAL as it was.
+    wal: Vec<Wal>,
+}
+
+impl World {
+    pub(super) fn copy_or_put_back(&mut self) {
+        if !self.dice.once_in(3) {
+            return;
+        }
+        let Some(copy) = self.copy.take() else {
+            if let Some(slot) = &mut self.postgres.slot
+                && self.dice.once_in(2)
+            {
+                // It was stopped in good order.
+                slot.persisted = slot.confirmed;
+            }
+            self.copy = Some(self.postgres.copy());
+            return;
+        };
+        self.put_back(copy);
+        // Whatever it writes before a sink looks.
+        for _ in 0..self.dice.roll(60) {
+            self.write();
+        }
+        let ended = self.lost.last().map_or(0, Lost::end);
+        if self.dice.once_in(2) {
+            self.postgres.end = self.postgres.end.max(ended + 8 * self.dice.roll(8));
+        }
+    }
+
+    fn put_back(&mut self, copy: Postgres) {
+        if let Some(mut sink) = self.sink.take()
+            && self.dice.once_in(2)
+        {
+            sink.stream = None;
+            self.stalled.push(sink);
+        }
+        if let Some(mut starting) = self.starting.take()
+            && self.dice.once_in(2)
+        {
+            starting.stream = None;
+            self.stalled_starting.push(starting);
+        }
+        self.captures.clear();
+        let (from, has_slot) = (copy.end, copy.slot.is_some());
+        let lost = self.postgres.put_back(copy);
+        if lock(&self.server).redis.trace {
+            println!("Postgres is put back from {} to {from}", lost.end);
+        }
+        self.lost.push(Lost { from, wal: lost.wal });
+        self.gap_is_due |= !has_slot;
+        self.checks.forget();
+    }
+
+    /// Whether Redis holds what Postgres does not, or would miss what it has. Else a gap would be a false alarm.
+    pub(super) fn is_diverged(&self) -> bool {
+        self.is_elsewhere() || self.has_lost_part()
+    }
+
+    /// Up to the position.
+    pub(super) fn is_elsewhere(&self) -> bool {
+        let redis = &lock(&self.server).redis;
+        let (Some(progress), Some(since)) = (redis.progress(), self.lost.get(redis.incarnation()..)) else {
+            return false;
+        };
+        let Some(common) = since.iter().map(|lost| lost.from).min() else {
+            return false;
+        };
+        let at = progress.lsn.0;
+        let is_between = |entry: &Wal| match entry {
+            Wal::Commit {
+                lsn, end, records, ..
+            } => *lsn >= common && *end <= at && !records.is_empty(),
+            _ => false,
+        };
+        let mirrored = since.first().map_or(&[][..], |lost| &lost.wal);
+        at > self.postgres.end || mirrored.iter().any(is_between) || self.postgres.wal.iter().any(is_between)
+    }
+
+    /// Behind the position: a part of a transaction.
+    fn has_lost_part(&self) -> bool {
+        let part = lock(&self.server)
+            .redis
+            .progress()
+            .and_then(|progress| progress.part);
+        let has = |part: Part| {
+            let mut wal = self.postgres.wal.iter();
+            wal.any(|entry| match entry {
+                Wal::Commit { lsn, time, .. } => {
+                    *lsn == part.commit_lsn.0 && Some(*time as i64) == part.commit_time
+                }
+                _ => false,
+            })
+        };
+        part.is_some_and(|part| !has(part))
+    }
+}
+
+impl Lost {
+    fn end(&self) -> u64 {
+        self.wal.last().map_or(self.from, |entry| match entry {
+            Wal::Commit { end, .. } => *end,
+            Wal::Marker { lsn, .. } | Wal::Capture { lsn, .. } => lsn + 8,
+        })
+    }
+}
