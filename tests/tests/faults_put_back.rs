@@ -1,0 +1,144 @@
+//! The files of Postgres are copied while it is down and put back later, slot included, and it writes on beyond what was lost
+//! before a sink looks. Timeline, system identifier and slot fit then, and so does every position: only what was committed where does
+//! not. A server that is put back and has not got that far is in faults_postgres.rs.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::path::{Path, PathBuf};
+
+use rand::Rng;
+use walmirror_tests::{DEADLINE, Lsn, Scenario, Setup, Signal, Sink};
+
+/// What the sink may say while Postgres is away.
+const AWAY: [&str; 6] = [
+    "broke",
+    "server closed the connection",
+    "cannot connect to Postgres",
+    "cannot open a replication connection",
+    "the stream ended",
+    "terminating connection",
+];
+
+/// A table that is not mirrored, to have something to write.
+const WASTE: &str = "INSERT INTO waste SELECT repeat('w', 1000) FROM generate_series(1, 300)";
+
+fn start(name: &str, args: &[&str]) -> Scenario {
+    let s = Scenario::start(name, Setup::alone("").args(args));
+    s.m.sql("CREATE TABLE waste (v text)");
+    s
+}
+
+/// The load rests, and the server is copied.
+fn copy(s: &Scenario) -> PathBuf {
+    s.load.rest();
+    s.m.db.pg.stop(Signal::INT);
+    let copy = s.m.db.pg.copy_data();
+    s.m.db.pg.resume();
+    s.m.db.reconnect();
+    copy
+}
+
+/// The copy takes the place of the server. Returns how far that was.
+fn put_back(s: &Scenario, copy: &Path) -> Lsn {
+    let lost = s.m.db.lsn();
+    s.m.db.pg.stop(Signal::INT);
+    s.m.db.pg.replace_data(copy);
+    s.m.db.pg.resume();
+    s.m.db.reconnect();
+    assert!(s.m.db.lsn() < lost, "the copy has everything");
+    lost
+}
+
+fn write_beyond(s: &Scenario, lost: Lsn) {
+    while s.m.db.lsn() <= lost {
+        s.m.sql(WASTE);
+    }
+}
+
+/// What Redis has applied behind the copy never was.
+fn a_future_is_lost(s: &mut Scenario, is_killed: bool) {
+    let copy = copy(s);
+    s.load.resume();
+    s.flow();
+    s.m.sql("INSERT INTO item SELECT i, i, 'of a future that never was' FROM generate_series(2000, 2100) i");
+    s.reach();
+    if is_killed {
+        // At any moment: perhaps of some of the last transactions Redis has nothing, or the slot is behind.
+        s.m.sink(Sink::kill);
+        s.load.rest();
+    } else {
+        s.load.rest();
+        s.m.sink(Sink::terminate);
+    }
+    s.resyncs();
+    let lost = put_back(s, &copy);
+    s.m.sql("UPDATE item SET n = n + 7 WHERE id % 2 = 0; DELETE FROM doc WHERE part = 1");
+    write_beyond(s, lost);
+}
+
+#[test]
+fn put_back_and_written_on_is_a_gap() {
+    let mut s = start("put_back_and_written_on_is_a_gap", &[]);
+    for _ in 0..3 {
+        let is_killed = s.rng.random();
+        a_future_is_lost(&mut s, is_killed);
+        let seen = s.log().len();
+        s.m.sink(Sink::restart);
+        s.said(
+            "its files were put back to an earlier state, and it has written other WAL since; every table",
+            seen,
+        );
+        s.converge();
+    }
+    s.finish(&[&AWAY[..], &["its files were put back to an earlier state"]].concat());
+}
+
+#[test]
+fn put_back_and_not_allowed_to_resync() {
+    let mut s = start("put_back_and_not_allowed_to_resync", &["--on-gap", "fail"]);
+    a_future_is_lost(&mut s, true);
+    // Whoever starts it again gets the same answer.
+    for _ in 0..2 {
+        s.m.sink(Sink::restart);
+        let status = s.m.sink(|sink| sink.wait(DEADLINE));
+        let log = s.log();
+        assert_eq!(status.code(), Some(6), "{log}");
+        assert!(
+            log.contains("its files were put back to an earlier state") && log.contains("--on-gap resync"),
+            "{log}"
+        );
+    }
+    s.check_logs(&[&AWAY[..], &["its files were put back to an earlier state"]].concat());
+}
+
+/// Redis has applied nothing that is lost, but its position is behind it. What is committed before that position from now on would be
+/// left out; where nothing is, nothing is missing, and a gap would be a false alarm.
+#[test]
+fn put_back_where_nothing_mirrored_was_lost() {
+    let mut s = start("put_back_where_nothing_mirrored_was_lost", &[]);
+    for is_missed in [false, true] {
+        let copy = copy(&s);
+        s.m.sql(WASTE);
+        s.reach();
+        s.m.sink(Sink::kill);
+        s.resyncs();
+        let lost = put_back(&s, &copy);
+        if is_missed {
+            s.m.sql("UPDATE item SET n = n + 7 WHERE id % 2 = 0");
+            assert!(s.m.db.lsn() < lost, "more was written than was lost");
+        }
+        write_beyond(&s, lost);
+        s.m.sink(Sink::restart);
+        if is_missed {
+            s.said("which Redis has never seen: its files were put back", 0);
+        }
+        s.converge();
+        assert_eq!(s.log().contains("do not fit"), is_missed, "{}", s.log());
+    }
+    s.finish(&[&AWAY[..], &["which Redis has never seen"]].concat());
+}
