@@ -13,6 +13,8 @@ use crate::transaction::{Commit, Part};
 /// Prefix of the fields that hold the backfill cursors.
 const BACKFILL: &str = "backfill:";
 
+/// The field that says when the last transaction was committed.
+pub(crate) const COMMIT_TS: &str = "commit_ts";
 /// The field that says which transaction was applied last.
 pub(crate) const LAST: &str = "last_commit";
 /// The field that says that everything has to be made anew.
@@ -99,7 +101,7 @@ impl Progress {
             Some(text) => Some(Last::parse(text).ok_or(ProgressError { field: LAST })?),
             None => None,
         };
-        let commit_ts = text("commit_ts");
+        let commit_ts = text(COMMIT_TS);
         let part = if fields.contains_key("part_xid") {
             let (xid, commit_lsn) = (number(&fields, "part_xid")?, number(&fields, "part_commit_lsn")?);
             let commit_time = match fields.get(PART_COMMIT).and_then(|text| Last::parse(text)) {
@@ -156,7 +158,7 @@ pub struct Step {
 pub fn write_step(commands: &mut Commands, keys: &RedisKeys, step: &Step) {
     let mut fields: Vec<(&[u8], String)> = vec![(b"lsn", step.lsn.to_string())];
     if let Some(commit) = step.last {
-        fields.push((b"commit_ts", timestamp(commit.time)));
+        fields.push((COMMIT_TS.as_bytes(), timestamp(commit.time)));
         fields.push((LAST.as_bytes(), Last::Commit(commit).encode()));
     }
     if let Some(part) = step.part {
@@ -204,7 +206,7 @@ pub fn write_cursor(commands: &mut Commands, keys: &RedisKeys, relation: u32, cu
 /// another time.
 fn is_current(last: &Last, commit_ts: Option<&str>) -> bool {
     match last {
-        Last::NoneSince(_) => true,
+        Last::NoneSince(_) => commit_ts.is_none(),
         Last::Commit(commit) => commit_ts == Some(timestamp(commit.time).as_str()),
     }
 }
@@ -330,6 +332,9 @@ mod tests {
         assert_eq!(read(&fields), Ok(None));
         fields.insert(LAST, "0/10");
         assert_eq!(read(&fields), Ok(Some(Last::NoneSince(Lsn(16)))));
+        fields.insert("commit_ts", "2000-01-01 00:00:02+00");
+        assert_eq!(read(&fields), Ok(None));
+        fields.remove("commit_ts");
         let last = Last::Commit(Commit {
             lsn: Lsn(16),
             xid: 7,

@@ -11,7 +11,7 @@ use super::Connection;
 use crate::continuity::Last;
 use crate::error::{Class, Error};
 use crate::plan::{RedisKeys, Script, Scripts};
-use crate::progress::{LAST, PART_FIELDS, PURGING, Progress, RESYNC};
+use crate::progress::{COMMIT_TS, LAST, PART_FIELDS, PURGING, Progress, RESYNC};
 
 /// What earlier sessions left.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -140,6 +140,7 @@ impl Claim {
             let mut command: Vec<&[u8]> = vec![b"HDEL", &keys.progress];
             command.extend(PART_FIELDS);
             command.push(PURGING);
+            command.push(COMMIT_TS.as_bytes());
             connection.call("reset the progress", &command)?;
             fields.push(("lsn", lsn.to_string()));
             fields.push((LAST, Last::NoneSince(lsn).encode()));
