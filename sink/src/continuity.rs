@@ -1,17 +1,17 @@
 //! Whether the stream goes on with the history that Redis mirrors. Pure; the planner asks it about every transaction that
-//! begins and every position that is reached, before anything is written or confirmed.
+//! comes and every position that is reached, before anything is written or confirmed.
 //!
 //! A position, a timeline and a system identifier do not tell one history of a server from another: files that were copied while it was
 //! down and are put back, slot included, get to every position once more. What tells them apart is what was committed where. So the
 //! progress names the last transaction that was applied, and a session has the stream begin there instead of at the
 //! position. Of what comes before the position there must be this transaction, and no other. INVARIANT I11: in the stream are
-//! only transactions that touched a mirrored table, and the same WAL always gives the same ones.
+//! only transactions that touched a mirrored table, and the same WAL always gives the same ones. (Of those that come while they are
+//! in progress that is true of the ones of which a change remains at their commit.)
 //!
 //! Where the slot is confirmed beyond that transaction it does not come again, and need not: a copy of the server that is
 //! confirmed up to there was made when Redis had it. That no other one follows before the position is left to prove.
 
 use walmirror_proto::Lsn;
-use walmirror_proto::pb;
 
 use crate::progress::{Progress, timestamp};
 use crate::transaction::Commit;
@@ -57,10 +57,10 @@ impl Last {
     }
 
     /// The epoch of a transaction id is not in the WAL: the server guesses it anew.
-    fn is(&self, begin: &pb::Begin) -> bool {
-        matches!(self, Self::Commit(commit) if commit.lsn.0 == begin.commit_lsn
-            && commit.xid as u32 == begin.xid as u32
-            && commit.time == begin.commit_time)
+    fn is(&self, other: &Commit) -> bool {
+        matches!(self, Self::Commit(commit) if commit.lsn == other.lsn
+            && commit.xid as u32 == other.xid as u32
+            && commit.time == other.time)
     }
 }
 
@@ -130,31 +130,21 @@ impl Continuity {
         self.last.is_none()
     }
 
-    /// A BEGIN record. True: that proved it.
-    pub fn begin(&mut self, begin: &pb::Begin) -> Result<bool, Diverged> {
-        let Some(last) = self.last else {
-            return Ok(false);
-        };
-        let found = Commit {
-            lsn: Lsn(begin.commit_lsn),
-            xid: begin.xid,
-            time: begin.commit_time,
-        };
-        if found.lsn >= self.at {
-            return self.reached(found.lsn);
+    /// A transaction that commits before the position has come whole.
+    pub fn skipped(&mut self, found: Commit) -> Result<(), Diverged> {
+        match self.last {
+            Some(last) if last.is(&found) => self.is_awaited = false,
+            Some(Last::Commit(commit)) if self.is_awaited && found.lsn >= commit.lsn => {
+                return Err(Diverged::Missing(commit));
+            }
+            Some(last) if found.lsn >= last.lsn() => return Err(Diverged::Unknown { at: self.at, found }),
+            _ => {}
         }
-        if last.is(begin) {
-            self.is_awaited = false;
-        } else if found.lsn >= last.lsn() {
-            return Err(match last {
-                Last::Commit(commit) if self.is_awaited => Diverged::Missing(commit),
-                _ => Diverged::Unknown { at: self.at, found },
-            });
-        }
-        Ok(false)
+        Ok(())
     }
 
-    /// Between transactions: the server has sent all that ends before this. True: that proved it.
+    /// The server has sent all that ends before this: a transaction begins that commits there, or none is open. True: that proved
+    /// it.
     pub fn reached(&mut self, lsn: Lsn) -> Result<bool, Diverged> {
         match self.last {
             Some(Last::Commit(commit)) if self.is_awaited && lsn > commit.lsn => {
@@ -192,11 +182,11 @@ mod tests {
         Continuity::of(&progress(Some(Last::Commit(COMMIT))), Lsn(from))
     }
 
-    fn begin(commit_lsn: u64, xid: u64, commit_time: i64) -> pb::Begin {
-        pb::Begin {
-            commit_lsn,
+    fn commit(lsn: u64, xid: u64, time: i64) -> Commit {
+        Commit {
+            lsn: Lsn(lsn),
             xid,
-            commit_time,
+            time,
         }
     }
 
@@ -204,40 +194,37 @@ mod tests {
     fn the_last_transaction_and_nothing_else_proves_it() {
         let progress = progress(Some(Last::Commit(COMMIT)));
         assert_eq!(Continuity::start(&progress), Lsn(100));
-        for reach in [true, false] {
+        for at in [150, 151] {
             let mut stream = resumed(90);
             assert!(!stream.is_proved());
             assert_eq!(stream.reached(Lsn(90)), Ok(false));
             // Older ones may come before it, where the server sends more than it was asked for.
-            assert_eq!(stream.begin(&begin(95, 6, 5)), Ok(false));
+            assert_eq!(stream.skipped(commit(95, 6, 5)), Ok(()));
             assert_eq!(stream.reached(Lsn(100)), Ok(false));
             // The epoch of its id is guessed.
-            assert_eq!(stream.begin(&begin(100, 7 + (1 << 32), 5)), Ok(false));
+            assert_eq!(stream.skipped(commit(100, 7 + (1 << 32), 5)), Ok(()));
             assert_eq!(stream.reached(Lsn(149)), Ok(false));
-            let proved = if reach {
-                stream.reached(Lsn(150))
-            } else {
-                stream.begin(&begin(150, 9, 6))
-            };
-            assert_eq!(proved, Ok(true));
+            assert_eq!(stream.reached(Lsn(at)), Ok(true));
             assert!(stream.is_proved());
-            assert_eq!(stream.begin(&begin(120, 9, 6)), Ok(false));
+            assert_eq!(stream.skipped(commit(120, 9, 6)), Ok(()));
         }
     }
 
     #[test]
     fn another_history_is_found_out() {
-        let missing = Err(Diverged::Missing(COMMIT));
+        let missing = Diverged::Missing(COMMIT);
+        let found = |lsn, xid, time| resumed(90).skipped(commit(lsn, xid, time)).unwrap_err();
         // Another transaction commits there, behind it, behind the position, or none does.
-        assert_eq!(resumed(90).begin(&begin(100, 8, 5)), missing);
-        assert_eq!(resumed(90).begin(&begin(100, 7, 6)), missing);
-        assert_eq!(resumed(90).begin(&begin(101, 7, 5)), missing);
-        assert_eq!(resumed(100).begin(&begin(160, 8, 5)), missing);
-        assert_eq!(resumed(100).reached(Lsn(101)), missing);
+        assert_eq!(found(100, 8, 5), missing);
+        assert_eq!(found(100, 7, 6), missing);
+        assert_eq!(found(101, 7, 5), missing);
+        for lsn in [101, 160] {
+            assert_eq!(resumed(100).reached(Lsn(lsn)).as_ref(), Err(&missing));
+        }
         // It is there, and one more is.
         let mut stream = resumed(100);
-        stream.begin(&begin(100, 7, 5)).unwrap();
-        let more = stream.begin(&begin(140, 8, 6)).unwrap_err();
+        stream.skipped(COMMIT).unwrap();
+        let more = stream.skipped(commit(140, 8, 6)).unwrap_err();
         let text = more.to_string();
         assert!(
             text.starts_with("Redis is at 0/96, and the server has transaction 8"),
@@ -250,7 +237,7 @@ mod tests {
         let mut stream = resumed(110);
         assert_eq!(stream.reached(Lsn(120)), Ok(false));
         assert!(matches!(
-            stream.clone().begin(&begin(130, 8, 6)),
+            stream.clone().skipped(commit(130, 8, 6)),
             Err(Diverged::Unknown { .. })
         ));
         assert_eq!(stream.reached(Lsn(150)), Ok(true));
@@ -263,10 +250,10 @@ mod tests {
         assert_eq!(Continuity::start(&none), Lsn(80));
         let mut stream = Continuity::of(&none, Lsn(80));
         assert!(matches!(
-            stream.clone().begin(&begin(80, 8, 6)),
+            stream.clone().skipped(commit(80, 8, 6)),
             Err(Diverged::Unknown { .. })
         ));
-        assert_eq!(stream.begin(&begin(79, 8, 6)), Ok(false));
+        assert_eq!(stream.skipped(commit(79, 8, 6)), Ok(()));
         assert_eq!(stream.reached(Lsn(151)), Ok(true));
     }
 

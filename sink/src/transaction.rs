@@ -63,6 +63,16 @@ pub struct Open {
     skip: u64,
 }
 
+impl Open {
+    fn commit(&self) -> Option<Commit> {
+        (self.records > 0).then_some(Commit {
+            lsn: self.commit_lsn,
+            xid: self.xid,
+            time: self.commit_time,
+        })
+    }
+}
+
 /// Records came in an order that cannot be: the decoder or the server broke its promise.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OrderError {
@@ -106,8 +116,9 @@ pub enum OrderError {
 pub struct Ended {
     /// Just after its commit record.
     pub end_lsn: Lsn,
-    /// Which one it is.
-    pub commit: Commit,
+    /// Which one it is. None: it changed nothing. One that came while it was in progress may have been rolled back but for its
+    /// commit, and need not come at all the next time.
+    pub commit: Option<Commit>,
 }
 
 /// Follows the stream from a progress position on.
@@ -195,11 +206,7 @@ impl Transactions {
         self.part = None;
         Ok(Some(Ended {
             end_lsn,
-            commit: Commit {
-                lsn: open.commit_lsn,
-                xid: open.xid,
-                time: open.commit_time,
-            },
+            commit: open.commit(),
         }))
     }
 
@@ -221,6 +228,11 @@ impl Transactions {
     /// Whether the open transaction was applied whole before.
     pub fn is_skipped(&self) -> bool {
         self.open.is_some_and(|open| open.skip == u64::MAX)
+    }
+
+    /// The open transaction, if it was applied whole before, and a change of it has come.
+    pub fn skipped(&self) -> Option<Commit> {
+        self.open.filter(|_| self.is_skipped())?.commit()
     }
 
     /// Whether a transaction of which an earlier session applied a part has not begun yet: so it may never have been here.
@@ -304,7 +316,9 @@ mod tests {
     fn what_ends_at_the_progress_is_skipped_and_what_starts_there_is_not() {
         let mut transactions = Transactions::resume(Lsn(110), None);
         transactions.begin(&begin(1, 100)).unwrap();
+        assert_eq!(transactions.skipped(), None);
         assert_eq!(transactions.change("row"), Ok(None));
+        assert_eq!(transactions.skipped().map(|commit| commit.xid), Some(1));
         assert_eq!(transactions.commit(&pb::Commit { end_lsn: 110 }), Ok(None));
         transactions.begin(&begin(2, 110)).unwrap();
         assert!(transactions.change("row").unwrap().is_some());
@@ -313,13 +327,17 @@ mod tests {
             ended,
             Some(Ended {
                 end_lsn: Lsn(120),
-                commit: Commit {
+                commit: Some(Commit {
                     lsn: Lsn(110),
                     xid: 2,
                     time: 7
-                }
+                })
             })
         );
+        assert_eq!(transactions.skipped(), None);
+        transactions.begin(&begin(3, 120)).unwrap();
+        let ended = transactions.commit(&pb::Commit { end_lsn: 130 }).unwrap();
+        assert_eq!(ended.unwrap().commit, None);
     }
 
     #[test]

@@ -15,6 +15,9 @@ use crate::plan::Trust;
 impl Planning {
     /// INVARIANT I10: through the gate. `start`: where it was noted in the WAL.
     pub(super) fn capture(&mut self, capture: &CaptureRef<'_>, start: Lsn) -> Result<(), Error> {
+        if self.is_before(start) {
+            return Ok(());
+        }
         self.pass(start)?;
         let dropped = &self.shared.metrics.captures_dropped;
         let Some(registered) = self.registry.get(capture.oid) else {

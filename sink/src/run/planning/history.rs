@@ -1,18 +1,28 @@
-//! Whether the stream is of the history that Redis mirrors, asked wherever it gets somewhere: a transaction begins, or a position is
-//! reached between transactions. Where it is not, the session ends with a gap, and the next one makes everything anew.
+//! Whether the stream is of the history that Redis mirrors, asked wherever it gets somewhere: a transaction begins or has come whole, or a
+//! position is reached between transactions. Where it is not, the session ends with a gap, and the next one makes everything
+//! anew.
 
 use walmirror_proto::{Lsn, pb};
 
 use super::Planning;
-use crate::error::{Error, Source};
+use crate::continuity::Diverged;
+use crate::error::Error;
 use crate::transaction::OrderError;
 
 impl Planning {
-    pub(super) fn begin(&mut self, begin: &pb::Begin) -> Result<(), Error> {
-        let proved = self.continuity.begin(begin);
+    pub(super) fn begin(&mut self, what: &'static str, begin: &pb::Begin) -> Result<(), Error> {
+        let proved = self.continuity.reached(Lsn(begin.commit_lsn));
         self.proved(proved)?;
         let begun = self.transactions.begin(begin);
-        begun.map_err(|error| self.misplaced("BEGIN", error))
+        begun.map_err(|error| self.misplaced(what, error))
+    }
+
+    /// The open transaction commits: if it was applied before, it must be one that was.
+    pub(super) fn known(&mut self) -> Result<(), Error> {
+        match self.transactions.skipped() {
+            Some(commit) => self.continuity.skipped(commit).map_err(gap),
+            None => Ok(()),
+        }
     }
 
     /// The server has sent all that ends before this.
@@ -26,12 +36,21 @@ impl Planning {
         reached.map_err(|error| self.misplaced("a position", error))
     }
 
+    /// What stands there between transactions an earlier session has seen, and it comes again only because the stream begins before the
+    /// position.
+    pub(super) fn is_before(&self, lsn: Lsn) -> bool {
+        !self.continuity.is_proved() && lsn < self.lsn
+    }
+
+    /// Whether more has to come of a transaction that is skipped, to know whether it is one that was applied.
+    pub(super) fn is_unknown(&self) -> bool {
+        !self.continuity.is_proved() && self.transactions.skipped().is_none()
+    }
+
     /// INVARIANT I1, of a server that was put back: what Redis has counts as applied once it is known to be of this stream.
-    fn proved(&self, proved: Result<bool, impl Into<Source>>) -> Result<(), Error> {
-        match proved {
-            Ok(true) => self.shared.set_applied(self.lsn),
-            Ok(false) => {}
-            Err(diverged) => return Err(Error::gap(diverged.into().to_string())),
+    fn proved(&self, proved: Result<bool, Diverged>) -> Result<(), Error> {
+        if proved.map_err(gap)? {
+            self.shared.set_applied(self.lsn);
         }
         Ok(())
     }
@@ -43,4 +62,8 @@ impl Planning {
             _ => self.broken(what, error),
         }
     }
+}
+
+fn gap(diverged: Diverged) -> Error {
+    Error::gap(diverged.to_string())
 }

@@ -51,7 +51,7 @@ impl Planning {
                         self.flush_if_full();
                     }
                 }
-                RecordRef::Begin(begin) => self.begin(&begin)?,
+                RecordRef::Begin(begin) => self.begin("BEGIN", &begin)?,
                 RecordRef::Commit(commit) => self.commit(&commit)?,
                 RecordRef::Relation(relation) => self.relation(relation)?,
                 RecordRef::Truncate(truncate) => self.truncate(&truncate)?,
@@ -136,13 +136,14 @@ impl Planning {
     }
 
     pub(super) fn commit(&mut self, commit: &pb::Commit) -> Result<(), Error> {
+        self.known()?;
         let ended = self
             .transactions
             .commit(commit)
             .map_err(|error| self.broken("COMMIT", error))?;
         if let Some(ended) = ended {
             self.lsn = self.lsn.max(ended.end_lsn);
-            self.last = Some(ended.commit);
+            self.last = ended.commit.or(self.last);
             self.dirty = true;
             add(&self.shared.metrics.transactions, 1);
             // The transaction behind this one begins a MULTI of its own when this one fills a batch by itself.
@@ -330,6 +331,9 @@ impl Planning {
     }
 
     fn marker(&mut self, marker: &pb::Marker) -> Result<(), Error> {
+        if self.is_before(Lsn(marker.lsn)) {
+            return Ok(());
+        }
         if let Some(request) = Request::parse(&self.slot, &marker.content) {
             return self.request(&request, Lsn(marker.lsn));
         }

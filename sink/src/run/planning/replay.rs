@@ -53,9 +53,7 @@ impl Planning {
                 format!("nothing came of the transaction {}", begin.xid),
             ));
         };
-        self.transactions
-            .begin(&begin)
-            .map_err(|error| self.broken("LATE_COMMIT", error))?;
+        self.begin("LATE_COMMIT", &begin)?;
         self.replay = Some(Replay {
             frames,
             commit,
@@ -77,7 +75,7 @@ impl Planning {
         };
         let mut frame = std::mem::take(&mut replay.frame);
         // What nothing is to be planned of need not be read.
-        let read = !self.transactions.is_skipped()
+        let read = (!self.transactions.is_skipped() || self.is_unknown())
             && replay
                 .frames
                 .next(&mut frame)
