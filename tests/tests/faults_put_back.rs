@@ -12,7 +12,7 @@
 use std::path::{Path, PathBuf};
 
 use rand::Rng;
-use walmirror_tests::{DEADLINE, Lsn, Scenario, Setup, Signal, Sink};
+use walmirror_tests::{DEADLINE, Lsn, Mirror, Scenario, Setup, Signal, Sink};
 
 /// What the sink may say while Postgres is away.
 const AWAY: [&str; 6] = [
@@ -141,4 +141,34 @@ fn put_back_where_nothing_mirrored_was_lost() {
         assert_eq!(s.log().contains("do not fit"), is_missed, "{}", s.log());
     }
     s.finish(&[&AWAY[..], &["which Redis has never seen"]].concat());
+}
+
+/// The last transaction that was applied may be one of which everything was rolled back but its commit. Whether such a one comes at all
+/// depends on how it is sent: it is neither one that Postgres lost nor one that Redis has never seen.
+#[test]
+fn one_of_which_nothing_is_left_may_come_again_or_not() {
+    let m = Mirror::alone("");
+    m.sql(
+        "CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t'); \
+         CREATE TABLE u (id int PRIMARY KEY, v text); SELECT walmirror.mirror('u')",
+    );
+    m.start();
+    m.settle();
+    for (number, streaming) in ["off", "on", "off"].into_iter().enumerate() {
+        m.sql(&format!("INSERT INTO t VALUES ({number})"));
+        let mut a = m.db.connect();
+        a.batch_execute(
+            "BEGIN; SAVEPOINT s1; INSERT INTO u SELECT i, repeat('x', 50) FROM generate_series(1, 3000) i",
+        )
+        .unwrap();
+        // What there is of it comes, because it is more than the 64 kB of `logical_decoding_work_mem`.
+        m.sync();
+        a.batch_execute("ROLLBACK TO s1; COMMIT").unwrap();
+        m.sync();
+        m.sink(Sink::kill);
+        m.start_with(&["--streaming", streaming]);
+        m.settle();
+        let log = m.sink(|sink| sink.output());
+        assert!(!log.contains("do not fit"), "{log}");
+    }
 }
