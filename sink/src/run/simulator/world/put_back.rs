@@ -78,6 +78,10 @@ impl World {
             return false;
         };
         let at = progress.lsn.0;
+        if progress.resync {
+            // Everything is to be made anew from there on.
+            return at > self.postgres.end;
+        }
         let is_between = |entry: &Wal| match entry {
             Wal::Commit {
                 lsn, end, records, ..
