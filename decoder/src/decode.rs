@@ -9,6 +9,7 @@
 //!
 //! INVARIANT I5: a Relation record precedes the first row of each version of a table.
 //! INVARIANT I6: nothing here waits for the sink beyond the socket.
+//! INVARIANT I11: the same WAL always gives the same transactions, as all that is looked at is the WAL and the catalogs as of it.
 
 use prost::Message;
 use walmirror_proto::pb::{self, Kind};
