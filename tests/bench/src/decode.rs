@@ -5,11 +5,8 @@ use walmirror_tests::Lsn;
 use crate::bed::Bed;
 use crate::figures::{BYTES, Contestant, Goal, Outcome, RATE, WALSENDER_CPU, WALSENDER_MEMORY};
 use crate::options::Options;
-use crate::receive::{PLUGINS, Plugin, count, receive};
+use crate::receive::{LIMIT, PLUGINS, Plugin, count, receive};
 use crate::workload;
-
-/// What the nothing-sent limit is called.
-const LIMIT: &str = "nothing sent";
 
 /// W1 and W2.
 pub fn run(options: &Options) -> Vec<Outcome> {

@@ -248,7 +248,7 @@ fn bound(outcome: &Outcome) -> Option<String> {
     let cpu = decoding.median(WALSENDER_CPU)? + piped.median(REDIS_CPU)?;
     let (decoded, applied) = (decoding.median(RATE)?, piped.median(RATE)?);
     Some(format!(
-        " A transaction is decoded only when it has committed, and Redis applies it at its EXEC: one after the other, without a \
+        " Redis gets a transaction only when it was decoded to its commit: one after the other, without a \
          mirror between them, decoding alone and {} give {} rows/s, side by side at most {}; the CPU of the walsender and of \
          Redis, {cpu:.2} µs/row, allows {} on {cores} cores.",
         piped.name,

@@ -22,6 +22,9 @@ pub struct Plugin {
     pub count: Option<(&'static str, &'static str)>,
 }
 
+/// What the limit is called: decoding with nothing to send.
+pub const LIMIT: &str = "nothing sent";
+
 /// The contestants; the first is what the others are set against, with the options of the sink. The limits come last:
 /// decoding with nothing to send. With streaming on, what has outgrown logical_decoding_work_mem is not written to disk and
 /// read back; of the peers only pgoutput can do that, with a protocol of its own.
@@ -94,7 +97,7 @@ pub const PLUGINS: [Plugin; 10] = [
         )),
     },
     Plugin {
-        name: "nothing sent",
+        name: LIMIT,
         library: "walmirror",
         options: &[("tables", "none.none"), ("streaming", "on")],
         count: None,
