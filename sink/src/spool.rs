@@ -2,7 +2,8 @@
 //! parts, so that it need not write it to its own disk and read it back; here its frames are appended to a file, as they came.
 //!
 //! A file has no name, so nothing is left behind however the process ends: the server sends the transaction again. Small
-//! transactions stay in memory. INVARIANT I7: that memory is bounded, whatever the number of transactions.
+//! transactions stay in memory. INVARIANT I7: that memory is bounded, whatever the number of transactions; a subtransaction that was
+//! rolled back takes some 20 bytes besides, a small part of what it takes in Postgres.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;

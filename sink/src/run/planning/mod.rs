@@ -237,12 +237,15 @@ impl Planning {
         }
     }
 
-    /// Hands out what is too large to wait: a full batch, or a piece of a large transaction.
+    /// Hands out what is too large to wait: a full batch, or a piece of a large transaction. Once a transaction is cut, each batch
+    /// of it is a piece: the next one is planned while Redis executes the one before.
     fn flush_if_full(&mut self) {
         if self.assembly.weight() < self.limits.batch_bytes {
             return;
         }
-        if !self.transactions.is_open() || self.assembly.total_weight() >= self.limits.transaction_bytes {
+        let is_cut = self.part_stored && !self.assembly.is_split();
+        let is_too_large = self.assembly.total_weight() >= self.limits.transaction_bytes;
+        if !self.transactions.is_open() || is_cut || is_too_large {
             self.close();
         } else {
             let segment = self.assembly.split();
