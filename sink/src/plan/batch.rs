@@ -2,9 +2,10 @@
 //! messages about a refused command), which keys of a relation were written earlier in the step (a TRUNCATE must remove
 //! them at its place), and lets a later full write of a key replace earlier ones.
 
+mod pack;
+
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
-use std::ops::Range;
 
 use super::Script;
 use crate::resp::Commands;
@@ -32,6 +33,8 @@ pub struct Op {
     key_len: u32,
     start: u32,
     first_command: u32,
+    /// Its command is also that of the operation before: an MSET has many.
+    shares: bool,
     /// The operation before this one on the same key, counted from 1; 0: none that could be replaced.
     previous: u32,
 }
@@ -100,6 +103,7 @@ impl Batch {
             key_len: 0,
             start,
             first_command,
+            shares: false,
             previous,
         });
         OpWriter { batch: self }
@@ -141,6 +145,7 @@ impl Batch {
             key_len: 0,
             start,
             first_command,
+            shares: false,
             previous: 0,
         };
         self.ops.push(op);
@@ -166,12 +171,15 @@ impl Batch {
             .unwrap_or_default()
     }
 
-    /// The operation that the command with this number (from 0) belongs to. Valid after [`Self::seal`].
-    pub fn op_of_command(&self, command: usize) -> Option<&Op> {
+    /// The operations that the command with this number (from 0) belongs to: one, or those of an MSET; empty where there is
+    /// no such command. Valid after [`Self::seal`].
+    pub fn ops_of_command(&self, command: usize) -> &[Op] {
         let after = self
             .ops
             .partition_point(|op| op.first_command as usize <= command);
-        self.ops.get(after.checked_sub(1)?)
+        let ops = self.ops.get(..after).unwrap_or_default();
+        let first = ops.iter().rposition(|op| !op.shares).unwrap_or(0);
+        ops.get(first..).unwrap_or_default()
     }
 
     /// Appends the removal of every key of the relation that the batch has written so far: the place of a TRUNCATE.
@@ -191,43 +199,28 @@ impl Batch {
         self.last.clear();
     }
 
-    /// Ends the batch: takes the commands that were replaced out of the buffer.
+    /// Ends the batch: takes the commands that were replaced out of the buffer, and makes one MSET of SETs side by side.
     pub fn seal(&mut self) {
         self.last = HashMap::default();
-        if self.dead == 0 {
-            return;
+        if pack::is_needed(self) {
+            (self.commands, self.ops) = pack::pack(self);
+            self.dead = 0;
         }
-        let mut commands = Commands::new();
-        let mut kept: Vec<Op> = Vec::with_capacity(self.ops.len() - self.dead);
-        for (index, op) in self.ops.iter().enumerate() {
-            if op.dead {
-                continue;
-            }
-            let (bytes, count) = self.span(index);
-            let start = position(commands.len());
-            kept.push(Op {
-                start,
-                key_start: op.key_start - op.start + start,
-                first_command: position(commands.count()),
-                ..*op
-            });
-            commands.append(self.commands.as_bytes().get(bytes).unwrap_or_default(), count);
-        }
-        self.commands = commands;
-        self.ops = kept;
-        self.dead = 0;
     }
 
-    /// The bytes and the number of commands of an operation.
-    fn span(&self, index: usize) -> (Range<usize>, usize) {
-        let Some(op) = self.ops.get(index) else {
-            return (0..0, 0);
-        };
-        let (end, last) = match self.ops.get(index + 1) {
-            Some(next) => (next.start as usize, next.first_command as usize),
-            None => (self.commands.len(), self.commands.count()),
-        };
-        (op.start as usize..end, last - op.first_command as usize)
+    /// The commands of an operation, encoded.
+    fn bytes(&self, index: usize) -> &[u8] {
+        let start = |index: usize| self.ops.get(index).map(|op| op.start as usize);
+        let end = start(index + 1).unwrap_or(self.commands.len());
+        let range = start(index).unwrap_or(end)..end;
+        self.commands.as_bytes().get(range).unwrap_or_default()
+    }
+
+    /// How many they are.
+    fn count(&self, index: usize) -> usize {
+        let first = |index: usize| self.ops.get(index).map(|op| op.first_command as usize);
+        let end = first(index + 1).unwrap_or(self.commands.count());
+        end - first(index).unwrap_or(end)
     }
 }
 
@@ -293,6 +286,13 @@ mod tests {
         parse(batch.commands().as_bytes()).iter().map(line).collect()
     }
 
+    /// The keys that a command is of.
+    fn keys(batch: &Batch, command: usize) -> Vec<String> {
+        let ops = batch.ops_of_command(command).iter();
+        ops.map(|op| String::from_utf8_lossy(batch.key_of(op)).into_owned())
+            .collect()
+    }
+
     #[test]
     fn a_later_write_replaces_earlier_ones_of_its_key_only() {
         let mut batch = Batch::new();
@@ -305,9 +305,8 @@ mod tests {
         batch.seal();
         assert_eq!(shown(&batch), ["SET b 2", "HSET progress", "SET a 4"]);
         assert_eq!(batch.commands().count(), 3);
-        let op = batch.op_of_command(2).unwrap();
-        assert_eq!((batch.key_of(op), op.relation), (b"a".as_slice(), 1));
-        assert_eq!(batch.key_of(batch.op_of_command(0).unwrap()), b"b");
+        assert_eq!(keys(&batch, 2), ["a"]);
+        assert_eq!(keys(&batch, 0), ["b"]);
     }
 
     #[test]
@@ -318,7 +317,7 @@ mod tests {
         set(&mut batch, 1, "ab", "3");
         batch.seal();
         // The chain of "ab" was cut by "ba"; the first write stays, which costs time but changes nothing.
-        assert_eq!(shown(&batch), ["SET ab 1", "SET ba 2", "SET ab 3"]);
+        assert_eq!(shown(&batch), ["MSET ab 1 ba 2 ab 3"]);
     }
 
     #[test]
@@ -340,6 +339,44 @@ mod tests {
         batch.unlink_written(1);
         set(&mut batch, 1, "a", "3");
         batch.seal();
-        assert_eq!(shown(&batch), ["SET x 1", "SET a 2", "UNLINK a", "SET a 3"]);
+        assert_eq!(shown(&batch), ["MSET x 1 a 2", "UNLINK a", "SET a 3"]);
+    }
+
+    #[test]
+    fn sets_side_by_side_become_one_command() {
+        let mut batch = Batch::new();
+        batch.bookkeeping().command(&[b"MULTI"]);
+        set(&mut batch, 1, "a", "1");
+        set(&mut batch, 1, "gone", "1");
+        set(&mut batch, 2, "b", "2");
+        patch(&mut batch, "a", OpKind::Patch);
+        set(&mut batch, 1, "gone", "2");
+        patch(&mut batch, "b", OpKind::Patch);
+        batch.seal();
+        let expected = ["MULTI", "MSET a 1 b 2", "PATCH a ", "SET gone 2", "PATCH b "];
+        assert_eq!(shown(&batch), expected);
+        assert_eq!(batch.commands().count(), expected.len());
+        let named: [&[&str]; 6] = [&[""], &["a", "b"], &["a"], &["gone"], &["b"], &["b"]];
+        for (command, expected) in named.iter().enumerate() {
+            assert_eq!(keys(&batch, command), *expected, "{command}");
+        }
+        let relations: Vec<u32> = batch.ops_of_command(1).iter().map(|op| op.relation).collect();
+        assert_eq!(relations, [1, 2]);
+    }
+
+    #[test]
+    fn an_mset_is_bounded() {
+        let mut batch = Batch::new();
+        for number in 0..300 {
+            set(&mut batch, 1, &format!("key:{number:03}"), "x");
+        }
+        batch.seal();
+        let lengths: Vec<usize> = parse(batch.commands().as_bytes())
+            .iter()
+            .map(|command| command.len() / 2)
+            .collect();
+        assert_eq!(lengths, [128, 128, 44]);
+        assert_eq!(keys(&batch, 2).first().unwrap(), "key:256");
+        assert_eq!(keys(&batch, 2).len(), 44);
     }
 }

@@ -42,7 +42,7 @@ pub struct Segment {
 }
 
 /// A key that Redis refused to write because it holds another type.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Refused {
     /// The key.
     pub key: Vec<u8>,

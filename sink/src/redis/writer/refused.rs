@@ -3,7 +3,7 @@
 use redis::{ServerError, Value};
 
 use super::super::error::reply_error;
-use super::{REFUSED_MAX, Refused, Writer, touched};
+use super::{REFUSED_MAX, Refused, Segment, Writer, touched};
 use crate::config::OnBadRow;
 use crate::error::Error;
 use crate::progress::Step;
@@ -16,13 +16,14 @@ impl Writer {
         let is_skipped = self.on_bad_row == OnBadRow::Skip && refused.len() < REFUSED_MAX;
         let mut skipped: Vec<Refused> = Vec::new();
         for (command, reply) in refused {
-            let (key, relation) = self.locate(*command)?;
-            if !is_skipped || reply.code() != "WRONGTYPE" || relation == 0 {
+            let located = self.locate(*command);
+            let are_rows = !located.is_empty() && located.iter().all(|refused| refused.relation != 0);
+            if !is_skipped || reply.code() != "WRONGTYPE" || !are_rows {
                 return None;
             }
             // A row may take several commands, which stand side by side.
-            if skipped.last().is_none_or(|last| last.key != key) {
-                skipped.push(Refused { key, relation });
+            if skipped.last() != located.last() {
+                skipped.extend(located);
             }
         }
         Some(skipped)
@@ -45,7 +46,8 @@ impl Writer {
         let Some((first, reply)) = refused.first() else {
             return Error::bug("nothing was refused");
         };
-        let (key, relation) = self.locate(*first).unwrap_or_default();
+        let located = self.locate(*first).into_iter().next();
+        let Refused { key, relation } = located.unwrap_or_default();
         let what = format!(
             "Redis refused to write the key \"{}\" of the table with oid {relation} ({} refused in this batch)",
             String::from_utf8_lossy(&key),
@@ -62,10 +64,9 @@ impl Writer {
         self.check_watch()?;
         let mut commands = Commands::new();
         Self::open(&mut commands);
-        for (command, _) in refused {
-            if let Some((key, relation)) = self.locate(*command).filter(|(_, relation)| *relation != 0) {
-                commands.command(&[b"HSET", &self.keys.pending, &key, relation.to_string().as_bytes()]);
-            }
+        let located = refused.iter().flat_map(|(command, _)| self.locate(*command));
+        for Refused { key, relation } in located.filter(|refused| refused.relation != 0) {
+            commands.command(&[b"HSET", &self.keys.pending, &key, relation.to_string().as_bytes()]);
         }
         self.note(commands)
     }
@@ -87,19 +88,24 @@ impl Writer {
         }
     }
 
-    /// The key and relation of the command with this number inside of the open MULTI.
-    fn locate(&self, command: usize) -> Option<(Vec<u8>, u32)> {
-        let mut command = command.checked_sub(self.prefix)?;
-        for segment in &self.open {
+    /// The keys of the command with this number inside of the open MULTI, and their relations.
+    fn locate(&self, command: usize) -> Vec<Refused> {
+        let Some(mut command) = command.checked_sub(self.prefix) else {
+            return Vec::new();
+        };
+        for Segment { batch, opens, .. } in &self.open {
             // MULTI is a command of the segment, but has no element in the EXEC.
-            command += usize::from(segment.opens);
-            let count = segment.batch.commands().count();
+            command += usize::from(*opens);
+            let count = batch.commands().count();
             if command < count {
-                let op = segment.batch.op_of_command(command)?;
-                return Some((segment.batch.key_of(op).to_vec(), op.relation));
+                let refused = |op| Refused {
+                    key: batch.key_of(op).to_vec(),
+                    relation: op.relation,
+                };
+                return batch.ops_of_command(command).iter().map(refused).collect();
             }
             command -= count;
         }
-        None
+        Vec::new()
     }
 }

@@ -34,6 +34,13 @@ impl Redis {
                 self.data.insert(key.to_vec(), Stored::Text(value.to_vec()));
                 Value::Okay
             }
+            [b"MSET", pairs @ ..] => {
+                for pair in pairs.chunks_exact(2) {
+                    self.touch(pair[0]);
+                    self.data.insert(pair[0].to_vec(), Stored::Text(pair[1].to_vec()));
+                }
+                Value::Okay
+            }
             [b"UNLINK", keys @ ..] => {
                 for key in keys {
                     if self.data.contains_key(*key) {
