@@ -345,7 +345,7 @@ fn schedule(server: &Server, value: ValueKind, seed: u64) {
                 step: Some(step),
                 ..Segment::default()
             };
-            let applied = writer.apply(segment, &|| false).unwrap().expect("an EXEC");
+            let applied = writer.apply(segment, None, &|| false).unwrap().expect("an EXEC");
             assert_eq!(applied.step, step);
         }
         check(
@@ -443,7 +443,7 @@ fn a_patch_that_finds_no_key_is_noted_and_writes_nothing() {
             step: Some(step),
             ..Segment::default()
         };
-        let applied = writer.apply(segment, &|| false).unwrap().unwrap();
+        let applied = writer.apply(segment, None, &|| false).unwrap().unwrap();
         assert!(applied.pending, "{value:?}");
         assert!(stored(&mut reader, value).is_empty());
         let pending = reader

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod ahead;
+
 use redis::Value;
 use walmirror_proto::Lsn;
 use walmirror_proto::key::KeyTemplate;
@@ -71,7 +73,7 @@ fn get(connection: &mut Connection, args: &[&str]) -> String {
 const PROGRESS: &str = "walmirror:{s}:progress";
 
 fn failed(writer: &mut Writer, segment: Segment) -> Error {
-    writer.apply(segment, &|| false).unwrap_err()
+    writer.apply(segment, None, &|| false).unwrap_err()
 }
 
 #[test]
@@ -79,7 +81,7 @@ fn data_and_progress_arrive_together() {
     let Some(server) = Server::start() else { return };
     let mut writer = claim(&server, Some(Lsn(1)));
     for lsn in 2..5 {
-        let applied = writer.apply(set(lsn, "a"), &|| false).unwrap().unwrap();
+        let applied = writer.apply(set(lsn, "a"), None, &|| false).unwrap().unwrap();
         assert_eq!(applied.step.lsn, Lsn(lsn));
     }
     let mut reader = server.connect();
@@ -108,7 +110,7 @@ fn who_lost_the_claim_writes_nothing() {
     assert_eq!(error.class(), Class::Operator, "{error}");
     assert!(error.to_string().contains("another walmirror"), "{error}");
     assert_eq!(get(&mut server.connect(), &["EXISTS", "a"]), "int(0)");
-    assert!(new.apply(set(2, "b"), &|| false).unwrap().is_some());
+    assert!(new.apply(set(2, "b"), None, &|| false).unwrap().is_some());
 }
 
 #[test]
@@ -168,7 +170,10 @@ fn a_key_of_another_type_is_skipped_and_noted_if_that_is_wanted() {
         ("foreign", &["HDEL"]),
         ("b", &["SET"]),
     ];
-    let applied = writer.apply(segment(2, &commands), &|| false).unwrap().unwrap();
+    let applied = writer
+        .apply(segment(2, &commands), None, &|| false)
+        .unwrap()
+        .unwrap();
     let foreign = Refused {
         key: b"foreign".to_vec(),
         relation: 77,
@@ -184,7 +189,7 @@ fn a_key_of_another_type_is_skipped_and_noted_if_that_is_wanted() {
     let told = crate::rejected::read(&mut reader, &keys(), 5).unwrap();
     assert_eq!(told, (1, vec![note]));
     // The mirror goes on.
-    assert!(writer.apply(set(3, "c"), &|| false).unwrap().is_some());
+    assert!(writer.apply(set(3, "c"), None, &|| false).unwrap().is_some());
     assert_eq!(get(&mut reader, &["EXISTS", "a", "b", "c"]), "int(3)");
     assert_eq!(get(&mut reader, &["GET", "foreign"]), "1");
 }
@@ -227,7 +232,7 @@ fn a_purge_takes_the_keys_of_its_template_and_no_others() {
             purges: vec![purge],
             ..set(2 + round, "t:new")
         };
-        assert!(writer.apply(segment, &|| false).unwrap().is_some());
+        assert!(writer.apply(segment, None, &|| false).unwrap().is_some());
         assert_eq!(
             get(&mut reader, &["EXISTS", "t:new", "t2:1", "t:a:7", "other"]),
             "int(4)"
@@ -252,11 +257,11 @@ fn a_purge_that_goes_ahead_is_noted_until_its_transaction_is_applied() {
     let other = std::cell::RefCell::new(server.connect());
     let is_noted = || get(&mut other.borrow_mut(), &["HEXISTS", PROGRESS, "purging"]) == "int(1)";
     assert!(!is_noted());
-    let error = writer.apply(segment(), &is_noted).unwrap_err();
+    let error = writer.apply(segment(), None, &is_noted).unwrap_err();
     assert_eq!(error.class(), Class::Retry);
     let progress = read_stored(&mut reader, &keys()).unwrap().progress.unwrap();
     assert!(progress.purging && progress.lsn == Lsn(1), "{progress:?}");
-    claim(&server, None).apply(segment(), &|| false).unwrap();
+    claim(&server, None).apply(segment(), None, &|| false).unwrap();
     let progress = read_stored(&mut reader, &keys()).unwrap().progress.unwrap();
     assert!(!progress.purging && progress.lsn == Lsn(2), "{progress:?}");
 }
@@ -265,7 +270,7 @@ fn a_purge_that_goes_ahead_is_noted_until_its_transaction_is_applied() {
 fn a_resync_begins_anew_but_the_epoch_goes_on() {
     let Some(server) = Server::start() else { return };
     let mut writer = claim(&server, Some(Lsn(1)));
-    writer.apply(set(9, "a"), &|| false).unwrap();
+    writer.apply(set(9, "a"), None, &|| false).unwrap();
     let mut reader = server.connect();
     get(&mut reader, &["HSET", PROGRESS, "backfill:5", "{}"]);
     drop(claim(&server, Some(Lsn(3))));

@@ -1,9 +1,11 @@
 //! Applies batches: MULTI, commands, progress, EXEC, and behind it WATCH and HGET for the next one, all in one write. The
-//! fence therefore costs no round trip. Owned by the applying thread.
+//! fence therefore costs no round trip. The commands of the next batch follow at once (`writer/ahead.rs`); only its EXEC waits for
+//! the answer. Owned by the applying thread.
 //!
 //! INVARIANT I2: data and progress go in one EXEC. INVARIANT I4: an EXEC succeeds only if the progress key was not
 //! touched since this session's epoch was seen in it, so a session that lost its claim writes nothing.
 
+mod ahead;
 mod refused;
 
 use redis::{ServerError, Value};
@@ -16,6 +18,8 @@ use crate::error::{Class, Error};
 use crate::plan::{Batch, PENDING_REPLY, Purge, RedisKeys, Script, Scripts};
 use crate::progress::{PURGING, Step};
 use crate::resp::Commands;
+
+use ahead::Ahead;
 
 /// A TRUNCATE of a table with at most so many keys is atomic with its transaction; a larger one removes its keys before.
 const ATOMIC_PURGE_KEYS: usize = 10_000;
@@ -74,6 +78,8 @@ pub struct Writer {
     prefix: usize,
     /// The first command of the open MULTI that Redis did not queue.
     not_queued: Option<ServerError>,
+    /// What was sent of the segment that comes next.
+    ahead: Option<Ahead>,
     on_bad_row: OnBadRow,
 }
 
@@ -94,6 +100,7 @@ impl Writer {
             open: Vec::new(),
             prefix: 0,
             not_queued: None,
+            ahead: None,
             on_bad_row: OnBadRow::Stop,
         };
         writer.check()?;
@@ -116,9 +123,18 @@ impl Writer {
         watch(commands, keys);
     }
 
-    /// Sends a segment and checks every reply. Some: its EXEC was done. `stopped` ends a long purge early.
-    pub fn apply(&mut self, segment: Segment, stopped: &dyn Fn() -> bool) -> Result<Option<Applied>, Error> {
+    /// Sends a segment and checks every reply. Some: its EXEC was done. `next` is what comes next, if that is known; it has to be
+    /// the segment of the next call. `stopped` ends a long purge early.
+    pub fn apply(
+        &mut self,
+        segment: Segment,
+        next: Option<&Segment>,
+        stopped: &dyn Fn() -> bool,
+    ) -> Result<Option<Applied>, Error> {
+        let ahead = self.ahead.take();
         let bytes = segment.batch.commands().as_bytes();
+        let mut begun = ahead.map_or(0, |ahead| ahead.bytes);
+        let mut answers_multi = segment.opens;
         if segment.opens && !segment.purges.is_empty() {
             let commands = self.purge(&segment.purges, stopped)?;
             self.connection.send(commands.as_bytes())?;
@@ -126,13 +142,18 @@ impl Writer {
             self.prefix = commands.count() - 1;
             self.expect_queued(self.prefix)?;
             // The MULTI of the purge stands for that of the segment.
-            self.connection
-                .send(bytes.get(MULTI.len()..).unwrap_or_default())?;
-        } else {
-            self.connection.send(bytes)?;
-            if segment.opens {
-                self.expect_ok("MULTI")?;
-            }
+            (begun, answers_multi) = (MULTI.len(), false);
+        }
+        match bytes.get(begun..) {
+            // All of it was sent ahead.
+            None | Some([]) => {}
+            Some(rest) => self.connection.send(rest)?,
+        }
+        if let Some(next) = next.filter(|next| next.opens || !segment.opens) {
+            self.send_ahead(next)?;
+        }
+        if answers_multi {
+            self.expect_ok("MULTI")?;
         }
         let expected = segment
             .batch
@@ -189,6 +210,7 @@ impl Writer {
 
     /// How many replicas have acknowledged everything so far, waited for at most so long.
     pub fn wait_replicas(&mut self, count: u32, timeout_ms: u64) -> Result<bool, Error> {
+        self.retract()?;
         let (count_text, timeout) = (count.to_string(), timeout_ms.to_string());
         let reply = self.connection.call(
             "wait for replicas",
@@ -199,6 +221,7 @@ impl Writer {
 
     /// Whether the append-only file holds everything so far, waited for at most so long.
     pub fn wait_aof(&mut self, timeout_ms: u64) -> Result<bool, Error> {
+        self.retract()?;
         let timeout = timeout_ms.to_string();
         let reply = self
             .connection

@@ -49,11 +49,13 @@ pub(super) fn apply(
             );
         }
     }
+    let mut next: Option<Segment> = None;
     loop {
-        match segments.recv_timeout(WAIT_EVERY) {
+        match next.take().map_or_else(|| segments.recv_timeout(WAIT_EVERY), Ok) {
             Ok(segment) => {
                 let commands = segment.batch.commands().count() as u64;
-                let applied = writer.apply(segment, &|| !shared.is_running())?;
+                next = segments.try_recv().ok();
+                let applied = writer.apply(segment, next.as_ref(), &|| !shared.is_running())?;
                 heard = Instant::now();
                 shared.set_heard(heard);
                 add(&shared.metrics.commands, commands);

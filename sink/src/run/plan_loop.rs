@@ -12,8 +12,8 @@ use super::shared::{Input, QUEUE_BYTES, Shared};
 use crate::error::Error;
 use crate::redis::Segment;
 
-/// Segments that are on their way to Redis: one that is being applied, one that waits.
-const AHEAD: usize = 2;
+/// Segments that are on their way to Redis: one that is being applied, one whose commands are sent ahead, one that waits.
+const AHEAD: usize = 3;
 /// Batches that are not full follow each other at this distance at least. An EXEC of one small transaction costs both
 /// sides and the scheduler some 40 µs of CPU, ten times what the change itself costs; where transactions come one by one, none
 /// of them waits.

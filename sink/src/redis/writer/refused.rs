@@ -73,6 +73,7 @@ impl Writer {
 
     /// Applies bookkeeping by itself, under the fence like everything.
     fn note(&mut self, mut commands: Commands) -> Result<(), Error> {
+        self.retract()?;
         let count = commands.count() - 1;
         Self::close(&mut commands, &self.keys);
         self.connection.send(commands.as_bytes())?;

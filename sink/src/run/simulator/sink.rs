@@ -27,7 +27,7 @@ use crate::run::planning::{Limits, Planning, Start};
 use crate::spool::Spool;
 
 /// Segments that are on their way to Redis (AHEAD of plan_loop).
-const AHEAD: usize = 2;
+const AHEAD: usize = 3;
 
 /// What does not change over a schedule.
 pub(super) struct Setting {
@@ -300,7 +300,7 @@ impl Session {
             return Ok(None);
         };
         lock(&self.server).redis.writes = Some(self.incarnation);
-        let applied = self.writer.apply(segment, &|| false);
+        let applied = self.writer.apply(segment, self.segments.front(), &|| false);
         lock(&self.server).redis.writes = None;
         let applied = applied?;
         self.shared.set_heard(now);
