@@ -29,6 +29,8 @@ pub struct Health {
     streaming: AtomicBool,
     /// Whether a gap (or the first start) is being healed.
     healing: AtomicBool,
+    /// Whether it is not known yet that the stream is of the history that Redis mirrors.
+    unproved: AtomicBool,
     /// Whether rows wait to be read again.
     pub(super) pending: AtomicBool,
     /// Tables, and those of them that are not filled and checked yet.
@@ -55,8 +57,9 @@ fn since() -> u64 {
 }
 
 impl Health {
-    pub(super) fn began(&self, fresh: bool, applied: Lsn) {
+    pub(super) fn began(&self, fresh: bool, proved: bool, applied: Lsn) {
         self.sessions.fetch_add(1, Ordering::Relaxed);
+        self.unproved.store(!proved, Ordering::Release);
         if fresh {
             self.gaps.fetch_add(1, Ordering::Relaxed);
             self.healing.store(true, Ordering::Release);
@@ -87,6 +90,11 @@ impl Health {
 
     pub(super) fn can_spool(&self) -> bool {
         !self.cannot_spool.load(Ordering::Relaxed)
+    }
+
+    /// The stream is of the history that Redis mirrors.
+    pub(super) fn proved(&self) {
+        self.unproved.store(false, Ordering::Release);
     }
 
     /// Everything is filled that was to be.
@@ -169,6 +177,9 @@ impl Health {
         {
             return Err(why);
         }
+        if self.unproved.load(Ordering::Acquire) {
+            return Err("the stream has not reached what Redis has".to_owned());
+        }
         if self.healing.load(Ordering::Acquire) {
             return Err("a gap is being healed: tables are filled anew".to_owned());
         }
@@ -184,7 +195,7 @@ mod tests {
     fn it_is_ready_while_a_session_streams_and_nothing_is_healed() {
         let health = Health::default();
         assert!(health.ready().is_err());
-        health.began(true, Lsn(5));
+        health.began(true, true, Lsn(5));
         assert!(health.ready().is_err_and(|why| why.contains("gap")));
         health.healed();
         assert_eq!(health.ready(), Ok(()));
@@ -193,9 +204,18 @@ mod tests {
     }
 
     #[test]
+    fn it_is_not_ready_before_the_history_is_known() {
+        let health = Health::default();
+        health.began(false, false, Lsn(5));
+        assert!(health.ready().is_err_and(|why| why.contains("reached")));
+        health.proved();
+        assert_eq!(health.ready(), Ok(()));
+    }
+
+    #[test]
     fn lag_is_what_the_server_has_more() {
         let health = Health::default();
-        health.began(false, Lsn(5));
+        health.began(false, true, Lsn(5));
         health.note_stream(Some(Lsn(105)));
         health.note_applied(Lsn(25), Some(1));
         assert_eq!(health.lag_bytes(), 80);

@@ -78,11 +78,8 @@ pub(super) fn run(
             .unwrap_or_default()
     });
     // Until the stream is known to be of the history that Redis mirrors, nothing more is confirmed than was.
-    let applied = if continuity.is_proved() {
-        start_lsn
-    } else {
-        confirmed
-    };
+    let is_proved = continuity.is_proved();
+    let applied = if is_proved { start_lsn } else { confirmed };
     let shared = Arc::new(Shared::of(health, applied));
     shared.set_stream_waker(stream.waker());
     let backfill = Arc::new(Backfill::default());
@@ -117,7 +114,7 @@ pub(super) fn run(
     let mut writer = Writer::new(claim, keys.clone())?;
     writer.set_on_bad_row(config.on_bad_row);
     began();
-    health.began(fresh.is_some(), start_lsn);
+    health.began(fresh.is_some(), is_proved, start_lsn);
 
     let (input_sender, input) = unbounded();
     let (segment_sender, segments) = unbounded();

@@ -51,6 +51,7 @@ impl Planning {
     fn proved(&self, proved: Result<bool, Diverged>) -> Result<(), Error> {
         if proved.map_err(gap)? {
             self.shared.set_applied(self.lsn);
+            self.shared.health.proved();
         }
         Ok(())
     }
