@@ -179,3 +179,36 @@ fn doctor_warns_when_a_slot_keeps_much() {
         "{told}"
     );
 }
+
+/// A slot that SQL made is none that a standby keeps, unless one asks for it (Postgres 17).
+#[test]
+fn doctor_tells_of_a_slot_that_a_promotion_would_lose() {
+    let mirror = Mirror::alone("");
+    let version = mirror.db.pg.version();
+    if version < 17 {
+        println!("skipped: Postgres {version} has no failover slots");
+        return;
+    }
+    let doctor = || mirror.run(&["doctor"]).1;
+    mirror.sql("SELECT pg_create_logical_replication_slot(current_database(), 'walmirror')");
+    let told = doctor();
+    assert!(
+        told.contains("no failover slot: after a promotion it is gone"),
+        "{told}"
+    );
+    // What it says to type is what helps.
+    let next = told.split("psql \"").nth(1).unwrap();
+    let (target, rest) = next.split_once("\" -c '").unwrap();
+    let (command, _) = rest.split_once('\'').unwrap();
+    let done = mirror
+        .db
+        .pg
+        .program("psql", &mirror.db.name)
+        .args([target, "-c", command])
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let told = doctor();
+    assert!(told.contains(", failover slot\n"), "{told}");
+    assert!(told.ends_with("all is well\n"), "{told}");
+}

@@ -50,11 +50,19 @@ pub fn slot_outcome(slot: &SlotName, info: Option<&SlotInfo>, database: &str) ->
                 .active_pid
                 .map(|pid| format!(", in use by process {pid}"))
                 .unwrap_or_default();
-            let failover = if info.failover { ", failover slot" } else { "" };
-            Outcome::Ok(format!(
-                "{slot}: confirmed {at}, WAL {}{failover}{user}",
-                status.unwrap_or("?")
-            ))
+            let state = format!("{slot}: confirmed {at}, WAL {}{user}", status.unwrap_or("?"));
+            match info.failover {
+                None => Outcome::Ok(state),
+                Some(true) => Outcome::Ok(format!("{state}, failover slot")),
+                Some(false) => Outcome::Note(
+                    format!(
+                        "{state}; no failover slot: after a promotion it is gone, and the mirror is made anew"
+                    ),
+                    Some(format!(
+                        "psql \"dbname={database} replication=database\" -c 'ALTER_REPLICATION_SLOT {slot} (FAILOVER)'   # while no sink runs"
+                    )),
+                ),
+            }
         }
     }
 }
@@ -107,7 +115,7 @@ mod tests {
             active: false,
             active_pid: None,
             wal_status: Some(status.into()),
-            failover: false,
+            failover: None,
         };
         let outcome = |info: &SlotInfo| slot_outcome(&slot, Some(info), "db");
         assert!(matches!(

@@ -29,8 +29,8 @@ pub struct SlotInfo {
     pub active_pid: Option<i32>,
     /// `reserved`, `extended`, `unreserved` or `lost`.
     pub wal_status: Option<String>,
-    /// Whether standbys keep a copy of it that can be used after a promotion (Postgres 17).
-    pub failover: bool,
+    /// Whether standbys keep a copy of it that can be used after a promotion; None before Postgres 17, which has no such slots.
+    pub failover: Option<bool>,
 }
 
 /// What IDENTIFY_SYSTEM says.
@@ -103,7 +103,7 @@ pub fn slot_info(connection: &mut Connection, slot: &str) -> Result<Option<SlotI
     let failover = if connection.server_version() >= FAILOVER_SINCE {
         "failover"
     } else {
-        "false"
+        "NULL"
     };
     let sql = format!(
         "SELECT plugin, database, confirmed_flush_lsn, restart_lsn, active, active_pid, wal_status, {failover} \
@@ -125,7 +125,7 @@ pub fn slot_info(connection: &mut Connection, slot: &str) -> Result<Option<SlotI
         active: result.text(0, 4) == Some("t"),
         active_pid: result.text(0, 5).and_then(|text| text.parse().ok()),
         wal_status: text(6),
-        failover: result.text(0, 7) == Some("t"),
+        failover: result.text(0, 7).map(|text| text == "t"),
     }))
 }
 

@@ -124,7 +124,7 @@ fn strayed(progress: &Progress, slot: &SlotInfo, server: &Server<'_>) -> Option<
             "{at}, whose history does not know the other: it was restored, or is an old primary"
         ));
     };
-    if !slot.failover {
+    if slot.failover != Some(true) {
         return Some(format!(
             "{at}: there was a failover or a restore, and the slot is no failover slot, so what it needs may be missing"
         ));

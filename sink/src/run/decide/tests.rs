@@ -40,7 +40,7 @@ fn slot(confirmed: u64) -> SlotInfo {
         active: false,
         active_pid: None,
         wal_status: Some("reserved".into()),
-        failover: true,
+        failover: Some(true),
     }
 }
 
@@ -98,7 +98,7 @@ fn what_fits_goes_on() {
         ..progress(10)
     };
     let plain = SlotInfo {
-        failover: false,
+        failover: Some(false),
         ..slot(5)
     };
     assert_eq!(at_home(Some(&ahead), Some(&plain)), Decision::Resume(Lsn(10)));
@@ -224,7 +224,7 @@ fn a_failover_without_its_slot_is_a_gap() {
         "not kept in step",
     );
     let plain = SlotInfo {
-        failover: false,
+        failover: Some(false),
         ..slot(5)
     };
     assert_gap(

@@ -95,7 +95,7 @@ pub(super) fn shake(
         active: false,
         active_pid: None,
         wal_status: Some("reserved".into()),
-        failover: false,
+        failover: None,
     });
     let mut gap = None;
     let end = Lsn(postgres.end);
