@@ -221,13 +221,13 @@ BEGIN
     IF EXISTS (SELECT 1 FROM pg_event_trigger_dropped_objects() d
                WHERE NOT d.is_temporary AND d.object_type IN ('index', 'table column', 'table constraint'))
     THEN
-        -- An index does not tell any more whose it was. The tables that lost something are locked by this session, but for
+        -- An index does not tell any more whose it was. The tables that lost something are locked by this session, also by
         -- DROP INDEX CONCURRENTLY; others need not be looked at, which would wait for DDL of other sessions on them.
         locked := ARRAY(SELECT DISTINCT coalesce(walmirror.root(l.relation), 0) FROM pg_locks l
                         WHERE l.pid = pg_backend_pid() AND l.locktype = 'relation' AND l.granted
                           AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
                           AND l.mode IN ('AccessExclusiveLock', 'ExclusiveLock', 'ShareRowExclusiveLock', 'ShareUpdateExclusiveLock'));
-        FOR mirrored IN SELECT m.oid FROM walmirror.mirrors m WHERE m.oid = ANY (locked) OR cardinality(locked) = 0
+        FOR mirrored IN SELECT m.oid FROM walmirror.mirrors m WHERE m.oid = ANY (locked)
         LOOP
             PERFORM walmirror.check_label(mirrored);
         END LOOP;

@@ -269,6 +269,7 @@ fn ddl_that_breaks_a_mapping_is_refused() {
         "ALTER TABLE u REPLICA IDENTITY NOTHING",
         "ALTER TABLE p1 REPLICA IDENTITY NOTHING",
         "DROP INDEX x_id",
+        "DROP INDEX CONCURRENTLY x_id",
     ] {
         match m.db.connect().batch_execute(statement) {
             Ok(()) => problems.push(format!("accepted: {statement}")),
@@ -287,9 +288,14 @@ fn ddl_that_breaks_a_mapping_is_refused() {
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));
     m.sql(
-        "INSERT INTO t VALUES (1, 'x', 'y', 2); INSERT INTO u VALUES (1, 'v'); INSERT INTO p VALUES (1, 'w')",
+        "INSERT INTO t VALUES (1, 'x', 'y', 2); INSERT INTO u VALUES (1, 'v'); INSERT INTO p VALUES (1, 'w'); \
+         INSERT INTO x VALUES (1, 'v')",
     );
     m.check();
+    // Dropped without locks, the index was marked as going before the drop was refused.
+    m.sql("REINDEX INDEX x_id");
+    m.sql("ALTER TABLE x ADD w text DEFAULT 'w'");
+    m.settle();
     // Columns that no mapping names may go.
     m.sql("ALTER TABLE t DROP COLUMN b; ALTER TABLE u RENAME v TO w");
     m.settle();
