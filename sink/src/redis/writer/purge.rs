@@ -1,0 +1,88 @@
+//! Removes the keys of a table: what TRUNCATE and the end of a mirror come to. Few go in the EXEC of their transaction; many are
+//! removed before it, page by page, and that is noted.
+
+use redis::Value;
+
+use super::super::Scan;
+use super::{Writer, touched};
+use crate::error::{Class, Error};
+use crate::plan::{Purge, Script};
+use crate::progress::PURGING;
+use crate::resp::Commands;
+
+/// A TRUNCATE of a table with at most so many keys is atomic with its transaction; a larger one removes its keys before.
+const ATOMIC_PURGE_KEYS: usize = 10_000;
+/// Keys removed by one command.
+const UNLINK_KEYS: usize = 500;
+
+impl Writer {
+    /// Removes the keys of a purge. Few keys become commands behind the MULTI that is returned, so that they go in the
+    /// same atomic step; many are removed page by page before it.
+    pub(super) fn purge(&mut self, purges: &[Purge], stopped: &dyn Fn() -> bool) -> Result<Commands, Error> {
+        let mut commands = Commands::new();
+        commands.command(&[b"MULTI"]);
+        commands.command(&[b"HDEL", &self.keys.progress, PURGING]);
+        let mut held: Vec<Vec<u8>> = Vec::new();
+        let mut noted = false;
+        for purge in purges {
+            let mut scan = Scan::new(purge.pattern());
+            while let Some(keys) = scan.page(&mut self.connection)? {
+                held.extend(keys.into_iter().filter(|key| purge.match_key(key).is_some()));
+                if held.len() > ATOMIC_PURGE_KEYS {
+                    if !noted {
+                        self.note_purging()?;
+                        noted = true;
+                    }
+                    self.unlink_now(&held)?;
+                    held.clear();
+                }
+                if stopped() {
+                    return Err(Error::redis(
+                        "a purge was interrupted",
+                        Class::Retry,
+                        "the session ends",
+                    ));
+                }
+            }
+        }
+        for keys in held.chunks(UNLINK_KEYS) {
+            commands.begin(1 + keys.len()).arg(b"UNLINK");
+            for key in keys {
+                commands.arg(key);
+            }
+        }
+        Ok(commands)
+    }
+
+    /// From here to the next EXEC Redis lacks what it should have at its position. On this history of Postgres the purge comes
+    /// again whatever crashes; on another one, after a failover, it may never have been.
+    fn note_purging(&mut self) -> Result<(), Error> {
+        let what = "note that keys are being removed";
+        self.connection.call(what, &[b"MULTI"])?;
+        self.connection
+            .call(what, &[b"HSET", &self.keys.progress, PURGING, b"1"])?;
+        match self.connection.call(what, &[b"EXEC"])? {
+            Value::Nil => Err(self.check_watch().err().unwrap_or_else(|| touched(&self.keys))),
+            _ => self.check(),
+        }
+    }
+
+    fn unlink_now(&mut self, keys: &[Vec<u8>]) -> Result<(), Error> {
+        let epoch = self.epoch.to_string();
+        for keys in keys.chunks(UNLINK_KEYS) {
+            let count = (keys.len() + 1).to_string();
+            let mut command: Vec<&[u8]> = vec![
+                b"EVALSHA",
+                self.scripts.hash(Script::Purge),
+                count.as_bytes(),
+                &self.keys.progress,
+            ];
+            command.extend(keys.iter().map(Vec::as_slice));
+            command.push(epoch.as_bytes());
+            if self.connection.call("remove the keys of a table", &command)? == Value::Int(-1) {
+                return Err(self.fenced(None));
+            }
+        }
+        Ok(())
+    }
+}
