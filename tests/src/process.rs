@@ -23,7 +23,8 @@ impl Process {
     /// Starts `program` with `args`; stdout and stderr are appended to `log`. With `user`, as that user.
     pub fn start(name: &str, log: &Path, user: Option<&str>, command: &Command) -> Process {
         // The kernel ends the child when the test process dies in a way that runs no destructor. SIGQUIT is the
-        // immediate shutdown of Postgres, and ends the others too.
+        // immediate shutdown of Postgres, and ends the others too, unless a shell that runs this in the background has it
+        // ignored: that is inherited.
         let mut wrapped = Command::new("setpriv");
         wrapped.args(["--pdeathsig", "QUIT"]);
         if let Some(user) = user {
@@ -34,7 +35,7 @@ impl Process {
             ]);
         }
         wrapped
-            .arg("--")
+            .args(["--", "env", "--default-signal=INT,QUIT"])
             .arg(command.get_program())
             .args(command.get_args());
         for (name, value) in command.get_envs() {

@@ -43,8 +43,6 @@ enum Load {
 const DECODING: &str = "decoding alone";
 /// A peer that needs more seconds than this is run once, or the case would take a quarter of an hour.
 const SLOW: f64 = 30.0;
-/// How a contestant's name ends whose commands are one transaction.
-const IN_MULTI: &str = "in MULTI";
 
 /// How a table is mirrored, and what the ready-made commands for it are.
 pub struct Kind {
@@ -152,9 +150,10 @@ fn measure(options: &Options, kind: &Kind, load: Load) -> Outcome {
         files.push(((*name).to_owned(), file));
     }
     if matches!(load, Load::One(_)) {
-        // What Postgres commits as one, Redis has to apply as one.
-        let (name, file) = &files[0];
-        files.push((format!("{name} {IN_MULTI}"), in_multi(file)));
+        // What Postgres commits as one, Redis has to apply as one. The last shape is what the sink sends.
+        if let Some((name, file)) = files.last() {
+            files.push((format!("{name} in MULTI"), in_multi(file)));
+        }
     }
     let mut ours = Contestant::new("walmirror");
     let mut pipes: Vec<Contestant> = files.iter().map(|(name, _)| Contestant::new(name)).collect();
@@ -228,33 +227,47 @@ fn measure(options: &Options, kind: &Kind, load: Load) -> Outcome {
         contestants,
         goals: Vec::new(),
     };
-    if let Some(bound) = bound(&outcome) {
+    if let Some(bound) = bound(&outcome, load) {
         outcome.compared.push_str(&bound);
     }
     outcome.goals = goals(&outcome, kind);
     outcome
 }
 
-/// What no mirror can pass on this machine, from what decoding and Redis need alone. (A transaction above
-/// `--max-transaction`, 16 MiB, goes to Redis in steps, a MULTI each, so decoding and Redis can overlap.)
-fn bound(outcome: &Outcome) -> Option<String> {
+/// What no mirror can pass on this machine, from what decoding and Redis need alone.
+fn bound(outcome: &Outcome, load: Load) -> Option<String> {
+    let ours = outcome.contestants.first()?;
     let decoding = outcome.find(DECODING)?;
-    let piped = outcome
+    let pipes = outcome
         .contestants
         .iter()
-        .find(|c| c.name.ends_with(IN_MULTI))
-        .or_else(|| outcome.contestants.iter().find(|c| c.name.starts_with("--pipe")))?;
-    let cores = std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64);
-    let cpu = decoding.median(WALSENDER_CPU)? + piped.median(REDIS_CPU)?;
+        .filter(|c| c.name.starts_with("--pipe"));
+    let piped = pipes.max_by(|a, b| {
+        a.median(RATE)
+            .unwrap_or(0.0)
+            .total_cmp(&b.median(RATE).unwrap_or(0.0))
+    })?;
     let (decoded, applied) = (decoding.median(RATE)?, piped.median(RATE)?);
+    if matches!(load, Load::One(_)) {
+        let limit = 1.0 / (1.0 / decoded + 1.0 / applied);
+        return Some(format!(
+            " Redis gets a transaction only when it was decoded to its commit: one after the other, without a mirror between \
+             them, decoding alone and {} give {} rows/s. walmirror is at {:.2} of that.",
+            piped.name,
+            number(limit, 0),
+            ours.median(RATE)? / limit,
+        ));
+    }
+    let cores = std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64);
+    let cpu = ours.median(WALSENDER_CPU)? + ours.median(CLIENT_CPU)? + ours.median(REDIS_CPU)?;
+    let limit = cores / cpu * 1e6;
     Some(format!(
-        " Redis gets a transaction only when it was decoded to its commit: one after the other, without a \
-         mirror between them, decoding alone and {} give {} rows/s, side by side at most {}; the CPU of the walsender and of \
-         Redis, {cpu:.2} µs/row, allows {} on {cores} cores.",
+        " Decoding alone and {} side by side give at most {} rows/s; the CPU of walsender, sink and Redis, {cpu:.2} µs/row, \
+         allows {} on {cores} cores. walmirror is at {:.2} of that.",
         piped.name,
-        number(1.0 / (1.0 / decoded + 1.0 / applied), 0),
         number(decoded.min(applied), 0),
-        number(cores / cpu * 1e6, 0),
+        number(limit, 0),
+        ours.median(RATE)? / limit,
     ))
 }
 
