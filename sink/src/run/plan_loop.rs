@@ -46,6 +46,11 @@ pub(super) fn plan(mut planning: Planning, channels: &Channels, shared: &Arc<Sha
 fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) -> Result<(), Error> {
     let mut outstanding = 0usize;
     let mut written = Instant::now();
+    // When a position was written last that no change went with; at first none was.
+    let mut positioned: Option<Instant> = None;
+    let until_due = |positioned: Option<Instant>| {
+        positioned.map_or(Duration::ZERO, |at| KEEPALIVE_EVERY.saturating_sub(at.elapsed()))
+    };
     while shared.is_running() {
         while channels.room.try_recv().is_ok() {
             outstanding = outstanding.saturating_sub(1);
@@ -75,11 +80,16 @@ fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) ->
             Ok(input) => Some(input),
             Err(TryRecvError::Disconnected) => return Ok(()),
             Err(TryRecvError::Empty) => {
-                let due = planning.is_advanced() && written.elapsed() >= KEEPALIVE_EVERY;
+                let due = planning.is_advanced() && until_due(positioned).is_zero();
                 // While an EXEC is under way, what is complete waits for the next one: it would only stand in line.
                 if outstanding == 0 && (planning.is_dirty() || due) {
                     match LINGER.saturating_sub(written.elapsed()) {
-                        Duration::ZERO => planning.flush(),
+                        Duration::ZERO => {
+                            if !planning.is_dirty() {
+                                positioned = Some(Instant::now());
+                            }
+                            planning.flush();
+                        }
                         rest => std::thread::sleep(rest),
                     }
                     continue;
@@ -88,7 +98,7 @@ fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) ->
                     continue;
                 }
                 let timeout = if planning.is_advanced() {
-                    KEEPALIVE_EVERY.saturating_sub(written.elapsed())
+                    until_due(positioned)
                 } else {
                     KEEPALIVE_EVERY
                 };
