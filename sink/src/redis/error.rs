@@ -52,15 +52,29 @@ fn next_command(code: &str) -> Option<&'static str> {
 
 /// An error reply as an error of the sink. The detail is Redis' own text, which repeats no values.
 pub fn reply_error(what: impl Into<String>, reply: &ServerError) -> Error {
-    let code = reply.code();
-    let text = match reply.details() {
+    let (code, detail) = cause(reply);
+    let text = match detail {
         Some(detail) => format!("{code} {detail}"),
         None => code.to_owned(),
     };
-    let error = Error::redis(what, class_of(code, reply.details()), text);
+    let error = Error::redis(what, class_of(code, detail), text);
     match next_command(code) {
         Some(command) => error.next(command),
         None => error,
+    }
+}
+
+/// Code and detail. Where an EXEC is refused itself, because something changed since its commands were queued, the reason stands in
+/// the detail (`execCommandAbort`).
+fn cause(reply: &ServerError) -> (&str, Option<&str>) {
+    let nested = reply
+        .details()
+        .filter(|_| reply.code() == "EXECABORT")
+        .and_then(|detail| detail.split_once("because of: "))
+        .map(|(_, reason)| reason.strip_prefix('-').unwrap_or(reason));
+    match nested.map(|reason| reason.split_once(' ').unwrap_or((reason, ""))) {
+        Some((code, detail)) => (code, Some(detail)),
+        None => (reply.code(), reply.details()),
     }
 }
 

@@ -118,3 +118,33 @@ fn a_purge_has_nothing_sent_ahead_of_it() {
     assert!(writer.apply(last, None, &|| false).unwrap().is_some());
     assert_eq!(get(&mut reader, &["HGET", PROGRESS, "lsn"]), "0/4");
 }
+
+/// Found by a quarter of an hour of random faults: the commands were queued while Redis still took writes, and the EXEC says so in words of its own.
+#[test]
+fn an_exec_that_is_refused_itself_is_classed_by_its_reason() {
+    let Some(server) = Server::start() else { return };
+    let mut reader = server.connect();
+    let faults: [(&str, &[&str], &[&str]); 2] = [
+        (
+            "READONLY",
+            &["REPLICAOF", "127.0.0.1", "1"],
+            &["REPLICAOF", "NO", "ONE"],
+        ),
+        (
+            "OOM",
+            &["CONFIG", "SET", "maxmemory", "1"],
+            &["CONFIG", "SET", "maxmemory", "0"],
+        ),
+    ];
+    for (number, (code, cause, mend)) in (1..).zip(faults) {
+        let mut writer = claim(&server, (number == 1).then_some(Lsn(1)));
+        let next = set(10 * number + 1, code);
+        apply_before(&mut writer, set(10 * number, "a"), &next).unwrap();
+        get(&mut reader, cause);
+        let error = failed(&mut writer, next);
+        assert_eq!(error.class(), Class::Retry, "{error}");
+        assert!(error.to_string().contains(code), "{error}");
+        get(&mut reader, mend);
+        assert!(!exists(&mut reader, code));
+    }
+}
