@@ -50,6 +50,7 @@ fn segment(lsn: u64, commands: &[(&str, &[&str])]) -> Segment {
     };
     write_step(batch.bookkeeping(), &keys(), &step);
     Writer::close(batch.bookkeeping(), &keys());
+    batch.seal();
     Segment {
         batch,
         opens: true,
@@ -60,6 +61,16 @@ fn segment(lsn: u64, commands: &[(&str, &[&str])]) -> Segment {
 
 fn set(lsn: u64, key: &str) -> Segment {
     segment(lsn, &[(key, &["SET"])])
+}
+
+/// The note of a row whose key "foreign" holds another type.
+fn rejected() -> crate::rejected::Rejected {
+    crate::rejected::Rejected {
+        key: b"foreign".to_vec(),
+        table: "public.t".into(),
+        lsn: Lsn(2),
+        reason: "why".into(),
+    }
 }
 
 fn get(connection: &mut Connection, args: &[&str]) -> String {
@@ -179,12 +190,7 @@ fn a_key_of_another_type_is_skipped_and_noted_if_that_is_wanted() {
         relation: 77,
     };
     assert_eq!(applied.refused, [foreign]);
-    let note = crate::rejected::Rejected {
-        key: b"foreign".to_vec(),
-        table: "public.t".into(),
-        lsn: Lsn(2),
-        reason: "why".into(),
-    };
+    let note = rejected();
     writer.note_rejected(std::slice::from_ref(&note)).unwrap();
     let told = crate::rejected::read(&mut reader, &keys(), 5).unwrap();
     assert_eq!(told, (1, vec![note]));

@@ -234,7 +234,8 @@ fn measure(options: &Options, kind: &Kind, load: Load) -> Outcome {
     outcome
 }
 
-/// What no mirror can pass on this machine, from what decoding and Redis need alone.
+/// For one transaction, what no mirror can pass here: decoding, and then Redis. For many small ones, which overlap, what the
+/// cores allow with the CPU that this mirror takes.
 fn bound(outcome: &Outcome, load: Load) -> Option<String> {
     let ours = outcome.contestants.first()?;
     let decoding = outcome.find(DECODING)?;

@@ -65,12 +65,7 @@ fn notes_and_questions_go_before_what_was_sent_ahead() {
     let refused = segment(2, &[("a", &["SET"]), ("foreign", &["HSET", "f"])]);
     let applied = apply_before(&mut writer, refused, &next).unwrap().unwrap();
     assert_eq!(applied.refused.len(), 1);
-    let note = crate::rejected::Rejected {
-        key: b"foreign".to_vec(),
-        table: "public.t".into(),
-        lsn: Lsn(2),
-        reason: "why".into(),
-    };
+    let note = rejected();
     writer.note_rejected(std::slice::from_ref(&note)).unwrap();
     assert_eq!(
         crate::rejected::read(&mut reader, &keys(), 5).unwrap(),
@@ -147,4 +142,28 @@ fn an_exec_that_is_refused_itself_is_classed_by_its_reason() {
         get(&mut reader, mend);
         assert!(!exists(&mut reader, code));
     }
+}
+
+/// Redis looks at the rights once more when it executes what was queued. An MSET that is refused there is of several rows.
+#[test]
+fn all_keys_of_a_refused_mset_are_noted_for_repair() {
+    let Some(server) = Server::start() else { return };
+    let mut writer = claim(&server, Some(Lsn(1)));
+    let mut reader = server.connect();
+    let next = segment(3, &[("b", &["SET"]), ("c", &["SET"]), ("h", &["HSET", "f"])]);
+    apply_before(&mut writer, set(2, "a"), &next).unwrap();
+    get(&mut reader, &["ACL", "SETUSER", "default", "-mset"]);
+    let error = failed(&mut writer, next);
+    assert_eq!(error.class(), Class::Access, "{error}");
+    assert!(
+        error.to_string().contains("\"b\"") && error.to_string().contains("NOPERM"),
+        "{error}"
+    );
+    let pending = "walmirror:{s}:pending";
+    assert_eq!(get(&mut reader, &["HLEN", pending]), "int(2)");
+    for key in ["b", "c"] {
+        assert_eq!(get(&mut reader, &["HGET", pending, key]), "77");
+        assert!(!exists(&mut reader, key));
+    }
+    assert!(exists(&mut reader, "h"));
 }
