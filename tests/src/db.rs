@@ -94,6 +94,13 @@ impl Db {
         self.value("SELECT pg_current_wal_flush_lsn()").parse().unwrap()
     }
 
+    /// What the slot that bears the database's name is confirmed up to.
+    pub fn confirmed(&self) -> Lsn {
+        let slot =
+            "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = current_database()";
+        self.value(slot).parse().unwrap()
+    }
+
     fn client(&self) -> std::sync::MutexGuard<'_, Client> {
         self.client.lock().unwrap_or_else(|e| e.into_inner())
     }

@@ -12,6 +12,7 @@
     clippy::indexing_slicing
 )]
 
+mod cgroup;
 mod compare;
 mod db;
 mod load;
@@ -27,6 +28,7 @@ mod tmpfs;
 mod wait;
 mod watch;
 
+pub use cgroup::{Cgroup, Resource};
 pub use compare::{Report, compare};
 pub use db::Db;
 pub use load::Load;

@@ -278,11 +278,7 @@ fn a_clean_stop_acknowledges_what_was_applied() {
             sink.wait(Duration::from_secs(20))
         });
         assert_eq!(status.code(), Some(0), "{}", m.sink(|sink| sink.output()));
-        let slot = format!(
-            "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{}'",
-            m.db.name
-        );
-        let confirmed: Lsn = m.db.value(&slot).parse().unwrap();
+        let confirmed = m.db.confirmed();
         assert!(
             confirmed >= m.progress().unwrap(),
             "confirmed {confirmed}, applied {:?}",

@@ -20,11 +20,6 @@ const LOST: [&str; 3] = [
     "is active for PID",
 ];
 
-fn confirmed(s: &Scenario) -> Lsn {
-    let slot = "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = current_database()";
-    s.m.db.value(slot).parse().unwrap()
-}
-
 /// `replicas=1`: while the replica is away everything goes on but the slot, and a failover to it loses nothing, however long
 /// it was away.
 #[test]
@@ -41,7 +36,7 @@ fn only_what_a_replica_has_is_confirmed() {
     );
     let target = s.m.db.lsn();
     wait_for(DEADLINE, "the slot to follow the replica", || {
-        (confirmed(&s) >= target).then_some(())
+        (s.m.db.confirmed() >= target).then_some(())
     });
     replica.signal(Signal::STOP);
     let stopped = s.m.db.lsn();
@@ -49,7 +44,7 @@ fn only_what_a_replica_has_is_confirmed() {
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(4) {
         s.flow();
-        let confirmed = confirmed(&s);
+        let confirmed = s.m.db.confirmed();
         assert!(
             confirmed <= stopped,
             "{confirmed} is confirmed, and the replica stopped before {stopped}"
@@ -58,7 +53,7 @@ fn only_what_a_replica_has_is_confirmed() {
     replica.signal(Signal::CONT);
     let target = s.m.db.lsn();
     wait_for(DEADLINE, "the slot to follow the replica again", || {
-        (confirmed(&s) >= target).then_some(())
+        (s.m.db.confirmed() >= target).then_some(())
     });
     // Replication ends before the master does.
     let _: String = replica.command("REPLICAOF NO ONE");
@@ -96,7 +91,7 @@ fn memory_is_confirmed_behind_its_window() {
         if let Some(progress) = s.progress() {
             history.push_back((before, progress));
         }
-        let confirmed = confirmed(&s);
+        let confirmed = s.m.db.confirmed();
         let read = Instant::now();
         // The first look at Redis that is not older than the window: what is confirmed was there then.
         while history
@@ -120,7 +115,7 @@ fn memory_is_confirmed_behind_its_window() {
     // It does follow.
     let target = s.m.db.lsn();
     wait_for(DEADLINE, "the slot to follow", || {
-        (confirmed(&s) >= target).then_some(())
+        (s.m.db.confirmed() >= target).then_some(())
     });
     s.finish(&[]);
 }
@@ -152,7 +147,7 @@ fn only_what_the_append_only_file_holds_is_confirmed() {
     for _ in 0..3 {
         let target = s.m.db.lsn();
         wait_for(DEADLINE, "the slot to follow the append-only file", || {
-            (confirmed(&s) >= target).then_some(())
+            (s.m.db.confirmed() >= target).then_some(())
         });
         // From here on nothing is forced to the disk; what was, is in the file already.
         let _: String = s.m.redis.command("CONFIG SET appendfsync no");
@@ -162,7 +157,7 @@ fn only_what_the_append_only_file_holds_is_confirmed() {
         let start = Instant::now();
         while start.elapsed() < pause {
             s.flow();
-            let confirmed = confirmed(&s);
+            let confirmed = s.m.db.confirmed();
             assert!(
                 confirmed <= held,
                 "{confirmed} is confirmed, and the disk has nothing after {held}"
@@ -198,7 +193,7 @@ fn aof_without_fsync_is_said_at_the_start() {
     let _: String = s.m.redis.command("CONFIG SET appendfsync everysec");
     let target = s.m.db.lsn();
     wait_for(DEADLINE, "the slot to follow", || {
-        (confirmed(&s) >= target).then_some(())
+        (s.m.db.confirmed() >= target).then_some(())
     });
     s.finish(&["appendfsync is no"]);
 }

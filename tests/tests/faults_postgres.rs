@@ -15,7 +15,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use rand::Rng;
-use walmirror_tests::{DEADLINE, Dir, Lsn, Scenario, Setup, Signal, Sink, Tmpfs, wait_for};
+use walmirror_tests::{DEADLINE, Dir, Scenario, Setup, Signal, Sink, Tmpfs, wait_for};
 
 /// What the sink may say while Postgres is away.
 const AWAY: [&str; 7] = [
@@ -283,9 +283,7 @@ fn another_database_is_busy() {
             .unwrap();
         let target = s.m.db.lsn();
         wait_for(DEADLINE, format!("the slot to be confirmed to {target}"), || {
-            let slot =
-                "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = current_database()";
-            (s.m.db.value(slot).parse::<Lsn>().unwrap() >= target).then_some(())
+            (s.m.db.confirmed() >= target).then_some(())
         });
     }
     let kept: i64 =

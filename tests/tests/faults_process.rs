@@ -10,10 +10,11 @@
     clippy::indexing_slicing
 )]
 
+use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
 
 use rand::Rng;
-use walmirror_tests::{Dir, Lsn, Scenario, Setup, Signal, wait_for};
+use walmirror_tests::{Cgroup, DEADLINE, Dir, Resource, Scenario, Setup, Signal, wait_for};
 
 /// How often the sink is killed; `KILLS=200` by hand.
 fn kills() -> u32 {
@@ -45,16 +46,8 @@ fn stopped_under_load() {
             sink.wait(Duration::from_secs(10))
         });
         assert_eq!(status.code(), Some(0), "{}", s.log());
-        let confirmed: Lsn = s
-            .m
-            .db
-            .value(
-                "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = current_database()",
-            )
-            .parse()
-            .unwrap();
         assert_eq!(
-            Some(confirmed),
+            Some(s.m.db.confirmed()),
             s.progress(),
             "everything applied is acknowledged"
         );
@@ -154,9 +147,7 @@ fn the_clock_is_set() {
         s.flow();
         let target = s.m.db.lsn();
         wait_for(Duration::from_secs(20), "the slot to follow", || {
-            let slot =
-                "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = current_database()";
-            (s.m.db.value(slot).parse::<Lsn>().unwrap() >= target).then_some(())
+            (s.m.db.confirmed() >= target).then_some(())
         });
     }
     // And across a restart of the sink, which sees another time from the beginning: another year, in its log.
@@ -198,4 +189,46 @@ fn no_file_descriptors_left() {
         "Too many open files",
         "cannot open a replication connection",
     ]);
+}
+
+/// The kernel kills a process that wants more memory than its group may have: as any other death, however often.
+#[test]
+fn killed_for_want_of_memory() {
+    let Some(group) = Cgroup::create(Resource::Memory) else {
+        println!("skipped: this user may not make control groups");
+        return;
+    };
+    let mut s = Scenario::start("killed_for_want_of_memory", Setup::default());
+    s.m.sql("CREATE TABLE wide (id int PRIMARY KEY, v text); SELECT walmirror.mirror('wide')");
+    for round in 0..3 {
+        group.limit_memory(2 << 20);
+        s.m.sink(|sink| group.add(sink.pid()));
+        s.m.sql(&format!(
+            "INSERT INTO wide SELECT i, repeat(md5(i::text), 10) FROM generate_series({round} * 50000 + 1, {round} * 50000 + 50000) i"
+        ));
+        let status = s.m.sink(|sink| sink.wait(DEADLINE));
+        assert_eq!(status.signal(), Some(9), "{}", s.log());
+        s.restart_sink();
+        s.converge();
+    }
+    s.finish(&[]);
+}
+
+/// With a fiftieth of a processor it is slow, and nothing else.
+#[test]
+fn hardly_any_processor_time() {
+    let Some(group) = Cgroup::create(Resource::Cpu) else {
+        println!("skipped: this user may not make control groups");
+        return;
+    };
+    let mut s = Scenario::start("hardly_any_processor_time", Setup::default());
+    group.limit_cpu(20);
+    s.m.sink(|sink| group.add(sink.pid()));
+    wait_for(DEADLINE, "the sink to have no time for seconds", || {
+        s.flow();
+        (group.throttled() > 50).then_some(())
+    });
+    drop(group);
+    s.converge();
+    s.finish(&[]);
 }
