@@ -10,6 +10,11 @@
 //!
 //! Where the slot is confirmed beyond that transaction it does not come again, and need not: a copy of the server that is
 //! confirmed up to there was made when Redis had it. That no other one follows before the position is left to prove.
+//!
+//! A progress that begins anew names none. So a session that finds none named writes one, the landmark, before anything is read
+//! that could be of a history that is lost later.
+//!
+//! Behind the position there may be a transaction that keys were removed for already. It has to come too, before anything is written.
 
 use walmirror_proto::Lsn;
 
@@ -86,6 +91,13 @@ pub enum Diverged {
         /// The one that was found.
         found: Commit,
     },
+    /// The one that keys were removed for never was.
+    #[error(
+        "Redis has lost keys to transaction {}, which committed at {} ({}), and the server does not have it: its files were put \
+         back to an earlier state, and it has written other WAL since",
+        .0.xid, .0.lsn, timestamp(.0.time)
+    )]
+    Purged(Commit),
 }
 
 /// Follows the stream until it has passed the position of Redis.
@@ -97,6 +109,8 @@ pub struct Continuity {
     last: Option<Last>,
     /// The last transaction has to come yet.
     is_awaited: bool,
+    /// And this one, behind the position: keys are gone because of it.
+    purged: Option<Commit>,
 }
 
 impl Continuity {
@@ -106,6 +120,7 @@ impl Continuity {
             at: Lsn::INVALID,
             last: None,
             is_awaited: false,
+            purged: None,
         }
     }
 
@@ -118,16 +133,31 @@ impl Continuity {
     /// Of a stream that begins at `from`.
     pub fn of(progress: &Progress, from: Lsn) -> Self {
         let last = progress.last.filter(|_| !progress.resync && from < progress.lsn);
+        let purged = progress.purging.and_then(|purging| purging.commit);
         Self {
             at: progress.lsn,
             last,
             is_awaited: matches!(last, Some(Last::Commit(commit)) if from <= commit.lsn),
+            purged: purged.filter(|commit| !progress.resync && commit.lsn >= progress.lsn),
         }
     }
 
     /// Whether the stream is known to be of the history that Redis mirrors, or there is no telling.
     pub fn is_proved(&self) -> bool {
-        self.last.is_none()
+        self.last.is_none() && self.purged.is_none()
+    }
+
+    /// A transaction begins. True: that proved it.
+    pub fn begun(&mut self, begun: Commit) -> Result<bool, Diverged> {
+        let proved = self.reached(begun.lsn)?;
+        match self.purged {
+            Some(purged) if Last::Commit(purged).is(&begun) => {
+                self.purged = None;
+                Ok(self.is_proved())
+            }
+            Some(purged) if begun.lsn >= purged.lsn => Err(Diverged::Purged(purged)),
+            _ => Ok(proved),
+        }
     }
 
     /// A transaction that commits before the position has come whole.
@@ -143,18 +173,20 @@ impl Continuity {
         Ok(())
     }
 
-    /// The server has sent all that ends before this: a transaction begins that commits there, or none is open. True: that proved
-    /// it.
+    /// The server has sent all that ends before this, and no transaction is open. True: that proved it.
     pub fn reached(&mut self, lsn: Lsn) -> Result<bool, Diverged> {
         match self.last {
             Some(Last::Commit(commit)) if self.is_awaited && lsn > commit.lsn => {
                 Err(Diverged::Missing(commit))
             }
-            Some(_) if lsn >= self.at => {
-                self.last = None;
-                Ok(true)
-            }
-            _ => Ok(false),
+            _ => match self.purged {
+                Some(purged) if lsn > purged.lsn => Err(Diverged::Purged(purged)),
+                _ if self.last.is_some() && lsn >= self.at => {
+                    self.last = None;
+                    Ok(self.is_proved())
+                }
+                _ => Ok(false),
+            },
         }
     }
 }
@@ -163,6 +195,8 @@ impl Continuity {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    use crate::progress::Purging;
 
     const COMMIT: Commit = Commit {
         lsn: Lsn(100),
@@ -255,6 +289,40 @@ mod tests {
         ));
         assert_eq!(stream.skipped(commit(79, 8, 6)), Ok(()));
         assert_eq!(stream.reached(Lsn(151)), Ok(true));
+    }
+
+    #[test]
+    fn the_transaction_that_keys_were_removed_for_has_to_come() {
+        let purged = commit(170, 9, 6);
+        let of = |last, from| {
+            let purging = Some(Purging { commit: Some(purged) });
+            let progress = Progress {
+                purging,
+                ..progress(last)
+            };
+            Continuity::of(&progress, Lsn(from))
+        };
+        // Where the rest is proved, and where it is not.
+        for (last, from) in [(None, 150), (Some(Last::NoneSince(Lsn(80))), 90)] {
+            let mut stream = of(last, from);
+            assert!(!stream.is_proved());
+            assert_eq!(stream.begun(commit(160, 8, 5)), Ok(false));
+            assert_eq!(stream.reached(Lsn(170)), Ok(false));
+            let lost = Err(Diverged::Purged(purged));
+            assert_eq!(stream.clone().reached(Lsn(171)), lost);
+            assert_eq!(stream.clone().begun(commit(170, 10, 6)), lost);
+            assert_eq!(stream.clone().begun(commit(180, 9, 6)), lost);
+            assert_eq!(stream.begun(purged), Ok(true));
+            assert!(stream.is_proved());
+            assert_eq!(stream.begun(commit(180, 10, 7)), Ok(false));
+        }
+        // An older version that does not know the field has written beyond it.
+        let old = Progress {
+            lsn: Lsn(171),
+            purging: Some(Purging { commit: Some(purged) }),
+            ..Progress::default()
+        };
+        assert!(Continuity::of(&old, Lsn(171)).is_proved());
     }
 
     #[test]

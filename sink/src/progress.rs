@@ -29,7 +29,7 @@ pub(crate) const PART_FIELDS: [&[u8]; 4] = [
 /// The one of them that an older version of this program does not know. It names the transaction, so that one that such a version has
 /// left there is told from the one that it has written about since.
 const PART_COMMIT: &str = "part_commit";
-/// The field that says that keys are removed ahead of the transaction that they go with.
+/// The field that says that keys are removed ahead of the transaction that they go with, and which one that is.
 pub(crate) const PURGING: &[u8] = b"purging";
 
 /// What the progress hash says.
@@ -53,10 +53,33 @@ pub struct Progress {
     pub part: Option<Part>,
     /// oid -> backfill cursor (JSON); see [`Self::cursor`].
     pub cursors: BTreeMap<u32, String>,
-    /// Keys may be gone that go only with a transaction behind `lsn`.
-    pub purging: bool,
+    /// Keys may be gone that go only with what is behind `lsn`.
+    pub purging: Option<Purging>,
     /// Redis and the stream did not fit together, and the session that was to make everything anew has not begun to.
     pub resync: bool,
+}
+
+/// Keys are being removed page by page, ahead of the EXEC that they go with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Purging {
+    /// The last transaction that asks for it. None: the catalog did, or an older version of this program wrote this down.
+    pub commit: Option<Commit>,
+}
+
+impl Purging {
+    /// As the progress hash holds it: the transaction as in `last_commit`, or 1.
+    pub(crate) fn encode(&self) -> String {
+        self.commit
+            .map_or_else(|| "1".to_owned(), |commit| Last::Commit(commit).encode())
+    }
+
+    fn parse(text: &str) -> Self {
+        let commit = match Last::parse(text) {
+            Some(Last::Commit(commit)) => Some(commit),
+            _ => None,
+        };
+        Self { commit }
+    }
 }
 
 /// The progress hash holds something that this program did not write.
@@ -135,7 +158,7 @@ impl Progress {
             database: text("database").unwrap_or_default(),
             part,
             cursors,
-            purging: fields.contains_key("purging"),
+            purging: fields.get("purging").map(|text| Purging::parse(text)),
             resync: fields.contains_key(RESYNC),
         }))
     }

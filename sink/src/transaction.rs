@@ -64,12 +64,16 @@ pub struct Open {
 }
 
 impl Open {
-    fn commit(&self) -> Option<Commit> {
-        (self.records > 0).then_some(Commit {
+    fn whole(&self) -> Commit {
+        Commit {
             lsn: self.commit_lsn,
             xid: self.xid,
             time: self.commit_time,
-        })
+        }
+    }
+
+    fn commit(&self) -> Option<Commit> {
+        (self.records > 0).then(|| self.whole())
     }
 }
 
@@ -238,6 +242,11 @@ impl Transactions {
     /// Whether a transaction of which an earlier session applied a part has not begun yet: so it may never have been here.
     pub fn awaits_part(&self) -> bool {
         self.part.is_some() && self.open.is_none_or(|open| open.skip == u64::MAX)
+    }
+
+    /// The open transaction.
+    pub fn open(&self) -> Option<Commit> {
+        self.open.map(|open| open.whole())
     }
 
     /// Whether the stream is inside of a transaction.

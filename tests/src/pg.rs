@@ -116,6 +116,7 @@ impl Pg {
     /// Copies the data directory of a server that is stopped.
     pub fn copy_data(&self) -> PathBuf {
         let copy = self.dir.path().join("copy");
+        assert!(!copy.exists(), "the copy before this one was not put back");
         run(Command::new("cp").arg("-a").arg(self.data()).arg(&copy));
         copy
     }

@@ -12,7 +12,7 @@
 use std::path::{Path, PathBuf};
 
 use rand::Rng;
-use walmirror_tests::{DEADLINE, Lsn, Mirror, Scenario, Setup, Signal, Sink};
+use walmirror_tests::{DEADLINE, Lsn, Mirror, Scenario, Setup, Signal, Sink, Trap, wait_for};
 
 /// What the sink may say while Postgres is away.
 const AWAY: [&str; 6] = [
@@ -141,6 +141,83 @@ fn put_back_where_nothing_mirrored_was_lost() {
         assert_eq!(s.log().contains("do not fit"), is_missed, "{}", s.log());
     }
     s.finish(&[&AWAY[..], &["which Redis has never seen"]].concat());
+}
+
+/// Everything was made anew behind what the copy has, and nothing mirrored was committed since: what Redis has was read by SQL.
+#[test]
+fn put_back_to_before_everything_was_made_anew() {
+    let mut s = start("put_back_to_before_everything_was_made_anew", &[]);
+    let copy = copy(&s);
+    s.m.sql("UPDATE item SET n = n + 7 WHERE id % 2 = 0");
+    let updated = s.m.db.lsn();
+    // Then it does not come in the stream again.
+    wait_for(DEADLINE, "the slot to follow", || {
+        (s.m.db.confirmed() >= updated).then_some(())
+    });
+    s.resyncs();
+    let seen = s.log().len();
+    let _: String = s.m.redis.command("FLUSHALL");
+    s.m.sql(WASTE);
+    s.said("every table is backfilled anew", seen);
+    s.is_ready(true);
+    s.m.sink(Sink::kill);
+    let lost = put_back(&s, &copy);
+    write_beyond(&s, lost);
+    let seen = s.log().len();
+    s.m.sink(Sink::restart);
+    s.said("and it has written other WAL since; every table", seen);
+    s.converge();
+    let gaps = [
+        "Redis lost the progress key",
+        "Redis and the slot do not fit together",
+    ];
+    s.finish(&[&AWAY[..], &gaps].concat());
+}
+
+/// More keys than go in one step are removed ahead of the TRUNCATE. Whoever stops there goes on with it, unless Postgres has lost it.
+#[test]
+fn put_back_while_keys_are_removed() {
+    let mut s = start("put_back_while_keys_are_removed", &[]);
+    s.m.sql("CREATE TABLE many (id int PRIMARY KEY); SELECT walmirror.mirror('many')");
+    let fill = "INSERT INTO many SELECT generate_series(1, 25000)";
+    s.m.sql(fill);
+    s.converge();
+    for is_lost in [false, true] {
+        let copy = is_lost.then(|| copy(&s));
+        s.load.rest();
+        s.reach();
+        let keys: usize = s.m.redis.command("DBSIZE");
+        let sprung = s.redis_link.sprung();
+        s.redis_link.arm(Trap::HoldBefore, "UNLINK");
+        s.m.sql("TRUNCATE many");
+        wait_for(DEADLINE, "most keys to be gone", || {
+            (s.redis_link.sprung() > sprung).then_some(())
+        });
+        s.m.sink(Sink::kill);
+        s.redis_link.heal();
+        let left: usize = s.m.redis.command("DBSIZE");
+        assert!(
+            left + 10_000 < keys && left > 1000,
+            "{left} of {keys} keys are left"
+        );
+        if let Some(copy) = copy {
+            s.resyncs();
+            let lost = put_back(&s, &copy);
+            s.m.sql("UPDATE item SET n = n + 7 WHERE id % 2 = 0");
+            write_beyond(&s, lost);
+        }
+        let seen = s.log().len();
+        s.m.sink(Sink::restart);
+        if is_lost {
+            s.said("Redis has lost keys to transaction", seen);
+        }
+        s.converge();
+        assert_eq!(s.log()[seen..].contains("do not fit"), is_lost, "{}", s.log());
+        if !is_lost {
+            s.m.sql(fill);
+        }
+    }
+    s.finish(&[&AWAY[..], &["Redis has lost keys to transaction"]].concat());
 }
 
 /// The last transaction that was applied may be one of which everything was rolled back but its commit. Whether such a one comes at all

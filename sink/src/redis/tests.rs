@@ -12,7 +12,8 @@ use super::server::Server;
 use super::*;
 use crate::error::{Class, Error};
 use crate::plan::{Batch, OpKind, Purge, RedisKeys};
-use crate::progress::{Step, write_step};
+use crate::progress::{Purging, Step, write_step};
+use crate::transaction::Commit;
 
 fn keys() -> RedisKeys {
     RedisKeys::new("s")
@@ -256,8 +257,15 @@ fn a_purge_that_goes_ahead_is_noted_until_its_transaction_is_applied() {
     let mut reader = server.connect();
     let fill = "for i = 1, 25000 do redis.call('SET', 't:' .. i, 1) end return 'ok'";
     get(&mut reader, &["EVAL", fill, "0"]);
+    let commit = Commit {
+        lsn: Lsn(7),
+        xid: 8,
+        time: 9,
+    };
+    let purging = Purging { commit: Some(commit) };
     let segment = || Segment {
         purges: vec![Purge::new(77, &KeyTemplate::parse("t:{id}").unwrap(), &[])],
+        purging,
         ..set(2, "t:new")
     };
     let other = std::cell::RefCell::new(server.connect());
@@ -266,10 +274,10 @@ fn a_purge_that_goes_ahead_is_noted_until_its_transaction_is_applied() {
     let error = writer.apply(segment(), None, &is_noted).unwrap_err();
     assert_eq!(error.class(), Class::Retry);
     let progress = read_stored(&mut reader, &keys()).unwrap().progress.unwrap();
-    assert!(progress.purging && progress.lsn == Lsn(1), "{progress:?}");
+    assert_eq!((progress.purging, progress.lsn), (Some(purging), Lsn(1)));
     claim(&server, None).apply(segment(), None, &|| false).unwrap();
     let progress = read_stored(&mut reader, &keys()).unwrap().progress.unwrap();
-    assert!(!progress.purging && progress.lsn == Lsn(2), "{progress:?}");
+    assert_eq!((progress.purging, progress.lsn), (None, Lsn(2)));
 }
 
 #[test]

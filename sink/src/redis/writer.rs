@@ -17,7 +17,7 @@ use super::{Claim, Connection};
 use crate::config::OnBadRow;
 use crate::error::{Class, Error};
 use crate::plan::{Batch, PENDING_REPLY, Purge, RedisKeys, Scripts};
-use crate::progress::Step;
+use crate::progress::{Purging, Step};
 use crate::resp::Commands;
 
 use ahead::Ahead;
@@ -38,6 +38,8 @@ pub struct Segment {
     pub pending: bool,
     /// Keys to remove before anything else; only where it begins with MULTI.
     pub purges: Vec<Purge>,
+    /// The last transaction that asks for one of them.
+    pub purging: Purging,
     /// What is applied once the EXEC at its end succeeds.
     pub step: Option<Step>,
 }
@@ -133,7 +135,7 @@ impl Writer {
         let mut begun = ahead.map_or(0, |ahead| ahead.bytes);
         let mut answers_multi = segment.opens;
         if segment.opens && !segment.purges.is_empty() {
-            let commands = self.purge(&segment.purges, stopped)?;
+            let commands = self.purge(&segment, stopped)?;
             self.connection.send(commands.as_bytes())?;
             self.expect_ok("MULTI")?;
             self.prefix = commands.count() - 1;

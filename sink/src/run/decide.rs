@@ -102,10 +102,12 @@ pub(super) fn decide(progress: Option<&Progress>, server: &Server<'_>, found: Op
     }
 }
 
-/// How far Redis has seen the WAL: a transaction of which it has a part was whole when it was sent.
+/// How far Redis has seen the WAL: a transaction of which it has a part, or for which it has lost keys, was whole when it was sent.
 fn reach(progress: &Progress) -> Lsn {
-    let part = progress.part.map(|part| Lsn(part.commit_lsn.0.saturating_add(1)));
-    part.map_or(progress.lsn, |part| part.max(progress.lsn))
+    let part = progress.part.map(|part| part.commit_lsn);
+    let purged = progress.purging.and_then(|purging| Some(purging.commit?.lsn));
+    let behind = part.max(purged).map(|commit| Lsn(commit.0.saturating_add(1)));
+    behind.map_or(progress.lsn, |behind| behind.max(progress.lsn))
 }
 
 /// Why what Redis holds is not of the server's past, if that is so. On the same timeline it always is.
@@ -142,12 +144,17 @@ fn strayed(progress: &Progress, slot: &SlotInfo, server: &Server<'_>) -> Option<
             part.commit_lsn
         ));
     }
-    progress.purging.then(|| {
-        format!(
+    match progress.purging?.commit {
+        Some(commit) if commit.lsn < left => None,
+        Some(commit) => Some(format!(
+            "{at}, which begins at {left}, and Redis has lost keys to the transaction that commits at {}: Postgres lost it",
+            commit.lsn
+        )),
+        None => Some(format!(
             "{at}, and Redis has lost keys to a change behind {}, which Postgres may have lost",
             progress.lsn
-        )
-    })
+        )),
+    }
 }
 
 /// Whether what Redis holds now that the right to write is being taken is what the decision was about: between the two, Redis

@@ -6,7 +6,7 @@ use walmirror_proto::Lsn;
 
 use super::decide::{Decision, Found, Server, decide, still_fits};
 use crate::config::{OnGap, RunConfig};
-use crate::continuity::Continuity;
+use crate::continuity::{Continuity, Last};
 use crate::error::Error;
 use crate::plan::RedisKeys;
 use crate::pq::{Connection as Postgres, ErrorKind, PqError, Waker};
@@ -151,11 +151,16 @@ pub(super) fn shake(
         Some(_) => Ok(()),
         None => still_fits(stored, start, &server),
     })?;
-    let continuity = match claim.stored.progress.as_ref().filter(|_| fresh.is_none()) {
+    let resumed = claim.stored.progress.as_ref().filter(|_| fresh.is_none());
+    let continuity = match resumed {
         Some(progress) => Continuity::of(progress, held.map_or(from, |held| from.max(held))),
         None => Continuity::proved(),
     };
+    let last = resumed.and_then(|progress| progress.last);
     let horizon = horizon(&mut sql)?;
+    if !matches!(last, Some(Last::Commit(_))) {
+        write_landmark(&mut sql)?;
+    }
     let silence = silence(&mut sql)?;
     let confirmed = fresh.or(held).unwrap_or_default();
     Ok(Handshake {
@@ -224,6 +229,16 @@ fn horizon(sql: &mut Postgres) -> Result<u64, Error> {
         .text(0, 0)
         .and_then(|text| text.parse().ok())
         .ok_or_else(|| Error::bug("pg_current_xact_id() cannot be read"))
+}
+
+/// Commits a transaction that comes in the stream and changes nothing, because it forgets table 0, which there is not. What is read from
+/// here on can be told from what a copy of the server that was made before it holds.
+fn write_landmark(sql: &mut Postgres) -> Result<(), Error> {
+    let statement =
+        r#"SELECT pg_logical_emit_message(true, 'walmirror.ddl', '{"oid": 0, "keep_keys": true}')"#;
+    sql.query(statement, &[])
+        .map(drop)
+        .map_err(|error| Error::postgres("cannot write into the WAL where the mirror begins", error))
 }
 
 /// The server looks for what the sink says at least twice in its wal_sender_timeout, also while it decodes what it does not

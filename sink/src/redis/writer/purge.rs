@@ -4,10 +4,10 @@
 use redis::Value;
 
 use super::super::Scan;
-use super::{Writer, touched};
+use super::{Segment, Writer, touched};
 use crate::error::{Class, Error};
-use crate::plan::{Purge, Script};
-use crate::progress::PURGING;
+use crate::plan::Script;
+use crate::progress::{PURGING, Purging};
 use crate::resp::Commands;
 
 /// A TRUNCATE of a table with at most so many keys is atomic with its transaction; a larger one removes its keys before.
@@ -16,21 +16,21 @@ const ATOMIC_PURGE_KEYS: usize = 10_000;
 const UNLINK_KEYS: usize = 500;
 
 impl Writer {
-    /// Removes the keys of a purge. Few keys become commands behind the MULTI that is returned, so that they go in the
+    /// Removes the keys of a segment's purges. Few keys become commands behind the MULTI that is returned, so that they go in the
     /// same atomic step; many are removed page by page before it.
-    pub(super) fn purge(&mut self, purges: &[Purge], stopped: &dyn Fn() -> bool) -> Result<Commands, Error> {
+    pub(super) fn purge(&mut self, segment: &Segment, stopped: &dyn Fn() -> bool) -> Result<Commands, Error> {
         let mut commands = Commands::new();
         commands.command(&[b"MULTI"]);
         commands.command(&[b"HDEL", &self.keys.progress, PURGING]);
         let mut held: Vec<Vec<u8>> = Vec::new();
         let mut noted = false;
-        for purge in purges {
+        for purge in &segment.purges {
             let mut scan = Scan::new(purge.pattern());
             while let Some(keys) = scan.page(&mut self.connection)? {
                 held.extend(keys.into_iter().filter(|key| purge.match_key(key).is_some()));
                 if held.len() > ATOMIC_PURGE_KEYS {
                     if !noted {
-                        self.note_purging()?;
+                        self.note_purging(segment.purging)?;
                         noted = true;
                     }
                     self.unlink_now(&held)?;
@@ -55,12 +55,13 @@ impl Writer {
     }
 
     /// From here to the next EXEC Redis lacks what it should have at its position. On this history of Postgres the purge comes
-    /// again whatever crashes; on another one, after a failover, it may never have been.
-    fn note_purging(&mut self) -> Result<(), Error> {
+    /// again whatever crashes; on another one, after a failover or when files are put back, it may never have been.
+    fn note_purging(&mut self, purging: Purging) -> Result<(), Error> {
         let what = "note that keys are being removed";
+        let value = purging.encode();
         self.connection.call(what, &[b"MULTI"])?;
         self.connection
-            .call(what, &[b"HSET", &self.keys.progress, PURGING, b"1"])?;
+            .call(what, &[b"HSET", &self.keys.progress, PURGING, value.as_bytes()])?;
         match self.connection.call(what, &[b"EXEC"])? {
             Value::Nil => Err(self.check_watch().err().unwrap_or_else(|| touched(&self.keys))),
             _ => self.check(),

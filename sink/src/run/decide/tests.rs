@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use crate::transaction::Part;
+use crate::progress::Purging;
+use crate::transaction::{Commit, Part};
 
 const END: Lsn = Lsn(100);
 
@@ -82,6 +83,15 @@ fn assert_gap(decision: &Decision, start: Option<u64>, because: &str) {
     );
 }
 
+fn purging(commit: Option<u64>) -> Purging {
+    let commit = commit.map(|lsn| Commit {
+        lsn: Lsn(lsn),
+        xid: 1,
+        time: 1,
+    });
+    Purging { commit }
+}
+
 #[test]
 fn what_fits_goes_on() {
     assert_eq!(at_home(None, None), Decision::First);
@@ -94,7 +104,7 @@ fn what_fits_goes_on() {
     // On its own timeline the slot need not be a failover slot, and what is ahead of the position comes again.
     let ahead = Progress {
         part: Some(part(70)),
-        purging: true,
+        purging: Some(purging(Some(70))),
         ..progress(10)
     };
     let plain = SlotInfo {
@@ -203,11 +213,22 @@ fn a_failover_that_lost_something_is_a_gap() {
         Some(5),
         "part of the transaction that commits at 0/32",
     );
-    let purging = Progress {
-        purging: true,
+    // A purge goes on where its transaction is in the history, and nobody knows about one without.
+    for (commit, why) in [
+        (Some(50), "lost keys to the transaction that commits at 0/32"),
+        (None, "lost keys to a change behind 0/28"),
+    ] {
+        let ahead = Progress {
+            purging: Some(purging(commit)),
+            ..progress(40)
+        };
+        assert_gap(&after_two_failovers(&ahead, &slot(5)), Some(5), why);
+    }
+    let behind = Progress {
+        purging: Some(purging(Some(49))),
         ..progress(40)
     };
-    assert_gap(&after_two_failovers(&purging, &slot(5)), Some(5), "lost keys");
+    assert_eq!(after_two_failovers(&behind, &slot(5)), Decision::Resume(Lsn(40)));
     // Redis lost its tail as well.
     assert_gap(
         &after_two_failovers(&progress(40), &slot(41)),

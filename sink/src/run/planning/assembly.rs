@@ -1,8 +1,9 @@
 //! Puts commands together into segments: a batch that holds whole transactions and is one MULTI, or pieces of a large one.
 
 use crate::plan::{Batch, Purge, RedisKeys};
-use crate::progress::{Step, write_step};
+use crate::progress::{Purging, Step, write_step};
 use crate::redis::{Segment, Writer};
+use crate::transaction::Commit;
 
 /// The segment that is being built, and what is known of the MULTI that it belongs to.
 #[derive(Debug)]
@@ -10,6 +11,7 @@ pub(super) struct Assembly {
     keys: RedisKeys,
     batch: Batch,
     purges: Vec<Purge>,
+    purging: Purging,
     /// This segment begins with MULTI.
     opens: bool,
     /// It notes keys as pending.
@@ -26,6 +28,7 @@ impl Assembly {
             keys,
             batch: Batch::new(),
             purges: Vec::new(),
+            purging: Purging::default(),
             opens: false,
             pending: false,
             continues: false,
@@ -42,9 +45,11 @@ impl Assembly {
         &mut self.batch
     }
 
-    /// Keys to be removed. Only before [`Self::is_split`] is true: then the MULTI has begun in Redis already.
-    pub(super) fn purge(&mut self, purge: Purge) {
+    /// Keys to be removed, because the transaction `commit` wants it. Only before [`Self::is_split`] is true: then the MULTI has begun
+    /// in Redis already.
+    pub(super) fn purge(&mut self, purge: Purge, commit: Option<Commit>) {
         self.batch().unlink_written(purge.relation);
+        self.purging.commit = commit.or(self.purging.commit);
         if !self.purges.contains(&purge) {
             self.purges.push(purge);
         }
@@ -97,6 +102,7 @@ impl Assembly {
             opens: std::mem::take(&mut self.opens),
             pending: std::mem::take(&mut self.pending),
             purges: std::mem::take(&mut self.purges),
+            purging: std::mem::take(&mut self.purging),
             step,
         }
     }

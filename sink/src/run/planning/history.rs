@@ -7,11 +7,15 @@ use walmirror_proto::{Lsn, pb};
 use super::Planning;
 use crate::continuity::Diverged;
 use crate::error::Error;
-use crate::transaction::OrderError;
+use crate::transaction::{Commit, OrderError};
 
 impl Planning {
     pub(super) fn begin(&mut self, what: &'static str, begin: &pb::Begin) -> Result<(), Error> {
-        let proved = self.continuity.reached(Lsn(begin.commit_lsn));
+        let proved = self.continuity.begun(Commit {
+            lsn: Lsn(begin.commit_lsn),
+            xid: begin.xid,
+            time: begin.commit_time,
+        });
         self.proved(proved)?;
         let begun = self.transactions.begin(begin);
         begun.map_err(|error| self.misplaced(what, error))

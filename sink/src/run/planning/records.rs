@@ -295,8 +295,9 @@ impl Planning {
     }
 
     pub(super) fn purge(&mut self, purges: Vec<Purge>) {
+        let commit = self.transactions.open();
         for purge in purges {
-            self.assembly.purge(purge);
+            self.assembly.purge(purge, commit);
         }
     }
 

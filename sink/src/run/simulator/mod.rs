@@ -93,6 +93,7 @@ fn what_is_broken_on_purpose_is_found() {
         Broken::IgnoreGap,
         Broken::AnyHistory,
         Broken::ConfirmUnproved,
+        Broken::NoLandmark,
     ] {
         let found =
             (0..30_000).find_map(|seed| World::new(seed, broken).run().err().map(|fault| (seed, fault)));

@@ -15,7 +15,7 @@ use super::stream::Stream;
 use super::workers::{Pending, Tables};
 use crate::backfill::Backfill;
 use crate::config::Durability;
-use crate::continuity::Continuity;
+use crate::continuity::{Continuity, Last};
 use crate::error::Error;
 use crate::gate::Gate;
 use crate::plan::RedisKeys;
@@ -195,6 +195,10 @@ impl Session {
             Some(progress) if broken != Broken::AnyHistory => Continuity::of(progress, from),
             _ => Continuity::proved(),
         };
+        let last = resumed.and_then(|progress| progress.last);
+        if !matches!(last, Some(Last::Commit(_))) && broken != Broken::NoLandmark {
+            postgres.landmark();
+        }
         let applied = if continuity.is_proved() || broken == Broken::ConfirmUnproved {
             position
         } else {

@@ -137,6 +137,14 @@ impl Postgres {
         xid
     }
 
+    /// Commits a transaction that forgets a table that there is not.
+    pub(super) fn landmark(&mut self) {
+        let index = self.begin();
+        self.open[index].records.push(Record::Forget(0));
+        self.commit(index);
+        self.finish(index);
+    }
+
     pub(super) fn begin(&mut self) -> usize {
         self.open.push(Transaction {
             xid: self.next_xid,

@@ -89,6 +89,8 @@ pub(super) enum Broken {
     AnyHistory,
     /// The slot is confirmed up to the position before that is known.
     ConfirmUnproved,
+    /// A progress that begins anew names no transaction until one of somebody else comes.
+    NoLandmark,
 }
 
 impl Redis {

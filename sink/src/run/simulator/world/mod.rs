@@ -123,6 +123,9 @@ impl World {
         for _ in 0..150 + self.dice.roll(250) {
             self.step()?;
         }
+        if self.put_backs && self.dice.once_in(4) {
+            self.begin_anew_and_put_back()?;
+        }
         self.settle()
     }
 

@@ -2,15 +2,17 @@
 
 use super::super::link::lock;
 use super::super::postgres::{Postgres, Wal};
-use super::World;
+use super::{World, Wrong};
+use crate::continuity::Last;
 use crate::transaction::Part;
 
 /// What was lost when a copy was put back.
 pub(super) struct Lost {
     /// Where the copy ended.
     from: u64,
-    /// The WAL as it was.
+    /// The WAL as it was, and where that ended.
     wal: Vec<Wal>,
+    end: u64,
 }
 
 impl World {
@@ -33,10 +35,33 @@ impl World {
         for _ in 0..self.dice.roll(60) {
             self.write();
         }
-        let ended = self.lost.last().map_or(0, Lost::end);
         if self.dice.once_in(2) {
-            self.postgres.end = self.postgres.end.max(ended + 8 * self.dice.roll(8));
+            self.write_beyond();
         }
+    }
+
+    /// WAL of no interest, up to where what was lost had ended, and a little more.
+    fn write_beyond(&mut self) {
+        let ended = self.lost.last().map_or(0, |lost| lost.end);
+        self.postgres.end = self.postgres.end.max(ended + 8 * self.dice.roll(8));
+    }
+
+    /// Everything is made anew behind what a copy has, and that is all that Redis knows when the copy is put back.
+    pub(super) fn begin_anew_and_put_back(&mut self) -> Result<(), Wrong> {
+        let copy = self.postgres.copy();
+        for _ in 0..self.dice.roll(60) {
+            self.write();
+        }
+        self.settle()?;
+        self.kill();
+        lock(&self.server).redis.flush_all();
+        self.checks.forget();
+        self.gap_is_due = true;
+        self.settle()?;
+        self.kill();
+        self.put_back(copy);
+        self.write_beyond();
+        Ok(())
     }
 
     fn put_back(&mut self, copy: Postgres) {
@@ -58,7 +83,11 @@ impl World {
         if lock(&self.server).redis.trace {
             println!("Postgres is put back from {} to {from}", lost.end);
         }
-        self.lost.push(Lost { from, wal: lost.wal });
+        self.lost.push(Lost {
+            from,
+            end: lost.end,
+            wal: lost.wal,
+        });
         self.gap_is_due |= !has_slot;
         self.checks.forget();
     }
@@ -82,10 +111,15 @@ impl World {
             // Everything is to be made anew from there on.
             return at > self.postgres.end;
         }
+        // What begins anew has read nothing until it names a transaction, so what was before its beginning does not matter.
+        let from = match progress.last {
+            Some(Last::NoneSince(beginning)) => common.max(beginning.0),
+            _ => common,
+        };
         let is_between = |entry: &Wal| match entry {
             Wal::Commit {
                 lsn, end, records, ..
-            } => *lsn >= common && *end <= at && !records.is_empty(),
+            } => *lsn >= from && *end <= at && !records.is_empty(),
             _ => false,
         };
         let mirrored = since.first().map_or(&[][..], |lost| &lost.wal);
@@ -108,14 +142,5 @@ impl World {
             })
         };
         part.is_some_and(|part| !has(part))
-    }
-}
-
-impl Lost {
-    fn end(&self) -> u64 {
-        self.wal.last().map_or(self.from, |entry| match entry {
-            Wal::Commit { end, .. } => *end,
-            Wal::Marker { lsn, .. } | Wal::Capture { lsn, .. } => lsn + 8,
-        })
     }
 }

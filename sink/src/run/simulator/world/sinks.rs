@@ -90,11 +90,6 @@ impl World {
             Ok((starting, _)) => {
                 // Until its beginning is durable, Redis may lose it again.
                 self.gap_is_due |= starting.is_fresh();
-                if starting.is_fresh() {
-                    // What it reads may be of commits between the copy and where it begins: docs/consistency.md says that a copy older
-                    // than that is not noticed before the next transaction.
-                    self.copy = None;
-                }
                 self.starting = Some(starting);
                 Ok(())
             }
