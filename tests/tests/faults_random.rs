@@ -213,7 +213,7 @@ fn random_faults_at_once() {
         if s.rng.random() {
             slowest = slowest.max(s.converge());
         }
-        // Pauses between attempts would grow to ten seconds: that is how it should be, and would test less.
+        // Pauses between attempts would grow to six seconds: that is how it should be, and would test less.
         if rounds % 5 == 0 {
             s.kill_sink();
         }

@@ -33,8 +33,8 @@ use crate::config::RunConfig;
 use crate::error::{Class, Error};
 use crate::shutdown::Shutdown;
 
-/// The longest pause between two attempts.
-const PAUSE_MAX: Duration = Duration::from_secs(10);
+/// The longest pause between two attempts, but for the quarter more that chance may add: ten seconds after all is well it goes on.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// A session that lasted this long worked: what ends it is a new failure.
 const STEADY: Duration = Duration::from_secs(10);
 

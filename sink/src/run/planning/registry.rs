@@ -116,10 +116,14 @@ impl Registry {
                 purges.push(self.purge(oid, &old.mapping.template));
             }
         }
+        let had_before = old_keys.contains(&relation.key);
         old_keys.retain(|key| *key != relation.key);
         old_keys.dedup();
         if is_cache(&relation) {
             purges.extend(self.retired(oid, &old_keys));
+            // Nobody reads all of a cache again, so what an older version left under the same template has to go as well.
+            let template = KeyTemplate::parse(&relation.key).ok().filter(|_| had_before);
+            purges.extend(template.map(|template| self.purge(oid, &template)));
         }
         let mut cursor = fresh(&relation, old_keys);
         cursor.on_nothing = self.nothing_else && !self.relations.contains_key(&oid) && !cursor.is_done();
