@@ -171,6 +171,10 @@ pub(super) fn still_fits(stored: &Stored, start: Lsn, server: &Server<'_>) -> Re
             if confirmed.is_some_and(|confirmed| confirmed > progress.lsn) {
                 return changed("the slot was confirmed beyond it");
             }
+            // A sink of before the server was put back may have gone on. What it is to be compared with might never come.
+            if reach(progress) > server.end {
+                return changed("it is beyond where the server's WAL ended");
+            }
             let strayed = server.slot.and_then(|slot| strayed(progress, slot, server));
             strayed.map_or(Ok(()), |why| changed(&why))
         }

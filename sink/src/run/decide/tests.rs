@@ -312,4 +312,7 @@ fn the_decision_holds_until_the_right_to_write_is_taken() {
     // Somebody on the old primary has gone on.
     assert!(fits(1, Some(progress(51))));
     assert!(!fits(2, Some(progress(51))));
+    // Somebody has gone on with what the server lost when it was put back.
+    assert!(fits(1, Some(progress(100))));
+    assert!(!fits(1, Some(progress(101))));
 }
