@@ -194,8 +194,11 @@ impl Batch {
         for key in &keys {
             commands.command(&[b"UNLINK", key]);
         }
-        // Nothing before this point may be dropped in favour of something behind it from now on; simpler than to prove
-        // which could.
+        self.keep();
+    }
+
+    /// Nothing before this point may be dropped in favour of something behind it from now on; simpler than to prove which could.
+    pub fn keep(&mut self) {
         self.last.clear();
     }
 

@@ -56,7 +56,12 @@ impl Planner {
             // Redis has no empty hash.
             return unlink(batch, mapping.oid, hash, &self.key);
         }
-        let mut op = batch.op(mapping.oid, hash, OpKind::Whole, &self.key);
+        // Without a removal or HDEL it does not undo what the key holds, and so cannot stand for what would have.
+        let kind = match trust {
+            Trust::Nothing => OpKind::Patch,
+            Trust::Settled | Trust::Refreshing => OpKind::Whole,
+        };
+        let mut op = batch.op(mapping.oid, hash, kind, &self.key);
         if trust == Trust::Refreshing {
             op.commands().begin(2).arg(b"UNLINK").arg(&self.key);
         }

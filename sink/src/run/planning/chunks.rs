@@ -84,6 +84,8 @@ impl Planning {
             self.registry
                 .advance(self.assembly.batch(), chunk.relation, cursor);
             if cursor.is_done() {
+                // From here on rows are written without a removal, because one was done when the key was filled.
+                self.assembly.batch().keep();
                 self.restate();
             }
         }

@@ -59,6 +59,34 @@ fn a_chunk_waits_for_its_marker_and_passes_the_gate() {
     assert!(window.wait(0, || true) && !window.is_stale());
 }
 
+/// What a key held before goes when it is filled, so the fill stays in the batch also where the table is complete in the same one,
+/// and a change of the row comes behind.
+#[test]
+fn a_change_of_a_complete_table_does_not_replace_the_fill() {
+    let mut stored = settled();
+    stored.progress.as_mut().unwrap().cursors.clear();
+    let mut planning = planning(stored, 1 << 20, 1 << 24);
+    let window = Arc::new(Window::default());
+    let content = rows(&[packed(1, "1", "read")]);
+    planning.chunk(chunk(&planning, 7, content, Some(Cursor::done(1)), &window));
+    Frame::default()
+        .record(pb::Marker {
+            content: b"m:7".to_vec(),
+            lsn: 11,
+        })
+        .feed(&mut planning);
+    planning.piece().unwrap();
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(110, 20)
+        .row(Kind::Update, "1", Some("new"))
+        .commit(30)
+        .feed(&mut planning);
+    let written = flushed(&mut planning);
+    assert_eq!(written[..2], ["UNLINK t:1", "HSET t:1 id 1 v read"]);
+    assert!(written.contains(&"HSET t:1 id 1 v new".to_owned()), "{written:?}");
+}
+
 #[test]
 fn a_chunk_of_another_version_is_dropped_with_those_behind_it() {
     let mut stored = settled();

@@ -114,13 +114,7 @@ impl Frame {
     }
 
     pub(super) fn row(mut self, kind: Kind, id: &str, v: Option<&str>) -> Self {
-        let mut tuple = TupleBuilder::new();
-        tuple.text(id.as_bytes());
-        match v {
-            Some(v) => tuple.text(v.as_bytes()),
-            None => tuple.null(),
-        }
-        self.0.row(kind, 1, &tuple, None);
+        self.0.row(kind, 1, &tuple(id, v), None);
         self
     }
 
@@ -139,12 +133,23 @@ impl Frame {
 }
 
 pub(super) fn packed(fingerprint: u64, id: &str, v: &str) -> Vec<u8> {
+    packed_row(fingerprint, id, Some(v))
+}
+
+fn packed_row(fingerprint: u64, id: &str, v: Option<&str>) -> Vec<u8> {
+    let mut bytes = fingerprint.to_be_bytes().to_vec();
+    tuple(id, v).write_tuple(&mut bytes);
+    bytes
+}
+
+fn tuple(id: &str, v: Option<&str>) -> TupleBuilder {
     let mut tuple = TupleBuilder::new();
     tuple.text(id.as_bytes());
-    tuple.text(v.as_bytes());
-    let mut bytes = fingerprint.to_be_bytes().to_vec();
-    tuple.write_tuple(&mut bytes);
-    bytes
+    match v {
+        Some(v) => tuple.text(v.as_bytes()),
+        None => tuple.null(),
+    }
+    tuple
 }
 
 fn lines(segment: &Segment) -> Vec<String> {

@@ -39,8 +39,12 @@ fn cursor(planning: &Planning) -> Cursor {
 
 /// Plans a chunk of one row at this place of the backfill.
 fn fill(planning: &mut Planning, id: u64, cursor: Cursor) -> Vec<String> {
+    fill_with(planning, id, cursor, Some("read"))
+}
+
+fn fill_with(planning: &mut Planning, id: u64, cursor: Cursor, v: Option<&str>) -> Vec<String> {
     let window = Arc::new(Window::default());
-    let content = rows(&[packed(cursor.fingerprint, "1", "read")]);
+    let content = rows(&[packed_row(cursor.fingerprint, "1", v)]);
     planning.chunk(chunk(planning, id, content, Some(cursor), &window));
     Frame::default()
         .record(pb::Marker {
@@ -60,6 +64,31 @@ fn rows_are_written_without_a_removal_and_no_key_is_looked_for() {
     let written = fill(&mut planning, 1, start.filled());
     assert_eq!(written[0], "HSET t:1 id 1 v read");
     assert_eq!(cursor(&planning).stage, Stage::Done);
+}
+
+/// Found by the simulator: the row that was read took the place of a change in the same batch, and with it of the removal of the
+/// field that had become NULL.
+#[test]
+fn a_row_that_was_read_does_not_replace_the_change_that_made_it() {
+    let mut planning = begun();
+    let start = cursor(&planning);
+    let update = |planning: &mut Planning, xid, lsn, v| {
+        Frame::default()
+            .relation(relation(1, "t:{id}"))
+            .begin(xid, lsn)
+            .row(Kind::Update, "1", v)
+            .commit(lsn + 5)
+            .feed(planning);
+    };
+    update(&mut planning, 101, 20, Some("old"));
+    flushed(&mut planning);
+    update(&mut planning, 102, 30, None);
+    let written = fill_with(&mut planning, 1, start.filled(), None);
+    assert_eq!(
+        written[..3],
+        ["UNLINK t:1", "HSET t:1 id 1", "HSET t:1 id 1"],
+        "{written:?}"
+    );
 }
 
 #[test]
