@@ -57,12 +57,9 @@ pub fn redis(url: &RedisUrl, slot: &SlotName) -> Result<Vec<Check>, Error> {
 }
 
 fn version(url: &RedisUrl, version: &str) -> Outcome {
-    match version
-        .split('.')
-        .next()
-        .and_then(|major| major.parse::<u32>().ok())
-    {
-        Some(major) if major < 6 => Outcome::Fail(
+    let mut numbers = version.split('.').map(|number| number.parse::<u32>().ok());
+    match (numbers.next().flatten(), numbers.next().flatten()) {
+        (Some(major), Some(minor)) if (major, minor) < (6, 2) => Outcome::Fail(
             format!("Redis {version} at {url}: too old"),
             "redis-server --version   # walmirror needs Redis 6.2 or later, or Valkey".into(),
         ),
@@ -145,6 +142,21 @@ mod tests {
         assert!(failed(role("master", "cluster")));
         assert!(failed(role("slave", "standalone")));
         assert!(!failed(role("master", "standalone")));
+        let failed = |text| {
+            matches!(
+                version(&"redis://localhost".parse().unwrap(), text),
+                Outcome::Fail(..)
+            )
+        };
+        for (text, is_old) in [
+            ("5.0.14", true),
+            ("6.0.16", true),
+            ("6.2.0", false),
+            ("10.0.1", false),
+            ("unstable", false),
+        ] {
+            assert_eq!(failed(text), is_old, "{text}");
+        }
     }
 
     #[test]
