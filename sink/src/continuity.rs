@@ -147,6 +147,11 @@ impl Continuity {
         self.last.is_none() && self.purged.is_none()
     }
 
+    /// The position that Redis had when the stream began.
+    pub fn at(&self) -> Lsn {
+        self.at
+    }
+
     /// A transaction begins. True: that proved it.
     pub fn begun(&mut self, begun: Commit) -> Result<bool, Diverged> {
         let proved = self.reached(begun.lsn)?;

@@ -6,7 +6,7 @@ use walmirror_proto::Lsn;
 
 use crate::error::Error;
 use crate::plan::RedisKeys;
-use crate::redis::Connection;
+use crate::redis::{Connection, unreadable};
 use crate::resp::Commands;
 
 /// About so many notes are kept, the latest.
@@ -89,7 +89,7 @@ pub fn read(
         latest.as_bytes(),
     ];
     let Value::Array(entries) = connection.call(what, &command)? else {
-        return Err(Error::bug("Redis' answer to XREVRANGE cannot be read"));
+        return Err(unreadable("XREVRANGE"));
     };
     Ok((count, entries.into_iter().filter_map(entry).collect()))
 }

@@ -14,7 +14,7 @@ use super::{Content, Task, Window};
 use crate::error::Error;
 use crate::gate::Snapshot;
 use crate::plan::Purge;
-use crate::redis::Connection;
+use crate::redis::{Connection, unreadable};
 
 /// Such rows have TOASTed columns, so a few of them can be many bytes.
 const ROWS_START: usize = 16;
@@ -54,7 +54,7 @@ pub(super) fn pass(
 type Page = BTreeMap<u32, Vec<Vec<u8>>>;
 
 fn page(reply: Value) -> Result<(Vec<u8>, Page), Error> {
-    let unreadable = || Error::bug("Redis' answer to HSCAN cannot be read");
+    let unreadable = || unreadable("HSCAN");
     let Value::Array(parts) = reply else {
         return Err(unreadable());
     };

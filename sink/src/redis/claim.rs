@@ -7,7 +7,7 @@ use prost::Message;
 use redis::Value;
 use walmirror_proto::{Lsn, pb};
 
-use super::Connection;
+use super::{Connection, unreadable};
 use crate::continuity::Last;
 use crate::error::{Class, Error};
 use crate::plan::{RedisKeys, Script, Scripts};
@@ -160,6 +160,9 @@ impl Claim {
                 "another walmirror claimed it at the same time",
             ));
         }
+        if let Some(progress) = stored.progress.as_mut().filter(|_| start.is_some()) {
+            progress.purging = None;
+        }
         kill_older(&mut connection, slot, epoch);
         Ok(Self {
             connection,
@@ -176,7 +179,7 @@ fn load_scripts(connection: &mut Connection) -> Result<Scripts, Error> {
         let source = script.source();
         match connection.call("load a script", &[b"SCRIPT", b"LOAD", source.as_bytes()])? {
             Value::BulkString(name) => *hash = name,
-            _ => return Err(Error::bug("Redis' answer to SCRIPT LOAD cannot be read")),
+            _ => return Err(unreadable("SCRIPT LOAD")),
         }
     }
     Ok(Scripts::new(hashes))
@@ -230,7 +233,7 @@ fn hash(connection: &mut Connection, key: &[u8]) -> Result<Fields, Error> {
             }
         }
         Value::Map(items) => items.into_iter().for_each(|(field, value)| take(field, value)),
-        _ => return Err(Error::bug("Redis' answer to HGETALL cannot be read")),
+        _ => return Err(unreadable("HGETALL")),
     }
     Ok(pairs)
 }

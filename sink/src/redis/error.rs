@@ -64,6 +64,17 @@ pub fn reply_error(what: impl Into<String>, reply: &ServerError) -> Error {
     }
 }
 
+/// An answer that is none to this command: something on the way is not as it was sent. What was applied is in the progress, and a
+/// new connection reads on from there.
+pub fn unreadable(command: &str) -> Error {
+    let text = "it is of another kind: bytes were lost or changed on the way, or it is no Redis that answers";
+    Error::redis(
+        format!("Redis' answer to {command} cannot be read"),
+        Class::Retry,
+        text,
+    )
+}
+
 /// Code and detail. Where an EXEC is refused itself, because something changed since its commands were queued, the reason stands in
 /// the detail (`execCommandAbort`).
 fn cause(reply: &ServerError) -> (&str, Option<&str>) {

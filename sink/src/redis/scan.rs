@@ -3,7 +3,7 @@
 
 use redis::Value;
 
-use super::Connection;
+use super::{Connection, unreadable};
 use crate::error::Error;
 
 /// How many buckets Redis looks at for one page.
@@ -56,7 +56,7 @@ impl Scan {
         };
         let command: [&[u8]; 6] = [b"SCAN", &cursor, b"MATCH", &self.pattern, b"COUNT", PAGE];
         let reply = connection.call("scan the keys", &command)?;
-        let unreadable = || Error::bug("Redis' answer to SCAN cannot be read");
+        let unreadable = || unreadable("SCAN");
         let Value::Array(parts) = reply else {
             return Err(unreadable());
         };

@@ -257,27 +257,34 @@ fn a_purge_that_goes_ahead_is_noted_until_its_transaction_is_applied() {
     let mut reader = server.connect();
     let fill = "for i = 1, 25000 do redis.call('SET', 't:' .. i, 1) end return 'ok'";
     get(&mut reader, &["EVAL", fill, "0"]);
-    let commit = Commit {
-        lsn: Lsn(7),
-        xid: 8,
-        time: 9,
+    let purging = |lsn| Purging {
+        commit: Some(Commit {
+            lsn: Lsn(lsn),
+            xid: 8,
+            time: 9,
+        }),
     };
-    let purging = Purging { commit: Some(commit) };
-    let segment = || Segment {
+    let segment = |lsn| Segment {
         purges: vec![Purge::new(77, &KeyTemplate::parse("t:{id}").unwrap(), &[])],
-        purging,
-        ..set(2, "t:new")
+        purging: purging(lsn),
+        ..set(lsn + 1, "t:new")
     };
     let other = std::cell::RefCell::new(server.connect());
     let is_noted = || get(&mut other.borrow_mut(), &["HEXISTS", PROGRESS, "purging"]) == "int(1)";
     assert!(!is_noted());
-    let error = writer.apply(segment(), None, &is_noted).unwrap_err();
+    let error = writer.apply(segment(7), None, &is_noted).unwrap_err();
     assert_eq!(error.class(), Class::Retry);
-    let progress = read_stored(&mut reader, &keys()).unwrap().progress.unwrap();
-    assert_eq!((progress.purging, progress.lsn), (Some(purging), Lsn(1)));
-    claim(&server, None).apply(segment(), None, &|| false).unwrap();
-    let progress = read_stored(&mut reader, &keys()).unwrap().progress.unwrap();
-    assert_eq!((progress.purging, progress.lsn), (None, Lsn(2)));
+    let mut stored = || {
+        let progress = read_stored(&mut reader, &keys()).unwrap().progress.unwrap();
+        (progress.purging, progress.lsn)
+    };
+    assert_eq!(stored(), (Some(purging(7)), Lsn(1)));
+    // The next session may apply by itself what was in one batch with it, and asked for a purge before it.
+    let mut writer = claim(&server, None);
+    writer.apply(segment(5), None, &|| false).unwrap();
+    assert_eq!(stored(), (Some(purging(7)), Lsn(6)));
+    writer.apply(segment(7), None, &|| false).unwrap();
+    assert_eq!(stored(), (None, Lsn(8)));
 }
 
 #[test]

@@ -12,13 +12,14 @@ mod refused;
 use redis::{ServerError, Value};
 
 use super::connection::setting;
-use super::error::{class_of, reply_error};
+use super::error::{class_of, reply_error, unreadable};
 use super::{Claim, Connection};
 use crate::config::OnBadRow;
 use crate::error::{Class, Error};
 use crate::plan::{Batch, PENDING_REPLY, Purge, RedisKeys, Scripts};
 use crate::progress::{Purging, Step};
 use crate::resp::Commands;
+use crate::transaction::Commit;
 
 use ahead::Ahead;
 
@@ -79,6 +80,8 @@ pub struct Writer {
     not_queued: Option<ServerError>,
     /// What was sent of the segment that comes next.
     ahead: Option<Ahead>,
+    /// The transaction that the progress names as the one that keys are removed for.
+    purging: Option<Commit>,
     on_bad_row: OnBadRow,
 }
 
@@ -89,8 +92,9 @@ impl Writer {
             connection,
             epoch,
             scripts,
-            ..
+            stored,
         } = claim;
+        let purging = stored.progress.and_then(|progress| progress.purging?.commit);
         let mut writer = Self {
             connection,
             keys,
@@ -100,6 +104,7 @@ impl Writer {
             prefix: 0,
             not_queued: None,
             ahead: None,
+            purging,
             on_bad_row: OnBadRow::Stop,
         };
         writer.check()?;
@@ -243,7 +248,7 @@ impl Writer {
         match self.connection.receive()? {
             Value::Okay => Ok(()),
             Value::ServerError(reply) => Err(reply_error(format!("Redis refuses {command}"), &reply)),
-            _ => Err(Error::bug(format!("Redis' answer to {command} cannot be read"))),
+            _ => Err(unreadable(command)),
         }
     }
 
@@ -252,7 +257,7 @@ impl Writer {
             match self.connection.receive()? {
                 Value::SimpleString(text) if text == "QUEUED" => {}
                 Value::ServerError(reply) => drop(self.not_queued.get_or_insert(reply)),
-                _ => return Err(Error::bug("Redis' answer inside of a MULTI cannot be read")),
+                _ => return Err(unreadable("a command inside of a MULTI")),
             }
         }
         Ok(())
@@ -270,7 +275,7 @@ impl Writer {
                     reply_error("Redis refused a batch, and nothing of it was applied", &cause).at(step.lsn),
                 );
             }
-            _ => return Err(Error::bug("Redis' answer to EXEC cannot be read").at(step.lsn)),
+            _ => return Err(unreadable("EXEC").at(step.lsn)),
         };
         let mut pending = false;
         let mut refused: Vec<(usize, ServerError)> = Vec::new();
@@ -302,7 +307,7 @@ impl Writer {
                 "it was emptied, or the key was evicted or removed",
             )),
             Value::ServerError(reply) => Err(reply_error("cannot read the epoch", &reply)),
-            _ => Err(Error::bug("Redis' answer to HGET cannot be read")),
+            _ => Err(unreadable("HGET")),
         }
     }
 

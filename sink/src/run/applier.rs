@@ -55,11 +55,14 @@ pub(super) fn apply(
             Ok(segment) => {
                 let commands = segment.batch.commands().count() as u64;
                 next = segments.try_recv().ok();
+                let asked = Instant::now();
                 let applied = writer.apply(segment, next.as_ref(), &|| !shared.is_running())?;
-                heard = Instant::now();
-                shared.set_heard(heard);
+                shared.health.note_redis();
                 add(&shared.metrics.commands, commands);
                 if let Some(applied) = applied {
+                    // An EXEC was sent since. What was sent ahead may have been answered by a Redis that is not there any more.
+                    heard = asked;
+                    shared.set_heard(asked);
                     add(&shared.metrics.batches, 1);
                     if applied.pending {
                         backfill.note_pending();
@@ -73,8 +76,8 @@ pub(super) fn apply(
                 let _ = room.send(());
             }
             Err(RecvTimeoutError::Timeout) if heard.elapsed() >= check_every && !writer.is_open() => {
-                writer.check()?;
                 heard = Instant::now();
+                writer.check()?;
                 shared.set_heard(heard);
                 shared.wake_stream();
             }

@@ -21,7 +21,8 @@ pub(super) struct Seen {
     pub(super) applied: Lsn,
     /// Replicas or the disk say that they have everything up to here.
     pub(super) reported: Lsn,
-    /// When the connection that writes had its last answer.
+    /// When the last command was sent that the connection that writes has had an answer to. Not when it came: it may have waited to
+    /// be read for longer than Redis was there.
     pub(super) heard: Option<Instant>,
 }
 

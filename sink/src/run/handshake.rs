@@ -157,10 +157,14 @@ pub(super) fn shake(
         None => Continuity::proved(),
     };
     let last = resumed.and_then(|progress| progress.last);
-    let horizon = horizon(&mut sql)?;
+    // Nothing of this session waits for itself.
+    sql.simple("SET synchronous_commit = local")
+        .map_err(|error| Error::postgres("cannot set synchronous_commit", error))?;
+    // Before the horizon: what a SELECT read before the landmark does not pass the gate.
     if !matches!(last, Some(Last::Commit(_))) {
         write_landmark(&mut sql)?;
     }
+    let horizon = horizon(&mut sql)?;
     let silence = silence(&mut sql)?;
     let confirmed = fresh.or(held).unwrap_or_default();
     Ok(Handshake {
@@ -223,7 +227,6 @@ fn check_slot(slot: &str, info: Option<&SlotInfo>, sql: &Postgres) -> Result<(),
 /// Every transaction that an earlier session applied took its id before this one is taken.
 fn horizon(sql: &mut Postgres) -> Result<u64, Error> {
     let failed = |error| Error::postgres("cannot take a transaction id", error);
-    sql.simple("SET synchronous_commit = local").map_err(failed)?;
     let result = sql.query("SELECT pg_current_xact_id()", &[]).map_err(failed)?;
     result
         .text(0, 0)

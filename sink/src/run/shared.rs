@@ -47,7 +47,7 @@ pub(super) struct Shared {
     pub(super) queued_bytes: AtomicUsize,
     /// The receiver waits for the queue to get shorter.
     pub(super) held: AtomicBool,
-    /// When Redis last answered on the connection that writes.
+    /// When the last command was sent that Redis has answered on the connection that writes.
     heard: Mutex<Option<Instant>>,
     phase: AtomicU8,
     stream_waker: OnceLock<Waker>,
@@ -104,9 +104,9 @@ impl Shared {
         Lsn(self.durable.load(Ordering::Acquire))
     }
 
-    /// Redis answered on the connection that writes: it is the one that has what was applied, and did not crash since.
-    pub(super) fn set_heard(&self, now: Instant) {
-        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+    /// Redis answered what was sent then on the connection that writes: it was there, and had what was applied.
+    pub(super) fn set_heard(&self, sent: Instant) {
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(sent);
         self.health.note_redis();
     }
 

@@ -9,7 +9,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::Finding;
 use crate::error::Error;
 use crate::plan::Mapping;
-use crate::redis::reply_error;
+use crate::redis::{reply_error, unreadable};
 
 /// What a key holds or should hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,7 +99,7 @@ impl Shape {
 
     /// What the replies to the command and to PTTL say.
     pub(super) fn found(&self, reply: Value, pttl: Value) -> Result<Content, Error> {
-        let unreadable = || Error::bug("Redis' answer to a read cannot be read");
+        let unreadable = || unreadable("a read");
         let mut print = Print::default();
         match reply {
             Value::Nil => return Ok(Content::Absent),

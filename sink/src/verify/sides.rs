@@ -13,7 +13,7 @@ use crate::backfill::sql::{Snapshots, Sql};
 use crate::error::Error;
 use crate::gate::Snapshot;
 use crate::plan::RedisKeys;
-use crate::redis::{Connection, read_stored, reply_error};
+use crate::redis::{Connection, read_stored, reply_error, unreadable};
 use crate::replication::slot_info;
 use crate::request::Request;
 use crate::resp::Commands;
@@ -177,7 +177,7 @@ impl Sides {
             Value::Nil => return Ok(None),
             Value::Array(items) => items,
             Value::ServerError(error) => return Err(reply_error("Redis refuses EXEC", &error)),
-            _ => return Err(Error::bug("Redis' answer to EXEC cannot be read")),
+            _ => return Err(unreadable("EXEC")),
         };
         let mut found = Vec::with_capacity(count);
         let mut items = items.into_iter();
@@ -261,7 +261,7 @@ impl Sides {
         command.extend(keys.iter().map(Vec::as_slice));
         match self.redis.call("read the pending keys", &command)? {
             Value::Array(items) => Ok(items.iter().map(|item| *item != Value::Nil).collect()),
-            _ => Err(Error::bug("Redis' answer to HMGET cannot be read")),
+            _ => Err(unreadable("HMGET")),
         }
     }
 

@@ -17,14 +17,18 @@ pub(super) fn pump(state: &State, link: &Link, way: Way) -> std::io::Result<()> 
     // What was sent last, for a word that is cut by the end of a read.
     let mut tail: Vec<u8> = Vec::new();
     while !link.over.load(Ordering::Acquire) {
-        wait_while_silent(state, link, way);
+        if !wait_while_silent(state, link, way) {
+            return Ok(());
+        }
         let read = match from.stream().read(&mut buffer) {
             Ok(0) => return Ok(()),
             Ok(read) => read,
             Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
             Err(e) => return Err(e),
         };
-        wait_while_silent(state, link, way);
+        if !wait_while_silent(state, link, way) {
+            return Ok(());
+        }
         let bytes = &mut buffer[..read];
         match way {
             Way::ToServer => to_server(state, link, &mut to, bytes, &mut tail)?,
@@ -101,7 +105,9 @@ fn strike(state: &State, tail: &mut Vec<u8>, bytes: &[u8]) -> Option<(Trap, usiz
 
 fn forward(state: &State, link: &Link, way: Way, to: &mut Side, mut bytes: &[u8]) -> std::io::Result<()> {
     while !bytes.is_empty() {
-        wait_while_silent(state, link, way);
+        if !wait_while_silent(state, link, way) {
+            return Ok(());
+        }
         let mode = lock(&state.modes)[way as usize];
         let (piece, pause) = match mode {
             Mode::Pass | Mode::BlackHole => (bytes.len(), Duration::ZERO),
@@ -141,10 +147,14 @@ fn pause_for(pause: Duration, link: &Link) {
     }
 }
 
-fn wait_while_silent(state: &State, link: &Link, way: Way) {
+/// False: the link ended. Then nothing may pass any more, because what came before may have been kept back: TCP loses bytes at the
+/// end of a stream, and never in the middle.
+fn wait_while_silent(state: &State, link: &Link, way: Way) -> bool {
     let silent =
         || link.silent.load(Ordering::Acquire) || lock(&state.modes)[way as usize] == Mode::BlackHole;
-    while silent() && !link.over.load(Ordering::Acquire) {
+    let over = || link.over.load(Ordering::Acquire);
+    while silent() && !over() {
         thread::sleep(Duration::from_millis(5));
     }
+    !over()
 }

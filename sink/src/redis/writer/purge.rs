@@ -9,6 +9,7 @@ use crate::error::{Class, Error};
 use crate::plan::Script;
 use crate::progress::{PURGING, Purging};
 use crate::resp::Commands;
+use crate::transaction::Commit;
 
 /// A TRUNCATE of a table with at most so many keys is atomic with its transaction; a larger one removes its keys before.
 const ATOMIC_PURGE_KEYS: usize = 10_000;
@@ -21,7 +22,13 @@ impl Writer {
     pub(super) fn purge(&mut self, segment: &Segment, stopped: &dyn Fn() -> bool) -> Result<Commands, Error> {
         let mut commands = Commands::new();
         commands.command(&[b"MULTI"]);
-        commands.command(&[b"HDEL", &self.keys.progress, PURGING]);
+        // A session before may have removed keys for a later transaction, in a batch that was larger: until that one is applied, it
+        // has to come.
+        let own = segment.purging.commit;
+        let last = [self.purging, own]
+            .into_iter()
+            .flatten()
+            .max_by_key(|commit| commit.lsn);
         let mut held: Vec<Vec<u8>> = Vec::new();
         let mut noted = false;
         for purge in &segment.purges {
@@ -30,7 +37,7 @@ impl Writer {
                 held.extend(keys.into_iter().filter(|key| purge.match_key(key).is_some()));
                 if held.len() > ATOMIC_PURGE_KEYS {
                     if !noted {
-                        self.note_purging(segment.purging)?;
+                        self.note_purging(last)?;
                         noted = true;
                     }
                     self.unlink_now(&held)?;
@@ -45,6 +52,10 @@ impl Writer {
                 }
             }
         }
+        if last == own {
+            commands.command(&[b"HDEL", &self.keys.progress, PURGING]);
+            self.purging = None;
+        }
         for keys in held.chunks(UNLINK_KEYS) {
             commands.begin(1 + keys.len()).arg(b"UNLINK");
             for key in keys {
@@ -56,15 +67,18 @@ impl Writer {
 
     /// From here to the next EXEC Redis lacks what it should have at its position. On this history of Postgres the purge comes
     /// again whatever crashes; on another one, after a failover or when files are put back, it may never have been.
-    fn note_purging(&mut self, purging: Purging) -> Result<(), Error> {
+    fn note_purging(&mut self, commit: Option<Commit>) -> Result<(), Error> {
         let what = "note that keys are being removed";
-        let value = purging.encode();
+        let value = Purging { commit }.encode();
         self.connection.call(what, &[b"MULTI"])?;
         self.connection
             .call(what, &[b"HSET", &self.keys.progress, PURGING, value.as_bytes()])?;
         match self.connection.call(what, &[b"EXEC"])? {
             Value::Nil => Err(self.check_watch().err().unwrap_or_else(|| touched(&self.keys))),
-            _ => self.check(),
+            _ => {
+                self.purging = commit;
+                self.check()
+            }
         }
     }
 

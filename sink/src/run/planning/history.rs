@@ -54,7 +54,8 @@ impl Planning {
     /// INVARIANT I1, of a server that was put back: what Redis has counts as applied once it is known to be of this stream.
     fn proved(&self, proved: Result<bool, Diverged>) -> Result<(), Error> {
         if proved.map_err(gap)? {
-            self.shared.set_applied(self.lsn);
+            // Not what is planned: behind the position that may be more already, where a purge is waited for.
+            self.shared.set_applied(self.continuity.at());
             self.shared.health.proved();
         }
         Ok(())

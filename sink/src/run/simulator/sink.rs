@@ -186,7 +186,6 @@ impl Session {
         {
             progress.lsn = confirmed;
         }
-        let horizon = postgres.burn_xid();
         let position = fresh
             .or(claim.stored.progress.as_ref().map(|progress| progress.lsn))
             .unwrap_or_default();
@@ -199,6 +198,7 @@ impl Session {
         if !matches!(last, Some(Last::Commit(_))) && broken != Broken::NoLandmark {
             postgres.landmark();
         }
+        let horizon = postgres.burn_xid();
         let applied = if continuity.is_proved() || broken == Broken::ConfirmUnproved {
             position
         } else {
@@ -307,8 +307,8 @@ impl Session {
         let applied = self.writer.apply(segment, self.segments.front(), &|| false);
         lock(&self.server).redis.writes = None;
         let applied = applied?;
-        self.shared.set_heard(now);
         if let Some(applied) = &applied {
+            self.shared.set_heard(now);
             if applied.pending {
                 self.backfill.note_pending();
             }

@@ -136,6 +136,33 @@ fn a_part_outlasts_a_keepalive() {
     assert_eq!(lines.len(), 1);
 }
 
+/// Keys were removed ahead of the second of these transactions. What is planned before it has come is not applied by that.
+#[test]
+fn nothing_goes_out_before_what_keys_were_removed_for_has_come() {
+    let purged = Commit {
+        lsn: Lsn(30),
+        xid: 101,
+        time: 0,
+    };
+    let mut stored = settled();
+    let progress = stored.progress.as_mut().unwrap();
+    progress.purging = Some(crate::progress::Purging { commit: Some(purged) });
+    let continuity = Continuity::of(progress, Lsn(10));
+    let mut planning = planning(stored, 1 << 20, 1 << 24);
+    planning.continuity = continuity;
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(100, 10)
+        .row(Kind::Insert, "1", Some("a"))
+        .commit(20)
+        .feed(&mut planning);
+    assert!(flushed(&mut planning).is_empty());
+    Frame::default().begin(101, 30).feed(&mut planning);
+    assert!(planning.continuity.is_proved());
+    assert_eq!(planning.shared.applied(), Lsn(10));
+    assert_eq!(flushed(&mut planning)[0], "HSET t:1 id 1 v a");
+}
+
 /// A server that was put back, and has written on: `frame` and `keepalive` end with a gap, and nothing was written before.
 #[test]
 fn what_is_of_another_history_is_a_gap() {
