@@ -109,6 +109,31 @@ fn composite_keys_never_meet() {
     );
 }
 
+/// A key of one table is never taken for one without a row of another, although its template could have made it.
+#[test]
+fn templates_that_begin_alike_leave_each_other_alone() {
+    let m = Mirror::with(
+        "CREATE TABLE users (id text PRIMARY KEY, n int); CREATE TABLE profiles (id text PRIMARY KEY, n int); \
+         CREATE TABLE orders (id text, line int, n int, PRIMARY KEY (id, line)); \
+         SELECT walmirror.mirror('users', key => 'user:{id}'), walmirror.mirror('profiles', key => 'user:{id}:profile'), \
+           walmirror.mirror('orders', key => 'user:{id}:order:{line}', value => 'json')",
+    );
+    run(
+        &m,
+        &[
+            "INSERT INTO users SELECT i, i FROM generate_series(1, 20) i; INSERT INTO profiles SELECT i, i FROM generate_series(1, 30) i; \
+             INSERT INTO orders SELECT i, 5, i FROM generate_series(1, 30) i",
+            "ALTER TABLE users ADD v int DEFAULT 4",
+            "ALTER TABLE profiles ADD v int DEFAULT 4",
+            "ALTER TABLE orders ADD v int DEFAULT 4",
+            "TRUNCATE users",
+            "INSERT INTO users SELECT i, i FROM generate_series(1, 20) i",
+            "TRUNCATE profiles",
+            "SELECT walmirror.unmirror('users')",
+        ],
+    );
+}
+
 #[test]
 fn keys_of_many_types() {
     let types = [

@@ -421,34 +421,56 @@ fn a_patch_that_finds_no_key_is_noted_and_writes_nothing() {
             replay: false,
         };
         let mut writer = Writer::new(claim, keys.clone()).unwrap();
-        Writer::open(fixture.batch.bookkeeping());
-        let row = Row {
+        let apply = |fixture: &mut Fixture, writer: &mut Writer, lsn| {
+            let step = Step {
+                lsn: Lsn(lsn),
+                last: None,
+                part: None,
+                clear_part: false,
+            };
+            write_step(fixture.batch.bookkeeping(), &keys, &step);
+            Writer::close(fixture.batch.bookkeeping(), &keys);
+            let segment = Segment {
+                batch: std::mem::take(&mut fixture.batch),
+                opens: true,
+                step: Some(step),
+                ..Segment::default()
+            };
+            writer.apply(segment, None, &|| false).unwrap().unwrap()
+        };
+        let pending = |reader: &mut Connection, key: &[u8]| {
+            let command = [b"HGET".as_slice(), &keys.pending, key];
+            reader.call("read", &command).unwrap()
+        };
+        let noted = Value::BulkString(b"77".to_vec());
+        let mut row = Row {
             id: "1".into(),
             small: Some(1),
             big: Some("x".into()),
             note: None,
         };
+        Writer::open(fixture.batch.bookkeeping());
         fixture.plan(Trust::Settled, Kind::Update, &tuple(&row, true, false), None);
-        let step = Step {
-            lsn: Lsn(2),
-            last: None,
-            part: None,
-            clear_part: false,
-        };
-        write_step(fixture.batch.bookkeeping(), &keys, &step);
-        Writer::close(fixture.batch.bookkeeping(), &keys);
-        let segment = Segment {
-            batch: std::mem::take(&mut fixture.batch),
-            opens: true,
-            step: Some(step),
-            ..Segment::default()
-        };
-        let applied = writer.apply(segment, None, &|| false).unwrap().unwrap();
-        assert!(applied.pending, "{value:?}");
+        assert!(apply(&mut fixture, &mut writer, 2).pending, "{value:?}");
         assert!(stored(&mut reader, value).is_empty());
-        let pending = reader
-            .call("read", &[b"HGET".as_slice(), &keys.pending, b"t:1"])
-            .unwrap();
-        assert_eq!(pending, Value::BulkString(b"77".to_vec()));
+        assert_eq!(pending(&mut reader, b"t:1"), noted);
+
+        // What is not to be trusted is no better under another key.
+        let stale: [&[u8]; 4] = match value {
+            ValueKind::Hash => [b"HSET", b"t:1", b"big", b"stale"],
+            _ => [b"SET", b"t:1", b"{\"big\": \"stale\"}", b"KEEPTTL"],
+        };
+        reader.call("write", &stale).unwrap();
+        let old = tuple(&row, false, true);
+        row.id = "2".into();
+        Writer::open(fixture.batch.bookkeeping());
+        fixture.plan(
+            Trust::Settled,
+            Kind::Update,
+            &tuple(&row, true, false),
+            Some(&old),
+        );
+        assert!(apply(&mut fixture, &mut writer, 3).pending, "{value:?}");
+        assert_eq!(pending(&mut reader, b"t:2"), noted, "{value:?}");
     }
 }

@@ -19,14 +19,16 @@ pub struct Purge {
 
 impl Purge {
     /// The keys of `template` that none of `others` (the templates of the other relations) claims by beginning with more
-    /// literal text.
+    /// literal text, or with as much and having more of it in all: `user:{id}:profile` claims keys that `user:{id}` could
+    /// render too.
     pub fn new<'t>(
         relation: u32,
         template: &KeyTemplate,
         others: impl IntoIterator<Item = &'t KeyTemplate>,
     ) -> Self {
         Self::without(relation, template, others, |own, other| {
-            other.len() > own.len() && other.starts_with(own)
+            other.prefix.starts_with(&own.prefix)
+                && (other.prefix.len(), other.length) > (own.prefix.len(), own.length)
         })
     }
 
@@ -38,7 +40,7 @@ impl Purge {
         others: impl IntoIterator<Item = &'t KeyTemplate>,
     ) -> Self {
         Self::without(relation, template, others, |own, other| {
-            other.starts_with(own) || own.starts_with(other)
+            other.prefix.starts_with(&own.prefix) || own.prefix.starts_with(&other.prefix)
         })
     }
 
@@ -47,18 +49,18 @@ impl Purge {
         relation: u32,
         template: &KeyTemplate,
         others: impl IntoIterator<Item = &'t KeyTemplate>,
-        matters: impl Fn(&[u8], &[u8]) -> bool,
+        matters: impl Fn(&Literals, &Literals) -> bool,
     ) -> Self {
-        let prefix = literal_prefix(template);
+        let own = Literals::of(template);
         let others = others
             .into_iter()
-            .filter(|other| matters(&prefix, &literal_prefix(other)))
+            .filter(|other| matters(&own, &Literals::of(other)))
             .cloned()
             .collect();
         Self {
             relation,
             template: template.clone(),
-            prefix,
+            prefix: own.prefix,
             others,
         }
     }
@@ -82,18 +84,30 @@ impl Purge {
     }
 }
 
-/// The literal text before the first placeholder.
-fn literal_prefix(template: &KeyTemplate) -> Vec<u8> {
-    let mut prefix = Vec::new();
-    let mut bytes = template.scan_pattern().into_iter();
-    while let Some(byte) = bytes.next() {
-        match byte {
-            b'*' => break,
-            b'\\' => prefix.extend(bytes.next()),
-            _ => prefix.push(byte),
+/// The literal text of a template.
+struct Literals {
+    /// What stands before the first placeholder.
+    prefix: Vec<u8>,
+    /// How long all of it is, in bytes.
+    length: usize,
+}
+
+impl Literals {
+    fn of(template: &KeyTemplate) -> Self {
+        let (mut prefix, mut length, mut is_prefix) = (Vec::new(), 0, true);
+        let mut bytes = template.scan_pattern().into_iter();
+        while let Some(byte) = bytes.next() {
+            let literal = match byte {
+                b'*' => None,
+                b'\\' => bytes.next(),
+                _ => Some(byte),
+            };
+            is_prefix &= literal.is_some();
+            length += usize::from(literal.is_some());
+            prefix.extend(literal.filter(|_| is_prefix));
         }
+        Self { prefix, length }
     }
-    prefix
 }
 
 #[cfg(test)]
@@ -113,6 +127,17 @@ mod tests {
         assert!(purge.match_key(b"user:admin:7").is_none());
         let purge = Purge::new(2, &admins, [&users]);
         assert!(purge.match_key(b"user:admin:7").is_some());
+    }
+
+    #[test]
+    fn keys_of_a_template_that_has_more_behind_the_same_beginning_are_left_alone() {
+        let (users, profiles) = (template("user:{id}"), template("user:{id}:profile"));
+        let purge = Purge::new(1, &users, [&profiles]);
+        assert!(purge.match_key(b"user:7").is_some());
+        assert!(purge.match_key(b"user:7:profile").is_none());
+        let purge = Purge::new(2, &profiles, [&users]);
+        assert!(purge.match_key(b"user:7:profile").is_some());
+        assert!(purge.match_key(b"user:7").is_none());
     }
 
     #[test]

@@ -21,7 +21,10 @@ local function done(absent)
   return redis.status_reply('OK')
 end
 if old then
-  if redis.call('TYPE', old).ok == 'KIND' then
+  -- What is to be read again is no better under another key: there it has to be as well, and of a cache it goes.
+  local stale = redis.call('HEXISTS', pending, old) == 1
+  if stale and mode == 'm' then mode = 'r' end
+  if redis.call('TYPE', old).ok == 'KIND' and not (stale and mode == 'c') then
     redis.call('RENAME', old, key)
   else
     redis.call('UNLINK', old, key)

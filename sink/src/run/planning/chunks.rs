@@ -115,7 +115,9 @@ impl Planning {
                 Ok(true)
             }
             Content::Orphans(keys) => {
-                keys.get(position).into_iter().for_each(|key| self.settle(key));
+                keys.get(position)
+                    .into_iter()
+                    .for_each(|key| self.settle(key, self.gate.hash(key)));
                 Ok(true)
             }
             Content::Catalog(_) => Ok(true),
@@ -187,7 +189,7 @@ impl Planning {
                         .read_row(self.assembly.batch(), &mapping, trust, &row, hash);
                 }
                 if let Some(key) = pending {
-                    self.settle(key);
+                    self.settle(key, hash);
                 }
             }
             // What the change wrote stands; if it was a patch, it noted the key as pending itself.
@@ -211,7 +213,7 @@ impl Planning {
                 self.planner
                     .remove(self.assembly.batch(), chunk.relation, hash, key);
                 if pending {
-                    self.settle(key);
+                    self.settle(key, hash);
                 }
             }
             Verdict::Changed => {}
@@ -230,9 +232,10 @@ impl Planning {
         }
     }
 
-    /// The key need not be read again.
-    fn settle(&mut self, key: &[u8]) {
+    /// The key need not be read again. What was written to it just before stays in the batch: a change behind it may build on that.
+    fn settle(&mut self, key: &[u8], hash: u64) {
         let keys = self.planner.keys().clone();
+        self.assembly.batch().pin(hash);
         self.assembly
             .batch()
             .bookkeeping()

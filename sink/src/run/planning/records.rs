@@ -378,6 +378,8 @@ impl Planning {
                 self.forget_relation(oid, false);
             }
         }
+        // What is labelled from now on finds in Redis what somebody has put there since the session began.
+        self.registry.doubt();
         self.backfill.note_reconciled();
         Ok(())
     }

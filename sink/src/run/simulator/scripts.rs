@@ -66,12 +66,17 @@ fn patch(
     argv: &[&[u8]],
     change: impl FnOnce(&mut Stored, &[&[u8]]) -> Option<()>,
 ) -> Value {
-    let (key, pending, mode) = (keys[0], keys[1], argv[2]);
+    let (key, pending, mut mode) = (keys[0], keys[1], argv[2]);
     if let Some(old) = keys.get(2) {
         redis.touch(old);
         redis.touch(key);
         redis.data.remove(key);
-        if let Some(stored) = redis.data.remove(*old) {
+        let is_stale = redis.pending().any(|(pending, _)| pending == old);
+        if is_stale && mode == b"m" {
+            mode = b"r";
+        }
+        let moved = redis.data.remove(*old).filter(|_| !is_stale || mode != b"c");
+        if let Some(stored) = moved {
             redis.data.insert(key.to_vec(), stored);
         }
     }
