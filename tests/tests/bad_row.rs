@@ -169,6 +169,31 @@ fn a_key_of_another_type_stays_and_is_noted() {
     m.check();
 }
 
+/// However many of one transaction are refused, each is counted, and those between them are written.
+#[test]
+fn thousands_of_keys_of_another_type_do_not_hold_up_the_rest() {
+    let m = mirror(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t')",
+        &["--on-bad-row", "skip"],
+    );
+    filled(&m);
+    let fill = "for i = 1, 30000, 2 do redis.call('SET', 't:' .. i, 'foreign') end return 'ok'";
+    let filled: String = redis::cmd("EVAL")
+        .arg(fill)
+        .arg(0)
+        .query(&mut m.redis.connect())
+        .unwrap();
+    assert_eq!(filled, "ok");
+    m.sql("INSERT INTO t SELECT i, 'v' FROM generate_series(1, 30000) i");
+    m.sync();
+    assert_eq!(m.redis.keys().len(), 30_000);
+    assert_eq!(m.redis.hash("t:30000")[1], ("v".into(), "v".into()));
+    let log = log(&m);
+    assert!(log.contains("14990 more rows are not mirrored"), "{log}");
+    assert!(notes(&m) >= 1000);
+    m.sink(Sink::assert_running);
+}
+
 /// The EXEC is done and says that a key was refused, and before that could be noted the sink is gone. Here Redis refuses the note,
 /// which leaves the same behind.
 #[test]

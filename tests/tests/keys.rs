@@ -118,20 +118,21 @@ fn templates_that_begin_alike_leave_each_other_alone() {
          SELECT walmirror.mirror('users', key => 'user:{id}'), walmirror.mirror('profiles', key => 'user:{id}:profile'), \
            walmirror.mirror('orders', key => 'user:{id}:order:{line}', value => 'json')",
     );
-    run(
-        &m,
-        &[
-            "INSERT INTO users SELECT i, i FROM generate_series(1, 20) i; INSERT INTO profiles SELECT i, i FROM generate_series(1, 30) i; \
+    for statement in [
+        "INSERT INTO users SELECT i, i FROM generate_series(1, 20) i; INSERT INTO profiles SELECT i, i FROM generate_series(1, 30) i; \
              INSERT INTO orders SELECT i, 5, i FROM generate_series(1, 30) i",
-            "ALTER TABLE users ADD v int DEFAULT 4",
-            "ALTER TABLE profiles ADD v int DEFAULT 4",
-            "ALTER TABLE orders ADD v int DEFAULT 4",
-            "TRUNCATE users",
-            "INSERT INTO users SELECT i, i FROM generate_series(1, 20) i",
-            "TRUNCATE profiles",
-            "SELECT walmirror.unmirror('users')",
-        ],
-    );
+        "ALTER TABLE users ADD v int DEFAULT 4",
+        "ALTER TABLE profiles ADD v int DEFAULT 4",
+        "ALTER TABLE orders ADD v int DEFAULT 4",
+        "TRUNCATE users",
+        "INSERT INTO users SELECT i, i FROM generate_series(1, 20) i",
+        "TRUNCATE profiles",
+        "SELECT walmirror.unmirror('users')",
+    ] {
+        m.sql(statement);
+        m.settle();
+        m.check();
+    }
 }
 
 #[test]

@@ -22,11 +22,10 @@ use crate::resp::Commands;
 use crate::transaction::Commit;
 
 use ahead::Ahead;
+use refused::Refusals;
 
 /// The command that opens a transaction.
 const MULTI: &[u8] = b"*1\r\n$5\r\nMULTI\r\n";
-/// An EXEC reply names at most so many refused commands in what is noted for repair.
-const REFUSED_MAX: usize = 10_000;
 
 /// A stretch of one MULTI: usually all of it. A large transaction takes several, so that it is never whole in memory.
 #[derive(Debug, Default)]
@@ -278,17 +277,17 @@ impl Writer {
             _ => return Err(unreadable("EXEC").at(step.lsn)),
         };
         let mut pending = false;
-        let mut refused: Vec<(usize, ServerError)> = Vec::new();
+        let mut refused: Option<Refusals> = None;
         for (command, element) in elements.into_iter().enumerate() {
             match element {
                 Value::SimpleString(text) => pending |= text == PENDING_REPLY,
-                Value::ServerError(reply) if refused.len() < REFUSED_MAX => refused.push((command, reply)),
+                Value::ServerError(reply) => Refusals::add(&mut refused, command, reply),
                 _ => {}
             }
         }
-        if refused.is_empty() {
+        let Some(refused) = refused else {
             return Ok((pending, Vec::new()));
-        }
+        };
         match self.skipped(&refused) {
             Some(skipped) => Ok((pending, skipped)),
             None => Err(self.refused(&refused, step)),

@@ -23,6 +23,9 @@ const WAIT_MS: u64 = 100;
 /// How often they are asked.
 const WAIT_EVERY: Duration = Duration::from_millis(50);
 
+/// So many of the rows that one step could not write are named in the log.
+const LOGGED: usize = 10;
+
 /// Applies until the planner ends.
 pub(super) fn apply(
     mut writer: Writer,
@@ -123,6 +126,13 @@ fn reject(
             reason: "its key holds another type, and stays as it is (WRONGTYPE)".to_owned(),
         })
         .collect();
-    rejected.iter().for_each(Rejected::log);
+    rejected.iter().take(LOGGED).for_each(Rejected::log);
+    if let Some(more) = rejected.len().checked_sub(LOGGED).filter(|more| *more > 0) {
+        tracing::error!(
+            lsn = %applied.step.lsn,
+            next = "walmirror status",
+            "{more} more rows are not mirrored, for the same reason"
+        );
+    }
     writer.note_rejected(&rejected)
 }

@@ -3,22 +3,46 @@
 use redis::{ServerError, Value};
 
 use super::super::error::reply_error;
-use super::{REFUSED_MAX, Refused, Segment, Writer, touched};
+use super::{Refused, Segment, Writer, touched};
 use crate::config::OnBadRow;
 use crate::error::Error;
 use crate::progress::Step;
 use crate::rejected::Rejected;
 use crate::resp::Commands;
 
+/// The commands of an EXEC that Redis refused.
+pub(super) struct Refusals {
+    /// Their numbers.
+    commands: Vec<usize>,
+    /// What it said of the first.
+    first: ServerError,
+    /// It said of each that the key holds another type.
+    are_types: bool,
+}
+
+impl Refusals {
+    pub(super) fn add(refused: &mut Option<Self>, command: usize, reply: ServerError) {
+        let is_type = reply.code() == "WRONGTYPE";
+        let all = refused.get_or_insert_with(|| Self {
+            commands: Vec::new(),
+            first: reply,
+            are_types: true,
+        });
+        all.commands.push(command);
+        all.are_types &= is_type;
+    }
+}
+
 impl Writer {
     /// The keys that were refused, if each of them just holds another type and such rows are skipped.
-    pub(super) fn skipped(&self, refused: &[(usize, ServerError)]) -> Option<Vec<Refused>> {
-        let is_skipped = self.on_bad_row == OnBadRow::Skip && refused.len() < REFUSED_MAX;
+    pub(super) fn skipped(&self, refused: &Refusals) -> Option<Vec<Refused>> {
+        if self.on_bad_row != OnBadRow::Skip || !refused.are_types {
+            return None;
+        }
         let mut skipped: Vec<Refused> = Vec::new();
-        for (command, reply) in refused {
+        for command in &refused.commands {
             let located = self.locate(*command);
-            let are_rows = !located.is_empty() && located.iter().all(|refused| refused.relation != 0);
-            if !is_skipped || reply.code() != "WRONGTYPE" || !are_rows {
+            if located.is_empty() || located.iter().any(|refused| refused.relation == 0) {
                 return None;
             }
             // A row may take several commands, which stand side by side.
@@ -42,29 +66,26 @@ impl Writer {
 
     /// Redis does not undo a transaction of which one command failed, so the progress counts as applied what is not. The
     /// keys are noted as pending: once the cause is gone, their rows are read again.
-    pub(super) fn refused(&mut self, refused: &[(usize, ServerError)], step: Step) -> Error {
-        let Some((first, reply)) = refused.first() else {
-            return Error::bug("nothing was refused");
-        };
-        let located = self.locate(*first).into_iter().next();
-        let Refused { key, relation } = located.unwrap_or_default();
+    pub(super) fn refused(&mut self, refused: &Refusals, step: Step) -> Error {
+        let first = refused.commands.first().map(|command| self.locate(*command));
+        let Refused { key, relation } = first.unwrap_or_default().into_iter().next().unwrap_or_default();
         let what = format!(
             "Redis refused to write the key \"{}\" of the table with oid {relation} ({} refused in this batch)",
             String::from_utf8_lossy(&key),
-            refused.len()
+            refused.commands.len()
         );
-        let error = reply_error(what, reply).at(step.lsn);
+        let error = reply_error(what, &refused.first).at(step.lsn);
         if let Err(failure) = self.note_pending(refused) {
             tracing::error!(lsn = %step.lsn, "the keys that Redis refused could not be noted for repair: {failure}");
         }
         error
     }
 
-    fn note_pending(&mut self, refused: &[(usize, ServerError)]) -> Result<(), Error> {
+    fn note_pending(&mut self, refused: &Refusals) -> Result<(), Error> {
         self.check_watch()?;
         let mut commands = Commands::new();
         Self::open(&mut commands);
-        let located = refused.iter().flat_map(|(command, _)| self.locate(*command));
+        let located = refused.commands.iter().flat_map(|command| self.locate(*command));
         for Refused { key, relation } in located.filter(|refused| refused.relation != 0) {
             commands.command(&[b"HSET", &self.keys.pending, &key, relation.to_string().as_bytes()]);
         }
