@@ -73,6 +73,11 @@ impl Planning {
     }
 
     fn row(&mut self, index: u32, change: &Change<'_>) -> Result<(), Error> {
+        let definition = self.definitions.get(index as usize).and_then(Option::as_ref);
+        if definition.is_some_and(|definition| matches!(definition.standing, Standing::Unregistered)) {
+            // A cache is emptied of what was there before it.
+            self.cut_before_purge();
+        }
         let open = self
             .transactions
             .change("a row")

@@ -116,13 +116,18 @@ impl Registry {
                 purges.push(self.purge(oid, &old.mapping.template));
             }
         }
-        let had_before = old_keys.contains(&relation.key);
+        // What somebody left there: an older version, another table that had it, a mirror that kept its keys.
+        let may_hold = if self.relations.contains_key(&oid) {
+            old_keys.contains(&relation.key)
+        } else {
+            !self.nothing_else
+        };
         old_keys.retain(|key| *key != relation.key);
         old_keys.dedup();
         if is_cache(&relation) {
             purges.extend(self.retired(oid, &old_keys));
-            // Nobody reads all of a cache again, so what an older version left under the same template has to go as well.
-            let template = KeyTemplate::parse(&relation.key).ok().filter(|_| had_before);
+            // Nobody reads all of a cache again, so what is there under its own template has to go as well.
+            let template = KeyTemplate::parse(&relation.key).ok().filter(|_| may_hold);
             purges.extend(template.map(|template| self.purge(oid, &template)));
         }
         let mut cursor = fresh(&relation, old_keys);

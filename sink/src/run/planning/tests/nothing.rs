@@ -128,6 +128,28 @@ fn so_does_a_table_whose_keys_may_have_been_kept() {
     assert!(!cursor(&planning).on_nothing);
 }
 
+/// Nothing reads all of a cache, so what was under its template before would stay, and be served.
+#[test]
+fn a_cache_begins_empty() {
+    for nothing_else in [false, true] {
+        let mut stored = settled();
+        stored.relations.clear();
+        stored.nothing_else = nothing_else;
+        let mut planning = planning(stored, 1 << 20, 1 << 24);
+        Frame::default()
+            .begin(100, 10)
+            .relation(pb::Relation {
+                announced: true,
+                ..cache(1, "t:{id}")
+            })
+            .commit(20)
+            .feed(&mut planning);
+        planning.flush();
+        let segment = planning.next_segment().unwrap();
+        assert_eq!(segment.purges.is_empty(), nothing_else);
+    }
+}
+
 #[test]
 fn so_does_a_definition_that_is_registered_behind_another_of_its_table() {
     let progress = Progress {
