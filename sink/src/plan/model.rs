@@ -472,5 +472,15 @@ fn a_patch_that_finds_no_key_is_noted_and_writes_nothing() {
         );
         assert!(apply(&mut fixture, &mut writer, 3).pending, "{value:?}");
         assert_eq!(pending(&mut reader, b"t:2"), noted, "{value:?}");
+
+        // What is of another type while the table is being filled goes: a change may come before the key is read again.
+        let foreign = [b"LPUSH".as_slice(), b"t:3", b"x"];
+        reader.call("write", &foreign).unwrap();
+        row.id = "3".into();
+        Writer::open(fixture.batch.bookkeeping());
+        fixture.plan(Trust::Refreshing, Kind::Update, &tuple(&row, true, false), None);
+        assert!(apply(&mut fixture, &mut writer, 4).pending, "{value:?}");
+        let exists = reader.call("read", &[b"EXISTS", b"t:3"]).unwrap();
+        assert_eq!(exists, Value::Int(0), "{value:?}");
     }
 }

@@ -25,8 +25,10 @@ pub(super) fn run(redis: &mut Redis, script: &[u8], args: &[&[u8]]) -> Value {
     };
     let count: usize = String::from_utf8_lossy(args[0]).parse().unwrap();
     let (keys, argv) = args[1..].split_at(count);
+    let is_hash = |stored: &Stored| matches!(stored, Stored::Hash(_));
+    let is_text = |stored: &Stored| matches!(stored, Stored::Text(_));
     match script {
-        Script::PatchHash => patch(redis, keys, argv, |stored, rest| {
+        Script::PatchHash => patch(redis, keys, argv, is_hash, |stored, rest| {
             let Stored::Hash(fields) = stored else { return None };
             let sets = String::from_utf8_lossy(rest[0]).parse::<usize>().unwrap() * 2;
             for pair in rest[1..1 + sets].chunks(2) {
@@ -35,10 +37,10 @@ pub(super) fn run(redis: &mut Redis, script: &[u8], args: &[&[u8]]) -> Value {
             rest[1 + sets..].iter().for_each(|name| _ = fields.remove(*name));
             Some(())
         }),
-        Script::PatchString => patch(redis, keys, argv, |stored, _| {
+        Script::PatchString => patch(redis, keys, argv, is_text, |stored, _| {
             matches!(stored, Stored::Text(_)).then_some(())
         }),
-        Script::PatchJson => patch(redis, keys, argv, |stored, rest| {
+        Script::PatchJson => patch(redis, keys, argv, is_text, |stored, rest| {
             let Stored::Text(text) = stored else { return None };
             let object: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(text).ok()?;
             let members: Option<Vec<String>> = rest
@@ -64,6 +66,7 @@ fn patch(
     redis: &mut Redis,
     keys: &[&[u8]],
     argv: &[&[u8]],
+    is_kind: fn(&Stored) -> bool,
     change: impl FnOnce(&mut Stored, &[&[u8]]) -> Option<()>,
 ) -> Value {
     let (key, pending, mut mode) = (keys[0], keys[1], argv[2]);
@@ -81,6 +84,9 @@ fn patch(
         }
     }
     redis.touch(key);
+    if mode == b"r" && redis.data.get(key).is_some_and(|stored| !is_kind(stored)) {
+        redis.data.remove(key);
+    }
     let changed = redis
         .data
         .get_mut(key)
