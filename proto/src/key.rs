@@ -156,6 +156,24 @@ impl KeyTemplate {
         matching::match_key(self, key)
     }
 
+    /// Whether a key may be read in several ways, because a value may hold what stands between two placeholders: `{day}-{id}`.
+    pub fn is_ambiguous(&self) -> bool {
+        let between = self
+            .literals
+            .len()
+            .checked_sub(1)
+            .and_then(|last| self.literals.get(1..last));
+        between
+            .unwrap_or_default()
+            .iter()
+            .any(|literal| !literal.contains(':'))
+    }
+
+    /// Every way to read `key`, as [`Self::match_key`] gives the first of them; 64 at most.
+    pub fn match_all(&self, key: &[u8]) -> Vec<Vec<Vec<u8>>> {
+        matching::match_all(self, key)
+    }
+
     /// A glob for Redis' SCAN MATCH that every key of this template matches (and possibly others: check them with
     /// [`Self::match_key`]).
     pub fn scan_pattern(&self) -> Vec<u8> {

@@ -2,6 +2,7 @@
 //!
 //! Callers branch on [`Error::class`] (try again, or stop), `main` on [`Error::exit_code`].
 
+use rustix::io::Errno;
 use std::fmt;
 use std::time::Duration;
 
@@ -222,6 +223,14 @@ impl Error {
             Self::Postgres(_, source) => source.class(),
             Self::Redis(_, class, _) => *class,
             Self::Spool(..) => Class::Retry,
+            // Nothing is left of what a process or the machine may have at once: that passes.
+            Self::Io(_, source)
+                if Errno::from_io_error(source).is_some_and(|errno| {
+                    [Errno::MFILE, Errno::NFILE, Errno::AGAIN, Errno::NOMEM].contains(&errno)
+                }) =>
+            {
+                Class::Retry
+            }
             Self::Config(_)
             | Self::Setup(_)
             | Self::Gap(_)

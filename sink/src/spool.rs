@@ -64,7 +64,8 @@ impl Spool {
             file.write_all(&stored.buffer)?;
             stored.written += stored.buffer.len() as u64;
             self.buffered -= stored.buffer.len();
-            stored.buffer.clear();
+            // A large row must not keep its room until the transaction ends.
+            stored.buffer = Vec::new();
         }
         Ok(())
     }

@@ -135,6 +135,40 @@ fn templates_that_begin_alike_leave_each_other_alone() {
     }
 }
 
+/// What stands between the columns may stand in their values too: then a key can be read in several ways, and one of them is its row.
+/// And a key column may have a type whose operators are somewhere else, or one that refuses what a foreign key holds.
+#[test]
+fn a_sweep_leaves_the_keys_of_rows_alone() {
+    let m = Mirror::with(
+        "CREATE TABLE stats (day date, id int, n int, PRIMARY KEY (day, id)); \
+         CREATE DOMAIN positive AS int CHECK (VALUE > 0); CREATE TABLE checked (id positive PRIMARY KEY, n int); \
+         SELECT walmirror.mirror('stats', key => 'stats-{day}-{id}'), walmirror.mirror('checked')",
+    );
+    m.sql(
+        "INSERT INTO stats SELECT '2024-01-01'::date + i, -i, i FROM generate_series(1, 40) i; \
+         INSERT INTO checked SELECT i, i FROM generate_series(1, 40) i",
+    );
+    let has_ltree = m.db.connect().batch_execute("CREATE EXTENSION ltree").is_ok();
+    if has_ltree {
+        m.sql(
+            "CREATE TABLE tree (path ltree PRIMARY KEY, n int); SELECT walmirror.mirror('tree'); \
+             INSERT INTO tree SELECT ('top.n' || i)::ltree, i FROM generate_series(1, 40) i",
+        );
+    } else {
+        println!("not on this server: ltree");
+    }
+    m.settle();
+    m.check();
+    let _: String = m.redis.command("SET checked:-5 foreign");
+    let _: String = m.redis.command("SET stats-2024-01-02-7-8 foreign");
+    m.sql("ALTER TABLE stats ADD v int DEFAULT 4; ALTER TABLE checked ADD v int DEFAULT 4");
+    if has_ltree {
+        m.sql("ALTER TABLE tree ADD v int DEFAULT 4");
+    }
+    m.settle();
+    m.check();
+}
+
 #[test]
 fn keys_of_many_types() {
     let types = [

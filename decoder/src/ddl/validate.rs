@@ -153,7 +153,7 @@ fn has_unique_index(table: pg_sys::Oid) -> Result<bool, Refusal> {
 /// The key has to tell rows apart: it must name all columns of some unique index that is checked at once.
 fn check_unique(table: pg_sys::Oid, name: &str, key: &[String]) -> Result<(), Refusal> {
     let indexes = query(
-        "SELECT (SELECT string_agg(a.attname, E'\\x01' ORDER BY k.ord) FROM unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
+        "SELECT (SELECT pg_catalog.string_agg(a.attname::text, E'\\x01' ORDER BY k.ord) FROM pg_catalog.unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
                  JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum WHERE k.ord <= i.indnkeyatts) AS columns
          FROM pg_catalog.pg_index i
          WHERE i.indrelid = $1 AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL AND i.indexprs IS NULL",
@@ -183,7 +183,7 @@ fn check_unique(table: pg_sys::Oid, name: &str, key: &[String]) -> Result<(), Re
 fn check_replica_identity(table: pg_sys::Oid, key: &[String]) -> Result<(), Refusal> {
     let leaves = query(
         "SELECT l.oid::regclass::text AS name, c.relreplident::text AS identity,
-                (SELECT string_agg(a.attname, E'\\x01') FROM pg_catalog.pg_index i
+                (SELECT pg_catalog.string_agg(a.attname::text, E'\\x01') FROM pg_catalog.pg_index i
                  JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::int2[])
                  WHERE i.indrelid = l.oid AND i.indisvalid AND i.indimmediate
                    AND CASE c.relreplident WHEN 'd' THEN i.indisprimary ELSE i.indisreplident END) AS columns,
@@ -259,8 +259,9 @@ fn check_other_templates(table: pg_sys::Oid, key: &str, template: &KeyTemplate) 
 /// A row of text columns; booleans are "t" and "f".
 type Texts = Vec<Option<String>>;
 
-/// Runs a catalog query whose only parameter is an oid, and returns its columns as text. Each row travels as JSON in
-/// UTF-8, because names in other database encodings are no Rust strings.
+/// Runs a catalog query whose only parameter is an oid, and returns its columns as text. Each row travels as JSON in UTF-8, because
+/// names in other database encodings are no Rust strings. The search path is the caller's: functions must be qualified, and
+/// their arguments of the types that they are declared for, or somebody's own function could be a better match.
 fn query(sql: &str, table: pg_sys::Oid) -> Result<Vec<Texts>, Refusal> {
     let failed = |error: String| {
         Refusal::new(

@@ -9,6 +9,9 @@ use super::KeyTemplate;
 /// separates, can need more; a key of it is then left alone.
 const STEPS_MAX: u32 = 50_000;
 
+/// So many ways to read a key are enough.
+const MATCHES_MAX: usize = 64;
+
 /// See [`KeyTemplate::match_key`].
 pub(super) fn match_key(template: &KeyTemplate, key: &[u8]) -> Option<Vec<Vec<u8>>> {
     let (first, rest) = template.literals.split_first()?;
@@ -21,9 +24,30 @@ pub(super) fn match_key(template: &KeyTemplate, key: &[u8]) -> Option<Vec<Vec<u8
         values: vec![None; template.names.len()],
         dead_ends: HashSet::new(),
         steps: 0,
+        all: None,
     };
     search.slot(0, key)?;
     search.values.into_iter().collect()
+}
+
+/// See [`KeyTemplate::match_all`].
+pub(super) fn match_all(template: &KeyTemplate, key: &[u8]) -> Vec<Vec<Vec<u8>>> {
+    let Some((first, _)) = template.literals.split_first() else {
+        return Vec::new();
+    };
+    let Some(key) = key.strip_prefix(first.as_bytes()) else {
+        return Vec::new();
+    };
+    let mut search = Search {
+        template,
+        values: vec![None; template.names.len()],
+        dead_ends: HashSet::new(),
+        steps: 0,
+        all: Some(Vec::new()),
+    };
+    // It never finds enough.
+    let _ = search.slot(0, key);
+    search.all.unwrap_or_default()
 }
 
 /// A depth-first search that tries short values first.
@@ -35,13 +59,21 @@ struct Search<'t> {
     dead_ends: HashSet<(usize, usize)>,
     /// Places tried so far.
     steps: u32,
+    /// Every match is wanted, and these were found. Else the first one ends the search.
+    all: Option<Vec<Vec<Vec<u8>>>>,
 }
 
 impl Search<'_> {
     /// Matches placeholder number `at` and all that follows to `key`.
     fn slot(&mut self, at: usize, key: &[u8]) -> Option<()> {
         let Some(&name) = self.template.slots.get(at) else {
-            return key.is_empty().then_some(());
+            if !key.is_empty() {
+                return None;
+            }
+            let values: Option<Vec<Vec<u8>>> = self.values.iter().cloned().collect();
+            let Some(all) = &mut self.all else { return Some(()) };
+            all.extend(values);
+            return (all.len() >= MATCHES_MAX).then_some(());
         };
         let literal = self.template.literals.get(at + 1)?.as_bytes();
         if let Some(known) = self.values.get(name)?.clone() {
@@ -77,7 +109,7 @@ impl Search<'_> {
             rest = after;
         }
         // Where a column is named twice, whether the rest matches depends on the values found before.
-        if self.values.len() == self.template.slots.len() {
+        if self.all.is_none() && self.values.len() == self.template.slots.len() {
             self.dead_ends.insert((at, key.len()));
         }
         None

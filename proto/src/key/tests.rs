@@ -30,6 +30,29 @@ fn matched(template: &str, key: &str) -> Option<Vec<String>> {
 }
 
 #[test]
+fn every_reading_of_an_ambiguous_key_is_found() {
+    let template = KeyTemplate::parse("stats-{day}-{id}").unwrap();
+    assert!(template.is_ambiguous());
+    let all = template.match_all(b"stats-2024-01-02-7");
+    let text = |values: &[Vec<u8>]| {
+        values
+            .iter()
+            .map(|value| String::from_utf8_lossy(value).into_owned())
+            .collect::<Vec<_>>()
+    };
+    let all: Vec<Vec<String>> = all.iter().map(|values| text(values)).collect();
+    assert_eq!(
+        all,
+        [["2024", "01-02-7"], ["2024-01", "02-7"], ["2024-01-02", "7"]]
+    );
+    assert!(template.match_all(b"other").is_empty());
+    for clear in ["t:{a}:{b}", "t:{a}", "{a}:x-{b}"] {
+        assert!(!KeyTemplate::parse(clear).unwrap().is_ambiguous(), "{clear}");
+    }
+    assert!(KeyTemplate::parse("{a}{b}").unwrap().is_ambiguous());
+}
+
+#[test]
 fn templates_render() {
     assert_eq!(key("user:{id}", &["7"]), "user:7");
     assert_eq!(key("{id}", &["a:b%"]), "a:b%", "one placeholder is not escaped");

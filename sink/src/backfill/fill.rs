@@ -6,7 +6,7 @@ use super::sql::{Snapshots, Sql, explain};
 use super::worker::{Context, Flow};
 use super::{Content, Cursor, PackedRows, Task, Window};
 use crate::error::Error;
-use crate::pq::binary_fields;
+use crate::pq::{PqError, binary_fields};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -135,8 +135,31 @@ pub(crate) fn read_chunk(
     start: (u32, u16),
     blocks: u32,
 ) -> Result<Option<Read>, Error> {
-    let snapshot = snapshots.begin(sql, table)?;
-    let Some(snapshot) = snapshot else { return Ok(None) };
+    let Some(snapshot) = snapshots.begin(sql, table)? else {
+        return Ok(None);
+    };
+    let read = copy_rows(sql, name, start, blocks);
+    let ended = sql.end();
+    match read {
+        Ok(read) => {
+            ended?;
+            Ok(read.map(|(rows, end)| Read { rows, snapshot, end }))
+        }
+        // The stream will say so.
+        Err(error) if has_changed(&error) => {
+            tracing::debug!(table, "the table changed while it was read: {error}");
+            std::thread::sleep(Duration::from_millis(100));
+            Ok(None)
+        }
+        Err(error) => Err(explain(format!("cannot read the table {table}"), error)),
+    }
+}
+
+/// Packed rows, and block and offset to go on from.
+type Copied = (PackedRows, (u32, u16));
+
+/// Reads the rows. None: the table is no longer labelled.
+fn copy_rows(sql: &mut Sql, name: &str, start: (u32, u16), blocks: u32) -> Result<Option<Copied>, PqError> {
     let until = start.0.saturating_add(blocks);
     let statement = format!(
         "COPY (SELECT t.ctid, walmirror.pack(t.*) FROM ONLY {name} t WHERE t.ctid >= '({},{})'::tid AND t.ctid < '({until},0)'::tid) \
@@ -144,58 +167,36 @@ pub(crate) fn read_chunk(
         start.0, start.1
     );
     let mut rows = PackedRows::default();
-    let mut end = (until, 0);
-    let failed = |error| explain(format!("cannot read the table {table}"), error);
-    let mut copy = sql.connection.copy_out(&statement).map_err(failed)?;
-    let mut broken = None;
-    for message in copy.by_ref() {
-        let message = match message {
-            Ok(message) => message,
-            Err(error) => {
-                broken = Some(error);
-                break;
-            }
-        };
+    // Dropping it early cancels the query.
+    for message in sql.connection.copy_out(&statement)? {
+        let message = message?;
         let Some(mut fields) = binary_fields(&message) else {
             continue;
         };
-        let ctid = fields
-            .next()
-            .transpose()
-            .map_err(failed)?
-            .flatten()
-            .and_then(ctid);
-        let packed = fields.next().transpose().map_err(failed)?.flatten();
+        let ctid = fields.next().transpose()?.flatten().and_then(ctid);
+        let packed = fields.next().transpose()?.flatten();
+        // walmirror.pack gives NULL for a table that is no longer labelled.
         let (Some((block, offset)), Some(packed)) = (ctid, packed) else {
-            // walmirror.pack gives NULL for a table that is no longer labelled.
-            drop(copy);
-            sql.end()?;
             return Ok(None);
         };
         rows.push(packed);
         if rows.byte_len() >= CHUNK_BYTES {
-            end = if offset == u16::MAX {
+            let end = if offset == u16::MAX {
                 (block + 1, 0)
             } else {
                 (block, offset + 1)
             };
-            break;
+            return Ok(Some((rows, end)));
         }
     }
-    // Dropping it early cancels the query.
-    drop(copy);
-    if let Some(error) = broken {
-        let _ = sql.end();
-        // Dropped or rewritten while it was read: the stream will say so.
-        if ["42P01", "XX000", "55000"].iter().any(|state| error.is(state)) {
-            tracing::debug!(table, "the table changed while it was read: {error}");
-            std::thread::sleep(Duration::from_millis(100));
-            return Ok(None);
-        }
-        return Err(failed(error));
-    }
-    sql.end()?;
-    Ok(Some(Read { rows, snapshot, end }))
+    Ok(Some((rows, (until, 0))))
+}
+
+/// Whether the table was dropped, renamed or rewritten while it was read.
+pub(super) fn has_changed(error: &PqError) -> bool {
+    ["42P01", "3F000", "42703", "XX000", "55000"]
+        .iter()
+        .any(|state| error.is(state))
 }
 
 /// Block and offset of a tid in binary.

@@ -1,8 +1,9 @@
 //! Reads rows by their keys: which keys of a page have a row (the sweep), and what the rows of pending keys are. Keys come
 //! from Redis, where anybody can write, so a value may not even be one of its column's type.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
+use super::fill::has_changed;
 use super::sql::{Snapshots, Sql, explain};
 use crate::error::Error;
 use crate::gate::Snapshot;
@@ -50,14 +51,23 @@ impl Lookup {
         let (mut arrays, mut joins, mut columns) = (Vec::new(), Vec::new(), Vec::new());
         for (index, column) in names.iter().enumerate() {
             // With -1 the type has its name without a length: "character" would mean one character.
-            let statement = "SELECT format_type(atttypid, -1) FROM pg_attribute WHERE attrelid = $1::oid AND attname = $2 AND NOT attisdropped";
+            // And its operator = may be in the schema of an extension, where the search path does not lead.
+            let statement = "WITH RECURSIVE kinds (oid) AS ( \
+                                 SELECT atttypid FROM pg_attribute WHERE attrelid = $1::oid AND attname = $2 AND NOT attisdropped \
+                                 UNION SELECT t.typbasetype FROM kinds k JOIN pg_type t ON t.oid = k.oid WHERE t.typtype = 'd') \
+                             SELECT format_type(a.atttypid, -1), (SELECT quote_ident(n.nspname) FROM kinds k \
+                                 JOIN pg_opclass c ON c.opcintype = k.oid AND c.opcdefault JOIN pg_am m ON m.oid = c.opcmethod AND m.amname = 'btree' \
+                                 JOIN pg_amop o ON o.amopfamily = c.opcfamily AND o.amopstrategy = 3 AND o.amoplefttype = k.oid AND o.amoprighttype = k.oid \
+                                 JOIN pg_operator p ON p.oid = o.amopopr AND p.oprname = '=' JOIN pg_namespace n ON n.oid = p.oprnamespace LIMIT 1) \
+                             FROM pg_attribute a WHERE a.attrelid = $1::oid AND a.attname = $2 AND NOT a.attisdropped";
             let result = sql.query(what, statement, &[Some(oid.as_bytes()), Some(column.as_bytes())])?;
             let Some(kind) = result.text(0, 0) else {
                 return Ok(None);
             };
+            let schema = result.text(0, 1).unwrap_or("pg_catalog");
             let quoted = quote_identifier(column);
             arrays.push(format!("${}::text[]", index + 1));
-            joins.push(format!("t.{quoted} = k.v{index}::{kind}"));
+            joins.push(format!("t.{quoted} OPERATOR({schema}.=) k.v{index}::{kind}"));
             columns.push(format!("t.{quoted}::text"));
         }
         let aliases: Vec<String> = (0..names.len()).map(|index| format!("v{index}")).collect();
@@ -85,6 +95,7 @@ impl Lookup {
         keys: Vec<ParsedKey>,
     ) -> Result<Vec<Found<()>>, Error> {
         let statement = format!("SELECT {} {}", self.columns, self.from);
+        let keys = all_readings(mapping, keys);
         let mut found = Vec::new();
         self.bisect(
             snapshots,
@@ -117,7 +128,7 @@ impl Lookup {
                 Ok(())
             },
         )?;
-        Ok(found)
+        Ok(one_answer_a_key(mapping, found))
     }
 
     /// The packed rows of the keys.
@@ -129,6 +140,7 @@ impl Lookup {
         keys: Vec<ParsedKey>,
     ) -> Result<Vec<Found<Vec<u8>>>, Error> {
         let statement = format!("SELECT walmirror.pack(t.*) {}", self.from);
+        let keys = all_readings(mapping, keys);
         let mut found = Vec::new();
         self.bisect(
             snapshots,
@@ -150,7 +162,8 @@ impl Lookup {
                 let keys = keys
                     .into_iter()
                     .map(|(key, _)| {
-                        let row = rows.remove(&key);
+                        // The same key may have been asked for twice.
+                        let row = rows.get(&key).cloned();
                         (key, row)
                     })
                     .collect();
@@ -158,7 +171,7 @@ impl Lookup {
                 Ok(())
             },
         )?;
-        Ok(found)
+        Ok(one_answer_a_key(mapping, found))
     }
 
     /// Runs the statement for the keys. Where a value is not one of its column's type, the halves are tried by
@@ -193,6 +206,8 @@ impl Lookup {
                 self.bisect(snapshots, sql, statement, binary, half, take)
             }
             Err(error) if is_bad_value(&error) => take(snapshot, keys, None),
+            // What is behind this in the stream is dropped: the table has another generation by then.
+            Err(error) if has_changed(&error) => Ok(()),
             Err(error) => Err(explain(
                 format!("cannot look for rows of the table {}", self.table),
                 error,
@@ -201,10 +216,54 @@ impl Lookup {
     }
 }
 
-/// A value that its type does not take: class 22 (data exception), and what some input functions say instead.
+/// A key that may be read in several ways is looked for in each of them: only one can be that of its row.
+fn all_readings(mapping: &Mapping, keys: Vec<ParsedKey>) -> Vec<ParsedKey> {
+    if !mapping.template.is_ambiguous() {
+        return keys;
+    }
+    let readings = |(key, first): ParsedKey| {
+        let mut all = mapping.template.match_all(&key);
+        all.retain(|values| is_text(values));
+        if all.is_empty() {
+            all.push(first);
+        }
+        all.into_iter().map(move |values| (key.clone(), values))
+    };
+    keys.into_iter().flat_map(readings).collect()
+}
+
+/// Puts their answers together. What was asked first has the oldest snapshot, which holds for all of them.
+fn one_answer_a_key<T>(mapping: &Mapping, found: Vec<Found<T>>) -> Vec<Found<T>> {
+    if !mapping.template.is_ambiguous() {
+        return found;
+    }
+    let mut keys: BTreeMap<Vec<u8>, Option<T>> = BTreeMap::new();
+    let mut first = None;
+    for Found {
+        snapshot,
+        keys: answers,
+    } in found
+    {
+        first.get_or_insert(snapshot);
+        for (key, row) in answers {
+            let known = keys.entry(key).or_default();
+            *known = known.take().or(row);
+        }
+    }
+    let keys = keys.into_iter().collect();
+    first
+        .map(|snapshot| Found { snapshot, keys })
+        .into_iter()
+        .collect()
+}
+
+/// A value that its type does not take: class 22 (data exception), 23 (a domain's constraint), and what some input functions say
+/// instead.
 fn is_bad_value(error: &PqError) -> bool {
     error.sqlstate.as_deref().is_some_and(|state| {
-        state.starts_with("22") || matches!(state, "42704" | "42883" | "42601" | "0A000" | "54000")
+        state.starts_with("22")
+            || state.starts_with("23")
+            || matches!(state, "42704" | "42601" | "0A000" | "54000" | "P0001")
     })
 }
 

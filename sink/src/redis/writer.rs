@@ -202,6 +202,15 @@ impl Writer {
         !self.open.is_empty()
     }
 
+    /// Gives up a MULTI of which only a part was sent.
+    pub fn abandon(&mut self) -> Result<(), Error> {
+        if self.is_open() {
+            self.open.clear();
+            self.connection.call("give up a batch", &[b"DISCARD"])?;
+        }
+        Ok(())
+    }
+
     /// Asks again whether this session is still the one that may write: an idle session notices this way that Redis
     /// went away, was emptied, or belongs to somebody else.
     pub fn check(&mut self) -> Result<(), Error> {

@@ -59,7 +59,12 @@ pub(super) fn apply(
                 let commands = segment.batch.commands().count() as u64;
                 next = segments.try_recv().ok();
                 let asked = Instant::now();
-                let applied = writer.apply(segment, next.as_ref(), &|| !shared.is_running())?;
+                let stopped = || {
+                    // Asked after each page of a purge, which may take long.
+                    shared.health.note_redis();
+                    !shared.is_running()
+                };
+                let applied = writer.apply(segment, next.as_ref(), &stopped)?;
                 shared.health.note_redis();
                 add(&shared.metrics.commands, commands);
                 if let Some(applied) = applied {
@@ -85,7 +90,13 @@ pub(super) fn apply(
                 shared.wake_stream();
             }
             Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            Err(RecvTimeoutError::Disconnected) => {
+                // What Redis has is confirmed at once now, whatever its window: so it has to be there.
+                writer.abandon()?;
+                writer.check()?;
+                shared.set_clean();
+                return Ok(());
+            }
         }
         let applied = shared.applied();
         if applied > durable && waited.elapsed() >= WAIT_EVERY && !writer.is_open() {

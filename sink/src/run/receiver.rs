@@ -49,8 +49,9 @@ pub(super) fn receive(
                 continue;
             }
             Phase::Closing => {
-                // A session that failed knows nothing about Redis any more: it may be what has just lost its tail.
-                let feedback = if shared.has_failed() {
+                // A session that failed, or whose last word Redis did not answer, knows nothing about Redis any more: it may be what has
+                // just lost its tail.
+                let feedback = if shared.has_failed() || !shared.is_clean() {
                     trail.feedback(seen, Instant::now())
                 } else {
                     trail.last(seen)

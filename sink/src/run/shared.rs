@@ -49,6 +49,8 @@ pub(super) struct Shared {
     pub(super) held: AtomicBool,
     /// When the last command was sent that Redis has answered on the connection that writes.
     heard: Mutex<Option<Instant>>,
+    /// At the end the applier has asked Redis once more, and it was there.
+    is_clean: AtomicBool,
     phase: AtomicU8,
     stream_waker: OnceLock<Waker>,
     failure: Mutex<Option<Error>>,
@@ -108,6 +110,14 @@ impl Shared {
     pub(super) fn set_heard(&self, sent: Instant) {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(sent);
         self.health.note_redis();
+    }
+
+    pub(super) fn set_clean(&self) {
+        self.is_clean.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_clean(&self) -> bool {
+        self.is_clean.load(Ordering::Acquire)
     }
 
     pub(super) fn heard(&self) -> Option<Instant> {

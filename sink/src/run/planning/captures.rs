@@ -31,14 +31,16 @@ impl Planning {
         let mapping = Arc::clone(&registered.mapping);
         let snapshot = Snapshot::from(&capture.snapshot);
         for tuple in capture.rows() {
-            let row = mapping
-                .datums(&tuple)
-                .map_err(|error| self.broken("a captured row", error))?;
-            let hash = self
-                .planner
-                .read_key(&self.gate, &mapping, &row)
-                .map_err(|error| self.broken("a captured row", error))?;
             let dropped = &self.shared.metrics.captures_dropped;
+            // Anybody may write such messages: one that makes no row is none of our business.
+            let Ok(row) = mapping.datums(&tuple) else {
+                add(&dropped.not_encoded, 1);
+                continue;
+            };
+            let Ok(hash) = self.planner.read_key(&self.gate, &mapping, &row) else {
+                add(&dropped.not_encoded, 1);
+                continue;
+            };
             let Some(hash) = hash else {
                 add(&dropped.no_key, 1);
                 continue;

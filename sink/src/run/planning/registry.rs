@@ -143,6 +143,12 @@ impl Registry {
         self.store(batch, &relation);
         let mapping = Arc::new(Mapping::new(&relation)?);
         if let Some(registered) = self.relations.get_mut(&relation.oid) {
+            let name = |relation: &pb::Relation| (relation.schema.clone(), relation.name.clone());
+            if name(&registered.relation) != name(&relation) {
+                // What is read by the old name may be of another table by now.
+                self.generations += 1;
+                registered.generation = self.generations;
+            }
             registered.mapping = mapping;
             registered.relation = relation;
             let registered = registered.clone();
