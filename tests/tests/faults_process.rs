@@ -57,6 +57,28 @@ fn stopped_under_load() {
     s.finish(&[]);
 }
 
+/// Redis dies, and the sink is stopped before it could notice. What Redis may have lost is not confirmed.
+#[test]
+fn stopped_when_redis_has_just_died() {
+    let mut s = Scenario::start("stopped_when_redis_has_just_died", Setup::default());
+    s.load.rest();
+    s.reach();
+    s.m.sql("UPDATE item SET n = n + 7 WHERE id % 2 = 0");
+    let updated = s.m.db.lsn();
+    s.reach_lsn(updated);
+    s.m.redis.stop(Signal::KILL);
+    let status = s.m.sink(|sink| {
+        sink.signal(Signal::TERM);
+        sink.wait(DEADLINE)
+    });
+    assert_eq!(status.code(), Some(0), "{}", s.log());
+    let confirmed = s.m.db.confirmed();
+    assert!(
+        confirmed < updated,
+        "{confirmed} is confirmed, and Redis has nothing of {updated}"
+    );
+}
+
 /// A sink that is frozen for longer than the server waits for it goes on when it wakes up.
 #[test]
 fn frozen_beyond_the_timeout() {

@@ -361,3 +361,44 @@ fn pg_dump_carries_the_labels() {
         ("t", "k:{id}", "json")
     );
 }
+
+/// A table has another name, another table has its name, or there is none any more, and the backfill reads on by the name that it had.
+#[test]
+fn tables_are_renamed_and_dropped_while_they_are_filled() {
+    let m = Mirror::with("");
+    let fill = |name: &str| {
+        m.sql(&format!(
+            "CREATE TABLE {name} (id int PRIMARY KEY, v text); \
+             INSERT INTO {name} SELECT i, repeat(md5(i::text), 4) FROM generate_series(1, 150000) i; SELECT walmirror.mirror('{name}')"
+        ));
+    };
+    fill("big");
+    for _ in 0..20 {
+        m.sql("ALTER TABLE big RENAME TO other");
+        m.sql("ALTER TABLE other RENAME TO big");
+    }
+    fill("gone");
+    m.sql("DROP TABLE gone");
+    fill("swapped");
+    m.sql("BEGIN; ALTER TABLE swapped RENAME TO old; CREATE TABLE swapped (LIKE old INCLUDING ALL); COMMIT");
+    m.settle();
+    m.check();
+    assert_eq!(m.redis.keys().len(), 300_000);
+}
+
+/// VACUUM FULL and CLUSTER move rows to blocks that were read already, and say so nowhere.
+#[test]
+fn a_table_is_compacted_while_it_is_filled() {
+    let m = Mirror::with("");
+    m.sql(
+        "CREATE TABLE big (id int PRIMARY KEY, v text); \
+         INSERT INTO big SELECT i, repeat(md5(i::text), 4) FROM generate_series(1, 300000) i; DELETE FROM big WHERE id <= 200000",
+    );
+    m.sql("SELECT walmirror.mirror('big')");
+    for _ in 0..3 {
+        m.sql("VACUUM FULL big");
+    }
+    m.settle();
+    m.check();
+    assert_eq!(m.redis.keys().len(), 100_000);
+}

@@ -28,6 +28,10 @@ pub struct Cursor {
     pub block: u32,
     /// … at this offset or behind it.
     pub offset: u16,
+    /// Fill: the file that this is a place in (relfilenode; 0: not known). VACUUM FULL and CLUSTER move rows to another one, and say so
+    /// nowhere.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub file: u32,
     /// Rows read so far.
     pub rows: u64,
     /// Key templates that the table had before; their keys go at the end.
@@ -39,6 +43,11 @@ pub struct Cursor {
     pub on_nothing: bool,
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_zero(number: &u32) -> bool {
+    *number == 0
+}
+
 impl Cursor {
     /// The beginning.
     pub fn start(fingerprint: u64, old_keys: Vec<String>) -> Self {
@@ -48,6 +57,7 @@ impl Cursor {
             leaf: 0,
             block: 0,
             offset: 0,
+            file: 0,
             rows: 0,
             old_keys,
             on_nothing: false,
@@ -67,6 +77,7 @@ impl Cursor {
             leaf: 0,
             block: 0,
             offset: 0,
+            file: 0,
             ..self
         }
     }

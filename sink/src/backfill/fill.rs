@@ -39,12 +39,22 @@ pub(super) fn fill(
                 leaf,
                 block: 0,
                 offset: 0,
+                file: 0,
                 ..cursor
             };
         }
-        let Some((name, blocks)) = leaf_size(sql, leaf)? else {
+        let Some(leaf) = look_at_leaf(sql, leaf)? else {
             continue;
         };
+        let blocks = leaf.blocks;
+        if ![0, leaf.file].contains(&cursor.file) {
+            tracing::info!(
+                table = leaf.name,
+                "its rows were moved to another file: it is read from its beginning"
+            );
+            (cursor.block, cursor.offset) = (0, 0);
+        }
+        cursor.file = leaf.file;
         let mut step = 64;
         while cursor.block < blocks {
             if !window.wait(READ_AHEAD - 1, || context.stopped())
@@ -59,7 +69,7 @@ pub(super) fn fill(
                 context,
                 sql,
                 &task.mapping.table,
-                &name,
+                &leaf,
                 (cursor.block, cursor.offset),
                 step,
             )? {
@@ -131,19 +141,25 @@ pub(crate) fn read_chunk(
     snapshots: &dyn Snapshots,
     sql: &mut Sql,
     table: &str,
-    name: &str,
+    leaf: &Leaf,
     start: (u32, u16),
     blocks: u32,
 ) -> Result<Option<Read>, Error> {
     let Some(snapshot) = snapshots.begin(sql, table)? else {
         return Ok(None);
     };
-    let read = copy_rows(sql, name, start, blocks);
+    let read = copy_rows(sql, &leaf.name, start, blocks);
     let ended = sql.end();
     match read {
-        Ok(read) => {
+        Ok(None) => {
             ended?;
-            Ok(read.map(|(rows, end)| Read { rows, snapshot, end }))
+            Ok(None)
+        }
+        Ok(Some((rows, end))) => {
+            ended?;
+            // A file is never that of the table again once it is another one, so this is the one that was read.
+            let file = look_at_leaf(sql, leaf.oid)?.map(|leaf| leaf.file);
+            Ok((file == Some(leaf.file)).then_some(Read { rows, snapshot, end }))
         }
         // The stream will say so.
         Err(error) if has_changed(&error) => {
@@ -220,25 +236,39 @@ pub(crate) fn leaves(sql: &mut Sql, relation: u32) -> Result<Vec<u32>, Error> {
     Ok(result.rows().filter_map(|row| row.parse(0)).collect())
 }
 
-/// The quoted name and the number of blocks; None when the table is gone.
-pub(crate) fn leaf_size(sql: &mut Sql, leaf: u32) -> Result<Option<(String, u32)>, Error> {
-    let statement = "SELECT format('%I.%I', n.nspname, c.relname), pg_relation_size(c.oid) / current_setting('block_size')::int \
-                     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1::oid";
+/// A table that holds rows.
+pub(crate) struct Leaf {
+    oid: u32,
+    /// Quoted.
+    pub(crate) name: String,
+    pub(crate) blocks: u32,
+    /// Its relfilenode.
+    file: u32,
+}
+
+/// None when the table is gone.
+pub(crate) fn look_at_leaf(sql: &mut Sql, oid: u32) -> Result<Option<Leaf>, Error> {
+    let statement = "SELECT format('%I.%I', n.nspname, c.relname), pg_relation_size(c.oid) / current_setting('block_size')::int, \
+                     pg_relation_filenode(c.oid) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1::oid";
     let result = sql.query(
         "cannot look at a table",
         statement,
-        &[Some(leaf.to_string().as_bytes())],
+        &[Some(oid.to_string().as_bytes())],
     )?;
-    Ok(result
-        .rows()
-        .next()
-        .and_then(|row| Some((row.text(0)?.to_owned(), row.parse(1)?))))
+    Ok(result.rows().next().and_then(|row| {
+        Some(Leaf {
+            oid,
+            name: row.text(0)?.to_owned(),
+            blocks: row.parse(1)?,
+            file: row.parse(2)?,
+        })
+    }))
 }
 
 pub(crate) fn total_blocks(sql: &mut Sql, leaves: &[u32]) -> Result<u64, Error> {
     let mut total = 0;
     for leaf in leaves {
-        total += leaf_size(sql, *leaf)?.map_or(0, |(_, blocks)| u64::from(blocks));
+        total += look_at_leaf(sql, *leaf)?.map_or(0, |leaf| u64::from(leaf.blocks));
     }
     Ok(total)
 }

@@ -7,7 +7,7 @@ use super::sides::{AnySnapshot, Sides};
 use super::table::Table;
 use super::{Finding, Job, judge, sample};
 use crate::backfill::PackedRows;
-use crate::backfill::fill::{BLOCKS_MAX, CHUNK_BYTES, leaf_size, leaves, read_chunk, total_blocks};
+use crate::backfill::fill::{BLOCKS_MAX, CHUNK_BYTES, leaves, look_at_leaf, read_chunk, total_blocks};
 use crate::backfill::report::Report;
 use crate::error::Error;
 
@@ -26,16 +26,16 @@ pub(super) fn compare_rows(sides: &mut Sides, table: &mut Table, job: &Job) -> R
     let total = total_blocks(&mut sides.sql, &leaves)?;
     let mut report = Report::start("verify", &table.name, total, 0);
     for leaf in leaves {
-        let Some((name, blocks)) = leaf_size(&mut sides.sql, leaf)? else {
+        let Some(leaf) = look_at_leaf(&mut sides.sql, leaf)? else {
             return Err(table.changed());
         };
         let (mut at, mut step) = ((0, 0), 64);
-        while at.0 < blocks {
-            let Some(read) = read_chunk(&AnySnapshot, &mut sides.sql, &table.name, &name, at, step)? else {
+        while at.0 < leaf.blocks {
+            let Some(read) = read_chunk(&AnySnapshot, &mut sides.sql, &table.name, &leaf, at, step)? else {
                 return Err(table.changed());
             };
             report.add(
-                read.end.0.min(blocks).saturating_sub(at.0),
+                read.end.0.min(leaf.blocks).saturating_sub(at.0),
                 read.rows.len() as u64,
             );
             step = if read.rows.byte_len() < CHUNK_BYTES / 2 {

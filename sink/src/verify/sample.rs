@@ -6,7 +6,7 @@ use super::Job;
 use super::rows::compare_chunk;
 use super::sides::{AnySnapshot, Sides};
 use super::table::Table;
-use crate::backfill::fill::{leaf_size, read_chunk};
+use crate::backfill::fill::{look_at_leaf, read_chunk};
 use crate::error::Error;
 use crate::redis::reply_error;
 use crate::resp::Commands;
@@ -24,9 +24,9 @@ pub(super) fn rows(
 ) -> Result<(), Error> {
     let mut sizes = Vec::new();
     for leaf in leaves {
-        sizes.extend(leaf_size(&mut sides.sql, *leaf)?);
+        sizes.extend(look_at_leaf(&mut sides.sql, *leaf)?);
     }
-    let total: u64 = sizes.iter().map(|(_, blocks)| u64::from(*blocks)).sum();
+    let total: u64 = sizes.iter().map(|leaf| u64::from(leaf.blocks)).sum();
     if total == 0 {
         return Ok(());
     }
@@ -36,17 +36,18 @@ pub(super) fn rows(
             break;
         }
         let mut at = random(number) % total;
-        let leaf = sizes.iter().find(|(_, blocks)| {
-            let here = at < u64::from(*blocks);
+        let leaf = sizes.iter().find(|leaf| {
+            let blocks = u64::from(leaf.blocks);
+            let here = at < blocks;
             if !here {
-                at -= u64::from(*blocks);
+                at -= blocks;
             }
             here
         });
-        let (Some((name, _)), Ok(block)) = (leaf, u32::try_from(at)) else {
+        let (Some(leaf), Ok(block)) = (leaf, u32::try_from(at)) else {
             continue;
         };
-        let Some(read) = read_chunk(&AnySnapshot, &mut sides.sql, &table.name, name, (block, 0), 1)? else {
+        let Some(read) = read_chunk(&AnySnapshot, &mut sides.sql, &table.name, leaf, (block, 0), 1)? else {
             return Err(table.changed());
         };
         compare_chunk(sides, table, &read.rows, job)?;

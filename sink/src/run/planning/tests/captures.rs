@@ -67,6 +67,8 @@ fn each_reason_to_drop_a_captured_row_is_counted() {
         ),
         ("no_key", read(no_key)),
         ("not_encoded", read(not_encoded)),
+        // Anybody may write the message.
+        ("not_encoded", read(pb::Tuple::default())),
         ("changed", read(row("2", "old"))),
         (
             "forgotten",
