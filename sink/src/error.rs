@@ -212,6 +212,12 @@ impl Error {
         matches!(self, Self::Postgres(_, source) if source.is("55006"))
     }
 
+    /// A table, its schema or a column is not there, or not under that name any more.
+    pub fn is_of_a_changed_table(&self) -> bool {
+        let states = ["42P01", "3F000", "42703"];
+        matches!(self, Self::Postgres(_, source) if states.iter().any(|state| source.is(state)))
+    }
+
     /// Whether Postgres was given up because it said nothing.
     pub fn is_silence(&self) -> bool {
         matches!(self, Self::Postgres(_, source) if source.kind == crate::pq::ErrorKind::Silence)

@@ -209,7 +209,7 @@ fn copy_rows(sql: &mut Sql, name: &str, start: (u32, u16), blocks: u32) -> Resul
 }
 
 /// Whether the table was dropped, renamed or rewritten while it was read.
-pub(super) fn has_changed(error: &PqError) -> bool {
+fn has_changed(error: &PqError) -> bool {
     ["42P01", "3F000", "42703", "XX000", "55000"]
         .iter()
         .any(|state| error.is(state))

@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use super::fill::has_changed;
 use super::sql::{Snapshots, Sql, explain};
 use crate::error::Error;
 use crate::gate::Snapshot;
@@ -206,8 +205,6 @@ impl Lookup {
                 self.bisect(snapshots, sql, statement, binary, half, take)
             }
             Err(error) if is_bad_value(&error) => take(snapshot, keys, None),
-            // What is behind this in the stream is dropped: the table has another generation by then.
-            Err(error) if has_changed(&error) => Ok(()),
             Err(error) => Err(explain(
                 format!("cannot look for rows of the table {}", self.table),
                 error,

@@ -121,7 +121,12 @@ fn reread(
         let rest = parsed.split_off(count.min(parsed.len()));
         let keys = std::mem::replace(&mut parsed, rest);
         window.wait(1, || context.stopped());
-        for found in lookup.rows(context, sql, &task.mapping, keys)? {
+        let found = match lookup.rows(context, sql, &task.mapping, keys) {
+            // The keys stay noted, for a look under its new name.
+            Err(error) if error.is_of_a_changed_table() => return Ok(()),
+            found => found?,
+        };
+        for found in found {
             let bytes: usize = found
                 .keys
                 .iter()

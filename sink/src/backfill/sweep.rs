@@ -149,7 +149,12 @@ impl Swept {
         if held.is_empty() {
             return Ok(());
         }
-        for found in self.lookup.present(context, sql, &self.task.mapping, held)? {
+        let found = match self.lookup.present(context, sql, &self.task.mapping, held) {
+            // Its generation is another one once the stream has told, so what ends this sweep is dropped, and it is swept again.
+            Err(error) if error.is_of_a_changed_table() => return Ok(()),
+            found => found?,
+        };
+        for found in found {
             let absent: Vec<Vec<u8>> = found
                 .keys
                 .into_iter()
