@@ -6,7 +6,7 @@
 use walmirror_proto::writer::TupleBuilder;
 
 use crate::ffi::datum::Row;
-use crate::ffi::function::Failure;
+use crate::ffi::failure::Failure;
 use crate::ffi::value::{self, Outcome};
 use crate::plan::Plan;
 
@@ -23,7 +23,7 @@ pub enum Columns {
 /// A row that cannot be encoded: which column, and why.
 #[derive(Debug)]
 pub struct EncodeError {
-    /// Names the column and the cause, never a value (INVARIANT I8): causes are Postgres' own messages about types.
+    /// Names the column and the cause, never a value (INVARIANT I8).
     pub reason: String,
 }
 

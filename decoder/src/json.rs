@@ -8,6 +8,9 @@ use walmirror_proto::frame::{FrameReader, RecordRef};
 use walmirror_proto::pb::{self, Kind};
 use walmirror_proto::row::{self, Datum, TupleRef};
 
+/// Longer lines are not written. One write of the output plugin is below 1 GB (MaxAllocSize), its header included.
+const MAX_LINE_BYTES: usize = (1 << 30) - 1024;
+
 /// Renders frames; remembers the relations that they defined.
 #[derive(Default)]
 pub struct JsonLines {
@@ -22,7 +25,16 @@ impl JsonLines {
                 Ok(record) => self.object(record),
                 Err(error) => json!({"kind": "error", "reason": error.to_string()}),
             };
-            line(object.to_string().as_bytes());
+            let text = object.to_string();
+            if text.len() <= MAX_LINE_BYTES {
+                line(text.as_bytes());
+            } else {
+                let reason = format!(
+                    "{} bytes as JSON are more than PostgreSQL passes on at once",
+                    text.len()
+                );
+                line(json!({"kind": "error", "reason": reason}).to_string().as_bytes());
+            }
         }
     }
 

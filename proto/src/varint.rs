@@ -1,5 +1,8 @@
 //! Protobuf varints and zigzag: what both the writer and the field reader are made of.
 
+/// The longest varint.
+pub(crate) const MAX_LEN: usize = 10;
+
 /// Bytes that `value` takes as a varint, 1 to 10.
 pub(crate) const fn len(value: u64) -> usize {
     // ceil(significant bits / 7) without a division, where zero counts as one bit.

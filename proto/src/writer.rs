@@ -2,6 +2,8 @@
 //! plugin builds frames. Buffers are reused, so that a row costs no allocation, and lengths are summed before anything
 //! is written, so that no byte is moved twice.
 
+use std::collections::TryReserveError;
+
 use prost::Message;
 
 use crate::pb::{self, Kind};
@@ -20,6 +22,9 @@ mod tag {
     pub const UNCHANGED: u8 = 8 << 3 | 2;
     pub const OLD_KEY: u8 = 9 << 3 | 2;
 }
+
+/// What a buffer keeps of its memory from one row or frame to the next, in bytes; the next large one asks again.
+const KEPT_BYTES: usize = 32 << 20;
 
 /// One row under construction. Each call appends the next column; the calls must follow the encodings of the
 /// Relation's columns.
@@ -42,15 +47,27 @@ impl TupleBuilder {
         Self::default()
     }
 
-    /// Empties the row and keeps its memory.
+    /// Empties the row and keeps its memory, within limits.
     pub fn clear(&mut self) {
         self.ints.clear();
         self.doubles.clear();
         self.floats.clear();
         self.nulls.clear();
         self.unchanged.clear();
-        self.texts.clear();
+        empty(&mut self.texts);
         self.columns = 0;
+    }
+
+    /// Bytes of texts so far, with their tags and lengths: what makes a row large.
+    #[inline]
+    pub fn text_bytes(&self) -> usize {
+        self.texts.len()
+    }
+
+    /// Makes room for a text, to be told if there is no memory.
+    pub fn try_reserve_text(&mut self, bytes: usize) -> Result<(), TryReserveError> {
+        self.texts
+            .try_reserve_exact(bytes.saturating_add(1 + varint::MAX_LEN))
     }
 
     /// Number of columns appended so far.
@@ -170,10 +187,21 @@ impl FrameWriter {
         &self.bytes
     }
 
-    /// Begins a new frame and keeps the memory.
+    /// Begins a new frame and keeps the memory, within limits.
     pub fn clear(&mut self) {
-        self.bytes.clear();
+        empty(&mut self.bytes);
         self.relation = 0;
+    }
+
+    /// Makes room for a row, to be told if there is no memory.
+    pub fn try_reserve(
+        &mut self,
+        new: &TupleBuilder,
+        old_key: Option<&TupleBuilder>,
+    ) -> Result<(), TryReserveError> {
+        let keys = old_key.map_or(0, TupleBuilder::encoded_len);
+        self.bytes
+            .try_reserve_exact(new.encoded_len() + keys + ROW_HEADER_BYTES)
     }
 
     /// Appends a record that is not a row. Rows that come this way all the same are written as they are.
@@ -205,7 +233,7 @@ impl FrameWriter {
             + old_key_len.map_or(0, |len| 1 + varint::len(len as u64) + len);
 
         let out = &mut self.bytes;
-        out.reserve(len + 11);
+        out.reserve(len + ROW_HEADER_BYTES);
         out.push(tag::FRAME_RECORDS);
         varint::put(out, len as u64);
         if says_kind {
@@ -222,6 +250,18 @@ impl FrameWriter {
             varint::put(out, len as u64);
             old_key.write_tuple(out);
         }
+    }
+}
+
+/// More than the tags and lengths around a row and its old key take.
+const ROW_HEADER_BYTES: usize = 6 * (1 + varint::MAX_LEN);
+
+/// Empties a buffer that is used again, and gives back what a large row took.
+pub fn empty(bytes: &mut Vec<u8>) {
+    if bytes.capacity() > KEPT_BYTES {
+        *bytes = Vec::new();
+    } else {
+        bytes.clear();
     }
 }
 

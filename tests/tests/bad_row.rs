@@ -10,7 +10,7 @@
 use std::time::{Duration, Instant};
 
 use rand::Rng;
-use walmirror_tests::{DEADLINE, Mirror, Sink, rng, wait_for};
+use walmirror_tests::{DEADLINE, Db, Mirror, Pg, Sink, rng, wait_for};
 
 /// Stands in every value: no output may hold it.
 const CANARY: &str = "canary-in-a-row";
@@ -141,6 +141,62 @@ fn a_row_that_cannot_be_encoded_is_noted() {
     assert_eq!(rejected["count"], 1);
     assert_eq!(rejected["latest"][0]["key"], "t:2");
     assert_eq!(rejected["latest"][0]["table"], "public.t");
+    log(&m);
+}
+
+/// What a value can do to the decoder: errors of conversions and of type functions, also those that name no SQLSTATE, and more bytes
+/// than a write of the output plugin takes. Each concerns its row alone, in the stream and in a backfill.
+#[test]
+fn no_value_ends_the_stream() {
+    // Its first four bytes are the oid of a type, as range_out reads them; it is none of ranges.
+    const NO_RANGE: &str = r"\x1900000000000000";
+    let m = Mirror::of(Db::create_with(Pg::shared(), "ENCODING 'WIN1252' LOCALE 'C'"));
+    m.sql(&format!(
+        "CREATE TYPE wrong; \
+         CREATE FUNCTION wrong_in(cstring) RETURNS wrong LANGUAGE internal IMMUTABLE STRICT AS 'byteain'; \
+         CREATE FUNCTION wrong_out(wrong) RETURNS cstring LANGUAGE internal IMMUTABLE STRICT AS 'range_out'; \
+         CREATE TYPE wrong (INPUT = wrong_in, OUTPUT = wrong_out); \
+         CREATE TABLE before (id text PRIMARY KEY, v text, w wrong); \
+         INSERT INTO before VALUES ('1', 'v'), ('2', chr(129)), (chr(129), 'v'), ('5', 'v'); INSERT INTO before VALUES ('3', NULL, '{NO_RANGE}'); \
+         CREATE TABLE t (LIKE before INCLUDING ALL); \
+         CREATE TABLE large (id int PRIMARY KEY, a text, b text, c text); \
+         SELECT walmirror.mirror('before'), walmirror.mirror('t'), walmirror.mirror('large')"
+    ));
+    m.start();
+    filled(&m);
+    assert_eq!(m.redis.keys(), ["before:1", "before:5"]);
+    assert_eq!(notes(&m), 2, "a row of the backfill without a key has no note");
+    m.sql(&format!(
+        "INSERT INTO t VALUES ('0', 'v'), ('2', 'v'), ('3', 'v'), ('4', 'v'), ('5', 'v'); \
+         UPDATE t SET v = chr(129) WHERE id = '2'; UPDATE t SET w = '{NO_RANGE}' WHERE id = '3'; \
+         UPDATE t SET id = chr(129) WHERE id = '4'; INSERT INTO t VALUES ('6', 'v')"
+    ));
+    m.sync();
+    assert_eq!(m.redis.keys(), ["before:1", "before:5", "t:0", "t:5", "t:6"]);
+    assert_eq!(notes(&m), 5);
+    m.sql(
+        "CREATE TABLE part AS SELECT repeat('x', 400000000) AS v; INSERT INTO large VALUES (1, 'v', 'v', 'v'); \
+         INSERT INTO large SELECT 2, a.v, b.v, c.v FROM part a, part b, part c; INSERT INTO large VALUES (3, 'v', 'v', 'v')",
+    );
+    m.sync();
+    assert_eq!(notes(&m), 6);
+    assert_eq!(
+        m.redis
+            .keys()
+            .iter()
+            .filter(|key| key.starts_with("large"))
+            .count(),
+        2
+    );
+    let (code, output) = walmirror(&m, "status --json");
+    assert_eq!(code, 0);
+    for reason in [
+        "22P05 untranslatable_character",
+        "XX000 internal_error",
+        "less than 1 GB at once",
+    ] {
+        assert!(output.contains(reason), "{reason}: {output}");
+    }
     log(&m);
 }
 

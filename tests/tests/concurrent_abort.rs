@@ -79,7 +79,7 @@ fn what_is_rolled_back_while_it_is_decoded_is_no_bad_row() {
     println!("{} bytes came", stream.len());
     // The reason that a record of a bad row would give.
     assert!(
-        !holds(&stream, b"transaction aborted"),
+        !holds(&stream, b"transaction_rollback"),
         "a row of the transaction is called bad"
     );
 }

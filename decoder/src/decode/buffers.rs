@@ -9,9 +9,11 @@ use walmirror_proto::writer::{FrameWriter, TupleBuilder};
 use super::Change;
 use crate::encode::{self, Columns, EncodeError};
 use crate::ffi::datum::Row;
+use crate::ffi::failure;
 use crate::ffi::memory::Context;
 use crate::ffi::relation::Rel;
 use crate::ffi::session::TextSession;
+use crate::ffi::value::LARGE_BYTES;
 use crate::plan::Plan;
 
 /// What a change is encoded in; reused from row to row.
@@ -53,23 +55,30 @@ impl Buffers {
             Change::Insert(new) => {
                 self.new_row.deform(new, &descriptor);
                 encode::encode(plan, &self.new_row, None, Columns::All, &mut self.new)
-                    .map(|()| frame.row(Kind::Insert, index, &self.new, None))
+                    .map(|()| append(frame, Kind::Insert, index, &self.new, None))
             }
             Change::Delete(old) => {
                 self.old_row.deform(old, &descriptor);
                 encode::encode(plan, &self.old_row, None, Columns::Key, &mut self.old_key)
-                    .map(|()| frame.row(Kind::Delete, index, &self.old_key, None))
+                    .map(|()| append(frame, Kind::Delete, index, &self.old_key, None))
             }
             Change::Update { old: None, new } => {
                 self.new_row.deform(new, &descriptor);
                 encode::encode(plan, &self.new_row, None, Columns::All, &mut self.new)
-                    .map(|()| frame.row(Kind::Update, index, &self.new, None))
+                    .map(|()| append(frame, Kind::Update, index, &self.new, None))
             }
             Change::Update { old: Some(old), new } => {
                 self.new_row.deform(new, &descriptor);
                 self.old_row.deform(old, &descriptor);
-                self.encode_update(plan)
-                    .map(|moved| frame.row(Kind::Update, index, &self.new, moved.then_some(&self.old_key)))
+                self.encode_update(plan).map(|moved| {
+                    append(
+                        frame,
+                        Kind::Update,
+                        index,
+                        &self.new,
+                        moved.then_some(&self.old_key),
+                    )
+                })
             }
         };
         drop(session);
@@ -142,6 +151,21 @@ impl Buffers {
         self.new_key.write_tuple(&mut tuple);
         render_key(&plan.relation, &tuple).unwrap_or_default()
     }
+}
+
+/// Appends a row to the frame. Room for a large one is made first.
+#[inline]
+fn append(
+    frame: &mut FrameWriter,
+    kind: Kind,
+    index: u32,
+    new: &TupleBuilder,
+    old_key: Option<&TupleBuilder>,
+) {
+    if new.text_bytes() >= LARGE_BYTES && frame.try_reserve(new, old_key).is_err() {
+        failure::out_of_memory(new.encoded_len());
+    }
+    frame.row(kind, index, new, old_key);
 }
 
 /// The key of an encoded row; `None` if it has none.

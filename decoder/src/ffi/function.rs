@@ -1,21 +1,17 @@
 //! Calls of type output functions, with errors caught.
 
 use std::ffi::CStr;
-use std::panic::AssertUnwindSafe;
 
-use pgrx::pg_sys::panic::CaughtError;
-use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
+use pgrx::pg_sys;
 
 use super::datum::{Raw, Varlena};
+use super::failure::{Failure, caught};
 use super::memory::Context;
 
 /// A function of one argument, looked up once (`FmgrInfo`).
 ///
 /// Boxed, because Postgres keeps its address in what the function caches in `fn_extra`.
 pub struct Function(Box<pg_sys::FmgrInfo>);
-
-/// A function raised an error that concerns this value alone.
-pub struct Failure(pub String);
 
 impl Function {
     /// Looks a function up; it may keep its caches in `context` (`fmgr_info_cxt`).
@@ -48,26 +44,15 @@ impl Function {
         function
     }
 
-    /// Calls the function (`FunctionCall1Coll`). An ERROR in it is caught, unless it is the session's own (a cancel, a
-    /// shutdown, memory): that goes on its way.
+    /// Calls the function (`FunctionCall1Coll`), with its errors [`caught`].
     pub fn call(&mut self, argument: Raw) -> Result<Raw, Failure> {
-        let info = AssertUnwindSafe(&mut *self.0);
-        PgTryBuilder::new(move || {
-            let info = info;
+        let info = &mut *self.0;
+        caught("a function of its type", || {
             // SAFETY: the FmgrInfo was looked up for this argument's type, and the argument is not NULL.
             let datum =
-                unsafe { pg_sys::FunctionCall1Coll(info.0, pg_sys::DEFAULT_COLLATION_OID, argument.datum()) };
-            Ok(Raw::from(datum))
+                unsafe { pg_sys::FunctionCall1Coll(info, pg_sys::DEFAULT_COLLATION_OID, argument.datum()) };
+            Raw::from(datum)
         })
-        .catch_others(|error| match error {
-            CaughtError::PostgresError(report) | CaughtError::ErrorReport(report)
-                if concerns_value(report.sql_error_code()) =>
-            {
-                Err(Failure(report.message().to_owned()))
-            }
-            other => other.rethrow(),
-        })
-        .execute()
     }
 
     /// Calls an output function: its C string.
@@ -100,23 +85,3 @@ impl Function {
 
 /// pg_proc.dat: to_jsonb(anyelement).
 const F_TO_JSONB: u32 = 3787;
-
-/// Whether an error says something about the value, not about the session. Classes 57 (operator intervention), 53
-/// (insufficient resources), 58 (system error) and XX (internal error) are the session's. Class 40 says that the transaction
-/// in progress whose changes are decoded was rolled back meanwhile, for which Postgres waits (ReorderBufferProcessTXN).
-fn concerns_value(code: PgSqlErrorCode) -> bool {
-    !matches!(class(code), ['5', '7' | '3' | '8'] | ['4', '0'] | ['X', 'X'])
-}
-
-/// Class 57: a cancel, a timeout, a shutdown.
-pub fn is_operator_intervention(code: PgSqlErrorCode) -> bool {
-    class(code) == ['5', '7']
-}
-
-/// The first two characters of an SQLSTATE. MAKE_SQLSTATE packs six bits a character, the class in the lowest twelve.
-fn class(code: PgSqlErrorCode) -> [char; 2] {
-    let code = code as i32;
-    [0, 1].map(|index| {
-        char::from(u8::try_from(((code >> (6 * index)) & 0x3F) + i32::from(b'0')).unwrap_or(b'0'))
-    })
-}

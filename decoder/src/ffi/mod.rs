@@ -8,6 +8,7 @@ mod ahead;
 pub mod catalog_types;
 pub mod datum;
 pub mod executor;
+pub mod failure;
 pub mod flusher;
 pub mod function;
 mod hold;

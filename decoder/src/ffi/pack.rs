@@ -4,9 +4,10 @@ use std::cell::RefCell;
 
 use pgrx::pg_sys;
 use pgrx::prelude::*;
-use walmirror_proto::writer::TupleBuilder;
+use walmirror_proto::writer::{self, TupleBuilder};
 
 use super::datum::{Row, Tuple};
+use super::failure;
 use super::memory::Context;
 use super::relation::Rel;
 use super::session::TextSession;
@@ -37,7 +38,8 @@ pub extern "C" fn pg_finfo_walmirror_pack() -> &'static pg_sys::Pg_finfo_record 
 }
 
 /// `pack(record) RETURNS bytea`, strict: the fingerprint of the table's definition, 8 bytes, most significant first, and
-/// the row as a Tuple message. Of a row that cannot be encoded only the key is told, the rest as unchanged, with a WARNING.
+/// the row as a Tuple message. Of a row that cannot be encoded only the key is told, the rest as unchanged, with a WARNING; where that
+/// goes for its key, all is NULL.
 ///
 /// # Safety
 /// Called by the function manager with one non-NULL argument of a composite type.
@@ -130,15 +132,17 @@ impl Packer {
             })
         };
         self.context.reset();
-        result.map_err(|error| {
-            Refusal::invalid(
-                format!("table \"{}\": {}", table.name(), error.reason),
-                "The key of a row cannot be told.",
-            )
-        })?;
-        self.bytes.clear();
-        self.bytes
-            .extend_from_slice(&plan.relation.fingerprint.to_be_bytes());
+        if result.is_err() {
+            self.tuple.clear();
+            plan.fields.iter().for_each(|_| self.tuple.null());
+        }
+        writer::empty(&mut self.bytes);
+        let fingerprint = plan.relation.fingerprint.to_be_bytes();
+        let length = fingerprint.len() + self.tuple.encoded_len();
+        if self.bytes.try_reserve_exact(length).is_err() {
+            failure::out_of_memory(length);
+        }
+        self.bytes.extend_from_slice(&fingerprint);
         self.tuple.write_tuple(&mut self.bytes);
         Ok(())
     }

@@ -155,7 +155,7 @@ fn handle(payload: Box<dyn Any + Send>) {
     PgTryBuilder::new(AssertUnwindSafe(move || std::panic::resume_unwind(payload)))
         .catch_others(|error| match error {
             CaughtError::PostgresError(report)
-                if super::function::is_operator_intervention(report.sql_error_code()) =>
+                if super::failure::is_operator_intervention(report.sql_error_code()) =>
             {
                 CaughtError::PostgresError(report).rethrow()
             }

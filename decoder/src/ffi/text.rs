@@ -5,6 +5,7 @@ use std::ffi::{CStr, CString, c_char};
 
 use pgrx::pg_sys;
 
+use super::failure::{Failure, caught};
 use super::unguarded;
 
 /// Whether text of the database is sent as it stands: it is UTF-8, or SQL_ASCII, which is bytes.
@@ -14,8 +15,16 @@ pub fn is_sent_plain() -> bool {
     encoding == pg_sys::pg_enc::PG_UTF8 || encoding == pg_sys::pg_enc::PG_SQL_ASCII
 }
 
-/// Text of the database as UTF-8 (`pg_server_to_any`).
-pub fn to_utf8(bytes: &[u8]) -> Cow<'_, [u8]> {
+/// Text of a value as UTF-8. A character that UTF-8 has no equivalent for is the value's fault.
+pub fn value_to_utf8(bytes: &[u8]) -> Result<Cow<'_, [u8]>, Failure> {
+    if is_sent_plain() || bytes.is_ascii() {
+        return Ok(Cow::Borrowed(bytes));
+    }
+    caught("its text in UTF-8", || to_utf8(bytes))
+}
+
+/// Text of the database as UTF-8 (`pg_server_to_any`); an ERROR if that is not possible.
+fn to_utf8(bytes: &[u8]) -> Cow<'_, [u8]> {
     if is_sent_plain() || bytes.is_ascii() {
         return Cow::Borrowed(bytes);
     }

@@ -3,12 +3,19 @@
 use walmirror_proto::writer::TupleBuilder;
 
 use super::datum::{Raw, Row, Varlena};
-use super::function::Failure;
+use super::failure::{self, Failure};
 use super::text;
 use crate::plan::Read;
 
-/// Redis refuses longer strings (`proto-max-bulk-len`), and a frame must stay below Postgres' 1 GB.
+/// Redis refuses longer strings (`proto-max-bulk-len`).
 const MAX_VALUE_BYTES: usize = 512 << 20;
+
+/// One write of the output plugin and one bytea of `walmirror.pack` stay below 1 GB, as each allocation of Postgres does. What
+/// is left is for the records before the row in its frame (`batch_bytes`: 16 MB at most), and for its keys.
+const MAX_ROW_BYTES: usize = 960 << 20;
+
+/// From this size on room is made before a value is copied: where Rust finds no memory by itself, the process ends.
+pub const LARGE_BYTES: usize = 64 << 10;
 
 /// What became of a value.
 pub enum Outcome {
@@ -37,7 +44,7 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
             // SAFETY: name is NAMEDATALEN bytes, by reference, padded with NULs.
             let padded = unsafe { raw.fixed(pgrx::pg_sys::NAMEDATALEN as usize) };
             let end = padded.iter().position(|&byte| byte == 0).unwrap_or(padded.len());
-            out.text(&text::to_utf8(padded.get(..end).unwrap_or_default()));
+            out.text(&text::value_to_utf8(padded.get(..end).unwrap_or_default())?);
         }
         Read::Numeric(output) => {
             let Some(bytes) = plain(raw) else {
@@ -54,26 +61,29 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
                 return Ok(Outcome::Unchanged);
             };
             // Redis holds it as hex, of twice the length.
-            fits(bytes.len().saturating_mul(2))?;
+            if bytes.len() > MAX_VALUE_BYTES / 2 {
+                return Err(too_long(bytes.len().saturating_mul(2)));
+            }
+            fits(out, bytes.len())?;
             out.text(bytes);
         }
         Read::Text => {
             let Some(bytes) = plain(raw) else {
                 return Ok(Outcome::Unchanged);
             };
-            fits(bytes.len())?;
-            out.text(&text::to_utf8(bytes));
+            fits(out, bytes.len())?;
+            out.text(&text::value_to_utf8(bytes)?);
         }
         Read::Blanked => {
             let Some(bytes) = plain(raw) else {
                 return Ok(Outcome::Unchanged);
             };
-            fits(bytes.len())?;
+            fits(out, bytes.len())?;
             let end = bytes
                 .iter()
                 .rposition(|&byte| byte != b' ')
                 .map_or(0, |last| last + 1);
-            out.text(&text::to_utf8(bytes.get(..end).unwrap_or_default()));
+            out.text(&text::value_to_utf8(bytes.get(..end).unwrap_or_default())?);
         }
         Read::Output { function, varlena } => {
             if *varlena && is_unchanged(raw) {
@@ -81,8 +91,8 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
             }
             // SAFETY: the plan made it from the type's output function.
             let bytes = unsafe { function.call_cstring(raw) }?;
-            fits(bytes.len())?;
-            out.text(&text::to_utf8(bytes));
+            fits(out, bytes.len())?;
+            out.text(&text::value_to_utf8(bytes)?);
         }
         Read::Cast { function, varlena } => {
             if *varlena && is_unchanged(raw) {
@@ -90,8 +100,8 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
             }
             // SAFETY: the plan made it from a cast function to text.
             let bytes = unsafe { function.call_text(raw) }?;
-            fits(bytes.len())?;
-            out.text(&text::to_utf8(bytes));
+            fits(out, bytes.len())?;
+            out.text(&text::value_to_utf8(bytes)?);
         }
         Read::Json {
             to_jsonb,
@@ -104,8 +114,8 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
             let json = to_jsonb.call(raw)?;
             // SAFETY: jsonb_out is an output function, and to_jsonb returned a jsonb.
             let bytes = unsafe { output.call_cstring(json) }?;
-            fits(bytes.len())?;
-            out.text(&text::to_utf8(bytes));
+            fits(out, bytes.len())?;
+            out.text(&text::value_to_utf8(bytes)?);
         }
     }
     Ok(Outcome::Appended)
@@ -159,13 +169,29 @@ fn plain<'a>(raw: Raw) -> Option<&'a [u8]> {
     }
 }
 
-fn fits(bytes: usize) -> Result<(), Failure> {
+/// Whether a value is short enough, for Redis and for what it travels in; and makes room for a large one.
+#[inline]
+fn fits(out: &mut TupleBuilder, bytes: usize) -> Result<(), Failure> {
+    let row = out.text_bytes() + bytes;
     if bytes > MAX_VALUE_BYTES {
+        return Err(too_long(bytes));
+    }
+    if row > MAX_ROW_BYTES {
         return Err(Failure(format!(
-            "a value of {bytes} bytes is over Redis's limit of 512 MB"
+            "with it the row has {row} bytes, and PostgreSQL passes on less than 1 GB at once"
         )));
     }
+    if bytes >= LARGE_BYTES && out.try_reserve_text(bytes).is_err() {
+        failure::out_of_memory(bytes);
+    }
     Ok(())
+}
+
+#[cold]
+fn too_long(bytes: usize) -> Failure {
+    Failure(format!(
+        "a value of {bytes} bytes is over Redis's limit of 512 MB"
+    ))
 }
 
 /// A numeric as (digits after the point, value times 10^that), from its on-disk form (utils/adt/numeric.c). `None` for

@@ -1,0 +1,83 @@
+//! Errors that say something about one value, caught where the value is read.
+
+use std::panic::AssertUnwindSafe;
+
+use pgrx::pg_sys::panic::CaughtError;
+use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
+
+use crate::error::Refusal;
+
+/// Why a value cannot be encoded. Never the value, or a part of it (INVARIANT I8): the messages of type functions quote
+/// what they were given, so that only the SQLSTATE is told.
+pub struct Failure(pub String);
+
+/// Runs what only reads one value. An ERROR in it is caught, unless it is the session's own (a cancel, a shutdown, memory):
+/// that goes on its way.
+pub fn caught<T>(what: &str, read: impl FnOnce() -> T) -> Result<T, Failure> {
+    let read = AssertUnwindSafe(read);
+    PgTryBuilder::new(move || {
+        let read = read;
+        Ok((read.0)())
+    })
+    .catch_others(|error| match error {
+        CaughtError::PostgresError(report) | CaughtError::ErrorReport(report)
+            if concerns_value(report.sql_error_code()) =>
+        {
+            // SAFETY: nothing above a type's function holds such a lock, as they are held for moments: those that are held were
+            // left behind by the ERROR, and AbortTransaction would release them in this way.
+            unsafe {
+                pg_sys::LWLockReleaseAll();
+                pg_sys::UnlockBuffers();
+            }
+            Err(Failure(format!("{what}: {}", condition(report.sql_error_code()))))
+        }
+        other => other.rethrow(),
+    })
+    .execute()
+}
+
+/// Ends the statement because there is no memory for a value, as palloc() would.
+#[cold]
+pub fn out_of_memory(bytes: usize) -> ! {
+    Refusal::new(
+        PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY,
+        format!("walmirror: no memory for {bytes} bytes of a row"),
+        "Nothing is lost: the stream goes on from there when there is more.",
+    )
+    .raise()
+}
+
+/// Whether an error says something about the value, not about the session. Classes 57 (operator intervention), 53
+/// (insufficient resources) and 58 (system error) are the session's, and so is data that is corrupt (XX001, XX002). XX000 is
+/// what functions raise that name no code, and what asks for more memory than a value may have. Class 40 says that the
+/// transaction in progress whose changes are decoded was rolled back meanwhile, for which Postgres waits
+/// (ReorderBufferProcessTXN).
+fn concerns_value(code: PgSqlErrorCode) -> bool {
+    match class(code) {
+        ['5', '7' | '3' | '8'] | ['4', '0'] => false,
+        ['X', 'X'] => code == PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
+        _ => true,
+    }
+}
+
+/// Class 57: a cancel, a timeout, a shutdown.
+pub fn is_operator_intervention(code: PgSqlErrorCode) -> bool {
+    class(code) == ['5', '7']
+}
+
+/// An SQLSTATE and its name in the manual (Appendix A): `22P05 untranslatable_character`.
+fn condition(code: PgSqlErrorCode) -> String {
+    let state: String = (0..5).map(|at| character(code, at)).collect();
+    let name = format!("{code:?}").trim_start_matches("ERRCODE_").to_lowercase();
+    format!("{state} {name}")
+}
+
+fn class(code: PgSqlErrorCode) -> [char; 2] {
+    [character(code, 0), character(code, 1)]
+}
+
+/// One character of an SQLSTATE. MAKE_SQLSTATE packs six bits a character, the first in the lowest.
+fn character(code: PgSqlErrorCode, at: u32) -> char {
+    let bits = (code as i32 >> (6 * at)) & 0x3F;
+    char::from(u8::try_from(bits + i32::from(b'0')).unwrap_or(b'0'))
+}
