@@ -32,6 +32,33 @@ pub fn check_label(table: Option<pg_sys::Oid>, label: Option<&str>) -> Result<()
     Ok(())
 }
 
+/// `DROP INDEX CONCURRENTLY` begins. What it did before its end is not undone when the event trigger refuses it there, so that
+/// it is refused here.
+pub fn index_dropped_concurrently(index: pg_sys::Oid) -> Result<(), Refusal> {
+    let Some(labelled) = relation::labelled_table_of_index(index) else {
+        return Ok(());
+    };
+    let Some(label) = relation::label_of(labelled) else {
+        return Ok(());
+    };
+    would_break(Label::parse(&label).and_then(|label| validate(labelled, &label, Check::Without(index))))
+}
+
+/// Says that a refusal is about a label that was set before.
+pub fn would_break(checked: Result<(), Refusal>) -> Result<(), Refusal> {
+    checked.map_err(|refusal| Refusal {
+        message: format!(
+            "this would break the table's walmirror label: {}",
+            refusal.message
+        ),
+        hint: format!(
+            "{} Or take the table out first: SELECT walmirror.unmirror('…'); and mirror it again after the change.",
+            refusal.hint
+        ),
+        ..refusal
+    })
+}
+
 /// A table is about to be dropped: its keys have to go, or, for a partition, those of its rows.
 pub fn table_dropped(oid: pg_sys::Oid) {
     if relation::label_of(oid).is_some() {

@@ -22,7 +22,7 @@ use crate::ffi::output_plugin::full_xid;
 use crate::ffi::relation::Rel;
 use crate::json::JsonLines;
 use crate::options::{Format, Options};
-use crate::plan;
+use crate::plan::{self, Plan};
 use crate::tables::{Table, Tables};
 
 mod buffers;
@@ -49,8 +49,13 @@ pub trait Output {
 #[derive(Clone, Copy)]
 pub enum Change {
     Insert(Tuple),
-    Update { old: Option<Tuple>, new: Tuple },
+    Update {
+        old: Option<Tuple>,
+        new: Tuple,
+    },
     Delete(Tuple),
+    /// A DELETE whose old row is not in the WAL.
+    Lost,
 }
 
 /// Before PostgreSQL 16 only the plugin keeps the connection alive while it skips changes; about this many make a sign
@@ -65,6 +70,8 @@ pub struct Decoder {
     frame: FrameWriter,
     opening: Opening,
     skipped: u32,
+    /// Tables of which this transaction changed a row without a word of the key that it had.
+    lost: Vec<u32>,
     buffers: Buffers,
     json: Option<JsonLines>,
 }
@@ -80,6 +87,7 @@ impl Decoder {
             frame: FrameWriter::new(),
             opening: Opening::default(),
             skipped: 0,
+            lost: Vec::new(),
             buffers: Buffers::new(context),
             json,
         }
@@ -96,12 +104,14 @@ impl Decoder {
         self.relations.leave_frame();
         // What an aborted decoding left behind belongs to no frame.
         self.frame.clear();
+        self.lost.clear();
     }
 
     /// A part of a transaction in progress starts.
     pub fn part(&mut self, xid: u32) {
         self.opening.enter(Some(xid));
         self.frame.clear();
+        self.lost.clear();
     }
 
     /// The part is over.
@@ -117,6 +127,14 @@ impl Decoder {
             Table::Unconfigured => return self.skip(output),
             Table::Configured(plan) if !self.options.wants(&plan.relation.schema, &plan.relation.name) => {
                 return self.skip(output);
+            }
+            Table::Configured(plan) if lacks_key(plan, change) => {
+                let relation = plan.relation.clone();
+                self.lost(output, relation, xid, lsn);
+                match self.tables.get(table) {
+                    Table::Configured(plan) if !matches!(change, Change::Lost) => plan,
+                    _ => return,
+                }
             }
             Table::Configured(plan) => plan,
             Table::Broken(refusal) => {
@@ -148,6 +166,39 @@ impl Decoder {
         }
     }
 
+    /// A row of the table changed, and the WAL does not tell which key it had: the table is to be compared anew.
+    #[cold]
+    fn lost(&mut self, output: &mut impl Output, relation: pb::Relation, xid: u32, lsn: u64) {
+        if self.lost.contains(&relation.oid) {
+            return;
+        }
+        self.lost.push(relation.oid);
+        let error = pb::Error {
+            table: qualified(&relation),
+            key: String::new(),
+            reason: "the WAL of an UPDATE or DELETE does not tell the key, as it is not in the replica identity: the table is compared anew"
+                .to_owned(),
+            lsn,
+        };
+        self.record(output, xid, error);
+        self.refresh(output, xid, relation);
+    }
+
+    /// Announces that the table is to be compared anew.
+    fn refresh(&mut self, output: &mut impl Output, xid: u32, relation: pb::Relation) {
+        self.opening.start(&mut self.frame, &mut self.relations, xid);
+        let index = self.relations.index(relation.oid);
+        // The announced definition also serves the rows that follow.
+        self.relations.sent_now(index, &relation);
+        let relation = pb::Relation {
+            index,
+            announced: true,
+            refresh: true,
+            ..relation
+        };
+        self.record(output, xid, relation);
+    }
+
     /// Tables were truncated. The list holds partitions too; a partitioned table's rows are all gone only if each of its
     /// partitions is in it, which is so when the parent is.
     pub fn truncate(&mut self, output: &mut impl Output, tables: &[Rel], xid: u32, lsn: u64) {
@@ -157,8 +208,7 @@ impl Decoder {
                 self.record(output, xid, error);
             }
         }
-        let mut whole = Vec::new();
-        let mut parts = Vec::new();
+        let (mut whole, mut indexes, mut parts) = (Vec::new(), Vec::new(), Vec::new());
         for table in tables {
             let Table::Configured(plan) = self.tables.get(table) else {
                 continue;
@@ -166,29 +216,22 @@ impl Decoder {
             if !self.options.wants(&plan.relation.schema, &plan.relation.name) {
                 continue;
             }
-            self.opening.start(&mut self.frame, &mut self.relations, xid);
-            let index = self.relations.define(plan, &mut self.frame);
-            if plan.relation.oid == u32::from(table.oid()) {
-                whole.push(index);
-            } else {
-                parts.push((index, plan.relation.clone()));
+            if plan.relation.oid != u32::from(table.oid()) {
+                parts.push(plan.relation.clone());
+                continue;
             }
+            self.opening.start(&mut self.frame, &mut self.relations, xid);
+            whole.push(plan.relation.oid);
+            indexes.push(self.relations.define(plan, &mut self.frame));
         }
-        if !whole.is_empty() {
-            let relations = whole.clone();
-            self.record(output, xid, pb::Truncate { relations });
+        if !indexes.is_empty() {
+            self.record(output, xid, pb::Truncate { relations: indexes });
         }
-        parts.retain(|(index, _)| !whole.contains(index));
-        parts.dedup_by_key(|(index, _)| *index);
-        for (index, relation) in parts {
-            // One partition's rows are gone, and their keys are not told by the WAL: the table is to be compared anew.
-            let relation = pb::Relation {
-                index,
-                announced: true,
-                refresh: true,
-                ..relation
-            };
-            self.record(output, xid, relation);
+        parts.retain(|relation| !whole.contains(&relation.oid));
+        parts.dedup_by_key(|relation| relation.oid);
+        for relation in parts {
+            // One partition's rows are gone, and their keys are not told by the WAL.
+            self.refresh(output, xid, relation);
         }
     }
 
@@ -310,6 +353,15 @@ impl Decoder {
         }
         self.frame.clear();
         self.skipped = 0;
+    }
+}
+
+/// Whether a change does not tell which key the row had before.
+fn lacks_key(plan: &Plan, change: Change) -> bool {
+    match change {
+        Change::Lost => true,
+        Change::Update { old: None, .. } => !plan.identified,
+        _ => false,
     }
 }
 

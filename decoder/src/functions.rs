@@ -89,15 +89,8 @@ fn check_label(table: pg_sys::Oid, restoring: bool) {
     let Some(label) = relation::label_of(table) else {
         return;
     };
-    if let Err(mut refusal) = Label::parse(&label).and_then(|label| ddl::validate(table, &label, check)) {
-        refusal.message = format!(
-            "this would break the table's walmirror label: {}",
-            refusal.message
-        );
-        refusal.hint = format!(
-            "{} Or take the table out first: SELECT walmirror.unmirror('…'); and mirror it again after the change.",
-            refusal.hint
-        );
+    let checked = Label::parse(&label).and_then(|label| ddl::validate(table, &label, check));
+    if let Err(refusal) = ddl::would_break(checked) {
         refusal.raise();
     }
     for oid in relation::with_partitions(table) {

@@ -33,6 +33,9 @@ pub struct Plan {
     pub needs: Needs,
     /// How the stream of this session names the table, once it was met.
     pub index: Option<u32>,
+    /// Whether the WAL tells which key a row had before it was changed. Labels are refused where it does not, and so is DDL that
+    /// would break it.
+    pub identified: bool,
     /// Holds what the functions cache.
     context: Context,
 }
@@ -144,6 +147,7 @@ impl Plan {
             identity: 0,
             needs: Needs::Nothing,
             index: None,
+            identified: table.is_partitioned() || table.identifies(template.placeholders()),
             context,
         };
         let positions = table.columns();

@@ -200,6 +200,36 @@ fn no_value_ends_the_stream() {
     log(&m);
 }
 
+/// DDL that takes the key out of the replica identity is refused, by event triggers. Where somebody has turned these off, a DELETE
+/// does not tell its key, nor an UPDATE the one that the row had.
+#[test]
+fn a_change_without_its_key_has_the_table_compared_anew() {
+    let m = mirror(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT i, 'v' FROM generate_series(1, 100) i; \
+         SELECT walmirror.mirror('t')",
+        &[],
+    );
+    filled(&m);
+    m.sql(
+        "ALTER EVENT TRIGGER walmirror_ddl_command_end DISABLE; ALTER TABLE t REPLICA IDENTITY NOTHING; \
+         INSERT INTO t VALUES (101, 'v')",
+    );
+    m.settle();
+    assert_eq!(notes(&m), 0);
+    m.sql("DELETE FROM t WHERE id <= 10");
+    m.settle();
+    assert_eq!(notes(&m), 1);
+    m.sql("BEGIN; UPDATE t SET id = -id WHERE id <= 50; UPDATE t SET v = 'w' WHERE id > 90; COMMIT");
+    m.settle();
+    assert_eq!(notes(&m), 2);
+    let log = log(&m);
+    assert!(log.contains("not in the replica identity"), "{log}");
+    // Set right, it is as before.
+    m.sql("ALTER TABLE t REPLICA IDENTITY DEFAULT; DELETE FROM t WHERE id > 95");
+    m.settle();
+    assert_eq!(notes(&m), 2);
+}
+
 #[test]
 fn a_key_of_another_type_stays_and_is_noted() {
     let m = mirror(

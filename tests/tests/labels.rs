@@ -250,8 +250,10 @@ fn ddl_that_breaks_a_mapping_is_refused() {
          CREATE TABLE u (id int PRIMARY KEY, v text); \
          CREATE TABLE p (id int PRIMARY KEY, v text) PARTITION BY LIST (id); CREATE TABLE p1 PARTITION OF p FOR VALUES IN (1); \
          CREATE TABLE x (id int NOT NULL, v text); CREATE UNIQUE INDEX x_id ON x (id); ALTER TABLE x REPLICA IDENTITY FULL; \
+         CREATE TABLE y (id int NOT NULL, v text); CREATE UNIQUE INDEX y_id ON y (id); CREATE INDEX y_v ON y (v); \
+         ALTER TABLE y REPLICA IDENTITY USING INDEX y_id; \
          SELECT walmirror.mirror('t', key => 't:{tag}', columns => '{a}'), walmirror.mirror('u'), walmirror.mirror('p'), \
-                walmirror.mirror('x', key => 'x:{id}')",
+                walmirror.mirror('x', key => 'x:{id}'), walmirror.mirror('y', key => 'y:{id}')",
     );
     let mut problems = Vec::new();
     for statement in [
@@ -270,6 +272,8 @@ fn ddl_that_breaks_a_mapping_is_refused() {
         "ALTER TABLE p1 REPLICA IDENTITY NOTHING",
         "DROP INDEX x_id",
         "DROP INDEX CONCURRENTLY x_id",
+        "DROP INDEX y_id",
+        "DROP INDEX CONCURRENTLY y_id",
     ] {
         match m.db.connect().batch_execute(statement) {
             Ok(()) => problems.push(format!("accepted: {statement}")),
@@ -289,11 +293,15 @@ fn ddl_that_breaks_a_mapping_is_refused() {
     assert!(problems.is_empty(), "{}", problems.join("\n"));
     m.sql(
         "INSERT INTO t VALUES (1, 'x', 'y', 2); INSERT INTO u VALUES (1, 'v'); INSERT INTO p VALUES (1, 'w'); \
-         INSERT INTO x VALUES (1, 'v')",
+         INSERT INTO x VALUES (1, 'v'); INSERT INTO y VALUES (1, 'v'), (2, 'v'), (3, 'v'); DELETE FROM y WHERE id = 1; \
+         UPDATE y SET id = 4 WHERE id = 2",
     );
     m.check();
-    // Dropped without locks, the index was marked as going before the drop was refused.
-    m.sql("REINDEX INDEX x_id");
+    // What no label rests on may go, and be made anew.
+    m.sql("DROP INDEX CONCURRENTLY y_v");
+    m.sql("REINDEX INDEX CONCURRENTLY y_id");
+    m.sql("DELETE FROM y WHERE id = 3");
+    m.check();
     m.sql("ALTER TABLE x ADD w text DEFAULT 'w'");
     m.settle();
     // Columns that no mapping names may go.

@@ -1,5 +1,6 @@
 //! Whether a label fits its table. Everything that would make the mirror wrong is refused here, with what to do instead.
 
+use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use walmirror_proto::key::KeyTemplate;
@@ -17,6 +18,18 @@ pub enum Check {
     Strict,
     /// A table that has no valid unique index yet passes for now: pg_restore sets labels before it creates primary keys.
     Restoring,
+    /// Everything, when this index is gone.
+    Without(pg_sys::Oid),
+}
+
+impl Check {
+    /// The index that does not count; InvalidOid, which pgrx passes to SQL as NULL, for none.
+    fn gone(self) -> pg_sys::Oid {
+        match self {
+            Check::Without(index) => index,
+            Check::Strict | Check::Restoring => pg_sys::InvalidOid,
+        }
+    }
 }
 
 /// Checks a label against the table's kind, columns, unique keys and replica identity, and against the other labels.
@@ -36,9 +49,9 @@ pub fn validate(table: pg_sys::Oid, label: &Label, check: Check) -> Result<(), R
     let template =
         KeyTemplate::parse(&key).map_err(|error| Refusal::invalid(error.to_string(), "user:{id}"))?;
     check_options(label, &template)?;
-    if check == Check::Strict || has_unique_index(table)? {
-        check_unique(table, &name, template.placeholders())?;
-        check_replica_identity(table, template.placeholders())?;
+    if check != Check::Restoring || has_unique_index(table)? {
+        check_unique(table, &name, template.placeholders(), check.gone())?;
+        check_replica_identity(table, template.placeholders(), check.gone())?;
     }
     check_other_templates(table, &key, &template)
 }
@@ -82,7 +95,7 @@ fn check_kind(table: pg_sys::Oid) -> Result<(), Refusal> {
         "SELECT c.oid::regclass::text AS name, c.relkind::text AS kind, c.relpersistence::text AS persistence,
                 c.oid < 16384 OR n.nspname IN ('pg_catalog', 'information_schema') AS system, c.relispartition AS partition
          FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1",
-        table,
+        &[table],
     )?;
     let Some(row) = row.into_iter().next() else {
         return Err(Refusal::object(
@@ -145,19 +158,20 @@ fn check_kind(table: pg_sys::Oid) -> Result<(), Refusal> {
 fn has_unique_index(table: pg_sys::Oid) -> Result<bool, Refusal> {
     let indexes = query(
         "SELECT 1::text FROM pg_catalog.pg_index WHERE indrelid = $1 AND indisunique AND indisvalid AND indimmediate LIMIT 1",
-        table,
+        &[table],
     )?;
     Ok(!indexes.is_empty())
 }
 
 /// The key has to tell rows apart: it must name all columns of some unique index that is checked at once.
-fn check_unique(table: pg_sys::Oid, name: &str, key: &[String]) -> Result<(), Refusal> {
+fn check_unique(table: pg_sys::Oid, name: &str, key: &[String], gone: pg_sys::Oid) -> Result<(), Refusal> {
     let indexes = query(
         "SELECT (SELECT pg_catalog.string_agg(a.attname::text, E'\\x01' ORDER BY k.ord) FROM pg_catalog.unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
                  JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum WHERE k.ord <= i.indnkeyatts) AS columns
          FROM pg_catalog.pg_index i
-         WHERE i.indrelid = $1 AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL AND i.indexprs IS NULL",
-        table,
+         WHERE i.indrelid = $1 AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL AND i.indexprs IS NULL
+           AND i.indexrelid IS DISTINCT FROM $2",
+        &[table, gone],
     )?;
     let unique = indexes
         .iter()
@@ -180,18 +194,18 @@ fn check_unique(table: pg_sys::Oid, name: &str, key: &[String]) -> Result<(), Re
 }
 
 /// The old row in the WAL of an UPDATE or DELETE has to hold the key's columns, in each partition.
-fn check_replica_identity(table: pg_sys::Oid, key: &[String]) -> Result<(), Refusal> {
+fn check_replica_identity(table: pg_sys::Oid, key: &[String], gone: pg_sys::Oid) -> Result<(), Refusal> {
     let leaves = query(
         "SELECT l.oid::regclass::text AS name, c.relreplident::text AS identity,
                 (SELECT pg_catalog.string_agg(a.attname::text, E'\\x01') FROM pg_catalog.pg_index i
                  JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::int2[])
-                 WHERE i.indrelid = l.oid AND i.indisvalid AND i.indimmediate
+                 WHERE i.indrelid = l.oid AND i.indisvalid AND i.indimmediate AND i.indexrelid IS DISTINCT FROM $2
                    AND CASE c.relreplident WHEN 'd' THEN i.indisprimary ELSE i.indisreplident END) AS columns,
                 c.relkind::text AS kind, c.relpersistence::text AS persistence
          FROM (SELECT $1::oid AS oid WHERE NOT EXISTS (SELECT 1 FROM pg_catalog.pg_class WHERE oid = $1 AND relkind = 'p')
                UNION ALL SELECT relid::oid FROM pg_catalog.pg_partition_tree($1::oid::regclass) WHERE isleaf AND relid::oid <> $1) l
          JOIN pg_catalog.pg_class c ON c.oid = l.oid",
-        table,
+        &[table, gone],
     )?;
     for leaf in leaves {
         let text = |at: usize| leaf.get(at).cloned().flatten().unwrap_or_default();
@@ -238,7 +252,7 @@ fn check_other_templates(table: pg_sys::Oid, key: &str, template: &KeyTemplate) 
         "SELECT coalesce(l.label::pg_catalog.jsonb->>'key', walmirror.default_key(l.objoid)) AS key, l.objoid::regclass::text AS name
          FROM pg_catalog.pg_seclabel l
          WHERE l.provider = 'walmirror' AND l.classoid = 'pg_catalog.pg_class'::regclass AND l.objsubid = 0 AND l.objoid <> $1",
-        table,
+        &[table],
     )?;
     for other in others {
         let text = |at: usize| other.get(at).cloned().flatten().unwrap_or_default();
@@ -259,10 +273,10 @@ fn check_other_templates(table: pg_sys::Oid, key: &str, template: &KeyTemplate) 
 /// A row of text columns; booleans are "t" and "f".
 type Texts = Vec<Option<String>>;
 
-/// Runs a catalog query whose only parameter is an oid, and returns its columns as text. Each row travels as JSON in UTF-8, because
+/// Runs a catalog query whose parameters are oids, and returns its columns as text. Each row travels as JSON in UTF-8, because
 /// names in other database encodings are no Rust strings. The search path is the caller's: functions must be qualified, and
 /// their arguments of the types that they are declared for, or somebody's own function could be a better match.
-fn query(sql: &str, table: pg_sys::Oid) -> Result<Vec<Texts>, Refusal> {
+fn query(sql: &str, oids: &[pg_sys::Oid]) -> Result<Vec<Texts>, Refusal> {
     let failed = |error: String| {
         Refusal::new(
             PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
@@ -273,9 +287,10 @@ fn query(sql: &str, table: pg_sys::Oid) -> Result<Vec<Texts>, Refusal> {
     let wrapped = format!(
         "SELECT pg_catalog.convert_to(pg_catalog.row_to_json(r)::pg_catalog.text, 'UTF8') FROM ({sql}) r"
     );
+    let parameters: Vec<DatumWithOid<'_>> = oids.iter().map(|&oid| oid.into()).collect();
     Spi::connect(|client| {
         let rows = client
-            .select(wrapped.as_str(), None, &[table.into()])
+            .select(wrapped.as_str(), None, &parameters)
             .map_err(|error| failed(error.to_string()))?;
         let mut texts = Vec::new();
         for row in rows {

@@ -62,6 +62,7 @@ impl Buffers {
                 encode::encode(plan, &self.old_row, None, Columns::Key, &mut self.old_key)
                     .map(|()| append(frame, Kind::Delete, index, &self.old_key, None))
             }
+            Change::Lost => Ok(()),
             Change::Update { old: None, new } => {
                 self.new_row.deform(new, &descriptor);
                 encode::encode(plan, &self.new_row, None, Columns::All, &mut self.new)
@@ -125,7 +126,7 @@ impl Buffers {
         let (row, old) = match change {
             Change::Delete(_) => (&self.old_row, None),
             Change::Update { old: Some(_), .. } => (&self.new_row, Some(&self.old_row)),
-            Change::Insert(_) | Change::Update { old: None, .. } => (&self.new_row, None),
+            Change::Insert(_) | Change::Update { old: None, .. } | Change::Lost => (&self.new_row, None),
         };
         if encode::encode(plan, row, old, Columns::Key, &mut self.new_key).is_ok() {
             frame.row(Kind::Delete, index, &self.new_key, None);

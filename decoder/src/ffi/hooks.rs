@@ -94,14 +94,21 @@ unsafe extern "C-unwind" fn object_access(
         }
         if access == pg_sys::ObjectAccessType::OAT_DROP && class == pg_sys::RelationRelationId && sub_id == 0
         {
-            relation_dropped(object);
+            let flags = argument.cast::<pg_sys::ObjectAccessDrop>();
+            let concurrently =
+                !flags.is_null() && (*flags).dropflags & pg_sys::PERFORM_DELETION_CONCURRENTLY as c_int != 0;
+            relation_dropped(object, concurrently);
         }
     }
 }
 
 #[pg_guard]
-unsafe extern "C-unwind" fn relation_dropped(relation: pg_sys::Oid) {
-    ddl::table_dropped(relation);
+unsafe extern "C-unwind" fn relation_dropped(relation: pg_sys::Oid, concurrently: bool) {
+    if !concurrently {
+        ddl::table_dropped(relation);
+    } else if let Err(refusal) = ddl::index_dropped_concurrently(relation) {
+        refusal.raise();
+    }
 }
 
 /// Writes a transactional logical message (`LogLogicalMessage`): decoders meet it where this transaction does its change.

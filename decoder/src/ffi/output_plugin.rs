@@ -279,7 +279,7 @@ unsafe extern "C-unwind" fn change(
             (Type::REORDER_BUFFER_CHANGE_INSERT, _, Some(new)) => Change::Insert(new),
             (Type::REORDER_BUFFER_CHANGE_UPDATE, old, Some(new)) => Change::Update { old, new },
             (Type::REORDER_BUFFER_CHANGE_DELETE, Some(old), _) => Change::Delete(old),
-            // A DELETE without an old row: the table has no replica identity, so it cannot be a labelled one.
+            (Type::REORDER_BUFFER_CHANGE_DELETE, None, _) => Change::Lost,
             _ => return,
         };
         let table = Rel::borrowed(relation);

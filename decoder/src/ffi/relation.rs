@@ -100,6 +100,11 @@ impl Rel {
         matches!(self.form().relkind as u8, b'r' | b'p')
     }
 
+    /// Whether only its partitions have rows: `relkind` p.
+    pub fn is_partitioned(&self) -> bool {
+        self.form().relkind as u8 == b'p'
+    }
+
     /// The type of its rows.
     pub fn descriptor(&self) -> TupleDesc<'_> {
         // SAFETY: rd_att of an open relation is never NULL and lives as long as the relation stays open.
@@ -140,6 +145,23 @@ impl Rel {
             pg_sys::RelationGetIndexList(self.raw);
             (*self.raw).rd_pkindex
         };
+        self.columns_of(index)
+    }
+
+    /// Whether the WAL of an UPDATE that changes one of these columns, and of a DELETE, holds them as they were: the replica
+    /// identity (`ExtractReplicaIdentity`).
+    pub fn identifies(&self, columns: &[String]) -> bool {
+        if self.form().relreplident as u8 == b'f' {
+            return true;
+        }
+        // SAFETY: raw is open.
+        let index = unsafe { pg_sys::RelationGetReplicaIndex(self.raw) };
+        let known = self.columns_of(index);
+        columns.iter().all(|column| known.contains(column))
+    }
+
+    /// The names of an index' key columns, in order; empty if there is no such index.
+    fn columns_of(&self, index: pg_sys::Oid) -> Vec<String> {
         if index == pg_sys::InvalidOid {
             return Vec::new();
         }
@@ -212,6 +234,25 @@ pub fn label_of(table: pg_sys::Oid) -> Option<String> {
     };
     // SAFETY: a catalog scan; returns NULL or a palloc'd C string.
     unsafe { text::string(pg_sys::GetSecurityLabel(&address, PROVIDER.as_ptr())) }
+}
+
+/// The labelled table that an index serves: its own, or one that its own is a partition of.
+pub fn labelled_table_of_index(index: pg_sys::Oid) -> Option<pg_sys::Oid> {
+    // SAFETY: a syscache look-up; InvalidOid for what is no index.
+    let table = unsafe { pg_sys::IndexGetRelation(index, true) };
+    if table == pg_sys::InvalidOid {
+        return None;
+    }
+    // SAFETY: a syscache look-up.
+    let is_partition = unsafe { pg_sys::get_rel_relispartition(table) };
+    let others = if is_partition {
+        ancestors(table)
+    } else {
+        Vec::new()
+    };
+    std::iter::once(table)
+        .chain(others)
+        .find(|table| label_of(*table).is_some())
 }
 
 /// The partitioned tables that a partition belongs to, the nearest first (`get_partition_ancestors`).
