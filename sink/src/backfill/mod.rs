@@ -55,6 +55,9 @@ pub struct Backfill {
     reconciled: AtomicBool,
     /// The number of the next marker.
     next_marker: AtomicU64,
+    /// How many times a worker has asked to be told when what is planned is in Redis, and the last of these that was answered.
+    asked: AtomicU64,
+    answered: AtomicU64,
 }
 
 impl Backfill {
@@ -124,6 +127,29 @@ impl Backfill {
     /// The pending hash was found to be empty. It has to be looked at once more after this: a key may have been noted meanwhile.
     pub(crate) fn clear_pending(&self) {
         self.pending.store(false, Ordering::Release);
+    }
+
+    /// Asks to be told when all that is planned by now is in Redis: [`Self::is_answered`] is, for this number.
+    pub(crate) fn ask(&self) -> u64 {
+        self.asked.fetch_add(1, Ordering::AcqRel) + 1
+    }
+
+    /// The last question; what is planned now is behind it.
+    pub fn asked(&self) -> u64 {
+        self.asked.load(Ordering::Acquire)
+    }
+
+    /// What was planned before this question is in Redis.
+    pub fn answer(&self, asked: u64) {
+        if self.answered.fetch_max(asked, Ordering::AcqRel) < asked {
+            // Whoever has just looked waits by now.
+            drop(self.lock());
+            self.changed.notify_all();
+        }
+    }
+
+    pub(crate) fn is_answered(&self, asked: u64) -> bool {
+        self.answered.load(Ordering::Acquire) >= asked
     }
 
     /// The catalog was compared with the registry.

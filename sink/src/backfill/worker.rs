@@ -104,6 +104,7 @@ fn tables(context: &Context) -> Result<(), Error> {
         if due || waiting.is_some_and(|since| since.elapsed() > SWEEP_AFTER) {
             waiting = None;
             sql.outlast_running("(tables whose keys are checked)", || context.stopped())?;
+            context.outlast_planned(sql)?;
             let mut redis = Connection::connect(&context.redis)?;
             sweep::sweep(context, sql, &mut redis, context.backfill.sweeps())?;
             if !context.backfill.sweeps().is_empty() {
@@ -189,6 +190,19 @@ impl Context {
 
     pub(super) fn is_current(&self, relation: u32, generation: u64) -> bool {
         self.backfill.is_current(relation, generation)
+    }
+
+    /// Waits until all that is planned is in Redis. A look at the keys before that would miss some: a change that came before their
+    /// rows were gone, or before the table had its template, may not be written yet.
+    pub(super) fn outlast_planned(&self, sql: &mut Sql) -> Result<(), Error> {
+        let asked = self.backfill.ask();
+        // So that there is something to be written.
+        let (window, nothing) = (Arc::new(Window::default()), Content::Orphans(Vec::new()));
+        self.submit_for(sql, &window, 0, 0, Snapshot::default(), nothing, None)?;
+        while !self.backfill.is_answered(asked) && !self.stopped() {
+            self.backfill.wait(IDLE);
+        }
+        Ok(())
     }
 
     /// Hands a chunk to the planner, then writes its marker: the planner has it before the marker comes.

@@ -42,6 +42,8 @@ pub struct Segment {
     pub purging: Purging,
     /// What is applied once the EXEC at its end succeeds.
     pub step: Option<Step>,
+    /// The last question of a worker ([`crate::backfill::Backfill::asked`]) that this EXEC answers.
+    pub asked: u64,
 }
 
 /// A key that Redis refused to write because it holds another type.
@@ -60,6 +62,8 @@ pub struct Applied {
     pub step: Step,
     /// Whether keys were noted as pending.
     pub pending: bool,
+    /// The last question that is answered by this.
+    pub asked: u64,
     /// Keys of another type, which stay as they are: only where such rows are skipped.
     pub refused: Vec<Refused>,
 }
@@ -163,7 +167,7 @@ impl Writer {
             .commands()
             .count()
             .saturating_sub(usize::from(segment.opens));
-        let step = segment.step;
+        let (step, asked) = (segment.step, segment.asked);
         self.open.push(segment);
         let Some(step) = step else {
             self.expect_queued(expected)?;
@@ -179,6 +183,7 @@ impl Writer {
         Ok(Some(Applied {
             step,
             pending,
+            asked,
             refused,
         }))
     }

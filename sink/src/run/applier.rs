@@ -75,6 +75,7 @@ pub(super) fn apply(
                     if applied.pending {
                         backfill.note_pending();
                     }
+                    backfill.answer(applied.asked);
                     reject(&mut writer, &applied, shared, backfill)?;
                     shared.set_applied(applied.step.lsn);
                     shared

@@ -84,14 +84,17 @@ impl Assembly {
         self.take(None)
     }
 
-    /// Ends the MULTI with this step of the progress.
-    pub(super) fn close(&mut self, step: Step) -> Segment {
+    /// Ends the MULTI with this step of the progress; `asked` by a worker before this.
+    pub(super) fn close(&mut self, step: Step, asked: u64) -> Segment {
         self.batch();
         write_step(self.batch.bookkeeping(), &self.keys, &step);
         Writer::close(self.batch.bookkeeping(), &self.keys);
         self.before = 0;
         self.continues = false;
-        self.take(Some(step))
+        Segment {
+            asked,
+            ..self.take(Some(step))
+        }
     }
 
     fn take(&mut self, step: Option<Step>) -> Segment {
@@ -104,6 +107,7 @@ impl Assembly {
             purges: std::mem::take(&mut self.purges),
             purging: std::mem::take(&mut self.purging),
             step,
+            asked: 0,
         }
     }
 }

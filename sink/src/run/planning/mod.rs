@@ -265,7 +265,7 @@ impl Planning {
         self.part_stored = part.is_some();
         self.dirty = false;
         self.advanced = false;
-        let segment = self.assembly.close(step);
+        let segment = self.assembly.close(step, self.backfill.asked());
         self.out.push_back(segment);
     }
 

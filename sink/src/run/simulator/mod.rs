@@ -94,9 +94,10 @@ fn what_is_broken_on_purpose_is_found() {
         Broken::AnyHistory,
         Broken::ConfirmUnproved,
         Broken::NoLandmark,
+        Broken::SweepAhead,
     ] {
         let found =
-            (0..30_000).find_map(|seed| World::new(seed, broken).run().err().map(|fault| (seed, fault)));
+            (0..60_000).find_map(|seed| World::new(seed, broken).run().err().map(|fault| (seed, fault)));
         let (seed, fault) = found.unwrap_or_else(|| panic!("{broken:?} is not noticed"));
         println!("{broken:?}: seed {seed}: {fault}");
     }

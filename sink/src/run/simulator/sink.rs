@@ -312,6 +312,7 @@ impl Session {
             if applied.pending {
                 self.backfill.note_pending();
             }
+            self.backfill.answer(applied.asked);
             self.shared.set_applied(applied.step.lsn);
         }
         Ok(Some(applied.is_some()))

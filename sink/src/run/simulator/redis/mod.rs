@@ -91,6 +91,8 @@ pub(super) enum Broken {
     ConfirmUnproved,
     /// A progress that begins anew names no transaction until one of somebody else comes.
     NoLandmark,
+    /// Keys without a row are looked for before what is planned is in Redis.
+    SweepAhead,
 }
 
 impl Redis {

@@ -18,6 +18,8 @@ enum State {
     Idle,
     /// Until every transaction up to this one is over.
     Outlast(u64, Next),
+    /// Until this question is answered.
+    Ask(u64, u32, Task),
     Fill(u32, Task, Cursor),
     /// Read, and its marker not yet written.
     Read(u32, Task, Snapshot, Content, Cursor),
@@ -93,6 +95,26 @@ impl Tables {
                 State::Fill(relation, task, cursor)
             }
             State::Outlast(_, Next::Sweep(relation, task)) => {
+                let asked = match self.courier.broken {
+                    Broken::SweepAhead => 0,
+                    _ => backfill.ask(),
+                };
+                let nothing = Content::Orphans(vec![]);
+                self.courier.submit(
+                    planning,
+                    backfill,
+                    postgres,
+                    (0, 0),
+                    Snapshot::default(),
+                    nothing,
+                    None,
+                )?;
+                State::Ask(asked, relation, task)
+            }
+            State::Ask(asked, relation, task) if !backfill.is_answered(asked) => {
+                State::Ask(asked, relation, task)
+            }
+            State::Ask(_, relation, task) => {
                 State::Sweep(relation, task, redis.data.keys().cloned().collect())
             }
             State::Fill(relation, task, _) if is_over(relation, &task) => State::Idle,

@@ -122,6 +122,9 @@ impl World {
     pub(super) fn run(&mut self) -> Result<(), Wrong> {
         for _ in 0..150 + self.dice.roll(250) {
             self.step()?;
+            if self.dice.once_in(200) {
+                self.run_ahead()?;
+            }
         }
         if self.put_backs && self.dice.once_in(4) {
             self.begin_anew_and_put_back()?;
@@ -145,6 +148,25 @@ impl World {
             _ => {}
         }
         self.look()
+    }
+
+    /// Redis does not answer for a while, a label changes, and planner and workers go on as far as they can.
+    fn run_ahead(&mut self) -> Result<(), Wrong> {
+        for _ in 0..self.dice.roll(6) {
+            self.write();
+        }
+        if self.dice.once_in(2) {
+            let (oid, choice) = (*self.dice.pick(&OIDS).unwrap(), self.dice.roll(24));
+            let index = self.postgres.begin();
+            self.postgres
+                .relabel(index, oid, |fingerprint| definition(oid, fingerprint, choice));
+        }
+        self.postgres.end_all();
+        for _ in 0..self.dice.roll(120) {
+            self.go_ahead()?;
+            self.look()?;
+        }
+        Ok(())
     }
 
     /// The invariants, wherever the last step has left the world.

@@ -31,6 +31,20 @@ impl World {
         self.outcome(result)
     }
 
+    /// The same while nothing is applied.
+    pub(super) fn go_ahead(&mut self) -> Result<(), Wrong> {
+        let Some(sink) = &mut self.sink else {
+            return self.begin();
+        };
+        let result = match self.dice.roll(8) {
+            0 | 1 => sink.frame(&self.postgres, &mut self.dice, 6).map(drop),
+            2 => sink.keepalive(&self.postgres),
+            3 | 4 => sink.piece().map(drop),
+            role => sink.work(&mut self.postgres, &self.server, &mut self.dice, role > 5),
+        };
+        self.outcome(result)
+    }
+
     /// What an error of the session means.
     pub(super) fn outcome(&mut self, result: Result<(), Error>) -> Result<(), Wrong> {
         let Err(error) = result else { return Ok(()) };
