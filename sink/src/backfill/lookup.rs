@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashSet};
 use super::sql::{Snapshots, Sql, explain};
 use crate::error::Error;
 use crate::gate::Snapshot;
-use crate::plan::Mapping;
+use crate::plan::{Mapping, is_text};
 use crate::pq::{PqError, QueryResult, quote_identifier};
 
 /// How to find the rows of a table by the values of its key template.
@@ -290,13 +290,6 @@ fn array<'v>(values: impl Iterator<Item = Option<&'v Vec<u8>>>) -> Vec<u8> {
     }
     out.push(b'}');
     out
-}
-
-/// Whether Postgres could hold these values as text at all.
-pub(crate) fn is_text(values: &[Vec<u8>]) -> bool {
-    values
-        .iter()
-        .all(|value| !value.contains(&0) && std::str::from_utf8(value).is_ok())
 }
 
 #[cfg(test)]

@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use redis::Value;
 
-use super::lookup::{Lookup, ParsedKey, is_text};
+use super::lookup::{Lookup, ParsedKey};
 use super::sql::Sql;
 use super::worker::Context;
 use super::{Content, Task, Window};
 use crate::error::Error;
 use crate::gate::Snapshot;
-use crate::plan::Purge;
+use crate::plan::{Belongs, Owned};
 use crate::redis::{Connection, unreadable};
 
 /// Such rows have TOASTed columns, so a few of them can be many bytes.
@@ -100,17 +100,14 @@ fn reread(
         return Ok(());
     };
     // A key that is no longer one of this table's is somebody else's business: the sweep of the table removes it.
-    let own = Purge::new(
-        relation,
-        &task.mapping.template,
-        &context.backfill.other_templates(relation),
-    );
+    let others = context.backfill.other_templates(relation);
+    let owned = Owned::new(relation, &task.mapping.template, &[], &others);
     let mut parsed: Vec<ParsedKey> = Vec::new();
     let mut foreign = Vec::new();
     for key in keys {
-        match own.match_key(&key).filter(|values| is_text(values)) {
-            Some(values) => parsed.push((key, values)),
-            None => foreign.push(key),
+        match owned.belongs(&key) {
+            Belongs::ToRow(values) => parsed.push((key, values)),
+            Belongs::ToNoRow | Belongs::Elsewhere => foreign.push(key),
         }
     }
     if !foreign.is_empty() {

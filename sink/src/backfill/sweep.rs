@@ -5,15 +5,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use walmirror_proto::key::KeyTemplate;
-
-use super::lookup::{Lookup, ParsedKey, is_text};
+use super::lookup::{Lookup, ParsedKey};
 use super::prefixes::Prefixes;
 use super::sql::{Snapshots, Sql};
 use super::worker::Context;
 use super::{Content, Cursor, Task, Window};
 use crate::error::Error;
-use crate::plan::Purge;
+use crate::plan::{Belongs, Owned};
 use crate::redis::Connection;
 
 /// Keys that are looked up at once.
@@ -27,10 +25,8 @@ const AHEAD: usize = 2;
 struct Swept {
     relation: u32,
     task: Task,
-    /// The keys of its template of today …
-    own: Purge,
-    /// … and of those that it had before.
-    retired: Vec<Purge>,
+    /// The keys of its template of today, and of those that it had before.
+    owned: Owned,
     lookup: Lookup,
     window: Arc<Window>,
     /// Keys that a row could have.
@@ -53,8 +49,9 @@ pub(super) fn sweep(
         tables.extend(Swept::new(context, sql, relation, task)?);
     }
     let places = tables.iter().enumerate();
-    let index =
-        Prefixes::new(places.flat_map(|(place, table)| table.purges().map(move |purge| (place, purge))));
+    let index = Prefixes::new(
+        places.flat_map(|(place, table)| table.owned.purges().map(move |purge| (place, purge))),
+    );
     let mut scan = index.scan();
     loop {
         let started = Instant::now();
@@ -99,14 +96,9 @@ impl Swept {
             return Ok(None);
         };
         let others = context.backfill.other_templates(relation);
-        let old = task.cursor.old_keys.iter();
-        let old = old.filter_map(|template| KeyTemplate::parse(template).ok());
         Ok(Some(Self {
             relation,
-            own: Purge::new(relation, &task.mapping.template, &others),
-            retired: old
-                .map(|template| Purge::retired(relation, &template, &others))
-                .collect(),
+            owned: Owned::new(relation, &task.mapping.template, &task.cursor.old_keys, &others),
             lookup,
             task,
             window: Arc::new(Window::default()),
@@ -116,19 +108,12 @@ impl Swept {
         }))
     }
 
-    fn purges(&self) -> impl Iterator<Item = &Purge> {
-        std::iter::once(&self.own).chain(&self.retired)
-    }
-
     /// Which values the row must have is what the template of today says, also for a key of an old one.
     fn take(&mut self, key: &[u8]) {
-        match self.own.match_key(key) {
-            Some(values) if is_text(&values) => self.held.push((key.to_vec(), values)),
-            Some(_) => self.absent.push(key.to_vec()),
-            None if self.retired.iter().any(|purge| purge.match_key(key).is_some()) => {
-                self.absent.push(key.to_vec());
-            }
-            None => {}
+        match self.owned.belongs(key) {
+            Belongs::ToRow(values) => self.held.push((key.to_vec(), values)),
+            Belongs::ToNoRow => self.absent.push(key.to_vec()),
+            Belongs::Elsewhere => {}
         }
     }
 

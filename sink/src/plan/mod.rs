@@ -11,6 +11,7 @@ mod keys;
 mod mapping;
 #[cfg(test)]
 mod model;
+mod owned;
 mod patch;
 mod purge;
 mod scripts;
@@ -21,6 +22,8 @@ use walmirror_proto::row::{Datum, TupleRef, WireError};
 pub use batch::{Batch, Op, OpKind};
 pub use keys::RedisKeys;
 pub use mapping::{Field, Mapping, MappingError};
+pub(crate) use owned::is_text;
+pub use owned::{Belongs, Owned};
 pub use purge::Purge;
 pub use scripts::{PENDING_REPLY, Script, Scripts};
 

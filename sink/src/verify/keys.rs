@@ -9,10 +9,11 @@ use super::content::{Content, compare};
 use super::sides::{AnySnapshot, Sides};
 use super::table::Table;
 use super::{Finding, Job, judge, sample};
-use crate::backfill::lookup::{ParsedKey, is_text};
+use crate::backfill::lookup::ParsedKey;
 use crate::backfill::prefixes::Prefixes;
 use crate::backfill::report::Report;
 use crate::error::Error;
+use crate::plan::is_text;
 use crate::redis::Scan;
 
 /// Keys of a table that are looked up at once.

@@ -22,8 +22,8 @@ use super::Finding;
 use super::content::{Content, compare};
 use super::sides::Sides;
 use super::table::Table;
-use crate::backfill::lookup::is_text;
 use crate::error::Error;
+use crate::plan::is_text;
 
 /// Keys that are settled in one round.
 const GROUP: usize = 500;

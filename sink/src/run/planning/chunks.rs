@@ -10,7 +10,7 @@ use super::Planning;
 use crate::backfill::{Chunk, Content};
 use crate::error::Error;
 use crate::gate::Verdict;
-use crate::plan::Trust;
+use crate::plan::{Belongs, Owned, Trust};
 use crate::rejected::Rejected;
 
 /// Bytes of commands that one piece adds to a batch, about.
@@ -65,6 +65,11 @@ impl Planning {
         }
         self.dirty = true;
         let weight = self.assembly.weight();
+        // What a key was to the table when it was found, it may no longer be.
+        let owned = match &chunk.content {
+            Content::Absent(_) => self.registry.owned(chunk.relation),
+            _ => None,
+        };
         let mut position = start;
         while position < chunk.content.len() {
             if self.assembly.weight() > weight + PIECE_BYTES {
@@ -72,7 +77,7 @@ impl Planning {
                 self.chunks.ready.push_front(chunk);
                 return Ok(());
             }
-            if !self.item(&chunk, position)? {
+            if !self.item(&chunk, position, owned.as_ref())? {
                 // Read under another version of the table than the stream has announced so far.
                 add(&self.shared.metrics.chunks_dropped.other_version, 1);
                 chunk.window.done(true);
@@ -94,7 +99,7 @@ impl Planning {
     }
 
     /// Plans one row or key. False: it is of another version of the table.
-    fn item(&mut self, chunk: &Chunk, position: usize) -> Result<bool, Error> {
+    fn item(&mut self, chunk: &Chunk, position: usize, owned: Option<&Owned>) -> Result<bool, Error> {
         match &chunk.content {
             Content::Rows(rows) => match rows.get(position) {
                 Some(packed) => self.read_row(chunk, packed, None),
@@ -109,9 +114,14 @@ impl Planning {
                 None => Ok(true),
             },
             Content::Absent(keys) => {
-                keys.get(position)
-                    .into_iter()
-                    .for_each(|key| self.absent(chunk, key, false));
+                if let (Some(key), Some(owned)) = (keys.get(position), owned) {
+                    match owned.belongs(key) {
+                        Belongs::ToRow(_) => self.absent(chunk, key, false),
+                        // Rows of older versions came before the marker of this: nobody writes the key any more.
+                        Belongs::ToNoRow => self.remove(chunk.relation, key),
+                        Belongs::Elsewhere => {}
+                    }
+                }
                 Ok(true)
             }
             Content::Orphans(keys) => {
@@ -209,9 +219,7 @@ impl Planning {
         let hash = self.gate.hash(key);
         match self.gate.admit(chunk.relation, hash, &chunk.snapshot) {
             Verdict::Admit => {
-                add(&self.shared.metrics.keys_removed, 1);
-                self.planner
-                    .remove(self.assembly.batch(), chunk.relation, hash, key);
+                self.remove(chunk.relation, key);
                 if pending {
                     self.settle(key, hash);
                 }
@@ -230,6 +238,12 @@ impl Planning {
                 self.backfill.note_pending();
             }
         }
+    }
+
+    fn remove(&mut self, relation: u32, key: &[u8]) {
+        add(&self.shared.metrics.keys_removed, 1);
+        let hash = self.gate.hash(key);
+        self.planner.remove(self.assembly.batch(), relation, hash, key);
     }
 
     /// The key need not be read again. What was written to it just before stays in the batch: a change behind it may build on that.

@@ -9,7 +9,7 @@ use walmirror_proto::key::KeyTemplate;
 use walmirror_proto::pb::{self, Mode};
 
 use crate::backfill::{Backfill, Cursor, Task};
-use crate::plan::{Batch, Mapping, MappingError, Purge, RedisKeys};
+use crate::plan::{Batch, Mapping, MappingError, Owned, Purge, RedisKeys};
 use crate::progress::write_cursor;
 
 /// One mirrored table.
@@ -215,6 +215,17 @@ impl Registry {
             .filter_map(|key| KeyTemplate::parse(key).ok())
             .map(|template| Purge::retired(oid, &template, &others))
             .collect()
+    }
+
+    /// Which keys are a table's, as of now.
+    pub(super) fn owned(&self, oid: u32) -> Option<Owned> {
+        let registered = self.relations.get(&oid)?;
+        Some(Owned::new(
+            oid,
+            &registered.mapping.template,
+            &registered.cursor.old_keys,
+            &self.templates(oid),
+        ))
     }
 
     /// A worker came so far.

@@ -11,7 +11,7 @@ use super::{Courier, row_of};
 use crate::backfill::{Backfill, Content, Cursor, PackedRows, Stage, Task};
 use crate::error::Error;
 use crate::gate::Snapshot;
-use crate::plan::Purge;
+use crate::plan::{Belongs, Owned};
 use crate::run::planning::Planning;
 
 enum State {
@@ -232,24 +232,13 @@ fn absent(
     mut keys: Vec<Vec<u8>>,
 ) -> Vec<Vec<u8>> {
     let others = backfill.other_templates(relation);
-    let own = Purge::new(relation, &task.mapping.template, &others);
-    let old = task.cursor.old_keys.iter().map(|key| key.parse_template());
-    let retired: Vec<Purge> = old
-        .map(|template| Purge::retired(relation, &template, &others))
-        .collect();
-    keys.retain(|key| match own.match_key(key) {
-        Some(values) => row_of(&values).is_none_or(|id| postgres.row(relation, id, snapshot).is_none()),
-        None => retired.iter().any(|purge| purge.match_key(key).is_some()),
+    let owned = Owned::new(relation, &task.mapping.template, &task.cursor.old_keys, &others);
+    keys.retain(|key| match owned.belongs(key) {
+        Belongs::ToRow(values) => {
+            row_of(&values).is_none_or(|id| postgres.row(relation, id, snapshot).is_none())
+        }
+        Belongs::ToNoRow => true,
+        Belongs::Elsewhere => false,
     });
     keys
-}
-
-trait ParseTemplate {
-    fn parse_template(&self) -> walmirror_proto::key::KeyTemplate;
-}
-
-impl ParseTemplate for String {
-    fn parse_template(&self) -> walmirror_proto::key::KeyTemplate {
-        walmirror_proto::key::KeyTemplate::parse(self).unwrap()
-    }
 }
