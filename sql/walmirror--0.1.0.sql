@@ -45,10 +45,30 @@ WHERE l.provider = 'walmirror' AND l.classoid = 'pg_catalog.pg_class'::regclass 
 COMMENT ON VIEW walmirror.mirrors IS 'the tables that are mirrored or cached, and how';
 GRANT SELECT ON walmirror.mirrors TO PUBLIC;
 
-CREATE FUNCTION walmirror.relations(OUT oid oid, OUT relation bytea) RETURNS SETOF record
-    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS
-$$ SELECT m.oid, walmirror.relation(m.oid) FROM walmirror.mirrors m ORDER BY m.oid $$;
-COMMENT ON FUNCTION walmirror.relations() IS 'the definitions of all labelled tables';
+CREATE FUNCTION walmirror.relations(OUT oid oid, OUT relation bytea, OUT problem text) RETURNS SETOF record
+    LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS
+$$
+DECLARE
+    mirrored oid;
+BEGIN
+    FOR mirrored IN SELECT m.oid FROM walmirror.mirrors m ORDER BY m.oid
+    LOOP
+        oid := mirrored;
+        problem := NULL;
+        BEGIN
+            relation := walmirror.relation(mirrored);
+        EXCEPTION WHEN invalid_parameter_value OR object_not_in_prerequisite_state OR undefined_column THEN
+            relation := NULL;
+            problem := SQLERRM;
+        END;
+        IF relation IS NOT NULL OR problem IS NOT NULL THEN
+            RETURN NEXT;
+        END IF;
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION walmirror.relations() IS
+    'the definitions of all labelled tables, or why a label does not fit its table any more';
 
 CREATE FUNCTION walmirror.leaves(tbl oid) RETURNS SETOF oid
     LANGUAGE sql STABLE STRICT SET search_path = pg_catalog, pg_temp AS
@@ -61,15 +81,10 @@ $$
 $$;
 COMMENT ON FUNCTION walmirror.leaves(oid) IS 'the tables that hold the rows of a table: itself, or its leaf partitions';
 
--- The labelled table that a table's rows appear under: itself or an ancestor; NULL if there is none.
 CREATE FUNCTION walmirror.root(tbl oid) RETURNS oid
-    LANGUAGE sql STABLE STRICT SET search_path = pg_catalog, pg_temp AS
-$$
-    SELECT l.objoid FROM pg_seclabel l
-    WHERE l.provider = 'walmirror' AND l.classoid = 'pg_class'::regclass AND l.objsubid = 0
-      AND (l.objoid = tbl OR l.objoid IN (SELECT a.relid::oid FROM pg_partition_ancestors(tbl::regclass) a))
-    LIMIT 1
-$$;
+    LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'root_wrapper';
+COMMENT ON FUNCTION walmirror.root(oid) IS
+    'the labelled table that the rows of a table appear under: itself, or one that it is a partition of; NULL if there is none';
 
 -- Setting labels ----------------------------------------------------------------------------------------------------
 
@@ -145,22 +160,34 @@ $$
         jsonb_build_object('oid', tbl::bigint, 'refresh', refresh, 'keep_keys', keep_keys)::text)
 $$;
 
--- The labelled tables with a column of a type, or of an array, domain, range or row type made of it.
+-- The labelled tables with a column of a type, or of an array, domain, range or row type made of it, and those that are OF it.
 CREATE FUNCTION walmirror.tables_of_type(typ oid) RETURNS SETOF oid
     LANGUAGE sql STABLE STRICT SET search_path = pg_catalog, pg_temp AS
 $$
     WITH RECURSIVE types(oid) AS (
         SELECT typ
         UNION
-        SELECT t.oid FROM types s, pg_type t
-        WHERE t.typelem = s.oid OR t.typbasetype = s.oid
-           OR t.typrelid IN (SELECT a.attrelid FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid AND c.relkind = 'c' WHERE a.atttypid = s.oid)
-           OR t.oid IN (SELECT r.rngtypid FROM pg_range r WHERE r.rngsubtype = s.oid)
+        SELECT CASE WHEN d.classid = 'pg_type'::regclass THEN d.objid ELSE (SELECT c.reltype FROM pg_class c WHERE c.oid = d.objid) END
+        FROM types s JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass AND d.refobjid = s.oid
+        WHERE d.classid IN ('pg_type'::regclass, 'pg_class'::regclass)
     )
-    SELECT DISTINCT walmirror.root(a.attrelid)
-    FROM types s JOIN pg_attribute a ON a.atttypid = s.oid AND a.attnum > 0 AND NOT a.attisdropped
-    JOIN pg_class c ON c.oid = a.attrelid AND c.relkind IN ('r', 'p')
-    WHERE walmirror.root(a.attrelid) IS NOT NULL
+    SELECT DISTINCT walmirror.root(c.oid)
+    FROM types s JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass AND d.refobjid = s.oid AND d.classid = 'pg_class'::regclass
+    JOIN pg_class c ON c.oid = d.objid AND c.relkind IN ('r', 'p')
+    WHERE walmirror.root(c.oid) IS NOT NULL
+$$;
+
+-- A table, and those that inherit its columns and are no partitions.
+CREATE FUNCTION walmirror.heirs(tbl oid) RETURNS SETOF oid
+    LANGUAGE sql STABLE STRICT SET search_path = pg_catalog, pg_temp AS
+$$
+    WITH RECURSIVE heirs(oid) AS (
+        SELECT tbl
+        UNION
+        SELECT i.inhrelid FROM heirs h JOIN pg_inherits i ON i.inhparent = h.oid
+        JOIN pg_class c ON c.oid = i.inhrelid AND NOT c.relispartition
+    )
+    SELECT h.oid FROM heirs h
 $$;
 
 CREATE FUNCTION walmirror.on_ddl_command_end() RETURNS event_trigger
@@ -168,30 +195,43 @@ CREATE FUNCTION walmirror.on_ddl_command_end() RETURNS event_trigger
 $$
 DECLARE
     command record;
+    changed_type oid;
     root oid;
 BEGIN
     FOR command IN SELECT DISTINCT c.classid, c.objid, c.command_tag, c.object_type FROM pg_event_trigger_ddl_commands() c
-                   WHERE c.classid IN ('pg_class'::regclass, 'pg_type'::regclass)
+                   WHERE c.classid IN ('pg_class'::regclass, 'pg_type'::regclass, 'pg_namespace'::regclass)
     LOOP
-        IF command.command_tag LIKE 'ALTER TYPE' THEN
-            FOR root IN SELECT walmirror.tables_of_type(
-                    CASE WHEN command.classid = 'pg_type'::regclass THEN command.objid
-                         ELSE (SELECT t.oid FROM pg_type t WHERE t.typrelid = command.objid) END)
+        IF command.classid = 'pg_class'::regclass AND command.object_type IN ('table', 'table column') THEN
+            FOR root IN SELECT DISTINCT walmirror.root(h) FROM walmirror.heirs(command.objid) h
+            LOOP
+                IF root IS NOT NULL THEN
+                    -- pg_restore alters tables before it creates their primary keys; on_sql_drop refuses to drop them.
+                    PERFORM walmirror.check_label(root, restoring => true);
+                    -- An ALTER of a partitioned table may attach or detach a partition with its rows.
+                    PERFORM walmirror.announce(root, refresh => command.command_tag = 'ALTER TABLE' AND
+                        (SELECT c.relkind = 'p' FROM pg_class c WHERE c.oid = root));
+                ELSIF command.command_tag = 'SECURITY LABEL' THEN
+                    PERFORM walmirror.announce(command.objid);
+                END IF;
+            END LOOP;
+        END IF;
+        -- Values of a type that others have columns of; also the row type of a table.
+        changed_type := CASE
+            WHEN command.command_tag NOT LIKE 'ALTER %' THEN NULL
+            WHEN command.classid = 'pg_type'::regclass THEN command.objid
+            WHEN command.classid = 'pg_class'::regclass THEN (SELECT c.reltype FROM pg_class c WHERE c.oid = command.objid)
+        END;
+        FOR root IN SELECT walmirror.tables_of_type(changed_type)
+        LOOP
+            PERFORM walmirror.check_label(root);
+            PERFORM walmirror.announce(root, refresh => true);
+        END LOOP;
+        IF command.classid = 'pg_namespace'::regclass AND command.command_tag = 'ALTER SCHEMA' THEN
+            FOR root IN SELECT m.oid FROM walmirror.mirrors m JOIN pg_class c ON c.oid = m.oid WHERE c.relnamespace = command.objid
             LOOP
                 PERFORM walmirror.check_label(root);
-                PERFORM walmirror.announce(root, refresh => true);
+                PERFORM walmirror.announce(root);
             END LOOP;
-        ELSIF command.classid = 'pg_class'::regclass AND command.object_type IN ('table', 'table column') THEN
-            root := walmirror.root(command.objid);
-            IF root IS NOT NULL THEN
-                -- pg_restore alters tables before it creates their primary keys; on_sql_drop refuses to drop them.
-                PERFORM walmirror.check_label(root, restoring => true);
-                -- An ALTER of a partitioned table may attach or detach a partition with its rows.
-                PERFORM walmirror.announce(root, refresh => command.command_tag = 'ALTER TABLE' AND
-                    (SELECT c.relkind = 'p' FROM pg_class c WHERE c.oid = root));
-            ELSIF command.command_tag = 'SECURITY LABEL' THEN
-                PERFORM walmirror.announce(command.objid);
-            END IF;
         END IF;
     END LOOP;
 END
@@ -223,11 +263,11 @@ BEGIN
     THEN
         -- An index does not tell any more whose it was. The tables that lost something are locked by this session, also by
         -- DROP INDEX CONCURRENTLY; others need not be looked at, which would wait for DDL of other sessions on them.
-        locked := ARRAY(SELECT DISTINCT coalesce(walmirror.root(l.relation), 0) FROM pg_locks l
+        locked := ARRAY(SELECT DISTINCT walmirror.root(l.relation) FROM pg_locks l
                         WHERE l.pid = pg_backend_pid() AND l.locktype = 'relation' AND l.granted
                           AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
                           AND l.mode IN ('AccessExclusiveLock', 'ExclusiveLock', 'ShareRowExclusiveLock', 'ShareUpdateExclusiveLock'));
-        FOR mirrored IN SELECT m.oid FROM walmirror.mirrors m WHERE m.oid = ANY (locked)
+        FOR mirrored IN SELECT l FROM unnest(locked) l WHERE l IS NOT NULL
         LOOP
             PERFORM walmirror.check_label(mirrored);
         END LOOP;

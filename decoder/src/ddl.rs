@@ -35,7 +35,7 @@ pub fn check_label(table: Option<pg_sys::Oid>, label: Option<&str>) -> Result<()
 /// `DROP INDEX CONCURRENTLY` begins. What it did before its end is not undone when the event trigger refuses it there, so that
 /// it is refused here.
 pub fn index_dropped_concurrently(index: pg_sys::Oid) -> Result<(), Refusal> {
-    let Some(labelled) = relation::labelled_table_of_index(index) else {
+    let Some(labelled) = relation::labelled(relation::of_index(index)) else {
         return Ok(());
     };
     let Some(label) = relation::label_of(labelled) else {

@@ -30,6 +30,13 @@ fn relation(table: pg_sys::Oid) -> Option<Vec<u8>> {
     }
 }
 
+/// `walmirror.root(oid)`: the labelled table that the rows of a table appear under. It sees labels that were committed after the
+/// snapshot of its transaction, as DDL does.
+#[pg_extern]
+fn root(table: pg_sys::Oid) -> Option<pg_sys::Oid> {
+    relation::labelled(table)
+}
+
 /// `walmirror.set_label(oid, bytea)`: checks all that could be wrong, then runs `SECURITY LABEL FOR walmirror`. The label is
 /// in UTF-8, whatever the encoding of the database.
 #[pg_extern]

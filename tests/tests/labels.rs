@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rand::Rng;
 use rand::rngs::StdRng;
-use walmirror_tests::{Mirror, Sink, rng};
+use walmirror_tests::{DEADLINE, Mirror, Sink, rng, wait_for};
 
 const TABLE: &str = "CREATE TABLE t (id int PRIMARY KEY, a text, b int, c numeric); \
      INSERT INTO t SELECT i, 'a' || i, i, i / 4.0 FROM generate_series(1, 500) i";
@@ -238,6 +238,117 @@ fn schema_changes_between_rows_of_one_transaction() {
         .unwrap();
     m.sql("ALTER TABLE t ADD later int DEFAULT 9");
     old.batch_execute("UPDATE t SET n = 'late'; COMMIT").unwrap();
+    m.settle();
+}
+
+/// DDL that names another object than the table: what it inherits from, the type that it is OF, or has a column of, its schema.
+#[test]
+fn ddl_through_another_object() {
+    let m = Mirror::with(
+        "CREATE TABLE parent (id int, v text, gone text); CREATE TABLE child (PRIMARY KEY (id)) INHERITS (parent); \
+         CREATE TYPE shape AS (id int, v text); CREATE TABLE of_type OF shape (PRIMARY KEY (id)); \
+         CREATE TABLE part (a int, b int); CREATE TABLE whole (id int PRIMARY KEY, p part, many part[]); \
+         CREATE SCHEMA s; CREATE TABLE s.t (id int PRIMARY KEY, v text); \
+         INSERT INTO child SELECT i, 'v', 'g' FROM generate_series(1, 30) i; INSERT INTO of_type SELECT i, 'v' FROM generate_series(1, 30) i; \
+         INSERT INTO whole SELECT i, ROW(i, 1)::part, ARRAY[ROW(i, 1)::part] FROM generate_series(1, 30) i; \
+         INSERT INTO s.t SELECT i, 'v' FROM generate_series(1, 30) i; \
+         SELECT walmirror.mirror('child'), walmirror.mirror('of_type'), walmirror.mirror('whole', value => 'json'), walmirror.mirror('s.t')",
+    );
+    for statement in [
+        "ALTER TABLE parent RENAME v TO w",
+        "ALTER TABLE parent ADD n int DEFAULT 7",
+        "ALTER TABLE parent DROP gone",
+        "ALTER TABLE parent ALTER n TYPE text",
+        "ALTER TYPE shape RENAME ATTRIBUTE v TO w CASCADE",
+        "ALTER TYPE shape ADD ATTRIBUTE n int CASCADE",
+        "ALTER TYPE shape DROP ATTRIBUTE w CASCADE",
+        "ALTER TABLE part RENAME b TO c",
+        "ALTER TABLE part ADD d text",
+        "ALTER TABLE part DROP c",
+        "ALTER SCHEMA s RENAME TO renamed",
+    ] {
+        println!("{statement}");
+        m.sql(statement);
+        m.settle();
+    }
+    // The table is read by its new name, though no row has told of it.
+    m.sql("ALTER TABLE renamed.t ADD n int DEFAULT 1");
+    m.settle();
+    for statement in [
+        "ALTER TABLE parent RENAME id TO key",
+        "ALTER TYPE shape RENAME ATTRIBUTE id TO key CASCADE",
+    ] {
+        let message = m.db.error(statement).message().to_owned();
+        assert!(message.contains("would break"), "{statement}: {message}");
+    }
+    // A transaction whose snapshot is older than the label sees it all the same.
+    m.sql("CREATE TABLE late (id int PRIMARY KEY, v text); INSERT INTO late VALUES (1, 'v')");
+    let mut old = m.db.connect();
+    old.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM late")
+        .unwrap();
+    m.sql("SELECT walmirror.mirror('late')");
+    old.batch_execute("ALTER TABLE late RENAME v TO w; COMMIT")
+        .unwrap();
+    m.settle();
+}
+
+/// A partition's rows appear under one table.
+#[test]
+fn a_partition_has_no_label_of_its_own() {
+    let m = Mirror::with(
+        "CREATE TABLE p (id int PRIMARY KEY, v text) PARTITION BY LIST (id); CREATE TABLE p1 PARTITION OF p FOR VALUES IN (1); \
+         CREATE TABLE p2 (id int PRIMARY KEY, v text); INSERT INTO p2 VALUES (2, 'v'); INSERT INTO p VALUES (1, 'v'); \
+         SELECT walmirror.mirror('p'), walmirror.mirror('p2')",
+    );
+    let attach = "ALTER TABLE p ATTACH PARTITION p2 FOR VALUES IN (2)";
+    let error = m.db.error(attach);
+    assert!(
+        error
+            .message()
+            .contains("partition \"public.p2\" has a label of its own")
+            && error.hint().unwrap().contains("walmirror.unmirror('public.p2')"),
+        "{error:?}"
+    );
+    m.check();
+    m.sql("SELECT walmirror.unmirror('p2')");
+    m.sql(attach);
+    m.settle();
+    // Nor does a table that already has such a partition get one.
+    m.sql("SELECT walmirror.unmirror('p'); ALTER TABLE p DETACH PARTITION p2; SELECT walmirror.mirror('p2')");
+    m.sql(attach);
+    let error = m.db.error("SELECT walmirror.mirror('p')");
+    assert!(error.message().contains("has a label of its own"), "{error:?}");
+    m.settle();
+}
+
+/// Where event triggers are off, a label may come not to fit its table. The other tables go on, and its keys stay until it is mended.
+#[test]
+fn a_label_that_does_not_fit_concerns_its_table_alone() {
+    let m = Mirror::with(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (LIKE t INCLUDING ALL); INSERT INTO t VALUES (1, 'v'); \
+         SELECT walmirror.mirror('t', columns => '{v}'), walmirror.mirror('u')",
+    );
+    m.sql(
+        "ALTER EVENT TRIGGER walmirror_ddl_command_end DISABLE; ALTER TABLE t RENAME v TO w; \
+         ALTER EVENT TRIGGER walmirror_ddl_command_end ENABLE ALWAYS; INSERT INTO t VALUES (2, 'v'); INSERT INTO u VALUES (1, 'v')",
+    );
+    m.sink(|sink| {
+        sink.kill();
+        sink.restart();
+    });
+    m.sync();
+    wait_for(DEADLINE, "the sink to tell", || {
+        m.sink(|sink| {
+            sink.output()
+                .contains("the label of the table public.t does not fit it")
+        })
+        .then_some(())
+    });
+    assert_eq!(m.redis.keys(), ["t:1", "u:1"]);
+    let (code, output) = m.run(&["verify"]);
+    assert_eq!(code, Some(2), "{output}");
+    assert!(output.contains("walmirror.unmirror('public.t')"), "{output}");
+    m.sql("SELECT walmirror.unmirror('t'); SELECT walmirror.mirror('t')");
     m.settle();
 }
 

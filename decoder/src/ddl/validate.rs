@@ -49,6 +49,7 @@ pub fn validate(table: pg_sys::Oid, label: &Label, check: Check) -> Result<(), R
     let template =
         KeyTemplate::parse(&key).map_err(|error| Refusal::invalid(error.to_string(), "user:{id}"))?;
     check_options(label, &template)?;
+    check_partitions(table)?;
     if check != Check::Restoring || has_unique_index(table)? {
         check_unique(table, &name, template.placeholders(), check.gone())?;
         check_replica_identity(table, template.placeholders(), check.gone())?;
@@ -153,6 +154,23 @@ fn check_kind(table: pg_sys::Oid) -> Result<(), Refusal> {
         )),
         _ => Ok(()),
     }
+}
+
+/// A partition's rows appear under the nearest table that has a label.
+fn check_partitions(table: pg_sys::Oid) -> Result<(), Refusal> {
+    let labelled = query(
+        "SELECT l.objoid::regclass::text FROM pg_catalog.pg_seclabel l, pg_catalog.pg_partition_tree($1::oid::regclass) t
+         WHERE l.provider = 'walmirror' AND l.classoid = 'pg_catalog.pg_class'::regclass AND l.objsubid = 0
+           AND l.objoid = t.relid::oid AND t.level > 0 LIMIT 1",
+        &[table],
+    )?;
+    let Some(name) = labelled.into_iter().flatten().flatten().next() else {
+        return Ok(());
+    };
+    Err(Refusal::object(
+        format!("partition \"{name}\" has a label of its own"),
+        format!("SELECT walmirror.unmirror('{name}'); and try again."),
+    ))
 }
 
 fn has_unique_index(table: pg_sys::Oid) -> Result<bool, Refusal> {

@@ -236,14 +236,9 @@ pub fn label_of(table: pg_sys::Oid) -> Option<String> {
     unsafe { text::string(pg_sys::GetSecurityLabel(&address, PROVIDER.as_ptr())) }
 }
 
-/// The labelled table that an index serves: its own, or one that its own is a partition of.
-pub fn labelled_table_of_index(index: pg_sys::Oid) -> Option<pg_sys::Oid> {
-    // SAFETY: a syscache look-up; InvalidOid for what is no index.
-    let table = unsafe { pg_sys::IndexGetRelation(index, true) };
-    if table == pg_sys::InvalidOid {
-        return None;
-    }
-    // SAFETY: a syscache look-up.
+/// The table whose label holds for a table: its own, or the nearest that it is a partition of.
+pub fn labelled(table: pg_sys::Oid) -> Option<pg_sys::Oid> {
+    // SAFETY: a syscache look-up; false for what does not exist.
     let is_partition = unsafe { pg_sys::get_rel_relispartition(table) };
     let others = if is_partition {
         ancestors(table)
@@ -253,6 +248,12 @@ pub fn labelled_table_of_index(index: pg_sys::Oid) -> Option<pg_sys::Oid> {
     std::iter::once(table)
         .chain(others)
         .find(|table| label_of(*table).is_some())
+}
+
+/// The table of an index; InvalidOid for what is no index (`IndexGetRelation`).
+pub fn of_index(index: pg_sys::Oid) -> pg_sys::Oid {
+    // SAFETY: a syscache look-up.
+    unsafe { pg_sys::IndexGetRelation(index, true) }
 }
 
 /// The partitioned tables that a partition belongs to, the nearest first (`get_partition_ancestors`).

@@ -5,9 +5,7 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use walmirror_proto::pb;
-
-use super::Cursor;
+use super::{Catalog, Cursor};
 use crate::gate::Snapshot;
 
 /// Rows in the form of `walmirror.pack`, one behind the other in one buffer.
@@ -68,7 +66,7 @@ pub enum Content {
     /// Keys that were noted as pending for a table that is not mirrored.
     Orphans(Vec<Vec<u8>>),
     /// All labelled tables, as the catalog has them.
-    Catalog(Vec<pb::Relation>),
+    Catalog(Catalog),
 }
 
 impl Content {
@@ -78,7 +76,7 @@ impl Content {
             Self::Rows(rows) => rows.len(),
             Self::Keys(keys) => keys.len(),
             Self::Absent(keys) | Self::Orphans(keys) => keys.len(),
-            Self::Catalog(relations) => relations.len(),
+            Self::Catalog(catalog) => catalog.relations.len(),
         }
     }
 

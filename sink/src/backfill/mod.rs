@@ -6,6 +6,7 @@
 //!
 //! INVARIANT I10: nothing that a worker read reaches Redis but through the gate.
 
+pub(crate) mod catalog;
 mod chunk;
 mod cursor;
 pub(crate) mod fill;
@@ -24,6 +25,7 @@ use std::time::Duration;
 
 use walmirror_proto::key::KeyTemplate;
 
+pub use catalog::Catalog;
 pub use chunk::{Chunk, Content, PackedRows, Window};
 pub use cursor::{Cursor, Stage};
 pub use worker::{Context, Role, work};

@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
-use prost::Message;
-use walmirror_proto::pb;
 
+use super::catalog::Catalog;
 use super::sql::{Snapshots, Sql};
 use super::{Backfill, Chunk, Content, Cursor, Stage, Task, Window, fill, pending, sweep};
 use crate::config::{Conninfo, RedisUrl};
@@ -161,16 +160,10 @@ fn clear(context: &Context, redis: &mut Connection) -> Result<(), Error> {
 fn reconcile(context: &Context, sql: &mut Sql, window: &Arc<Window>) -> Result<(), Error> {
     // A label whose transaction is in the stream already may still be invisible, while its COMMIT waits for a standby.
     sql.outlast_running("(the list of mirrored tables)", || context.stopped())?;
-    let mut relations = Vec::new();
-    let statement = "SELECT relation FROM walmirror.relations()";
-    let result = sql
-        .connection
-        .query_binary(statement, &[])
-        .map_err(|error| super::sql::explain("cannot list the mirrored tables", error))?;
-    for bytes in result.rows().filter_map(|row| row.get(0)) {
-        let relation = pb::Relation::decode(bytes)
-            .map_err(|error| Error::bug(format!("walmirror.relations() cannot be read: {error}")))?;
-        relations.push(relation);
+    let catalog = Catalog::read(sql)?;
+    for misfit in &catalog.misfits {
+        let error = misfit.error();
+        tracing::error!(next = error.next_command(), "{error}");
     }
     context.submit_for(
         sql,
@@ -178,7 +171,7 @@ fn reconcile(context: &Context, sql: &mut Sql, window: &Arc<Window>) -> Result<(
         0,
         0,
         Snapshot::default(),
-        Content::Catalog(relations),
+        Content::Catalog(catalog),
         None,
     )
 }

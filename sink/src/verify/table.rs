@@ -2,15 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use prost::Message;
 use walmirror_proto::key::KeyTemplate;
 use walmirror_proto::pb::{self, Mode};
 use walmirror_proto::row::TupleRef;
 
 use super::Tally;
 use super::content::{Content, Shape};
+use crate::backfill::Catalog;
 use crate::backfill::lookup::Lookup;
-use crate::backfill::sql::{Sql, explain};
+use crate::backfill::sql::Sql;
 use crate::error::Error;
 use crate::plan::{Mapping, Purge, RedisKeys};
 use crate::redis::{Connection, read_stored};
@@ -38,17 +38,15 @@ impl Table {
             ))
             .next("walmirror run …   # mirrors the tables"));
         }
-        let what = "cannot list the mirrored tables";
-        let result = sql
-            .connection
-            .query_binary("SELECT relation FROM walmirror.relations()", &[])
-            .map_err(|error| explain(what, error))?;
-        let mut relations = BTreeMap::new();
-        for bytes in result.rows().filter_map(|row| row.get(0)) {
-            let relation = pb::Relation::decode(bytes)
-                .map_err(|error| Error::bug(format!("walmirror.relations() cannot be read: {error}")))?;
-            relations.insert(relation.oid, relation);
+        let catalog = Catalog::read(sql)?;
+        if let Some(misfit) = catalog.misfits.first() {
+            return Err(misfit.error());
         }
+        let relations: BTreeMap<u32, pb::Relation> = catalog
+            .relations
+            .into_iter()
+            .map(|relation| (relation.oid, relation))
+            .collect();
         let templates: BTreeMap<u32, KeyTemplate> = relations
             .iter()
             .filter_map(|(oid, relation)| Some((*oid, KeyTemplate::parse(&relation.key).ok()?)))

@@ -48,8 +48,8 @@ impl Planning {
             return Ok(());
         };
         let start = std::mem::take(&mut self.chunks.position);
-        if let Content::Catalog(relations) = &chunk.content {
-            self.reconcile(relations)?;
+        if let Content::Catalog(catalog) = &chunk.content {
+            self.reconcile(catalog)?;
             chunk.window.done(false);
             return Ok(());
         }

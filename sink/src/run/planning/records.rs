@@ -8,6 +8,7 @@ use walmirror_proto::pb;
 
 use super::super::metrics::add;
 use super::{Definition, Planning, standing};
+use crate::backfill::Catalog;
 use crate::error::Error;
 use crate::plan::{Change, Mapping, Planned, Purge, Trust};
 use crate::rejected::Rejected;
@@ -364,8 +365,9 @@ impl Planning {
     }
 
     /// Compares what the catalog says with the registry, at the place of the stream where it was read.
-    pub(super) fn reconcile(&mut self, catalog: &[pb::Relation]) -> Result<(), Error> {
+    pub(super) fn reconcile(&mut self, catalog: &Catalog) -> Result<(), Error> {
         for relation in catalog
+            .relations
             .iter()
             .filter(|relation| !self.announced.contains(&relation.oid))
             .collect::<Vec<_>>()
@@ -379,7 +381,10 @@ impl Planning {
             }
         }
         for oid in self.registry.oids() {
-            if !self.announced.contains(&oid) && !catalog.iter().any(|relation| relation.oid == oid) {
+            // What has a label that does not fit it stays as it is.
+            let is_labelled = catalog.relations.iter().any(|relation| relation.oid == oid)
+                || catalog.misfits.iter().any(|misfit| misfit.oid == oid);
+            if !self.announced.contains(&oid) && !is_labelled {
                 self.forget_relation(oid, false);
             }
         }

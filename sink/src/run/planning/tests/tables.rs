@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
 
 use super::*;
+use crate::backfill::Catalog;
 
 #[test]
 fn a_label_takes_effect_at_its_place() {
@@ -124,7 +125,16 @@ fn the_catalog_corrects_the_registry_where_the_stream_has_said_nothing() {
         name: "u".into(),
         ..relation(3, "u:{id}")
     };
-    let mut catalog = chunk(&planning, 1, Content::Catalog(vec![other]), None, &window);
+    let mut catalog = chunk(
+        &planning,
+        1,
+        Content::Catalog(Catalog {
+            relations: vec![other],
+            ..Catalog::default()
+        }),
+        None,
+        &window,
+    );
     catalog.relation = 0;
     planning.chunk(catalog);
     Frame::default()

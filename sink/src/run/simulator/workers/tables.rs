@@ -8,7 +8,7 @@ use super::super::postgres::{IDS, OIDS, Postgres};
 use super::super::redis::{Broken, Redis};
 use super::super::table::{Definition, Id};
 use super::{Courier, row_of};
-use crate::backfill::{Backfill, Content, Cursor, PackedRows, Stage, Task};
+use crate::backfill::{Backfill, Catalog, Content, Cursor, PackedRows, Stage, Task};
 use crate::error::Error;
 use crate::gate::Snapshot;
 use crate::plan::{Belongs, Owned};
@@ -77,8 +77,10 @@ impl Tables {
             State::Outlast(_, Next::Reconcile) => {
                 let snapshot = postgres.snapshot();
                 let labels = OIDS.iter().filter_map(|oid| postgres.label(*oid, &snapshot));
-                let catalog = labels.map(|definition| definition.relation(0)).collect();
-                let content = Content::Catalog(catalog);
+                let content = Content::Catalog(Catalog {
+                    relations: labels.map(|definition| definition.relation(0)).collect(),
+                    ..Catalog::default()
+                });
                 self.courier.submit(
                     planning,
                     backfill,

@@ -1,0 +1,65 @@
+//! What the catalog of Postgres says of the labelled tables.
+
+use prost::Message;
+use walmirror_proto::pb;
+
+use super::sql::{Sql, explain};
+use crate::error::Error;
+
+/// All labelled tables.
+#[derive(Debug, Default)]
+pub struct Catalog {
+    /// Their definitions, as of now.
+    pub relations: Vec<pb::Relation>,
+    /// Those of which there is none.
+    pub misfits: Vec<Misfit>,
+}
+
+/// A table that its label does not fit any more: DDL that does this is refused, unless event triggers are off.
+#[derive(Debug)]
+pub struct Misfit {
+    /// pg_class.oid.
+    pub oid: u32,
+    table: String,
+    problem: String,
+}
+
+impl Misfit {
+    /// What is wrong, and what to do about it.
+    pub fn error(&self) -> Error {
+        let Self { table, problem, .. } = self;
+        Error::config(format!(
+            "the label of the table {table} does not fit it: {problem}"
+        ))
+        .next(format!(
+            "SELECT walmirror.unmirror('{table}');   -- and walmirror.mirror() with what it has now"
+        ))
+    }
+}
+
+impl Catalog {
+    /// Reads `walmirror.relations()`.
+    pub(crate) fn read(sql: &mut Sql) -> Result<Self, Error> {
+        let statement =
+            "SELECT relation, oidsend(oid), oid::regclass::text, problem FROM walmirror.relations()";
+        let result = sql
+            .connection
+            .query_binary(statement, &[])
+            .map_err(|error| explain("cannot list the mirrored tables", error))?;
+        let mut catalog = Self::default();
+        for row in result.rows() {
+            if let Some(bytes) = row.get(0) {
+                let relation = pb::Relation::decode(bytes)
+                    .map_err(|error| Error::bug(format!("walmirror.relations() cannot be read: {error}")))?;
+                catalog.relations.push(relation);
+            } else if let Some(oid) = row.get(1).and_then(|bytes| bytes.first_chunk()) {
+                catalog.misfits.push(Misfit {
+                    oid: u32::from_be_bytes(*oid),
+                    table: row.text(2).unwrap_or_default().to_owned(),
+                    problem: row.text(3).unwrap_or_default().to_owned(),
+                });
+            }
+        }
+        Ok(catalog)
+    }
+}
