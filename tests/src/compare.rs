@@ -59,7 +59,7 @@ pub fn compare(client: &mut Client, redis: &mut Connection) -> Report {
     client
         .batch_execute(
             "SET DateStyle = 'ISO'; SET TimeZone = 'UTC'; SET bytea_output = 'hex'; SET IntervalStyle = 'postgres'; \
-             SET extra_float_digits = 1; SET search_path = ''",
+             SET extra_float_digits = 1; SET lc_monetary = 'C'; SET search_path = ''",
         )
         .expect("settings");
     let mut report = Report::default();

@@ -1,6 +1,6 @@
 //! The settings under which values become text.
 
-use std::ffi::c_int;
+use std::ffi::{CStr, c_char, c_int};
 
 use pgrx::pg_sys;
 
@@ -8,13 +8,16 @@ unsafe extern "C" {
     // utils/varlena.c; pgrx has no binding for it.
     #[link_name = "bytea_output"]
     static mut BYTEA_OUTPUT: c_int;
+    // utils/pg_locale.h; the value of lc_monetary.
+    #[link_name = "locale_monetary"]
+    static mut LOCALE_MONETARY: *const c_char;
 }
 
 const BYTEA_OUTPUT_HEX: c_int = 1;
 
 /// Output functions run under the value contract while this lives: DateStyle ISO, TimeZone UTC, IntervalStyle postgres,
-/// bytea_output hex, extra_float_digits 1, and search_path pg_catalog where names are printed. The former settings come
-/// back when it is dropped.
+/// bytea_output hex, extra_float_digits 1, quote_all_identifiers off, and, where they matter, search_path pg_catalog and
+/// lc_monetary C. The former settings come back when it is dropped.
 ///
 /// The variables behind the GUCs are set directly, as the output functions read them: a GUC nest level for every row
 /// would cost more than the row.
@@ -24,8 +27,9 @@ pub struct TextSession {
     interval_style: c_int,
     float_digits: c_int,
     bytea_output: c_int,
+    quote_all_identifiers: bool,
     timezone: *mut pg_sys::pg_tz,
-    /// The GUC nest level that search_path was set in.
+    /// The GUC nest level that search_path and lc_monetary were set in.
     nest_level: Option<c_int>,
 }
 
@@ -38,6 +42,8 @@ pub enum Needs {
     Formats,
     /// Also search_path: a column holds names of relations, types or functions (regclass and its kin).
     Names,
+    /// Also lc_monetary: a column holds amounts of money.
+    Money,
 }
 
 impl TextSession {
@@ -46,19 +52,28 @@ impl TextSession {
         match needs {
             Needs::Nothing => None,
             Needs::Formats => Some(Self::formats()),
-            Needs::Names => Some(Self::formats().names()),
+            Needs::Names => Some(Self::formats().set(c"search_path", c"pg_catalog")),
+            Needs::Money => {
+                let names = Self::formats().set(c"search_path", c"pg_catalog");
+                if has_money_of_c() {
+                    return Some(names);
+                }
+                Some(names.set(c"lc_monetary", c"C"))
+            }
         }
     }
 
-    /// search_path has caches behind it, so it is set as SET LOCAL would.
-    fn names(mut self) -> Self {
+    /// For settings that have caches behind them: they are set as SET LOCAL would.
+    fn set(mut self, name: &CStr, value: &CStr) -> Self {
         // SAFETY: within a transaction, as all decoding and every query is; the nest level is ended by `drop`, or by the
         // end of the transaction.
         unsafe {
-            self.nest_level = Some(pg_sys::NewGUCNestLevel());
+            if self.nest_level.is_none() {
+                self.nest_level = Some(pg_sys::NewGUCNestLevel());
+            }
             pg_sys::set_config_option(
-                c"search_path".as_ptr(),
-                c"pg_catalog".as_ptr(),
+                name.as_ptr(),
+                value.as_ptr(),
                 pg_sys::GucContext::PGC_USERSET,
                 pg_sys::GucSource::PGC_S_SESSION,
                 pg_sys::GucAction::GUC_ACTION_SAVE,
@@ -80,6 +95,7 @@ impl TextSession {
                 interval_style: pg_sys::IntervalStyle,
                 float_digits: pg_sys::extra_float_digits,
                 bytea_output: BYTEA_OUTPUT,
+                quote_all_identifiers: pg_sys::quote_all_identifiers,
                 timezone: pg_sys::session_timezone,
                 nest_level: None,
             };
@@ -89,11 +105,21 @@ impl TextSession {
             pg_sys::IntervalStyle = pg_sys::INTSTYLE_POSTGRES as c_int;
             pg_sys::extra_float_digits = 1;
             BYTEA_OUTPUT = BYTEA_OUTPUT_HEX;
+            pg_sys::quote_all_identifiers = false;
             if !utc.is_null() {
                 pg_sys::session_timezone = utc;
             }
             saved
         }
+    }
+}
+
+/// Whether amounts of money are printed as in the locale C already.
+fn has_money_of_c() -> bool {
+    // SAFETY: a variable of this single-threaded backend: NULL or a C string.
+    unsafe {
+        let locale = LOCALE_MONETARY;
+        !locale.is_null() && [c"C", c"POSIX"].contains(&CStr::from_ptr(locale))
     }
 }
 
@@ -106,6 +132,7 @@ impl Drop for TextSession {
             pg_sys::IntervalStyle = self.interval_style;
             pg_sys::extra_float_digits = self.float_digits;
             BYTEA_OUTPUT = self.bytea_output;
+            pg_sys::quote_all_identifiers = self.quote_all_identifiers;
             pg_sys::session_timezone = self.timezone;
             if let Some(level) = self.nest_level {
                 pg_sys::AtEOXact_GUC(true, level);

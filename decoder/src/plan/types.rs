@@ -39,7 +39,9 @@ pub fn reading(type_oid: pg_sys::Oid, form: Form, context: Context) -> (Encoding
 pub fn needs(type_oid: pg_sys::Oid) -> Needs {
     let base = catalog::base_type(type_oid);
     let element = catalog::base_type(catalog::element_type(base).unwrap_or(base));
-    if catalog::is_row(element) || NAMES.contains(&u32::from(element)) {
+    if catalog::is_row(element) || element == pg_sys::MONEYOID {
+        Needs::Money
+    } else if NAMES.contains(&u32::from(element)) {
         Needs::Names
     } else {
         Needs::Formats

@@ -235,3 +235,40 @@ fn a_row_that_a_filter_keeps_back_is_not_captured() {
     assert_eq!(keys(&m), c_keys([1, 11, 21, 31, 41, 51]));
     m.sql("DROP OWNED BY reader_of_some; DROP ROLE reader_of_some");
 }
+
+/// How the session that reads has values printed is its own business.
+#[test]
+fn settings_of_the_session_do_not_count() {
+    let m = Mirror::new();
+    m.sql(
+        "CREATE TYPE held AS (price money, kind regtype); \
+         CREATE TABLE c (id int PRIMARY KEY, day timestamptz, price money, kind regtype, self regclass, held held, list date[]); \
+         INSERT INTO c VALUES (1, '2026-11-23 12:00+00', '1234.5', 'text[]', 'c', ('-1', 'c'), '{2026-11-23}'); \
+         SELECT walmirror.cache('c')",
+    );
+    start(&m);
+    session(&m)
+        .batch_execute(
+            "SET DateStyle = 'German'; SET TimeZone = 'Asia/Kathmandu'; SET quote_all_identifiers = on; SET lc_monetary = 'C.utf8'; \
+             SET search_path = public; SELECT * FROM c WHERE id = 1",
+        )
+        .unwrap();
+    sync(&m);
+    let found = m.redis.hash("c:1");
+    let expected = [
+        ("day", "2026-11-23 12:00:00+00"),
+        ("held", "(-$1.00,public.c)"),
+        ("id", "1"),
+        ("kind", "text[]"),
+        ("list", "{2026-11-23}"),
+        ("price", "$1,234.50"),
+        ("self", "public.c"),
+    ];
+    let expected: Vec<(String, String)> = expected
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect();
+    assert_eq!(found, expected);
+    let (code, output) = m.run(&["verify"]);
+    assert_eq!(code, Some(0), "{output}");
+}
