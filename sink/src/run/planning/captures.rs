@@ -5,12 +5,18 @@ use std::sync::Arc;
 
 use walmirror_proto::Lsn;
 use walmirror_proto::frame::CaptureRef;
+use walmirror_proto::pb::{self, Mode};
 
 use super::super::metrics::add;
 use super::Planning;
 use crate::error::Error;
 use crate::gate::{Snapshot, Verdict};
 use crate::plan::Trust;
+
+/// Whether SELECTs of a table fill Redis.
+fn is_captured(relation: &pb::Relation) -> bool {
+    relation.mode() == Mode::Cache || relation.capture
+}
 
 impl Planning {
     /// INVARIANT I10: through the gate. `start`: where it was noted in the WAL.
@@ -20,7 +26,9 @@ impl Planning {
         }
         self.pass(start)?;
         let dropped = &self.shared.metrics.captures_dropped;
-        let Some(registered) = self.registry.get(capture.oid) else {
+        // Nobody reads rows of other tables for this: a message that says so is not the extension's.
+        let registered = self.registry.get(capture.oid);
+        let Some(registered) = registered.filter(|registered| is_captured(&registered.relation)) else {
             add(&dropped.unknown_table, capture.rows().count() as u64);
             return Ok(());
         };

@@ -125,9 +125,7 @@ impl Planning {
                 Ok(true)
             }
             Content::Orphans(keys) => {
-                keys.get(position)
-                    .into_iter()
-                    .for_each(|key| self.settle(key, self.gate.hash(key)));
+                keys.get(position).into_iter().for_each(|key| self.orphan(key));
                 Ok(true)
             }
             Content::Catalog(_) => Ok(true),
@@ -225,18 +223,7 @@ impl Planning {
                 }
             }
             Verdict::Changed => {}
-            Verdict::Forgotten => {
-                let relation = chunk.relation.to_string();
-                let keys = self.planner.keys().clone();
-                self.assembly.batch().bookkeeping().command(&[
-                    b"HSET",
-                    &keys.pending,
-                    key,
-                    relation.as_bytes(),
-                ]);
-                self.assembly.note_pending();
-                self.backfill.note_pending();
-            }
+            Verdict::Forgotten => self.pend(chunk.relation, key),
         }
     }
 
@@ -244,6 +231,25 @@ impl Planning {
         add(&self.shared.metrics.keys_removed, 1);
         let hash = self.gate.hash(key);
         self.planner.remove(self.assembly.batch(), relation, hash, key);
+    }
+
+    /// A key that was noted for a table whose it is not any more. Its table of today may have noted it too, in the same place.
+    fn orphan(&mut self, key: &[u8]) {
+        match self.registry.owner(key) {
+            Some(relation) => self.pend(relation, key),
+            None => self.settle(key, self.gate.hash(key)),
+        }
+    }
+
+    /// The key is to be read again.
+    fn pend(&mut self, relation: u32, key: &[u8]) {
+        let (keys, relation) = (self.planner.keys().clone(), relation.to_string());
+        self.assembly
+            .batch()
+            .bookkeeping()
+            .command(&[b"HSET", &keys.pending, key, relation.as_bytes()]);
+        self.assembly.note_pending();
+        self.backfill.note_pending();
     }
 
     /// The key need not be read again. What was written to it just before stays in the batch: a change behind it may build on that.

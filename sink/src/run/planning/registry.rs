@@ -9,7 +9,7 @@ use walmirror_proto::key::KeyTemplate;
 use walmirror_proto::pb::{self, Mode};
 
 use crate::backfill::{Backfill, Cursor, Task};
-use crate::plan::{Batch, Mapping, MappingError, Owned, Purge, RedisKeys};
+use crate::plan::{Batch, Belongs, Mapping, MappingError, Owned, Purge, RedisKeys};
 use crate::progress::write_cursor;
 
 /// One mirrored table.
@@ -226,6 +226,20 @@ impl Registry {
             &registered.cursor.old_keys,
             &self.templates(oid),
         ))
+    }
+
+    /// Whose rows could have a key, as of now.
+    pub(super) fn owner(&self, key: &[u8]) -> Option<u32> {
+        let matches = |registered: &Registered| registered.mapping.template.match_key(key).is_some();
+        let mut candidates = self
+            .relations
+            .iter()
+            .filter(|(_, registered)| matches(registered));
+        let is_owner = |oid: u32| {
+            self.owned(oid)
+                .is_some_and(|owned| matches!(owned.belongs(key), Belongs::ToRow(_)))
+        };
+        candidates.find(|(oid, _)| is_owner(**oid)).map(|(oid, _)| *oid)
     }
 
     /// A worker came so far.

@@ -20,6 +20,14 @@ fn read(row: pb::Tuple) -> pb::Capture {
     }
 }
 
+/// A mirror, whose rows nobody captures.
+fn other() -> pb::Relation {
+    pb::Relation {
+        oid: OID + 2,
+        ..relation(1, "other:{id}")
+    }
+}
+
 /// Everything below this transaction was over.
 fn snapshot(xmax: u64) -> pb::Snapshot {
     pb::Snapshot {
@@ -31,10 +39,17 @@ fn snapshot(xmax: u64) -> pb::Snapshot {
 
 #[test]
 fn each_reason_to_drop_a_captured_row_is_counted() {
-    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    let relation = pb::Relation {
+        capture: true,
+        ..relation(1, "t:{id}")
+    };
+    let mut stored = settled();
+    stored.relations.insert(OID, relation.clone());
+    stored.relations.insert(OID + 2, other());
+    let mut planning = planning(stored, 1 << 20, 1 << 24);
     planning.planner.limit_values(50);
     Frame::default()
-        .relation(relation(1, "t:{id}"))
+        .relation(relation)
         .begin(110, 10)
         .row(Kind::Update, "2", Some("new"))
         .commit(20)
@@ -55,6 +70,13 @@ fn each_reason_to_drop_a_captured_row_is_counted() {
             "unknown_table",
             pb::Capture {
                 oid: OID + 1,
+                ..read(row("1", "x"))
+            },
+        ),
+        (
+            "unknown_table",
+            pb::Capture {
+                oid: OID + 2,
                 ..read(row("1", "x"))
             },
         ),

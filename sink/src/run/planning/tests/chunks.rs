@@ -188,3 +188,57 @@ fn keys_without_a_row_go_unless_something_newer_wrote_them() {
         ]
     );
 }
+
+/// Feeds a chunk and its marker, and hands out what it gives.
+fn plan(planning: &mut Planning, content: Content) -> Vec<String> {
+    let window = Arc::new(Window::default());
+    planning.chunk(chunk(planning, 7, content, None, &window));
+    let marker = pb::Marker {
+        content: b"m:7".to_vec(),
+        lsn: 11,
+    };
+    Frame::default().record(marker).feed(planning);
+    planning.piece().unwrap();
+    flushed(planning)
+}
+
+#[test]
+fn a_key_without_a_row_goes_if_it_is_the_tables_where_the_stream_stands() {
+    let mut stored = settled();
+    let cursor = Cursor {
+        stage: crate::backfill::Stage::Sweep,
+        ..Cursor::start(1, vec!["old:{id}".to_owned(), "taken:{id}".to_owned()])
+    };
+    let other = pb::Relation {
+        oid: OID + 1,
+        ..relation(1, "taken:{id}")
+    };
+    let progress = stored.progress.as_mut().unwrap();
+    progress.cursors = BTreeMap::from([(OID, cursor.to_json())]);
+    stored.relations.insert(OID + 1, other);
+    let mut planning = planning(stored, 1 << 20, 1 << 24);
+    let keys = ["t:1", "old:1", "taken:1", "b:1"];
+    let absent = keys.iter().map(|key| key.as_bytes().to_vec()).collect();
+    let written = plan(&mut planning, Content::Absent(absent));
+    assert_eq!(written[..2], ["UNLINK t:1", "UNLINK old:1"]);
+    assert_eq!(written.len(), 3, "{written:?}");
+}
+
+/// The pending hash has one place for a key, whichever table it is noted for.
+#[test]
+fn a_pending_key_of_another_table_is_noted_for_that_one() {
+    let mut stored = settled();
+    let other = pb::Relation {
+        oid: OID + 1,
+        ..relation(1, "other:{id}")
+    };
+    stored.relations.insert(OID + 1, other);
+    let mut planning = planning(stored, 1 << 20, 1 << 24);
+    let orphans = Content::Orphans(vec![b"other:1".to_vec(), b"nobody:1".to_vec()]);
+    let written = plan(&mut planning, orphans);
+    let noted = format!("HSET walmirror:{{s}}:pending other:1 {}", OID + 1);
+    assert_eq!(
+        written[..2],
+        [noted.as_str(), "HDEL walmirror:{s}:pending nobody:1"]
+    );
+}
