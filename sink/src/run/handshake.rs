@@ -34,6 +34,8 @@ pub(super) struct Handshake {
 
 /// How long the server may take to answer what takes it a moment.
 const ANSWER: Duration = Duration::from_secs(30);
+/// A beginning so many bytes before the old position has its landmark in between.
+const OUTRUN_MAX: u64 = 1 << 20;
 /// As long as the server may be silent where it does not mind how long the sink is.
 const SILENCE: Duration = Duration::from_secs(60);
 
@@ -120,6 +122,9 @@ pub(super) fn shake(
                 None => {
                     if info.is_some() {
                         drop_slot(&mut sql, slot)?;
+                    }
+                    if let Some(progress) = &stored.progress {
+                        outrun(&mut sql, system.xlogpos, progress.lsn)?;
                     }
                     create_slot(&mut replication, slot, PLUGIN, false)?
                 }
@@ -242,6 +247,19 @@ fn write_landmark(sql: &mut Postgres) -> Result<(), Error> {
     sql.query(statement, &[])
         .map(drop)
         .map_err(|error| Error::postgres("cannot write into the WAL where the mirror begins", error))
+}
+
+/// The server was put back to just before where Redis is, and its slot is to be made anew. Should Redis lose the claim that follows,
+/// its old position must not look like one behind the slot's beginning: the landmark tells that only where it fits in between.
+fn outrun(sql: &mut Postgres, end: Lsn, position: Lsn) -> Result<(), Error> {
+    let Some(bytes) = position.0.checked_sub(end.0).filter(|bytes| *bytes < OUTRUN_MAX) else {
+        return Ok(());
+    };
+    let statement =
+        format!("SELECT pg_logical_emit_message(false, 'walmirror.filler', repeat('x', {bytes} + 1024))");
+    sql.query(&statement, &[])
+        .map(drop)
+        .map_err(|error| Error::postgres("cannot write into the WAL before the slot is made", error))
 }
 
 /// The server looks for what the sink says at least twice in its wal_sender_timeout, also while it decodes what it does not

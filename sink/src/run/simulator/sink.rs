@@ -112,7 +112,11 @@ pub(super) fn shake(
         }
         Decision::Gap { why, slot } => {
             gap = Some(why);
-            let lsn = slot.unwrap_or_else(|| Lsn(postgres.create_slot()));
+            let lsn = slot.unwrap_or_else(|| {
+                let position = stored.progress.as_ref().map_or(0, |progress| progress.lsn.0);
+                postgres.outrun(position);
+                Lsn(postgres.create_slot())
+            });
             match &stored.progress {
                 Some(progress) if lock(server).redis.broken == Broken::IgnoreGap => (progress.lsn, None),
                 _ => (lsn, Some(lsn)),

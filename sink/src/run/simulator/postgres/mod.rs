@@ -287,6 +287,13 @@ impl Postgres {
         self.end += 8;
     }
 
+    /// `outrun` of the handshake; a landmark is smaller than this here.
+    pub(super) fn outrun(&mut self, position: u64) {
+        if (self.end..self.end + 64).contains(&position) {
+            self.end = position + 8;
+        }
+    }
+
     /// A new slot: everything that runs has to end first.
     pub(super) fn create_slot(&mut self) -> u64 {
         self.end_all();
