@@ -249,3 +249,42 @@ fn one_of_which_nothing_is_left_may_come_again_or_not() {
         assert!(!log.contains("do not fit"), "{log}");
     }
 }
+
+/// The copy is of before there was a slot. The new one begins behind what Redis had, so that a Redis that comes back with that, and
+/// without the claim, is told to be behind.
+#[test]
+fn put_back_to_before_there_was_a_slot() {
+    let m = Mirror::alone("");
+    m.sql("CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT i, 'v' FROM generate_series(1, 50) i; SELECT walmirror.mirror('t')");
+    m.db.pg.stop(Signal::INT);
+    let copy = m.db.pg.copy_data();
+    m.db.pg.resume();
+    m.db.reconnect();
+    m.start();
+    m.settle();
+    m.sql("UPDATE t SET v = 'of a future that never was'");
+    m.sync();
+    m.sink(Sink::terminate);
+    let had = m.progress().unwrap();
+    m.db.pg.stop(Signal::INT);
+    m.db.pg.replace_data(&copy);
+    m.db.pg.resume();
+    m.db.reconnect();
+    let end = m.db.lsn();
+    assert!(end < had && had.0 - end.0 < 1 << 20, "{end} {had}");
+    m.sink(Sink::restart);
+    m.settle();
+    let log = m.sink(|sink| sink.output());
+    assert!(log.contains("but the slot is gone"), "{log}");
+    let began = log.rsplit("INFO streaming slot=").next().unwrap();
+    let began: Lsn = began
+        .split("lsn=")
+        .nth(1)
+        .unwrap()
+        .split(' ')
+        .next()
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert!(began > had, "the slot begins at {began}, and Redis had {had}");
+}
