@@ -279,7 +279,15 @@ impl Postgres {
         let lost = std::mem::replace(self, copy);
         (self.writes, self.fingerprints, self.clock) = (lost.writes, lost.fingerprints, lost.clock);
         self.incarnation = lost.incarnation + 1;
+        self.write_up_to(self.end);
         lost
+    }
+
+    /// WAL of no interest, up to this position or a little more. What is written after the files were put back has positions of its own:
+    /// that two histories come to the very same one is no matter of chance in 64 bits.
+    pub(super) fn write_up_to(&mut self, position: u64) {
+        let end = self.end.max(position);
+        self.end = end + (self.incarnation as u64).wrapping_sub(end) % 8;
     }
 
     pub(super) fn message(&mut self, make: impl FnOnce(u64) -> Wal) {
@@ -290,7 +298,7 @@ impl Postgres {
     /// `outrun` of the handshake; a landmark is smaller than this here.
     pub(super) fn outrun(&mut self, position: u64) {
         if (self.end..self.end + 64).contains(&position) {
-            self.end = position + 8;
+            self.write_up_to(position + 8);
         }
     }
 

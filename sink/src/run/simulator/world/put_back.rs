@@ -43,7 +43,8 @@ impl World {
     /// WAL of no interest, up to where what was lost had ended, and a little more.
     fn write_beyond(&mut self) {
         let ended = self.lost.last().map_or(0, |lost| lost.end);
-        self.postgres.end = self.postgres.end.max(ended + 8 * self.dice.roll(8));
+        let position = ended + 8 * self.dice.roll(8);
+        self.postgres.write_up_to(position);
     }
 
     /// Everything is made anew behind what a copy has, and that is all that Redis knows when the copy is put back.
