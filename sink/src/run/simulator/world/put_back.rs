@@ -117,10 +117,9 @@ impl World {
             Some(Last::NoneSince(beginning)) => common.max(beginning.0),
             _ => common,
         };
+        // A position of another history may be in the middle of a record of this one.
         let is_between = |entry: &Wal| match entry {
-            Wal::Commit {
-                lsn, end, records, ..
-            } => *lsn >= from && *end <= at && !records.is_empty(),
+            Wal::Commit { lsn, records, .. } => *lsn >= from && *lsn < at && !records.is_empty(),
             _ => false,
         };
         let mirrored = since.first().map_or(&[][..], |lost| &lost.wal);
