@@ -26,6 +26,11 @@ CREATE FUNCTION walmirror.set_label(tbl oid, label bytea) RETURNS void
 COMMENT ON FUNCTION walmirror.set_label(oid, bytea) IS
     'SECURITY LABEL FOR walmirror, with all checks made first; the label in UTF-8';
 
+CREATE FUNCTION walmirror.invalidate(tbl oid) RETURNS void
+    LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'invalidate_wrapper';
+COMMENT ON FUNCTION walmirror.invalidate(oid) IS
+    'has sessions and decoders look at a table and its partitions anew';
+
 -- Looking at labels -------------------------------------------------------------------------------------------------
 
 CREATE VIEW walmirror.mirrors AS
@@ -177,7 +182,7 @@ $$
     WHERE walmirror.root(c.oid) IS NOT NULL
 $$;
 
--- A table, and those that inherit its columns and are no partitions.
+-- A table, those that inherit its columns and are no partitions, and partitions of it that have a label of their own, as none may.
 CREATE FUNCTION walmirror.heirs(tbl oid) RETURNS SETOF oid
     LANGUAGE sql STABLE STRICT SET search_path = pg_catalog, pg_temp AS
 $$
@@ -188,6 +193,10 @@ $$
         JOIN pg_class c ON c.oid = i.inhrelid AND NOT c.relispartition
     )
     SELECT h.oid FROM heirs h
+    UNION
+    SELECT l.objoid FROM pg_seclabel l JOIN pg_class c ON c.oid = l.objoid AND c.relispartition
+    WHERE l.provider = 'walmirror' AND l.classoid = 'pg_class'::regclass AND l.objsubid = 0
+      AND tbl IN (SELECT a.relid::oid FROM pg_partition_ancestors(l.objoid::regclass) a)
 $$;
 
 CREATE FUNCTION walmirror.on_ddl_command_end() RETURNS event_trigger
@@ -195,13 +204,14 @@ CREATE FUNCTION walmirror.on_ddl_command_end() RETURNS event_trigger
 $$
 DECLARE
     command record;
-    changed_type oid;
     root oid;
 BEGIN
     FOR command IN SELECT DISTINCT c.classid, c.objid, c.command_tag, c.object_type FROM pg_event_trigger_ddl_commands() c
                    WHERE c.classid IN ('pg_class'::regclass, 'pg_type'::regclass, 'pg_namespace'::regclass)
     LOOP
-        IF command.classid = 'pg_class'::regclass AND command.object_type IN ('table', 'table column') THEN
+        IF command.classid = 'pg_class'::regclass
+            AND command.object_type IN ('table', 'table column', 'foreign table', 'foreign table column')
+        THEN
             FOR root IN SELECT DISTINCT walmirror.root(h) FROM walmirror.heirs(command.objid) h
             LOOP
                 IF root IS NOT NULL THEN
@@ -215,21 +225,21 @@ BEGIN
                 END IF;
             END LOOP;
         END IF;
-        -- Values of a type that others have columns of; also the row type of a table.
-        changed_type := CASE
-            WHEN command.command_tag NOT LIKE 'ALTER %' THEN NULL
-            WHEN command.classid = 'pg_type'::regclass THEN command.objid
-            WHEN command.classid = 'pg_class'::regclass THEN (SELECT c.reltype FROM pg_class c WHERE c.oid = command.objid)
-        END;
-        FOR root IN SELECT walmirror.tables_of_type(changed_type)
+        -- Values of a type that others have columns of; also the row types of tables.
+        FOR root IN SELECT DISTINCT t FROM (
+                SELECT command.objid AS typ WHERE command.command_tag = 'ALTER TYPE' AND command.classid = 'pg_type'::regclass
+                UNION ALL
+                SELECT c.reltype FROM walmirror.heirs(command.objid) h JOIN pg_class c ON c.oid = h
+                WHERE command.command_tag LIKE 'ALTER %' AND command.classid = 'pg_class'::regclass
+            ) changed, walmirror.tables_of_type(changed.typ) t
         LOOP
-            PERFORM walmirror.check_label(root);
+            PERFORM walmirror.check_label(root, restoring => true);
             PERFORM walmirror.announce(root, refresh => true);
         END LOOP;
         IF command.classid = 'pg_namespace'::regclass AND command.command_tag = 'ALTER SCHEMA' THEN
             FOR root IN SELECT m.oid FROM walmirror.mirrors m JOIN pg_class c ON c.oid = m.oid WHERE c.relnamespace = command.objid
             LOOP
-                PERFORM walmirror.check_label(root);
+                PERFORM walmirror.invalidate(root);
                 PERFORM walmirror.announce(root);
             END LOOP;
         END IF;

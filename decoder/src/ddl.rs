@@ -35,6 +35,10 @@ pub fn check_label(table: Option<pg_sys::Oid>, label: Option<&str>) -> Result<()
 /// `DROP INDEX CONCURRENTLY` begins. What it did before its end is not undone when the event trigger refuses it there, so that
 /// it is refused here.
 pub fn index_dropped_concurrently(index: pg_sys::Oid) -> Result<(), Refusal> {
+    // A label may outlive the extension.
+    if !relation::has_extension() {
+        return Ok(());
+    }
     let Some(labelled) = relation::labelled(relation::of_index(index)) else {
         return Ok(());
     };

@@ -19,7 +19,7 @@ use crate::error::Refusal;
 use crate::ffi::datum::Tuple;
 use crate::ffi::memory::Context;
 use crate::ffi::output_plugin::full_xid;
-use crate::ffi::relation::Rel;
+use crate::ffi::relation::{self, Rel};
 use crate::json::JsonLines;
 use crate::options::{Format, Options};
 use crate::plan::{self, Plan};
@@ -70,7 +70,7 @@ pub struct Decoder {
     frame: FrameWriter,
     opening: Opening,
     skipped: u32,
-    /// Tables of which this transaction changed a row without a word of the key that it had.
+    /// Tables of which this transaction changed a row without a word of the key that it had, or that their label does not fit.
     lost: Vec<u32>,
     buffers: Buffers,
     json: Option<JsonLines>,
@@ -139,7 +139,7 @@ impl Decoder {
             Table::Configured(plan) => plan,
             Table::Broken(refusal) => {
                 let error = broken(table, refusal, lsn);
-                return self.record(output, xid, error);
+                return self.broken(output, error, xid);
             }
         };
         self.opening.start(&mut self.frame, &mut self.relations, xid);
@@ -154,6 +154,7 @@ impl Decoder {
                     key,
                     reason: error.reason,
                     lsn,
+                    oid: 0,
                 }),
                 ..Default::default()
             };
@@ -176,12 +177,22 @@ impl Decoder {
         let error = pb::Error {
             table: qualified(&relation),
             key: String::new(),
+            oid: 0,
             reason: "the WAL of an UPDATE or DELETE does not tell the key, as it is not in the replica identity: the table is compared anew"
                 .to_owned(),
             lsn,
         };
         self.record(output, xid, error);
         self.refresh(output, xid, relation);
+    }
+
+    /// The label of a table does not fit it: told once in a transaction.
+    #[cold]
+    fn broken(&mut self, output: &mut impl Output, error: pb::Error, xid: u32) {
+        if !self.lost.contains(&error.oid) {
+            self.lost.push(error.oid);
+            self.record(output, xid, error);
+        }
     }
 
     /// Announces that the table is to be compared anew.
@@ -205,7 +216,7 @@ impl Decoder {
         for table in tables {
             if let Table::Broken(refusal) = self.tables.get(table) {
                 let error = broken(table, refusal, lsn);
-                self.record(output, xid, error);
+                self.broken(output, error, xid);
             }
         }
         let (mut whole, mut indexes, mut parts) = (Vec::new(), Vec::new(), Vec::new());
@@ -375,5 +386,6 @@ fn broken(table: &Rel, refusal: &Refusal, lsn: u64) -> pb::Error {
         key: String::new(),
         reason: refusal.message.clone(),
         lsn,
+        oid: relation::labelled(table.oid()).map_or(0, u32::from),
     }
 }

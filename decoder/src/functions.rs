@@ -100,6 +100,12 @@ fn check_label(table: pg_sys::Oid, restoring: bool) {
     if let Err(refusal) = ddl::would_break(checked) {
         refusal.raise();
     }
+    invalidate(table);
+}
+
+/// `walmirror.invalidate(oid)`: every session, and every decoder at this point of the WAL, looks at the table and its partitions anew.
+#[pg_extern]
+fn invalidate(table: pg_sys::Oid) {
     for oid in relation::with_partitions(table) {
         relation::invalidate(oid);
     }

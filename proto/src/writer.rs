@@ -66,8 +66,7 @@ impl TupleBuilder {
 
     /// Makes room for a text, to be told if there is no memory.
     pub fn try_reserve_text(&mut self, bytes: usize) -> Result<(), TryReserveError> {
-        self.texts
-            .try_reserve_exact(bytes.saturating_add(1 + varint::MAX_LEN))
+        reserve(&mut self.texts, bytes)
     }
 
     /// Number of columns appended so far.
@@ -200,8 +199,7 @@ impl FrameWriter {
         old_key: Option<&TupleBuilder>,
     ) -> Result<(), TryReserveError> {
         let keys = old_key.map_or(0, TupleBuilder::encoded_len);
-        self.bytes
-            .try_reserve_exact(new.encoded_len() + keys + ROW_HEADER_BYTES)
+        reserve(&mut self.bytes, new.encoded_len() + keys)
     }
 
     /// Appends a record that is not a row. Rows that come this way all the same are written as they are.
@@ -255,6 +253,15 @@ impl FrameWriter {
 
 /// More than the tags and lengths around a row and its old key take.
 const ROW_HEADER_BYTES: usize = 6 * (1 + varint::MAX_LEN);
+
+/// Room for so many bytes, and for small things behind them that do not ask: tags and lengths, numbers, names.
+fn reserve(buffer: &mut Vec<u8>, bytes: usize) -> Result<(), TryReserveError> {
+    const SLACK: usize = 128 << 10;
+    let bytes = bytes.saturating_add(SLACK);
+    buffer
+        .try_reserve(bytes)
+        .or_else(|_| buffer.try_reserve_exact(bytes))
+}
 
 /// Empties a buffer that is used again, and gives back what a large row took.
 pub fn empty(bytes: &mut Vec<u8>) {

@@ -212,9 +212,9 @@ impl Error {
         matches!(self, Self::Postgres(_, source) if source.is("55006"))
     }
 
-    /// A table, its schema or a column is not there, or not under that name any more.
+    /// A table, its schema or a column is not there, or not under that name any more; or it has no label, or one that does not fit.
     pub fn is_of_a_changed_table(&self) -> bool {
-        let states = ["42P01", "3F000", "42703"];
+        let states = ["42P01", "3F000", "42703", "55000"];
         matches!(self, Self::Postgres(_, source) if states.iter().any(|state| source.is(state)))
     }
 

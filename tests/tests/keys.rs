@@ -7,7 +7,7 @@
     clippy::indexing_slicing
 )]
 
-use walmirror_tests::Mirror;
+use walmirror_tests::{DEADLINE, Db, Mirror, Pg, wait_for};
 
 #[track_caller]
 fn run(m: &Mirror, statements: &[&str]) {
@@ -137,6 +137,34 @@ fn templates_that_begin_alike_leave_each_other_alone() {
 
 /// What stands between the columns may stand in their values too: then a key can be read in several ways, and one of them is its row.
 /// And a key column may have a type whose operators are somewhere else, or one that refuses what a foreign key holds.
+/// Text of such a database is bytes, and its keys too.
+#[test]
+fn keys_of_any_bytes_are_left_alone_by_a_sweep() {
+    let m = Mirror::of(Db::create_with(Pg::shared(), "ENCODING 'SQL_ASCII' LOCALE 'C'"));
+    m.sql(
+        "CREATE TABLE t (id text PRIMARY KEY, v text); INSERT INTO t SELECT 'k' || chr(i), 'v' FROM generate_series(100, 255) i; \
+         SELECT walmirror.mirror('t')",
+    );
+    let size = || m.redis.command::<u64>("DBSIZE");
+    let _: String = m.redis.command("SET something 1");
+    m.start();
+    let filled = || {
+        let cursors: Vec<String> = m
+            .redis
+            .command(&format!("HVALS walmirror:{{{}}}:progress", m.db.name));
+        cursors
+            .iter()
+            .any(|cursor| cursor.contains("\"stage\":\"done\""))
+            .then_some(())
+    };
+    wait_for(DEADLINE, "the keys to be complete", filled);
+    let before = size();
+    assert!(before > 156, "{before}");
+    m.sql("DELETE FROM t WHERE id = 'k' || chr(233)");
+    m.sync();
+    assert_eq!(size(), before - 1);
+}
+
 #[test]
 fn a_sweep_leaves_the_keys_of_rows_alone() {
     let m = Mirror::with(

@@ -85,6 +85,8 @@ impl Buffers {
         drop(session);
         drop(entered);
         self.context.reset();
+        // A large row gives back what it took.
+        self.new.clear();
         result
     }
 

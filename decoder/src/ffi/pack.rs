@@ -69,7 +69,12 @@ pub unsafe extern "C-unwind" fn walmirror_pack(call: pg_sys::FunctionCallInfo) -
             return pg_sys::Datum::null();
         };
         match packer.pack(row_type, tuple) {
-            Ok(()) => bytea(&packer.bytes),
+            Ok(()) => {
+                let packed = bytea(&packer.bytes);
+                packer.tuple.clear();
+                writer::empty(&mut packer.bytes);
+                packed
+            }
             Err(refusal) => refusal.raise(),
         }
     })

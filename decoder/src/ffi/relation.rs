@@ -250,6 +250,12 @@ pub fn labelled(table: pg_sys::Oid) -> Option<pg_sys::Oid> {
         .find(|table| label_of(*table).is_some())
 }
 
+/// Whether this database has the extension (`get_extension_oid`).
+pub fn has_extension() -> bool {
+    // SAFETY: a catalog look-up; InvalidOid if there is none.
+    unsafe { pg_sys::get_extension_oid(PROVIDER.as_ptr(), true) != pg_sys::InvalidOid }
+}
+
 /// The table of an index; InvalidOid for what is no index (`IndexGetRelation`).
 pub fn of_index(index: pg_sys::Oid) -> pg_sys::Oid {
     // SAFETY: a syscache look-up.

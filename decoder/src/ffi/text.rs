@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString, c_char};
 
 use pgrx::pg_sys;
 
-use super::failure::{Failure, caught};
+use super::failure::{Failure, caught, out_of_memory};
 use super::unguarded;
 
 /// Whether text of the database is sent as it stands: it is UTF-8, or SQL_ASCII, which is bytes.
@@ -39,7 +39,13 @@ fn to_utf8(bytes: &[u8]) -> Cow<'_, [u8]> {
         if converted.cast_const().cast() == bytes.as_ptr() {
             return Cow::Borrowed(bytes);
         }
-        Cow::Owned(CStr::from_ptr(converted).to_bytes().to_vec())
+        let text = CStr::from_ptr(converted).to_bytes();
+        let mut copy = Vec::new();
+        if copy.try_reserve_exact(text.len()).is_err() {
+            out_of_memory(text.len());
+        }
+        copy.extend_from_slice(text);
+        Cow::Owned(copy)
     }
 }
 

@@ -14,7 +14,7 @@ const MAX_VALUE_BYTES: usize = 512 << 20;
 /// is left is for the records before the row in its frame (`batch_bytes`: 16 MB at most), and for its keys.
 const MAX_ROW_BYTES: usize = 960 << 20;
 
-/// From this size on room is made before a value is copied: where Rust finds no memory by itself, the process ends.
+/// A row that has grown to this has room made before a value is copied: where Rust finds no memory by itself, the process ends.
 pub const LARGE_BYTES: usize = 64 << 10;
 
 /// What became of a value.
@@ -44,7 +44,7 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
             // SAFETY: name is NAMEDATALEN bytes, by reference, padded with NULs.
             let padded = unsafe { raw.fixed(pgrx::pg_sys::NAMEDATALEN as usize) };
             let end = padded.iter().position(|&byte| byte == 0).unwrap_or(padded.len());
-            out.text(&text::value_to_utf8(padded.get(..end).unwrap_or_default())?);
+            append_text(out, padded.get(..end).unwrap_or_default())?;
         }
         Read::Numeric(output) => {
             let Some(bytes) = plain(raw) else {
@@ -71,19 +71,17 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
             let Some(bytes) = plain(raw) else {
                 return Ok(Outcome::Unchanged);
             };
-            fits(out, bytes.len())?;
-            out.text(&text::value_to_utf8(bytes)?);
+            append_text(out, bytes)?;
         }
         Read::Blanked => {
             let Some(bytes) = plain(raw) else {
                 return Ok(Outcome::Unchanged);
             };
-            fits(out, bytes.len())?;
             let end = bytes
                 .iter()
                 .rposition(|&byte| byte != b' ')
                 .map_or(0, |last| last + 1);
-            out.text(&text::value_to_utf8(bytes.get(..end).unwrap_or_default())?);
+            append_text(out, bytes.get(..end).unwrap_or_default())?;
         }
         Read::Output { function, varlena } => {
             if *varlena && is_unchanged(raw) {
@@ -91,8 +89,7 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
             }
             // SAFETY: the plan made it from the type's output function.
             let bytes = unsafe { function.call_cstring(raw) }?;
-            fits(out, bytes.len())?;
-            out.text(&text::value_to_utf8(bytes)?);
+            append_text(out, bytes)?;
         }
         Read::Cast { function, varlena } => {
             if *varlena && is_unchanged(raw) {
@@ -100,8 +97,7 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
             }
             // SAFETY: the plan made it from a cast function to text.
             let bytes = unsafe { function.call_text(raw) }?;
-            fits(out, bytes.len())?;
-            out.text(&text::value_to_utf8(bytes)?);
+            append_text(out, bytes)?;
         }
         Read::Json {
             to_jsonb,
@@ -114,8 +110,7 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
             let json = to_jsonb.call(raw)?;
             // SAFETY: jsonb_out is an output function, and to_jsonb returned a jsonb.
             let bytes = unsafe { output.call_cstring(json) }?;
-            fits(out, bytes.len())?;
-            out.text(&text::value_to_utf8(bytes)?);
+            append_text(out, bytes)?;
         }
     }
     Ok(Outcome::Appended)
@@ -169,6 +164,15 @@ fn plain<'a>(raw: Raw) -> Option<&'a [u8]> {
     }
 }
 
+/// Appends text of the database, in UTF-8.
+#[inline]
+fn append_text(out: &mut TupleBuilder, bytes: &[u8]) -> Result<(), Failure> {
+    let text = text::value_to_utf8(bytes)?;
+    fits(out, text.len())?;
+    out.text(&text);
+    Ok(())
+}
+
 /// Whether a value is short enough, for Redis and for what it travels in; and makes room for a large one.
 #[inline]
 fn fits(out: &mut TupleBuilder, bytes: usize) -> Result<(), Failure> {
@@ -181,7 +185,7 @@ fn fits(out: &mut TupleBuilder, bytes: usize) -> Result<(), Failure> {
             "with it the row has {row} bytes, and PostgreSQL passes on less than 1 GB at once"
         )));
     }
-    if bytes >= LARGE_BYTES && out.try_reserve_text(bytes).is_err() {
+    if row >= LARGE_BYTES && out.try_reserve_text(bytes).is_err() {
         failure::out_of_memory(bytes);
     }
     Ok(())

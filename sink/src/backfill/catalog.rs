@@ -20,7 +20,8 @@ pub struct Catalog {
 pub struct Misfit {
     /// pg_class.oid.
     pub oid: u32,
-    table: String,
+    /// Its schema and name.
+    pub table: String,
     problem: String,
 }
 
@@ -40,8 +41,8 @@ impl Misfit {
 impl Catalog {
     /// Reads `walmirror.relations()`.
     pub(crate) fn read(sql: &mut Sql) -> Result<Self, Error> {
-        let statement =
-            "SELECT relation, oidsend(oid), oid::regclass::text, problem FROM walmirror.relations()";
+        let statement = "SELECT relation, oidsend(oid), (SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+                         WHERE c.oid = r.oid), problem FROM walmirror.relations() r";
         let result = sql
             .connection
             .query_binary(statement, &[])

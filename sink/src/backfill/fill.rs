@@ -11,9 +11,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// A chunk is read up to about so many bytes of rows.
-pub(crate) const CHUNK_BYTES: usize = 1024 * 1024;
+const CHUNK_BYTES: usize = 1024 * 1024;
 /// And over at most so many blocks, so that an empty stretch does not hold a snapshot for long either.
-pub(crate) const BLOCKS_MAX: u32 = 4096;
+const BLOCKS_MAX: u32 = 4096;
 /// Chunks that are on their way to the planner while the next one is read.
 const READ_AHEAD: usize = 2;
 
@@ -55,7 +55,7 @@ pub(super) fn fill(
             (cursor.block, cursor.offset) = (0, 0);
         }
         cursor.file = leaf.file;
-        let mut step = 64;
+        let mut pace = Pace::new(64);
         while cursor.block < blocks {
             if !window.wait(READ_AHEAD - 1, || context.stopped())
                 || !context.is_current(relation, task.generation)
@@ -65,26 +65,14 @@ pub(super) fn fill(
             if context.stopped() {
                 return Ok(Flow::Stopped);
             }
-            let read = match read_chunk(
-                context,
-                sql,
-                &task.mapping.table,
-                &leaf,
-                (cursor.block, cursor.offset),
-                step,
-            )? {
-                Some(read) => read,
-                None => return Ok(Flow::Restart),
+            let at = (cursor.block, cursor.offset);
+            let Some(read) = read_next(context, sql, &task.mapping.table, &leaf, at, &mut pace)? else {
+                return Ok(Flow::Restart);
             };
             report.add(
                 read.end.0.min(blocks).saturating_sub(cursor.block),
                 read.rows.len() as u64,
             );
-            step = if read.rows.byte_len() < CHUNK_BYTES / 2 {
-                (step * 2).min(BLOCKS_MAX)
-            } else {
-                (step / 2).max(1)
-            };
             cursor = Cursor {
                 block: read.end.0,
                 offset: read.end.1,
@@ -136,36 +124,131 @@ pub(crate) struct Read {
     pub(crate) end: (u32, u16),
 }
 
-/// One chunk. None: the table is not what it was when its definition was announced.
-pub(crate) fn read_chunk(
+/// How much is read at once.
+pub(crate) struct Pace {
+    blocks: u32,
+    /// Row by row, until the block is over: one of its rows cannot be read.
+    is_by_row: bool,
+}
+
+impl Pace {
+    /// So many blocks at first.
+    pub(crate) fn new(blocks: u32) -> Self {
+        Self {
+            blocks,
+            is_by_row: false,
+        }
+    }
+
+    fn end(&self, (block, offset): (u32, u16)) -> (u32, u16) {
+        if self.is_by_row && offset < ROWS_PER_BLOCK {
+            (block, offset + 1)
+        } else if self.is_by_row {
+            (block.saturating_add(1), 0)
+        } else {
+            (block.saturating_add(self.blocks), 0)
+        }
+    }
+
+    /// Less is read at once; false: it is one row already.
+    fn narrow(&mut self) -> bool {
+        let was_by_row = std::mem::replace(&mut self.is_by_row, self.blocks == 1);
+        self.blocks = 1;
+        !was_by_row
+    }
+
+    fn adapt(&mut self, start: (u32, u16), read: &Read) {
+        self.is_by_row &= read.end.0 == start.0;
+        self.blocks = if self.is_by_row || read.rows.byte_len() >= CHUNK_BYTES / 2 {
+            (self.blocks / 2).max(1)
+        } else {
+            (self.blocks * 2).min(BLOCKS_MAX)
+        };
+    }
+}
+
+/// More rows than a block has (MaxHeapTuplesPerPage, for blocks of 32 kB).
+const ROWS_PER_BLOCK: u16 = 1200;
+
+/// The rows from a place on. None: the table is not what it was when its definition was announced, or the session ends. A row that
+/// Postgres cannot put together is left out, and said so; it is found by reading less and less.
+pub(crate) fn read_next(
     snapshots: &dyn Snapshots,
     sql: &mut Sql,
     table: &str,
     leaf: &Leaf,
     start: (u32, u16),
-    blocks: u32,
+    pace: &mut Pace,
 ) -> Result<Option<Read>, Error> {
+    loop {
+        let end = pace.end(start);
+        let read = match read_chunk(snapshots, sql, table, leaf, start, end)? {
+            Chunk::Read(read) => read,
+            Chunk::Changed => return Ok(None),
+            Chunk::TooLarge if pace.narrow() => continue,
+            Chunk::TooLarge => {
+                let (name, block, offset) = (&leaf.name, start.0, start.1);
+                tracing::error!(
+                    table,
+                    next = format!("SELECT pg_column_size(…) FROM {name} WHERE ctid = '({block},{offset})'"),
+                    "a row is not mirrored: it has more than 1 GB, which PostgreSQL does not put together"
+                );
+                let Some(snapshot) = snapshots.begin(sql, table)? else {
+                    return Ok(None);
+                };
+                sql.end()?;
+                let rows = PackedRows::default();
+                Read { rows, snapshot, end }
+            }
+        };
+        pace.adapt(start, &read);
+        return Ok(Some(read));
+    }
+}
+
+/// What came of reading a stretch of a table.
+enum Chunk {
+    Read(Read),
+    /// The table is not what it was when its definition was announced, or the session ends.
+    Changed,
+    /// A row of it has more bytes than Postgres can put together.
+    TooLarge,
+}
+
+/// One chunk: the rows from one place up to another, or fewer.
+fn read_chunk(
+    snapshots: &dyn Snapshots,
+    sql: &mut Sql,
+    table: &str,
+    leaf: &Leaf,
+    start: (u32, u16),
+    end: (u32, u16),
+) -> Result<Chunk, Error> {
     let Some(snapshot) = snapshots.begin(sql, table)? else {
-        return Ok(None);
+        return Ok(Chunk::Changed);
     };
-    let read = copy_rows(sql, &leaf.name, start, blocks);
+    let read = copy_rows(sql, &leaf.name, start, end);
     let ended = sql.end();
     match read {
         Ok(None) => {
             ended?;
-            Ok(None)
+            Ok(Chunk::Changed)
         }
         Ok(Some((rows, end))) => {
             ended?;
             // A file is never that of the table again once it is another one, so this is the one that was read.
             let file = look_at_leaf(sql, leaf.oid)?.map(|leaf| leaf.file);
-            Ok((file == Some(leaf.file)).then_some(Read { rows, snapshot, end }))
+            Ok(match file {
+                Some(file) if file == leaf.file => Chunk::Read(Read { rows, snapshot, end }),
+                _ => Chunk::Changed,
+            })
         }
+        Err(error) if is_too_large(&error) => Ok(Chunk::TooLarge),
         // The stream will say so.
         Err(error) if has_changed(&error) => {
             tracing::debug!(table, "the table changed while it was read: {error}");
             std::thread::sleep(Duration::from_millis(100));
-            Ok(None)
+            Ok(Chunk::Changed)
         }
         Err(error) => Err(explain(format!("cannot read the table {table}"), error)),
     }
@@ -175,12 +258,16 @@ pub(crate) fn read_chunk(
 type Copied = (PackedRows, (u32, u16));
 
 /// Reads the rows. None: the table is no longer labelled.
-fn copy_rows(sql: &mut Sql, name: &str, start: (u32, u16), blocks: u32) -> Result<Option<Copied>, PqError> {
-    let until = start.0.saturating_add(blocks);
+fn copy_rows(
+    sql: &mut Sql,
+    name: &str,
+    start: (u32, u16),
+    until: (u32, u16),
+) -> Result<Option<Copied>, PqError> {
     let statement = format!(
-        "COPY (SELECT t.ctid, walmirror.pack(t.*) FROM ONLY {name} t WHERE t.ctid >= '({},{})'::tid AND t.ctid < '({until},0)'::tid) \
+        "COPY (SELECT t.ctid, walmirror.pack(t.*) FROM ONLY {name} t WHERE t.ctid >= '({},{})'::tid AND t.ctid < '({},{})'::tid) \
          TO STDOUT (FORMAT binary)",
-        start.0, start.1
+        start.0, start.1, until.0, until.1
     );
     let mut rows = PackedRows::default();
     // Dropping it early cancels the query.
@@ -205,7 +292,7 @@ fn copy_rows(sql: &mut Sql, name: &str, start: (u32, u16), blocks: u32) -> Resul
             return Ok(Some((rows, end)));
         }
     }
-    Ok(Some((rows, (until, 0))))
+    Ok(Some((rows, until)))
 }
 
 /// Whether the table was dropped, renamed or rewritten while it was read.
@@ -213,6 +300,12 @@ fn has_changed(error: &PqError) -> bool {
     ["42P01", "3F000", "42703", "XX000", "55000"]
         .iter()
         .any(|state| error.is(state))
+}
+
+/// Whether a row could not be put together: the executor makes one tuple of it, with the values that are stored apart, for a function
+/// that takes a row.
+pub(super) fn is_too_large(error: &PqError) -> bool {
+    error.is("54000") || (error.is("XX000") && error.message.contains("invalid memory alloc request size"))
 }
 
 /// Block and offset of a tid in binary.

@@ -255,13 +255,13 @@ fn one_answer_a_key<T>(mapping: &Mapping, found: Vec<Found<T>>) -> Vec<Found<T>>
 }
 
 /// A value that its type does not take: class 22 (data exception), 23 (a domain's constraint), and what some input functions say
-/// instead.
+/// instead; or a row that cannot be read, and so cannot be mirrored.
 fn is_bad_value(error: &PqError) -> bool {
     error.sqlstate.as_deref().is_some_and(|state| {
         state.starts_with("22")
             || state.starts_with("23")
             || matches!(state, "42704" | "42601" | "0A000" | "54000" | "P0001")
-    })
+    }) || super::fill::is_too_large(error)
 }
 
 /// The key of a packed row.

@@ -55,6 +55,8 @@ pub struct Backfill {
     pending: AtomicBool,
     /// Whether the catalog was compared with the registry.
     reconciled: AtomicBool,
+    /// Whether the database is SQL_ASCII.
+    any_bytes: AtomicBool,
     /// The number of the next marker.
     next_marker: AtomicU64,
     /// How many times a worker has asked to be told when what is planned is in Redis, and the last of these that was answered.
@@ -131,6 +133,15 @@ impl Backfill {
         self.pending.store(false, Ordering::Release);
     }
 
+    pub(crate) fn note_any_bytes(&self) {
+        self.any_bytes.store(true, Ordering::Release);
+    }
+
+    /// Whether text of the database may be any bytes.
+    pub fn any_bytes(&self) -> bool {
+        self.any_bytes.load(Ordering::Acquire)
+    }
+
     /// Asks to be told when all that is planned by now is in Redis: [`Self::is_answered`] is, for this number.
     pub(crate) fn ask(&self) -> u64 {
         self.asked.fetch_add(1, Ordering::AcqRel) + 1
@@ -193,14 +204,16 @@ impl Backfill {
             .is_some_and(|task| task.generation == generation)
     }
 
-    /// The first table that is to be filled, or else the first of those whose keys are to be checked.
-    pub(crate) fn next_task(&self) -> Option<(u32, Task)> {
+    /// The first table behind `last` that is to be filled, or one before, or else the first of those whose keys are to be checked.
+    /// One that cannot be read does not hold up the others.
+    pub(crate) fn next_task(&self, last: u32) -> Option<(u32, Task)> {
         let tasks = self.lock();
-        let first = |stage: Stage| {
-            let mut of_stage = tasks.iter().filter(move |(_, task)| task.cursor.stage == stage);
-            of_stage.next().map(|(relation, task)| (*relation, task.clone()))
-        };
-        first(Stage::Fill).or_else(|| first(Stage::Sweep))
+        let of_stage = |stage: Stage| tasks.iter().filter(move |(_, task)| task.cursor.stage == stage);
+        let behind = of_stage(Stage::Fill).find(|(relation, _)| **relation > last);
+        let next = behind
+            .or_else(|| of_stage(Stage::Fill).next())
+            .or_else(|| of_stage(Stage::Sweep).next());
+        next.map(|(relation, task)| (*relation, task.clone()))
     }
 
     /// The tables whose keys are to be checked.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use redis::Value;
 
 use super::lookup::{Lookup, ParsedKey};
-use super::sql::Sql;
+use super::sql::{Snapshots, Sql};
 use super::worker::Context;
 use super::{Content, Task, Window};
 use crate::error::Error;
@@ -101,14 +101,31 @@ fn reread(
     };
     // A key that is no longer one of this table's is somebody else's business: the sweep of the table removes it.
     let others = context.backfill.other_templates(relation);
-    let owned = Owned::new(relation, &task.mapping.template, &[], &others);
+    let owned =
+        Owned::new(relation, &task.mapping.template, &[], &others).of_any_bytes(context.backfill.any_bytes());
     let mut parsed: Vec<ParsedKey> = Vec::new();
-    let mut foreign = Vec::new();
+    let (mut foreign, mut rowless) = (Vec::new(), Vec::new());
     for key in keys {
         match owned.belongs(&key) {
             Belongs::ToRow(values) => parsed.push((key, values)),
-            Belongs::ToNoRow | Belongs::Elsewhere => foreign.push(key),
+            Belongs::ToNoRow => rowless.push((key, None)),
+            Belongs::Elsewhere => foreign.push(key),
         }
+    }
+    if !rowless.is_empty() {
+        let Some(snapshot) = context.begin(sql, &task.mapping.table)? else {
+            return Ok(());
+        };
+        sql.end()?;
+        context.submit(
+            sql,
+            window,
+            relation,
+            &task,
+            snapshot,
+            Content::Keys(rowless),
+            None,
+        )?;
     }
     if !foreign.is_empty() {
         orphans(sql, foreign, Some(&task))?;

@@ -9,7 +9,7 @@ use crate::pq::{Connection, PqError, QueryResult, Waker};
 /// What every worker session sets. Rows must not be hidden by policies (better an error), waits for standbys must not
 /// hold markers up, and values read as text must look as the value contract says.
 const SETTINGS: &str = "SET row_security = off; SET synchronous_commit = local; SET statement_timeout = 0; \
-    SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0; SET client_encoding = 'UTF8'; \
+    SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0; SET idle_session_timeout = 0; SET client_encoding = 'UTF8'; \
     SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; SET TimeZone = 'UTC'; SET bytea_output = 'hex'; \
     SET extra_float_digits = 1; SET search_path = pg_catalog; SET enable_tidscan = on; \
     SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('transaction_timeout', true) IS NOT NULL";

@@ -98,7 +98,8 @@ impl Swept {
         let others = context.backfill.other_templates(relation);
         Ok(Some(Self {
             relation,
-            owned: Owned::new(relation, &task.mapping.template, &task.cursor.old_keys, &others),
+            owned: Owned::new(relation, &task.mapping.template, &task.cursor.old_keys, &others)
+                .of_any_bytes(context.backfill.any_bytes()),
             lookup,
             task,
             window: Arc::new(Window::default()),

@@ -23,6 +23,13 @@ const IDLE: Duration = Duration::from_millis(500);
 /// How long a table that is filled waits for others before its keys are checked.
 const SWEEP_AFTER: Duration = Duration::from_secs(5);
 
+/// A table that is another one than it was told to be is tried again after so long; twice as long after each attempt.
+const RETRY_MIN: Duration = Duration::from_millis(50);
+const RETRY_MAX: Duration = Duration::from_secs(2);
+/// The same for keys that could not be read again.
+const PENDING_MIN: Duration = Duration::from_millis(20);
+const PENDING_MAX: Duration = Duration::from_millis(500);
+
 /// What a worker needs.
 #[derive(Clone)]
 pub struct Context {
@@ -75,9 +82,10 @@ fn tables(context: &Context) -> Result<(), Error> {
     let window = Arc::new(Window::default());
     let mut connection = None;
     let mut waiting: Option<Instant> = None;
+    let (mut last, mut pause) = (0, RETRY_MIN);
     while !context.stopped() {
         let is_reconciled = context.backfill.is_reconciled();
-        let task = context.backfill.next_task();
+        let task = context.backfill.next_task(last);
         if is_reconciled && task.is_none() {
             // An idle session is one that somebody else could use.
             connection = None;
@@ -86,10 +94,7 @@ fn tables(context: &Context) -> Result<(), Error> {
         }
         let sql = match &mut connection {
             Some(sql) => sql,
-            none => none.insert(Sql::connect(
-                context.postgres.expose(),
-                context.interrupt.clone(),
-            )?),
+            none => none.insert(context.connect()?),
         };
         window.reset(|| context.stopped());
         let Some((relation, task)) = task.filter(|_| is_reconciled) else {
@@ -102,10 +107,12 @@ fn tables(context: &Context) -> Result<(), Error> {
         waiting = waiting.or_else(|| context.backfill.sweeps().first().map(|_| Instant::now()));
         if due || waiting.is_some_and(|since| since.elapsed() > SWEEP_AFTER) {
             waiting = None;
+            // Those that change from here on are left for another time.
+            let tables = context.backfill.sweeps();
             sql.outlast_running("(tables whose keys are checked)", || context.stopped())?;
             context.outlast_planned(sql)?;
             let mut redis = Connection::connect(&context.redis)?;
-            sweep::sweep(context, sql, &mut redis, context.backfill.sweeps())?;
+            sweep::sweep(context, sql, &mut redis, tables)?;
             if !context.backfill.sweeps().is_empty() {
                 context.backfill.wait(Duration::from_millis(50));
             }
@@ -113,7 +120,10 @@ fn tables(context: &Context) -> Result<(), Error> {
         }
         sql.outlast_running(&task.mapping.table, || context.stopped())?;
         if fill::fill(context, sql, &window, relation, &task)? == Flow::Restart {
-            context.backfill.wait(Duration::from_millis(100));
+            (last, pause) = (relation, (pause * 2).min(RETRY_MAX));
+            context.backfill.wait(pause);
+        } else {
+            (last, pause) = (0, RETRY_MIN);
         }
     }
     Ok(())
@@ -133,10 +143,13 @@ fn pending_keys(context: &Context) -> Result<(), Error> {
             clear(context, &mut redis)?;
             continue;
         }
-        let mut sql = Sql::connect(context.postgres.expose(), context.interrupt.clone())?;
+        let mut sql = context.connect()?;
+        let mut pause = PENDING_MIN;
         while !context.stopped() && !pending::pass(context, &mut sql, &mut redis, &window)? {
-            // What was read is being applied; what the gate refused has to become visible first.
-            context.backfill.wait(Duration::from_millis(20));
+            // What was read is being applied; what the gate refused has to become visible first, and a table that changes has to come
+            // down the stream.
+            context.backfill.wait(pause);
+            pause = (pause * 2).min(PENDING_MAX);
         }
     }
     Ok(())
@@ -177,6 +190,15 @@ fn reconcile(context: &Context, sql: &mut Sql, window: &Arc<Window>) -> Result<(
 }
 
 impl Context {
+    fn connect(&self) -> Result<Sql, Error> {
+        let mut sql = Sql::connect(self.postgres.expose(), self.interrupt.clone())?;
+        let encoding = sql.query("cannot read server_encoding", "SHOW server_encoding", &[])?;
+        if encoding.text(0, 0) == Some("SQL_ASCII") {
+            self.backfill.note_any_bytes();
+        }
+        Ok(sql)
+    }
+
     pub(super) fn stopped(&self) -> bool {
         self.backfill.is_stopped()
     }

@@ -9,6 +9,7 @@ use super::Purge;
 pub struct Owned {
     own: Purge,
     retired: Vec<Purge>,
+    any_bytes: bool,
 }
 
 /// What a key is to a table.
@@ -31,7 +32,14 @@ impl Owned {
             retired: old
                 .map(|template| Purge::retired(relation, &template, others))
                 .collect(),
+            any_bytes: false,
         }
+    }
+
+    /// Whether text of the database may be any bytes (SQL_ASCII). Then whether a key that is not UTF-8 has a row is not known.
+    #[must_use]
+    pub fn of_any_bytes(self, any_bytes: bool) -> Self {
+        Self { any_bytes, ..self }
     }
 
     /// All of them, template by template.
@@ -43,6 +51,9 @@ impl Owned {
     pub fn belongs(&self, key: &[u8]) -> Belongs {
         match self.own.match_key(key) {
             Some(values) if is_text(&values) => Belongs::ToRow(values),
+            Some(values) if self.any_bytes && values.iter().all(|value| !value.contains(&0)) => {
+                Belongs::Elsewhere
+            }
             Some(_) => Belongs::ToNoRow,
             None if self.retired.iter().any(|purge| purge.match_key(key).is_some()) => Belongs::ToNoRow,
             None => Belongs::Elsewhere,
@@ -75,5 +86,10 @@ mod tests {
             assert_eq!(owned.belongs(other), Belongs::Elsewhere);
         }
         assert_eq!(owned.purges().count(), 3);
+        let owned = owned.of_any_bytes(true);
+        assert_eq!(owned.belongs(b"a:\xff"), Belongs::Elsewhere);
+        for nobody in [b"a:\0".as_slice(), b"old:7"] {
+            assert_eq!(owned.belongs(nobody), Belongs::ToNoRow);
+        }
     }
 }

@@ -123,10 +123,18 @@ pub(super) fn shake(
                     if info.is_some() {
                         drop_slot(&mut sql, slot)?;
                     }
-                    if let Some(progress) = &stored.progress {
-                        outrun(&mut sql, system.xlogpos, progress.lsn)?;
+                    let position = stored
+                        .progress
+                        .as_ref()
+                        .map_or(Lsn::INVALID, |progress| progress.lsn);
+                    outrun(&mut sql, system.xlogpos, position)?;
+                    let mut lsn = create_slot(&mut replication, slot, PLUGIN, false)?;
+                    // It has waited for transactions, and they have written on.
+                    while outrun(&mut sql, lsn, position)? {
+                        drop_slot(&mut sql, slot)?;
+                        lsn = create_slot(&mut replication, slot, PLUGIN, false)?;
                     }
-                    create_slot(&mut replication, slot, PLUGIN, false)?
+                    lsn
                 }
             };
             (lsn, Some(lsn))
@@ -251,14 +259,15 @@ fn write_landmark(sql: &mut Postgres) -> Result<(), Error> {
 
 /// The server was put back to just before where Redis is, and its slot is to be made anew. Should Redis lose the claim that follows,
 /// its old position must not look like one behind the slot's beginning: the landmark tells that only where it fits in between.
-fn outrun(sql: &mut Postgres, end: Lsn, position: Lsn) -> Result<(), Error> {
+/// True: WAL was written up to behind the position.
+fn outrun(sql: &mut Postgres, end: Lsn, position: Lsn) -> Result<bool, Error> {
     let Some(bytes) = position.0.checked_sub(end.0).filter(|bytes| *bytes < OUTRUN_MAX) else {
-        return Ok(());
+        return Ok(false);
     };
     let statement =
         format!("SELECT pg_logical_emit_message(false, 'walmirror.filler', repeat('x', {bytes} + 1024))");
     sql.query(&statement, &[])
-        .map(drop)
+        .map(|_| true)
         .map_err(|error| Error::postgres("cannot write into the WAL before the slot is made", error))
 }
 

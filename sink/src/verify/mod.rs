@@ -65,7 +65,7 @@ pub struct Outcome {
 pub fn run(job: &Job, shutdown: &Shutdown) -> Result<Outcome, Error> {
     let mut sql = Sql::connect(job.postgres.expose(), shutdown.waker()?)?;
     let mut redis = Connection::connect(&job.redis)?;
-    let tables = Table::all(&mut sql, &mut redis, &job.slot)?;
+    let tables = Table::all(&mut sql, &mut redis, &job.slot, &job.tables)?;
     let mut sides = Sides::new(sql, redis, &job.slot, job.timeout, shutdown.clone());
     // A sink that does not move is noticed before anything is compared.
     let from = sides.reach()?;

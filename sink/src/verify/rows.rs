@@ -7,7 +7,7 @@ use super::sides::{AnySnapshot, Sides};
 use super::table::Table;
 use super::{Finding, Job, judge, sample};
 use crate::backfill::PackedRows;
-use crate::backfill::fill::{BLOCKS_MAX, CHUNK_BYTES, leaves, look_at_leaf, read_chunk, total_blocks};
+use crate::backfill::fill::{Pace, leaves, look_at_leaf, read_next, total_blocks};
 use crate::backfill::report::Report;
 use crate::error::Error;
 
@@ -29,20 +29,16 @@ pub(super) fn compare_rows(sides: &mut Sides, table: &mut Table, job: &Job) -> R
         let Some(leaf) = look_at_leaf(&mut sides.sql, leaf)? else {
             return Err(table.changed());
         };
-        let (mut at, mut step) = ((0, 0), 64);
+        let (mut at, mut pace) = ((0, 0), Pace::new(64));
         while at.0 < leaf.blocks {
-            let Some(read) = read_chunk(&AnySnapshot, &mut sides.sql, &table.name, &leaf, at, step)? else {
+            let read = read_next(&AnySnapshot, &mut sides.sql, &table.name, &leaf, at, &mut pace)?;
+            let Some(read) = read else {
                 return Err(table.changed());
             };
             report.add(
                 read.end.0.min(leaf.blocks).saturating_sub(at.0),
                 read.rows.len() as u64,
             );
-            step = if read.rows.byte_len() < CHUNK_BYTES / 2 {
-                (step * 2).min(BLOCKS_MAX)
-            } else {
-                (step / 2).max(1)
-            };
             at = read.end;
             compare_chunk(sides, table, &read.rows, job)?;
         }

@@ -6,7 +6,7 @@ use super::Job;
 use super::rows::compare_chunk;
 use super::sides::{AnySnapshot, Sides};
 use super::table::Table;
-use crate::backfill::fill::{look_at_leaf, read_chunk};
+use crate::backfill::fill::{Pace, look_at_leaf, read_next};
 use crate::error::Error;
 use crate::redis::reply_error;
 use crate::resp::Commands;
@@ -47,7 +47,16 @@ pub(super) fn rows(
         let (Some(leaf), Ok(block)) = (leaf, u32::try_from(at)) else {
             continue;
         };
-        let Some(read) = read_chunk(&AnySnapshot, &mut sides.sql, &table.name, leaf, (block, 0), 1)? else {
+        let at = (block, 0);
+        let read = read_next(
+            &AnySnapshot,
+            &mut sides.sql,
+            &table.name,
+            leaf,
+            at,
+            &mut Pace::new(1),
+        )?;
+        let Some(read) = read else {
             return Err(table.changed());
         };
         compare_chunk(sides, table, &read.rows, job)?;

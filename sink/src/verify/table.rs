@@ -9,6 +9,7 @@ use walmirror_proto::row::TupleRef;
 use super::Tally;
 use super::content::{Content, Shape};
 use crate::backfill::Catalog;
+use crate::backfill::catalog::Misfit;
 use crate::backfill::lookup::Lookup;
 use crate::backfill::sql::Sql;
 use crate::error::Error;
@@ -29,8 +30,14 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// All labelled tables, as the catalog has them. The version that Redis is kept by has to be the same.
-    pub(super) fn all(sql: &mut Sql, redis: &mut Connection, slot: &str) -> Result<Vec<Self>, Error> {
+    /// All labelled tables, as the catalog has them. The version that Redis is kept by has to be the same. `names`: those that are
+    /// to be compared, whose labels have to fit; none: all.
+    pub(super) fn all(
+        sql: &mut Sql,
+        redis: &mut Connection,
+        slot: &str,
+        names: &[String],
+    ) -> Result<Vec<Self>, Error> {
         let stored = read_stored(redis, &RedisKeys::new(slot))?;
         if stored.progress.is_none() {
             return Err(Error::gap(format!(
@@ -39,7 +46,9 @@ impl Table {
             .next("walmirror run …   # mirrors the tables"));
         }
         let catalog = Catalog::read(sql)?;
-        if let Some(misfit) = catalog.misfits.first() {
+        let is_asked_for =
+            |misfit: &&Misfit| names.is_empty() || names.iter().any(|name| is_named(&misfit.table, name));
+        if let Some(misfit) = catalog.misfits.iter().find(is_asked_for) {
             return Err(misfit.error());
         }
         let relations: BTreeMap<u32, pb::Relation> = catalog

@@ -67,7 +67,7 @@ impl Planning {
         let weight = self.assembly.weight();
         // What a key was to the table when it was found, it may no longer be.
         let owned = match &chunk.content {
-            Content::Absent(_) => self.registry.owned(chunk.relation),
+            Content::Absent(keys) if !keys.is_empty() => self.registry.owned(chunk.relation),
             _ => None,
         };
         let mut position = start;

@@ -7,6 +7,7 @@ use walmirror_proto::frame::{FrameReader, RecordRef};
 use walmirror_proto::pb;
 
 use super::super::metrics::add;
+use super::registry::Registered;
 use super::{Definition, Planning, standing};
 use crate::backfill::Catalog;
 use crate::error::Error;
@@ -186,6 +187,15 @@ impl Planning {
             let relation = registered.relation.clone();
             self.register(relation)?;
         }
+        if self
+            .registry
+            .get(mapping.oid)
+            .is_some_and(Registered::is_outdated)
+        {
+            // It fits again, or an older transaction wrote: the catalog has to say which version counts.
+            self.announced.remove(&mapping.oid);
+            self.backfill.want_reconcile();
+        }
         if self.definitions.len() <= index {
             self.definitions.resize_with(index + 1, || None);
         }
@@ -326,6 +336,7 @@ impl Planning {
     fn error(&mut self, error: &pb::Error) -> Result<(), Error> {
         if self.counted("ERROR")? {
             add(&self.shared.metrics.errors, 1);
+            self.outdate_misfit(error.oid)?;
             // The decoder has sent deletes of the row's keys along with it.
             self.reject(Rejected {
                 key: error.key.clone().into_bytes(),
@@ -335,6 +346,17 @@ impl Planning {
             })?;
         }
         Ok(())
+    }
+
+    /// The label of a table does not fit it, and what was done to it is not told: whatever it is next, it is made anew.
+    fn outdate_misfit(&mut self, oid: u32) -> Result<(), Error> {
+        match self.registry.get(oid) {
+            Some(registered) if !registered.is_outdated() => {
+                let relation = registered.relation.clone();
+                self.stray(&relation)
+            }
+            _ => Ok(()),
+        }
     }
 
     fn marker(&mut self, marker: &pb::Marker) -> Result<(), Error> {
@@ -379,6 +401,9 @@ impl Planning {
             if known != Some(relation.fingerprint) {
                 self.register(relation.clone())?;
             }
+        }
+        for misfit in &catalog.misfits {
+            self.outdate_misfit(misfit.oid)?;
         }
         for oid in self.registry.oids() {
             // What has a label that does not fit it stays as it is.

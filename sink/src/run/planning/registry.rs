@@ -25,13 +25,18 @@ pub(super) struct Registered {
 const OUTDATED: u64 = 0;
 
 impl Registered {
+    /// Whether Redis is not kept by any version of it now.
+    pub(super) fn is_outdated(&self) -> bool {
+        self.relation.fingerprint == OUTDATED
+    }
+
     /// Whether the keys are settled, for rows of this version. None: it is another version, whose keys nothing will remove.
     pub(super) fn is_settled_for(&self, relation: &pb::Relation) -> Option<bool> {
         if self.relation.fingerprint == relation.fingerprint {
             return Some(self.cursor.is_done());
         }
         // A backfill removes the keys of its table's old templates when all transactions that write them have ended.
-        let is_due = self.relation.fingerprint == OUTDATED || !self.cursor.is_done();
+        let is_due = self.is_outdated() || !self.cursor.is_done();
         let has_key = || self.relation.key == relation.key || self.cursor.old_keys.contains(&relation.key);
         (is_due && has_key()).then_some(false)
     }
@@ -220,12 +225,13 @@ impl Registry {
     /// Which keys are a table's, as of now.
     pub(super) fn owned(&self, oid: u32) -> Option<Owned> {
         let registered = self.relations.get(&oid)?;
-        Some(Owned::new(
+        let owned = Owned::new(
             oid,
             &registered.mapping.template,
             &registered.cursor.old_keys,
             &self.templates(oid),
-        ))
+        );
+        Some(owned.of_any_bytes(self.backfill.any_bytes()))
     }
 
     /// Whose rows could have a key, as of now.
