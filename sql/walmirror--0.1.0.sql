@@ -196,7 +196,8 @@ $$
     UNION
     SELECT l.objoid FROM pg_seclabel l JOIN pg_class c ON c.oid = l.objoid AND c.relispartition
     WHERE l.provider = 'walmirror' AND l.classoid = 'pg_class'::regclass AND l.objsubid = 0
-      AND tbl IN (SELECT a.relid::oid FROM pg_partition_ancestors(l.objoid::regclass) a)
+      AND EXISTS (SELECT 1 FROM pg_class t WHERE t.oid = tbl AND (t.relkind = 'p' OR t.relispartition))
+      AND tbl IN (SELECT a.relid::oid FROM pg_partition_ancestors(CASE WHEN c.relispartition THEN l.objoid::regclass END) a)
 $$;
 
 CREATE FUNCTION walmirror.on_ddl_command_end() RETURNS event_trigger

@@ -137,10 +137,7 @@ impl Decoder {
                 }
             }
             Table::Configured(plan) => plan,
-            Table::Broken(refusal) => {
-                let error = broken(table, refusal, lsn);
-                return self.broken(output, error, xid);
-            }
+            Table::Broken(_) => return self.broken(output, table, xid, lsn),
         };
         self.opening.start(&mut self.frame, &mut self.relations, xid);
         let index = self.relations.define(plan, &mut self.frame);
@@ -186,11 +183,15 @@ impl Decoder {
         self.refresh(output, xid, relation);
     }
 
-    /// The label of a table does not fit it: told once in a transaction.
+    /// A table that its label does not fit, if it is one: told once in a transaction.
     #[cold]
-    fn broken(&mut self, output: &mut impl Output, error: pb::Error, xid: u32) {
-        if !self.lost.contains(&error.oid) {
-            self.lost.push(error.oid);
+    fn broken(&mut self, output: &mut impl Output, table: &Rel, xid: u32, lsn: u64) {
+        let oid = u32::from(table.oid());
+        if let Table::Broken(refusal) = self.tables.get(table)
+            && !self.lost.contains(&oid)
+        {
+            let error = broken(table, refusal, lsn);
+            self.lost.push(oid);
             self.record(output, xid, error);
         }
     }
@@ -214,10 +215,7 @@ impl Decoder {
     /// partitions is in it, which is so when the parent is.
     pub fn truncate(&mut self, output: &mut impl Output, tables: &[Rel], xid: u32, lsn: u64) {
         for table in tables {
-            if let Table::Broken(refusal) = self.tables.get(table) {
-                let error = broken(table, refusal, lsn);
-                self.broken(output, error, xid);
-            }
+            self.broken(output, table, xid, lsn);
         }
         let (mut whole, mut indexes, mut parts) = (Vec::new(), Vec::new(), Vec::new());
         for table in tables {

@@ -223,6 +223,7 @@ fn everything_else() -> FrameWriter {
             key,
             reason,
             lsn: 0x16_B374_D848,
+            oid: 0,
         }
         .into()
     });

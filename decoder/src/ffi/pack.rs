@@ -114,11 +114,7 @@ impl Packer {
         let plan = match self.tables.get(&table) {
             Table::Configured(plan) => plan,
             Table::Broken(refusal) => {
-                return Err(Refusal::new(
-                    refusal.code,
-                    refusal.message.clone(),
-                    refusal.hint.clone(),
-                ));
+                return Err(Refusal::object(refusal.message.clone(), refusal.hint.clone()));
             }
             Table::Unconfigured => {
                 return Err(Refusal::object(

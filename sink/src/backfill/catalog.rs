@@ -13,6 +13,8 @@ pub struct Catalog {
     pub relations: Vec<pb::Relation>,
     /// Those of which there is none.
     pub misfits: Vec<Misfit>,
+    /// How many times it was wanted before it was read ([`super::Backfill::wishes`]).
+    pub wishes: u64,
 }
 
 /// A table that its label does not fit any more: DDL that does this is refused, unless event triggers are off.
@@ -40,14 +42,17 @@ impl Misfit {
 
 impl Catalog {
     /// Reads `walmirror.relations()`.
-    pub(crate) fn read(sql: &mut Sql) -> Result<Self, Error> {
+    pub(crate) fn read(sql: &mut Sql, wishes: u64) -> Result<Self, Error> {
         let statement = "SELECT relation, oidsend(oid), (SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
                          WHERE c.oid = r.oid), problem FROM walmirror.relations() r";
         let result = sql
             .connection
             .query_binary(statement, &[])
             .map_err(|error| explain("cannot list the mirrored tables", error))?;
-        let mut catalog = Self::default();
+        let mut catalog = Self {
+            wishes,
+            ..Self::default()
+        };
         for row in result.rows() {
             if let Some(bytes) = row.get(0) {
                 let relation = pb::Relation::decode(bytes)

@@ -53,8 +53,9 @@ pub struct Backfill {
     horizon: AtomicU64,
     /// Whether keys may be noted as pending.
     pending: AtomicBool,
-    /// Whether the catalog was compared with the registry.
+    /// Whether the catalog was compared with the registry, and how many times that was wanted.
     reconciled: AtomicBool,
+    wishes: AtomicU64,
     /// Whether the database is SQL_ASCII.
     any_bytes: AtomicBool,
     /// The number of the next marker.
@@ -165,14 +166,20 @@ impl Backfill {
         self.answered.load(Ordering::Acquire) >= asked
     }
 
-    /// The catalog was compared with the registry.
-    pub fn note_reconciled(&self) {
-        self.reconciled.store(true, Ordering::Release);
+    /// The catalog, as it was read after so many wishes, was compared with the registry.
+    pub fn note_reconciled(&self, wishes: u64) {
+        self.reconciled.store(self.wishes() == wishes, Ordering::Release);
         self.changed.notify_all();
+    }
+
+    /// How many times it was wanted that the catalog is compared.
+    pub fn wishes(&self) -> u64 {
+        self.wishes.load(Ordering::Acquire)
     }
 
     /// A table turned up that nobody announced: the catalog is to be compared again.
     pub fn want_reconcile(&self) {
+        self.wishes.fetch_add(1, Ordering::AcqRel);
         self.reconciled.store(false, Ordering::Release);
         self.changed.notify_all();
     }

@@ -113,17 +113,24 @@ fn tables(context: &Context) -> Result<(), Error> {
             context.outlast_planned(sql)?;
             let mut redis = Connection::connect(&context.redis)?;
             sweep::sweep(context, sql, &mut redis, tables)?;
-            if !context.backfill.sweeps().is_empty() {
-                context.backfill.wait(Duration::from_millis(50));
+            if context.backfill.sweeps().is_empty() {
+                pause = RETRY_MIN;
+            } else {
+                context.backfill.wait(pause);
+                pause = (pause * 2).min(RETRY_MAX);
             }
             continue;
         }
-        sql.outlast_running(&task.mapping.table, || context.stopped())?;
-        if fill::fill(context, sql, &window, relation, &task)? == Flow::Restart {
-            (last, pause) = (relation, (pause * 2).min(RETRY_MAX));
+        if relation <= last {
+            // Each has had its turn, and not all could be read.
             context.backfill.wait(pause);
-        } else {
-            (last, pause) = (0, RETRY_MIN);
+            (last, pause) = (0, (pause * 2).min(RETRY_MAX));
+            continue;
+        }
+        sql.outlast_running(&task.mapping.table, || context.stopped())?;
+        match fill::fill(context, sql, &window, relation, &task)? {
+            Flow::Restart => last = relation,
+            Flow::Go | Flow::Stopped => pause = RETRY_MIN,
         }
     }
     Ok(())
@@ -171,9 +178,10 @@ fn clear(context: &Context, redis: &mut Connection) -> Result<(), Error> {
 /// Hands the catalog to the planner, which compares it with the registry at this place of the stream: labels that the
 /// stream has not told of (set before the slot was made, or while it did not exist) are found this way.
 fn reconcile(context: &Context, sql: &mut Sql, window: &Arc<Window>) -> Result<(), Error> {
+    let wishes = context.backfill.wishes();
     // A label whose transaction is in the stream already may still be invisible, while its COMMIT waits for a standby.
     sql.outlast_running("(the list of mirrored tables)", || context.stopped())?;
-    let catalog = Catalog::read(sql)?;
+    let catalog = Catalog::read(sql, wishes)?;
     for misfit in &catalog.misfits {
         let error = misfit.error();
         tracing::error!(next = error.next_command(), "{error}");

@@ -45,7 +45,7 @@ impl Table {
             ))
             .next("walmirror run …   # mirrors the tables"));
         }
-        let catalog = Catalog::read(sql)?;
+        let catalog = Catalog::read(sql, 0)?;
         let is_asked_for =
             |misfit: &&Misfit| names.is_empty() || names.iter().any(|name| is_named(&misfit.table, name));
         if let Some(misfit) = catalog.misfits.iter().find(is_asked_for) {

@@ -68,6 +68,8 @@ pub(super) struct Start {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Standing {
     Trusted(Trust),
+    /// Redis is kept by no version of the table now, as its label did not fit it, or rows came of a version that nobody announced.
+    Outdated,
     /// Another version than the one that Redis is kept by, and nobody announced it.
     Stray,
     /// Nobody announced it yet: it is registered with its first row.
@@ -281,6 +283,7 @@ impl Planning {
 fn standing(registry: &Registry, forgotten: &HashSet<u32>, relation: &pb::Relation) -> Standing {
     match registry.get(relation.oid) {
         Some(registered) => match registered.is_settled_for(relation) {
+            Some(_) if registered.is_outdated() => Standing::Outdated,
             Some(true) => Standing::Trusted(Trust::Settled),
             Some(false) => Standing::Trusted(Trust::Refreshing),
             None => Standing::Stray,

@@ -7,7 +7,6 @@ use walmirror_proto::frame::{FrameReader, RecordRef};
 use walmirror_proto::pb;
 
 use super::super::metrics::add;
-use super::registry::Registered;
 use super::{Definition, Planning, standing};
 use crate::backfill::Catalog;
 use crate::error::Error;
@@ -99,6 +98,14 @@ impl Planning {
                 add(&self.shared.metrics.rows_skipped.forgotten_table, 1);
                 return Ok(());
             }
+            Standing::Outdated => {
+                // The catalog has to say which version counts.
+                if self.backfill.is_reconciled() {
+                    self.announced.remove(&definition.mapping.oid);
+                    self.backfill.want_reconcile();
+                }
+                Trust::Refreshing
+            }
             Standing::Stray => {
                 let relation = definition.relation.clone();
                 self.stray(&relation)?;
@@ -186,15 +193,6 @@ impl Planning {
         if let Some(registered) = spoiled {
             let relation = registered.relation.clone();
             self.register(relation)?;
-        }
-        if self
-            .registry
-            .get(mapping.oid)
-            .is_some_and(Registered::is_outdated)
-        {
-            // It fits again, or an older transaction wrote: the catalog has to say which version counts.
-            self.announced.remove(&mapping.oid);
-            self.backfill.want_reconcile();
         }
         if self.definitions.len() <= index {
             self.definitions.resize_with(index + 1, || None);
@@ -403,7 +401,9 @@ impl Planning {
             }
         }
         for misfit in &catalog.misfits {
-            self.outdate_misfit(misfit.oid)?;
+            if !self.announced.contains(&misfit.oid) {
+                self.outdate_misfit(misfit.oid)?;
+            }
         }
         for oid in self.registry.oids() {
             // What has a label that does not fit it stays as it is.
@@ -415,7 +415,7 @@ impl Planning {
         }
         // What is labelled from now on finds in Redis what somebody has put there since the session began.
         self.registry.doubt();
-        self.backfill.note_reconciled();
+        self.backfill.note_reconciled(catalog.wishes);
         Ok(())
     }
 

@@ -156,7 +156,7 @@ fn keys_of_a_version_that_nobody_announced_go_with_the_next_change() {
         let mut stored = settled();
         stored.relations = BTreeMap::from([(OID, cache(1, "t:{id}"))]);
         let mut planning = planning(stored, 1 << 20, 1 << 24);
-        planning.backfill.note_reconciled();
+        planning.backfill.note_reconciled(0);
         let stray = |planning: &mut Planning, xid, lsn| {
             Frame::default()
                 .relation(cache(2, "u:{id}"))

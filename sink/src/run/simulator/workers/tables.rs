@@ -79,6 +79,7 @@ impl Tables {
                 let labels = OIDS.iter().filter_map(|oid| postgres.label(*oid, &snapshot));
                 let content = Content::Catalog(Catalog {
                     relations: labels.map(|definition| definition.relation(0)).collect(),
+                    wishes: backfill.wishes(),
                     ..Catalog::default()
                 });
                 self.courier.submit(
