@@ -163,6 +163,26 @@ fn keys_of_any_bytes_are_left_alone_by_a_sweep() {
     m.sql("DELETE FROM t WHERE id = 'k' || chr(233)");
     m.sync();
     assert_eq!(size(), before - 1);
+    // One that has to be read again, and one that has no row.
+    m.sql("UPDATE t SET v = repeat('long', 10000) WHERE id = 'k' || chr(234)");
+    m.sync();
+    let change = |script: &str| {
+        let done: i64 = redis::cmd("EVAL")
+            .arg(script)
+            .arg(0)
+            .query(&mut m.redis.connect())
+            .unwrap();
+        assert_eq!(done, 1);
+    };
+    change("return redis.call('DEL', 't:k\\234')");
+    change("redis.call('HSET', 't:k\\233', 'v', 'w') return 1");
+    m.sql("ALTER TABLE t ALTER v SET STORAGE EXTERNAL; UPDATE t SET id = id WHERE id = 'k' || chr(234)");
+    m.sync();
+    let (code, output) = m.run(&["verify", "--repair"]);
+    assert_eq!(code, Some(0), "{output}");
+    let (code, output) = m.run(&["verify"]);
+    assert_eq!(code, Some(0), "{output}");
+    assert_eq!(size(), before - 1);
 }
 
 #[test]

@@ -6,7 +6,8 @@ use super::sql::{Snapshots, Sql, explain};
 use super::worker::{Context, Flow};
 use super::{Content, Cursor, PackedRows, Task, Window};
 use crate::error::Error;
-use crate::pq::{PqError, binary_fields};
+use crate::plan::Mapping;
+use crate::pq::{PqError, binary_fields, quote_identifier};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -66,13 +67,18 @@ pub(super) fn fill(
                 return Ok(Flow::Stopped);
             }
             let at = (cursor.block, cursor.offset);
-            let Some(read) = read_next(context, sql, &task.mapping.table, &leaf, at, &mut pace)? else {
+            let Some(read) = read_next(context, sql, &task.mapping, &leaf, at, &mut pace)? else {
                 return Ok(Flow::Restart);
             };
             report.add(
                 read.end.0.min(blocks).saturating_sub(cursor.block),
                 read.rows.len() as u64,
             );
+            if let Some(key) = read.left_out {
+                // What Redis holds of it is of before it was so large.
+                let key = Content::Keys(vec![(key, None)]);
+                context.submit(sql, window, relation, task, read.snapshot.clone(), key, None)?;
+            }
             cursor = Cursor {
                 block: read.end.0,
                 offset: read.end.1,
@@ -119,6 +125,8 @@ pub(super) fn fill(
 /// What was read of a table.
 pub(crate) struct Read {
     pub(crate) rows: PackedRows,
+    /// The key of a row that could not be read.
+    pub(crate) left_out: Option<Vec<u8>>,
     pub(crate) snapshot: crate::gate::Snapshot,
     /// Block and offset to go on from.
     pub(crate) end: (u32, u16),
@@ -175,11 +183,12 @@ const ROWS_PER_BLOCK: u16 = 1200;
 pub(crate) fn read_next(
     snapshots: &dyn Snapshots,
     sql: &mut Sql,
-    table: &str,
+    mapping: &Mapping,
     leaf: &Leaf,
     start: (u32, u16),
     pace: &mut Pace,
 ) -> Result<Option<Read>, Error> {
+    let table = &mapping.table;
     loop {
         let end = pace.end(start);
         let read = match read_chunk(snapshots, sql, table, leaf, start, end)? {
@@ -196,14 +205,39 @@ pub(crate) fn read_next(
                 let Some(snapshot) = snapshots.begin(sql, table)? else {
                     return Ok(None);
                 };
+                let left_out = key_at(sql, mapping, leaf, start);
                 sql.end()?;
                 let rows = PackedRows::default();
-                Read { rows, snapshot, end }
+                Read {
+                    rows,
+                    left_out: left_out?,
+                    snapshot,
+                    end,
+                }
             }
         };
         pace.adapt(start, &read);
         return Ok(Some(read));
     }
+}
+
+/// The key of one row, which may be too large to be read whole. None: it is gone, or a column of its key is NULL.
+fn key_at(sql: &mut Sql, mapping: &Mapping, leaf: &Leaf, at: (u32, u16)) -> Result<Option<Vec<u8>>, Error> {
+    let columns = mapping.template.placeholders().iter();
+    let columns: Vec<String> = columns
+        .map(|column| format!("{}::text", quote_identifier(column)))
+        .collect();
+    let (columns, name, (block, offset)) = (columns.join(", "), &leaf.name, at);
+    let statement = format!("SELECT {columns} FROM ONLY {name} WHERE ctid = '({block},{offset})'::tid");
+    let result = sql.query("cannot read the key of a row", &statement, &[])?;
+    let Some(row) = result.rows().next() else {
+        return Ok(None);
+    };
+    let mut key = Vec::new();
+    let value = |column: usize, out: &mut Vec<u8>| out.extend_from_slice(row.get(column).unwrap_or_default());
+    let is_whole = (0..mapping.template.placeholders().len()).all(|column| row.get(column).is_some());
+    let is_rendered = mapping.template.render(value, &mut key).is_ok();
+    Ok((is_whole && is_rendered).then_some(key))
 }
 
 /// What came of reading a stretch of a table.
@@ -239,7 +273,12 @@ fn read_chunk(
             // A file is never that of the table again once it is another one, so this is the one that was read.
             let file = look_at_leaf(sql, leaf.oid)?.map(|leaf| leaf.file);
             Ok(match file {
-                Some(file) if file == leaf.file => Chunk::Read(Read { rows, snapshot, end }),
+                Some(file) if file == leaf.file => Chunk::Read(Read {
+                    rows,
+                    left_out: None,
+                    snapshot,
+                    end,
+                }),
                 _ => Chunk::Changed,
             })
         }

@@ -94,7 +94,7 @@ impl Lookup {
         keys: Vec<ParsedKey>,
     ) -> Result<Vec<Found<()>>, Error> {
         let statement = format!("SELECT {} {}", self.columns, self.from);
-        let keys = all_readings(mapping, keys);
+        let keys = all_readings(mapping, keys, sql.any_bytes);
         let mut found = Vec::new();
         self.bisect(
             snapshots,
@@ -139,7 +139,7 @@ impl Lookup {
         keys: Vec<ParsedKey>,
     ) -> Result<Vec<Found<Vec<u8>>>, Error> {
         let statement = format!("SELECT walmirror.pack(t.*) {}", self.from);
-        let keys = all_readings(mapping, keys);
+        let keys = all_readings(mapping, keys, sql.any_bytes);
         let mut found = Vec::new();
         self.bisect(
             snapshots,
@@ -214,13 +214,13 @@ impl Lookup {
 }
 
 /// A key that may be read in several ways is looked for in each of them: only one can be that of its row.
-fn all_readings(mapping: &Mapping, keys: Vec<ParsedKey>) -> Vec<ParsedKey> {
+fn all_readings(mapping: &Mapping, keys: Vec<ParsedKey>, any_bytes: bool) -> Vec<ParsedKey> {
     if !mapping.template.is_ambiguous() {
         return keys;
     }
     let readings = |(key, first): ParsedKey| {
         let mut all = mapping.template.match_all(&key);
-        all.retain(|values| is_text(values));
+        all.retain(|values| is_text(values, any_bytes));
         if all.is_empty() {
             all.push(first);
         }
@@ -316,6 +316,8 @@ mod tests {
         };
         assert!(is_bad_value(&error("22P02")) && is_bad_value(&error("22003")));
         assert!(!is_bad_value(&error("42501")) && !is_bad_value(&error("57P01")));
-        assert!(is_text(&[b"x".to_vec()]) && !is_text(&[vec![0]]) && !is_text(&[vec![0xff]]));
+        assert!(
+            is_text(&[b"x".to_vec()], false) && !is_text(&[vec![0]], true) && !is_text(&[vec![0xff]], false)
+        );
     }
 }

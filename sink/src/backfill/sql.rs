@@ -17,6 +17,8 @@ const SETTINGS: &str = "SET row_security = off; SET synchronous_commit = local; 
 /// The session.
 pub(crate) struct Sql {
     pub(crate) connection: Connection,
+    /// The database is SQL_ASCII: its text is bytes, and keys that are made of it need not be UTF-8.
+    pub(crate) any_bytes: bool,
 }
 
 /// Whoever reads says which snapshots it can use: a worker those that the gate will not refuse as a whole, `verify` any.
@@ -50,7 +52,21 @@ impl Sql {
         connection
             .simple(SETTINGS)
             .map_err(|error| explain("cannot prepare the session of the backfill", error))?;
-        Ok(Self { connection })
+        let mut sql = Self {
+            connection,
+            any_bytes: false,
+        };
+        let encoding = sql.query("cannot read server_encoding", "SHOW server_encoding", &[])?;
+        sql.any_bytes = encoding.text(0, 0) == Some("SQL_ASCII");
+        if sql.any_bytes {
+            // Else the server takes no other bytes than UTF-8.
+            sql.query(
+                "cannot set client_encoding",
+                "SET client_encoding = 'SQL_ASCII'",
+                &[],
+            )?;
+        }
+        Ok(sql)
     }
 
     /// Begins a transaction whose one snapshot every statement of it reads in, and says which one that is.

@@ -199,9 +199,8 @@ fn reconcile(context: &Context, sql: &mut Sql, window: &Arc<Window>) -> Result<(
 
 impl Context {
     fn connect(&self) -> Result<Sql, Error> {
-        let mut sql = Sql::connect(self.postgres.expose(), self.interrupt.clone())?;
-        let encoding = sql.query("cannot read server_encoding", "SHOW server_encoding", &[])?;
-        if encoding.text(0, 0) == Some("SQL_ASCII") {
+        let sql = Sql::connect(self.postgres.expose(), self.interrupt.clone())?;
+        if sql.any_bytes {
             self.backfill.note_any_bytes();
         }
         Ok(sql)

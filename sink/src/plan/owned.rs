@@ -36,7 +36,7 @@ impl Owned {
         }
     }
 
-    /// Whether text of the database may be any bytes (SQL_ASCII). Then whether a key that is not UTF-8 has a row is not known.
+    /// Whether text of the database may be any bytes (SQL_ASCII).
     #[must_use]
     pub fn of_any_bytes(self, any_bytes: bool) -> Self {
         Self { any_bytes, ..self }
@@ -50,10 +50,7 @@ impl Owned {
     /// What a key is to the table. The template of today comes first.
     pub fn belongs(&self, key: &[u8]) -> Belongs {
         match self.own.match_key(key) {
-            Some(values) if is_text(&values) => Belongs::ToRow(values),
-            Some(values) if self.any_bytes && values.iter().all(|value| !value.contains(&0)) => {
-                Belongs::Elsewhere
-            }
+            Some(values) if is_text(&values, self.any_bytes) => Belongs::ToRow(values),
             Some(_) => Belongs::ToNoRow,
             None if self.retired.iter().any(|purge| purge.match_key(key).is_some()) => Belongs::ToNoRow,
             None => Belongs::Elsewhere,
@@ -61,11 +58,11 @@ impl Owned {
     }
 }
 
-/// Whether Postgres could hold these values as text at all.
-pub(crate) fn is_text(values: &[Vec<u8>]) -> bool {
+/// Whether Postgres could hold these values as text at all; `any_bytes`: the database is SQL_ASCII.
+pub(crate) fn is_text(values: &[Vec<u8>], any_bytes: bool) -> bool {
     values
         .iter()
-        .all(|value| !value.contains(&0) && std::str::from_utf8(value).is_ok())
+        .all(|value| !value.contains(&0) && (any_bytes || std::str::from_utf8(value).is_ok()))
 }
 
 #[cfg(test)]
@@ -87,7 +84,7 @@ mod tests {
         }
         assert_eq!(owned.purges().count(), 3);
         let owned = owned.of_any_bytes(true);
-        assert_eq!(owned.belongs(b"a:\xff"), Belongs::Elsewhere);
+        assert_eq!(owned.belongs(b"a:\xff"), Belongs::ToRow(vec![b"\xff".to_vec()]));
         for nobody in [b"a:\0".as_slice(), b"old:7"] {
             assert_eq!(owned.belongs(nobody), Belongs::ToNoRow);
         }

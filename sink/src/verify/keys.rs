@@ -88,7 +88,7 @@ pub(super) fn compare_keys(sides: &mut Sides, tables: &mut [Table], job: &Job) -
                 }
                 table.tally.keys += 1;
                 matched += 1;
-                if is_text(&values) {
+                if is_text(&values, sides.sql.any_bytes) {
                     held.keys.push((key.clone(), values));
                 } else {
                     held.impossible.push(key.clone());

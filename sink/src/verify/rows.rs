@@ -31,7 +31,7 @@ pub(super) fn compare_rows(sides: &mut Sides, table: &mut Table, job: &Job) -> R
         };
         let (mut at, mut pace) = ((0, 0), Pace::new(64));
         while at.0 < leaf.blocks {
-            let read = read_next(&AnySnapshot, &mut sides.sql, &table.name, &leaf, at, &mut pace)?;
+            let read = read_next(&AnySnapshot, &mut sides.sql, &table.mapping, &leaf, at, &mut pace)?;
             let Some(read) = read else {
                 return Err(table.changed());
             };

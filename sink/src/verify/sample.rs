@@ -51,7 +51,7 @@ pub(super) fn rows(
         let read = read_next(
             &AnySnapshot,
             &mut sides.sql,
-            &table.name,
+            &table.mapping,
             leaf,
             at,
             &mut Pace::new(1),

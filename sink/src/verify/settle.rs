@@ -149,7 +149,7 @@ fn see_rows(sides: &mut Sides, table: &Table, group: &mut [Candidate]) -> Result
     let mut parsed = Vec::with_capacity(group.len());
     for one in group.iter() {
         let values = table.mapping.template.match_key(&one.key);
-        if let Some(values) = values.filter(|values| is_text(values)) {
+        if let Some(values) = values.filter(|values| is_text(values, sides.sql.any_bytes)) {
             parsed.push((one.key.clone(), values));
         }
     }
