@@ -213,7 +213,9 @@ BEGIN
         IF command.classid = 'pg_class'::regclass
             AND command.object_type IN ('table', 'table column', 'foreign table', 'foreign table column')
         THEN
-            FOR root IN SELECT DISTINCT walmirror.root(h) FROM walmirror.heirs(command.objid) h
+            -- The table that the command names comes first, so that what is refused is told of that one.
+            FOR root IN SELECT r FROM (SELECT DISTINCT walmirror.root(h) AS r FROM walmirror.heirs(command.objid) h) roots
+                        ORDER BY r IS DISTINCT FROM walmirror.root(command.objid)
             LOOP
                 IF root IS NOT NULL THEN
                     -- pg_restore alters tables before it creates their primary keys; on_sql_drop refuses to drop them.
