@@ -8,7 +8,7 @@
 //! nothing is lost follow from the comparison of every key with the reference at each step and at the end.
 //!
 //! A failure prints its seed; `WALMIRROR_SIM_SEED=<seed>` replays it alone and prints all commands and the WAL,
-//! `WALMIRROR_SIM_COUNT=<n>` runs more of them.
+//! `WALMIRROR_SIM_COUNT=<n>` runs more of them, and `WALMIRROR_SIM_FROM=<seed>` others.
 //!
 //! Not in the model: DDL takes its table for itself, as ALTER TABLE does and SECURITY LABEL does not; keys have one column.
 
@@ -55,16 +55,17 @@ fn whatever_happens_redis_is_what_the_position_says() {
         return;
     }
     let count = number("WALMIRROR_SIM_COUNT").unwrap_or(2_000);
+    let from = number("WALMIRROR_SIM_FROM").unwrap_or(0);
     let started = std::time::Instant::now();
-    let next = AtomicU64::new(0);
+    let (next, end) = (AtomicU64::new(from), from + count);
     let worker = || {
         loop {
             let seed = next.fetch_add(1, Ordering::Relaxed);
-            if seed >= count {
+            if seed >= end {
                 return;
             }
             if let Err(fault) = World::new(seed, Broken::Nothing).run() {
-                next.store(count, Ordering::Relaxed);
+                next.store(end, Ordering::Relaxed);
                 panic!("{fault}\nreplay it with WALMIRROR_SIM_SEED={seed}");
             }
         }
