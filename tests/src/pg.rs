@@ -193,20 +193,23 @@ impl Pg {
             .env("LC_ALL", "C");
         let log = self.dir.path().join("log");
         let user = server_user();
-        let start = || Process::start("postgres", &log, user.as_deref(), &command);
-        let mut server = start();
+        let start = || {
+            let before = std::fs::metadata(&log).map_or(0, |file| file.len() as usize);
+            (
+                before,
+                Process::start("postgres", &log, user.as_deref(), &command),
+            )
+        };
+        let (mut before, mut server) = start();
         wait_for(DEADLINE, "Postgres to start", || {
             if server.exited().is_some() {
-                // The children of a postmaster that was killed take a moment to notice.
+                // The children of a postmaster that was killed take a moment to notice, and may write to the log meanwhile.
                 let output = server.output();
                 let old = output
-                    .trim_end()
-                    .lines()
-                    .rev()
-                    .take(3)
-                    .any(|l| l.contains("is still in use"));
+                    .get(before..)
+                    .is_some_and(|new| new.contains("is still in use"));
                 assert!(old, "Postgres ended:\n{output}");
-                server = start();
+                (before, server) = start();
             }
             self.config("postgres").connect(NoTls).ok()
         });
