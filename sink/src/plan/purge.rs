@@ -65,6 +65,11 @@ impl Purge {
         }
     }
 
+    /// Whether some of its keys could be another relation's.
+    pub fn is_contested(&self) -> bool {
+        !self.others.is_empty()
+    }
+
     /// The glob for SCAN MATCH.
     pub fn pattern(&self) -> Vec<u8> {
         self.template.scan_pattern()

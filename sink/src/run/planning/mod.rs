@@ -74,6 +74,8 @@ enum Standing {
     Stray,
     /// Nobody announced it yet: it is registered with its first row.
     Unregistered,
+    /// Its keys may be another table's by now: it is an older transaction that knows the table by them.
+    Taken,
     /// The table was dropped or unlabelled: what an older transaction did to it is of no interest.
     Forgotten,
 }
@@ -282,6 +284,7 @@ impl Planning {
 
 fn standing(registry: &Registry, forgotten: &HashSet<u32>, relation: &pb::Relation) -> Standing {
     match registry.get(relation.oid) {
+        _ if registry.is_taken(relation) && !forgotten.contains(&relation.oid) => Standing::Taken,
         Some(registered) => match registered.is_settled_for(relation) {
             Some(_) if registered.is_outdated() => Standing::Outdated,
             Some(true) => Standing::Trusted(Trust::Settled),

@@ -98,6 +98,15 @@ impl Planning {
                 add(&self.shared.metrics.rows_skipped.forgotten_table, 1);
                 return Ok(());
             }
+            Standing::Taken => {
+                add(&self.shared.metrics.rows_skipped.forgotten_table, 1);
+                if self.registry.get(definition.mapping.oid).is_none() && self.backfill.is_reconciled() {
+                    // Or it is the other table that is of the past.
+                    self.announced.remove(&definition.mapping.oid);
+                    self.backfill.want_reconcile();
+                }
+                return Ok(());
+            }
             Standing::Outdated => {
                 // The catalog has to say which version counts.
                 if self.backfill.is_reconciled() {
@@ -274,6 +283,9 @@ impl Planning {
             }
             let mapping = Arc::clone(&definition.mapping);
             self.gate.record_truncate(mapping.oid, open.xid);
+            if definition.standing == Standing::Taken {
+                continue;
+            }
             add(&self.shared.metrics.truncates, 1);
             let purge = self.registry.purge(mapping.oid, &mapping.template);
             self.purge(vec![purge]);
@@ -295,7 +307,10 @@ impl Planning {
             .registry
             .get(oid)
             .map(|registered| registered.mapping.table.clone());
+        self.forgotten.insert(oid);
         let Some(purges) = self.registry.forget(self.assembly.batch(), oid) else {
+            // Nobody had told of it yet, but a row of an older transaction may come.
+            self.restate();
             return;
         };
         tracing::info!(table, keep_keys, "a table is no longer mirrored");
@@ -303,7 +318,6 @@ impl Planning {
             self.purge(purges);
         }
         self.gate.forget_relation(oid);
-        self.forgotten.insert(oid);
         self.dirty = true;
         self.restate();
     }

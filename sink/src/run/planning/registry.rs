@@ -222,6 +222,24 @@ impl Registry {
             .collect()
     }
 
+    /// Whether the keys of a version that a table had before may be another table's by now. Nothing of that version is of interest
+    /// any more: what the table is mirrored as is read when the transactions that knew the old one have ended.
+    pub(super) fn is_taken(&self, relation: &pb::Relation) -> bool {
+        let registered = self.relations.get(&relation.oid);
+        if registered.is_some_and(|registered| registered.relation.key == relation.key) {
+            return false;
+        }
+        let Ok(template) = KeyTemplate::parse(&relation.key) else {
+            return false;
+        };
+        let others = self.templates(relation.oid);
+        match registered {
+            Some(_) => Purge::retired(relation.oid, &template, &others).is_contested(),
+            // No two labels write the same keys at one time, so this one is of the past, or the other.
+            None => others.iter().any(|other| other.skeleton() == template.skeleton()),
+        }
+    }
+
     /// Which keys are a table's, as of now.
     pub(super) fn owned(&self, oid: u32) -> Option<Owned> {
         let registered = self.relations.get(&oid)?;

@@ -202,3 +202,85 @@ fn keys_of_a_version_that_nobody_announced_go_with_the_next_change() {
         }
     }
 }
+
+/// A table is forgotten before anybody told of it, and a transaction that wrote it before comes behind.
+#[test]
+fn a_table_is_forgotten_that_was_never_registered() {
+    let stored = Stored {
+        progress: Some(Progress {
+            lsn: Lsn(10),
+            ..Progress::default()
+        }),
+        ..Stored::default()
+    };
+    let mut planning = planning(stored, 1 << 20, 1 << 24);
+    Frame::default()
+        .begin(101, 10)
+        .record(pb::Forget {
+            oid: OID,
+            keep_keys: false,
+        })
+        .commit(20)
+        .relation(relation(1, "t:{id}"))
+        .begin(100, 20)
+        .row(Kind::Insert, "1", Some("a"))
+        .commit(30)
+        .feed(&mut planning);
+    assert_eq!(flushed(&mut planning).len(), 1, "only the progress");
+    assert_eq!(planning.registry.oids(), [] as [u32; 0]);
+}
+
+/// A table gave its template to another one, and a transaction that wrote it before that comes behind: neither its rows nor its
+/// TRUNCATE concern the other table's keys.
+#[test]
+fn rows_of_a_template_that_another_table_has_by_now_are_left_out() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    let announced = |oid, fingerprint, key| pb::Relation {
+        oid,
+        index: 2,
+        announced: true,
+        ..relation(fingerprint, key)
+    };
+    Frame::default()
+        .begin(100, 10)
+        .relation(announced(OID, 2, "u:{id}"))
+        .relation(announced(600, 3, "t:{id}"))
+        .commit(20)
+        .feed(&mut planning);
+    flushed(&mut planning);
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(99, 20)
+        .row(Kind::Insert, "1", Some("a"))
+        .row(Kind::Delete, "2", None)
+        .record(pb::Truncate {
+            relations: vec![1],
+            ..pb::Truncate::default()
+        })
+        .commit(30)
+        .feed(&mut planning);
+    planning.flush();
+    let segment = planning.next_segment().unwrap();
+    assert!(segment.purges.is_empty());
+    let about_rows = lines(&segment).into_iter().filter(|line| line.contains(" t:"));
+    assert_eq!(about_rows.collect::<Vec<_>>(), [] as [String; 0]);
+}
+
+/// The same after a restart, when nobody knows the first table any more.
+#[test]
+fn rows_of_an_unknown_table_with_the_template_of_a_known_one_wait_for_the_catalog() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    planning.backfill.note_reconciled(0);
+    Frame::default()
+        .relation(pb::Relation {
+            oid: 600,
+            ..relation(3, "t:{id}")
+        })
+        .begin(99, 10)
+        .row(Kind::Insert, "1", Some("a"))
+        .commit(20)
+        .feed(&mut planning);
+    assert_eq!(flushed(&mut planning).len(), 1, "only the progress");
+    assert_eq!(planning.registry.oids(), [OID]);
+    assert!(!planning.backfill.is_reconciled());
+}
