@@ -70,8 +70,10 @@ pub struct Decoder {
     frame: FrameWriter,
     opening: Opening,
     skipped: u32,
-    /// Tables of which this transaction changed a row without a word of the key that it had, or that their label does not fit.
+    /// Tables of which this transaction changed a row without a word of the key that it had, or that their label does not fit. In a
+    /// part: which the subtransaction `lost_by` changed so, as what it told goes with it when it is rolled back.
     lost: Vec<u32>,
+    lost_by: u32,
     buffers: Buffers,
     json: Option<JsonLines>,
 }
@@ -88,6 +90,7 @@ impl Decoder {
             opening: Opening::default(),
             skipped: 0,
             lost: Vec::new(),
+            lost_by: 0,
             buffers: Buffers::new(context),
             json,
         }
@@ -130,7 +133,7 @@ impl Decoder {
             }
             Table::Configured(plan) if lacks_key(plan, change) => {
                 let relation = plan.relation.clone();
-                self.lost(output, relation, xid, lsn);
+                self.lost(output, &relation, xid, lsn);
                 match self.tables.get(table) {
                     Table::Configured(plan) if !matches!(change, Change::Lost) => plan,
                     _ => return,
@@ -166,34 +169,44 @@ impl Decoder {
 
     /// A row of the table changed, and the WAL does not tell which key it had: the table is to be compared anew.
     #[cold]
-    fn lost(&mut self, output: &mut impl Output, relation: pb::Relation, xid: u32, lsn: u64) {
-        if self.lost.contains(&relation.oid) {
+    fn lost(&mut self, output: &mut impl Output, relation: &pb::Relation, xid: u32, lsn: u64) {
+        if self.is_told(relation.oid, xid) {
             return;
         }
-        self.lost.push(relation.oid);
         let error = pb::Error {
-            table: qualified(&relation),
+            table: qualified(relation),
             key: String::new(),
-            oid: 0,
+            oid: relation.oid,
             reason: "the WAL of an UPDATE or DELETE does not tell the key, as it is not in the replica identity: the table is compared anew"
                 .to_owned(),
             lsn,
         };
         self.record(output, xid, error);
-        self.refresh(output, xid, relation);
     }
 
-    /// A table that its label does not fit, if it is one: told once in a transaction.
+    /// A table that its label does not fit, if it is one.
     #[cold]
     fn broken(&mut self, output: &mut impl Output, table: &Rel, xid: u32, lsn: u64) {
-        let oid = u32::from(table.oid());
-        if let Table::Broken(refusal) = self.tables.get(table)
-            && !self.lost.contains(&oid)
-        {
-            let error = broken(table, refusal, lsn);
-            self.lost.push(oid);
+        let error = match self.tables.get(table) {
+            Table::Broken(refusal) => broken(table, refusal, lsn),
+            Table::Configured(_) | Table::Unconfigured => return,
+        };
+        if !self.is_told(u32::from(table.oid()), xid) {
             self.record(output, xid, error);
         }
+    }
+
+    /// Whether this transaction has told of this table already; from here on it has.
+    fn is_told(&mut self, oid: u32, xid: u32) -> bool {
+        if self.opening.is_part() && self.lost_by != xid {
+            self.lost.clear();
+            self.lost_by = xid;
+        }
+        let is_told = self.lost.contains(&oid);
+        if !is_told {
+            self.lost.push(oid);
+        }
+        is_told
     }
 
     /// Announces that the table is to be compared anew.

@@ -16,7 +16,8 @@ pub struct Part {
     pub commit_lsn: Lsn,
     /// When it committed: microseconds since 2000-01-01 UTC. None: an older version of this program wrote this down.
     pub commit_time: Option<i64>,
-    /// How many of its change records are applied: rows, truncates, forgets, announcements, errors.
+    /// How many of its change records are applied: rows, truncates, forgets, announcements. Errors are none: how often one is told
+    /// depends on the parts in which a transaction came.
     pub records: u64,
 }
 
@@ -59,6 +60,8 @@ pub struct Open {
     pub commit_time: i64,
     /// Change records seen so far, skipped ones included.
     records: u64,
+    /// Whether an error of it was told.
+    noted: bool,
     /// Of these, the first so many are applied already.
     skip: u64,
 }
@@ -73,7 +76,7 @@ impl Open {
     }
 
     fn commit(&self) -> Option<Commit> {
-        (self.records > 0).then(|| self.whole())
+        (self.records > 0 || self.noted).then(|| self.whole())
     }
 }
 
@@ -170,6 +173,7 @@ impl Transactions {
             commit_lsn,
             commit_time: begin.commit_time,
             records: 0,
+            noted: false,
             skip,
         });
         Ok(())
@@ -191,6 +195,14 @@ impl Transactions {
         let open = self.open.as_mut().ok_or(OrderError::Outside(what))?;
         open.records += 1;
         Ok((open.records > open.skip).then_some(*open))
+    }
+
+    /// A record of the open transaction that is no change, an error. Some: it is to be noted, as what comes next is to be applied. Where a
+    /// transaction was cut just before it, that may be once more.
+    pub fn note(&mut self, what: &'static str) -> Result<Option<Open>, OrderError> {
+        let open = self.open.as_mut().ok_or(OrderError::Outside(what))?;
+        open.noted = true;
+        Ok((open.records >= open.skip).then_some(*open))
     }
 
     /// A COMMIT record. None: the whole transaction was applied before.

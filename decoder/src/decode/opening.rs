@@ -55,6 +55,11 @@ impl Opening {
         self.part = in_progress.map(|xid| Part { xid, sub_xid: None });
     }
 
+    /// Whether what comes is a part of a transaction in progress.
+    pub(super) fn is_part(&self) -> bool {
+        self.part.is_some()
+    }
+
     /// Whether anything was sent of a transaction in progress.
     pub(super) fn was_sent(&self, xid: u32) -> bool {
         self.sent.contains(&xid)

@@ -346,7 +346,11 @@ impl Planning {
     }
 
     fn error(&mut self, error: &pb::Error) -> Result<(), Error> {
-        if self.counted("ERROR")? {
+        let open = self
+            .transactions
+            .note("ERROR")
+            .map_err(|error| self.broken("ERROR", error))?;
+        if open.is_some() {
             add(&self.shared.metrics.errors, 1);
             self.outdate_misfit(error.oid)?;
             // The decoder has sent deletes of the row's keys along with it.
@@ -360,7 +364,8 @@ impl Planning {
         Ok(())
     }
 
-    /// The label of a table does not fit it, and what was done to it is not told: whatever it is next, it is made anew.
+    /// What was done to a table is not told, as its label does not fit it or a key is not in the WAL: whatever it is next, it is made
+    /// anew.
     fn outdate_misfit(&mut self, oid: u32) -> Result<(), Error> {
         match self.registry.get(oid) {
             Some(registered) if !registered.is_outdated() => {
