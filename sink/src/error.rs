@@ -218,6 +218,20 @@ impl Error {
         matches!(self, Self::Postgres(_, source) if states.iter().any(|state| source.is(state)))
     }
 
+    /// Whether the slot was dropped or invalidated after the session had looked at it. The next one looks again, and finds a gap.
+    pub fn is_of_a_lost_slot(&self) -> bool {
+        let Self::Postgres(_, source) = self else {
+            return false;
+        };
+        let signs: &[&str] = match source.sqlstate.as_deref() {
+            Some("42704") => &["replication slot"],
+            // Up to Postgres 17, and since 18.
+            Some("55000") => &["can no longer get changes", "can no longer access"],
+            _ => &[],
+        };
+        signs.iter().any(|sign| source.message.contains(sign))
+    }
+
     /// Whether Postgres was given up because it said nothing.
     pub fn is_silence(&self) -> bool {
         matches!(self, Self::Postgres(_, source) if source.kind == crate::pq::ErrorKind::Silence)

@@ -77,7 +77,8 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
             // The next session begins with that, and heals or refuses it.
             continue;
         }
-        let heals = error.class() == Class::Retry || streamed && error.heals_later();
+        let passes = error.class() == Class::Retry || error.is_of_a_lost_slot();
+        let heals = passes || streamed && error.heals_later();
         if !heals || config.once {
             return Err(error);
         }
@@ -99,7 +100,7 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
             );
         }
         silences = if error.is_silence() { silences + 1 } else { 0 };
-        if error.class() == Class::Retry {
+        if passes {
             tracing::warn!(next_attempt_in = ?pause, "{error}");
         } else {
             // Only a person can mend it, and this process need not be told when that is done.
