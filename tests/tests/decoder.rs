@@ -177,20 +177,43 @@ fn the_sink_survives_a_failing_decoder_and_goes_on_when_it_is_mended() {
         m.db.pg.reload();
         m.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'walsender'");
     };
-    for failpoint in [16, 32] {
-        arm(failpoint);
-        m.sql(&format!("INSERT INTO t VALUES ({})", 100 + failpoint));
-        walmirror_tests::wait_for(
-            walmirror_tests::DEADLINE,
-            "the sink to hear of the failure",
-            || {
-                m.sink(|sink| sink.output().contains("walmirror.failpoint"))
-                    .then_some(())
-            },
-        );
-        arm(0);
-        m.check();
+    let postmaster = m.db.value("SELECT pg_postmaster_start_time()");
+    let mut id = 1;
+    for (callback, bit) in CALLBACKS {
+        for (kind, failpoint) in [("error", bit), ("panic", bit << 1)] {
+            // What was logged of the failures before this one proves nothing of it.
+            let seen = m.sink(|sink| sink.output().len());
+            arm(failpoint);
+            id += 1;
+            m.sql(&format!(
+                "INSERT INTO t VALUES ({id}); TRUNCATE t; INSERT INTO t VALUES ({id}); \
+                 SELECT pg_logical_emit_message(false, 'walmirror.marker', 'x')"
+            ));
+            let word = format!("walmirror.failpoint {failpoint}");
+            wait_for(
+                DEADLINE,
+                format!("the sink to hear of the {kind} in {callback}"),
+                || {
+                    m.sink(|sink| {
+                        sink.assert_running();
+                        sink.output()[seen..].contains(&word).then_some(())
+                    })
+                },
+            );
+            arm(0);
+            m.check();
+            // The pauses of another process begin small again.
+            m.sink(|sink| {
+                sink.kill();
+                sink.restart();
+            });
+        }
     }
+    assert_eq!(
+        m.db.value("SELECT pg_postmaster_start_time()"),
+        postmaster,
+        "the server was restarted"
+    );
 }
 
 #[test]
@@ -266,8 +289,8 @@ fn memory_does_not_grow_with_the_stream() {
     let peek = "SELECT count(*) FROM pg_logical_slot_peek_binary_changes(current_database(), NULL, NULL)";
     session.batch_execute(peek).unwrap();
     let before = resident_kb();
-    // By hand more: MEMORY_ROUNDS=50 is five million changes.
-    let rounds = std::env::var("MEMORY_ROUNDS").map_or(5, |text| text.parse().expect("a number"));
+    // Fifty are five million changes, in half a minute; MEMORY_ROUNDS sets another number.
+    let rounds = std::env::var("MEMORY_ROUNDS").map_or(50, |text| text.parse().expect("a number"));
     for _ in 0..rounds {
         session.batch_execute(peek).unwrap();
     }
