@@ -1,8 +1,8 @@
 //! The load of the fault tests: writers that go on whatever happens to the server, transfers between accounts whose sum
 //! never changes, and a word in every row that must never be seen in a log.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -18,6 +18,16 @@ pub const ACCOUNTS: i32 = 20;
 pub const SUM: i64 = ACCOUNTS as i64 * 1000;
 /// Item ids are below this.
 const ITEMS: i32 = 300;
+/// Kinds of transactions.
+const KINDS: usize = 9;
+/// After so many transactions each kind was among those that were committed; the rarest is one of sixty.
+const ENOUGH: u64 = 1000;
+/// What a fault, or another writer, does to a statement: deadlocks and serialisation, a key that is taken, a lock that is not
+/// to be had, a server that ends or begins, a lost connection, a database that is not there yet, a standby, no room.
+const EXPECTED: [&str; 13] = [
+    "40P01", "40001", "23505", "55P03", "57P01", "57P02", "57P03", "57P05", "08", "3D000", "25006", "53",
+    "58030",
+];
 
 /// The tables of the load. `word` is in every note; statements of the writers never spell it, because Postgres logs those
 /// that fail.
@@ -29,10 +39,11 @@ pub fn tables(word: &str) -> String {
          ALTER TABLE item ALTER big SET STORAGE EXTERNAL; \
          CREATE TABLE doc (owner int, part int, body text, PRIMARY KEY (owner, part)); \
          CREATE TABLE marker (id int PRIMARY KEY, note text); \
+         CREATE TABLE scratch (id int PRIMARY KEY, note text); \
          INSERT INTO account SELECT i, 1000 FROM generate_series(0, {ACCOUNTS} - 1) i; \
          INSERT INTO item SELECT i, 0, word, repeat(word, 300) FROM generate_series(1, 100) i, secret; \
          INSERT INTO doc SELECT i, 1, word FROM generate_series(1, 50) i, secret; \
-         SELECT walmirror.mirror('account'), walmirror.mirror('item'), walmirror.mirror('marker'), \
+         SELECT walmirror.mirror('account'), walmirror.mirror('item'), walmirror.mirror('marker'), walmirror.mirror('scratch'), \
                 walmirror.mirror('doc', value => 'json')"
     )
 }
@@ -43,7 +54,9 @@ pub struct Load {
     paused: Arc<AtomicBool>,
     /// Writers that may be in a transaction.
     busy: Arc<AtomicUsize>,
-    committed: Arc<AtomicU64>,
+    committed: Arc<[AtomicU64; KINDS]>,
+    /// Errors that no fault explains.
+    unexpected: Arc<Mutex<Vec<String>>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -51,16 +64,15 @@ impl Load {
     /// Starts so many writers, each of which rests for `pause` after a transaction.
     pub fn start(config: &postgres::Config, rng: &mut StdRng, writers: usize, pause: Duration) -> Load {
         let (stop, paused) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-        let (busy, committed) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicU64::new(0)));
+        let busy = Arc::new(AtomicUsize::new(0));
+        let committed = Arc::new(std::array::from_fn(|_| AtomicU64::new(0)));
+        let unexpected = Arc::new(Mutex::new(Vec::new()));
         let threads = (0..writers)
             .map(|_| {
                 let (config, mut rng) = (config.clone(), StdRng::seed_from_u64(rng.random()));
-                let (stop, paused, busy, committed) = (
-                    Arc::clone(&stop),
-                    Arc::clone(&paused),
-                    Arc::clone(&busy),
-                    Arc::clone(&committed),
-                );
+                let (stop, paused, busy) = (Arc::clone(&stop), Arc::clone(&paused), Arc::clone(&busy));
+                let committed: Arc<[AtomicU64; KINDS]> = Arc::clone(&committed);
+                let unexpected = Arc::clone(&unexpected);
                 thread::spawn(move || {
                     let mut client: Option<Client> = None;
                     while !stop.load(Ordering::Acquire) {
@@ -73,10 +85,16 @@ impl Load {
                         busy.fetch_add(1, Ordering::SeqCst);
                         let rests = paused.load(Ordering::SeqCst);
                         if !rests {
-                            // Writers meet in deadlocks and in keys that are taken; a fault takes the server away.
-                            match open.batch_execute(&transaction(&mut rng)) {
-                                Ok(()) => drop(committed.fetch_add(1, Ordering::AcqRel)),
-                                Err(_) => drop(open.batch_execute("ROLLBACK")),
+                            let (kind, sql) = transaction(&mut rng);
+                            match open.batch_execute(&sql) {
+                                Ok(()) => drop(committed[kind].fetch_add(1, Ordering::AcqRel)),
+                                Err(error) => {
+                                    if !is_expected(&error) {
+                                        let mut all = unexpected.lock().unwrap_or_else(|e| e.into_inner());
+                                        all.push(format!("{sql}: {error:?}"));
+                                    }
+                                    let _ = open.batch_execute("ROLLBACK");
+                                }
                             }
                         }
                         busy.fetch_sub(1, Ordering::SeqCst);
@@ -90,13 +108,17 @@ impl Load {
             paused,
             busy,
             committed,
+            unexpected,
             threads,
         }
     }
 
     /// Transactions that were committed for certain.
     pub fn committed(&self) -> u64 {
-        self.committed.load(Ordering::Acquire)
+        self.committed
+            .iter()
+            .map(|kind| kind.load(Ordering::Acquire))
+            .sum()
     }
 
     /// Lets the writers go on.
@@ -111,13 +133,24 @@ impl Load {
         wait_for(DEADLINE, "the writers to rest", || {
             (self.busy.load(Ordering::SeqCst) == 0).then_some(())
         });
+        let unexpected = self.unexpected.lock().unwrap_or_else(|e| e.into_inner());
+        assert!(unexpected.is_empty(), "{}", unexpected.join("\n"));
     }
 
-    /// Ends the writers.
+    /// Ends the writers, who have done everything that they can do.
+    #[track_caller]
     pub fn stop(&mut self) {
         self.stop.store(true, Ordering::Release);
         for thread in self.threads.drain(..) {
             thread.join().expect("a writer");
+        }
+        self.rest();
+        let missing = self
+            .committed
+            .iter()
+            .position(|kind| kind.load(Ordering::Acquire) == 0);
+        if self.committed() >= ENOUGH {
+            assert_eq!(missing, None, "no transaction of this kind was ever committed");
         }
     }
 }
@@ -128,33 +161,68 @@ impl Drop for Load {
     }
 }
 
-fn transaction(rng: &mut StdRng) -> String {
+/// Whether a fault or another writer explains it. An error that did not come from the server is of the connection.
+fn is_expected(error: &postgres::Error) -> bool {
+    error.is_closed()
+        || error
+            .code()
+            .is_none_or(|state| EXPECTED.iter().any(|expected| state.code().starts_with(expected)))
+}
+
+/// What to do next, and of which kind it is.
+fn transaction(rng: &mut StdRng) -> (usize, String) {
     let id = rng.random_range(1..ITEMS);
-    match rng.random_range(0..20) {
-        0..8 => transfer(rng),
-        8..12 => format!("UPDATE item SET n = n + 1 WHERE id IN ({id}, {})", id / 2),
-        12..14 => format!(
-            "UPDATE item SET n = n + 1, note = word || n, big = repeat(word || n, {}) FROM secret WHERE id = {id}",
-            rng.random_range(1..400)
+    match rng.random_range(0..60) {
+        0..24 => (0, transfer(rng)),
+        24..36 => (
+            1,
+            format!("UPDATE item SET n = n + 1 WHERE id IN ({id}, {})", id / 2),
         ),
-        14..16 => format!(
-            "INSERT INTO item SELECT {id}, 0, word, repeat(word, 250) FROM secret ON CONFLICT DO NOTHING"
+        36..42 => (
+            2,
+            format!(
+                "UPDATE item SET n = n + 1, note = word || n, big = repeat(word || n, {}) FROM secret WHERE id = {id}",
+                rng.random_range(1..400)
+            ),
         ),
-        16 => format!("DELETE FROM item WHERE id = {id}"),
-        17 => format!(
-            "UPDATE item SET id = {} WHERE id = {id} AND NOT EXISTS (SELECT FROM item WHERE id = {})",
-            id + ITEMS,
-            id + ITEMS
+        42..47 => (
+            3,
+            format!(
+                "INSERT INTO item SELECT {id}, 0, word, repeat(word, 250) FROM secret ON CONFLICT DO NOTHING"
+            ),
         ),
-        18 => format!(
-            "BEGIN; SAVEPOINT a; UPDATE item SET note = 'never' WHERE id = {id}; ROLLBACK TO a; \
+        47..50 => (4, format!("DELETE FROM item WHERE id = {id}")),
+        50..53 => (
+            5,
+            format!(
+                "UPDATE item SET id = {} WHERE id = {id} AND NOT EXISTS (SELECT FROM item WHERE id = {})",
+                id + ITEMS,
+                id + ITEMS
+            ),
+        ),
+        53..56 => (
+            6,
+            format!(
+                "BEGIN; SAVEPOINT a; UPDATE item SET note = 'never' WHERE id = {id}; ROLLBACK TO a; \
              DELETE FROM item WHERE id = {} + {ITEMS}; COMMIT",
-            id / 2
+                id / 2
+            ),
         ),
-        _ => format!(
-            "INSERT INTO doc SELECT {}, {}, word FROM secret ON CONFLICT (owner, part) DO UPDATE SET body = excluded.body || doc.part",
-            id % 60,
-            id % 4
+        56..59 => (
+            7,
+            format!(
+                "INSERT INTO doc SELECT {}, {}, word FROM secret ON CONFLICT (owner, part) DO UPDATE SET body = excluded.body || doc.part",
+                id % 60,
+                id % 4
+            ),
+        ),
+        // A table that is emptied, with rows of the same transaction before and after.
+        _ => (
+            8,
+            format!(
+                "BEGIN; INSERT INTO scratch SELECT -1, word FROM secret ON CONFLICT DO NOTHING; TRUNCATE scratch; \
+             INSERT INTO scratch SELECT {id} + i, word FROM secret, generate_series(1, 5) i; COMMIT"
+            ),
         ),
     }
 }
