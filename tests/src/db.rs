@@ -30,6 +30,15 @@ impl Db {
     pub fn create_with(pg: Arc<Pg>, options: &str) -> Db {
         static COUNT: AtomicU32 = AtomicU32::new(1);
         let name = format!("db{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        Db::named(pg, name, options)
+    }
+
+    /// Makes an empty database of the same name on another server.
+    pub fn namesake(&self, pg: Arc<Pg>) -> Db {
+        Db::named(pg, self.name.clone(), "")
+    }
+
+    fn named(pg: Arc<Pg>, name: String, options: &str) -> Db {
         pg.connect("postgres")
             .batch_execute(&format!("CREATE DATABASE {name} TEMPLATE template0 {options}"))
             .unwrap_or_else(|e| panic!("create database: {e:?}"));

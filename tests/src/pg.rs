@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
@@ -37,6 +38,9 @@ extra_float_digits = 0
 bytea_output = 'escape'
 ";
 
+/// What stands in the log of a server of which a process has crashed.
+const CRASHES: [&str; 3] = ["was terminated by signal", "PANIC:", "TRAP:"];
+
 /// A server in a directory of its own, reachable over a Unix socket only.
 pub struct Pg {
     process: Mutex<Option<Process>>,
@@ -44,6 +48,7 @@ pub struct Pg {
     bin: PathBuf,
     version: u32,
     standby: OnceLock<PathBuf>,
+    may_crash: AtomicBool,
 }
 
 impl Pg {
@@ -61,6 +66,35 @@ impl Pg {
     /// Starts a server with these lines added to its configuration.
     pub fn start(settings: &str) -> Pg {
         let pg = Pg::create(settings);
+        pg.resume();
+        pg
+    }
+
+    /// Starts a server whose cluster is not a copy of the others': it has a system identifier of its own.
+    pub fn start_another_cluster(settings: &str) -> Pg {
+        let pg = Pg::create(settings);
+        let (data, made) = (pg.data(), pg.dir.path().join("made"));
+        let configuration = fs::read_to_string(data.join("postgresql.conf")).unwrap();
+        let mut command = Command::new("setpriv");
+        if let Some(user) = server_user() {
+            let gid = fs::metadata(&data).unwrap().gid();
+            command.args([
+                &format!("--reuid={user}"),
+                &format!("--regid={gid}"),
+                "--clear-groups",
+            ]);
+        }
+        command.arg(pg.bin.join("initdb")).arg("-D").arg(&made);
+        let options = [
+            "--username=postgres",
+            "--auth=trust",
+            "--encoding=UTF8",
+            "--locale=C",
+            "--no-sync",
+        ];
+        run(command.args(options).current_dir("/"));
+        pg.replace_data(&made);
+        fs::write(data.join("postgresql.conf"), configuration).unwrap();
         pg.resume();
         pg
     }
@@ -88,6 +122,7 @@ impl Pg {
             bin,
             version,
             standby: OnceLock::new(),
+            may_crash: AtomicBool::new(false),
         };
         pg.configure(SETTINGS);
         pg.configure(&format!("unix_socket_directories = '{}'", pg.host()));
@@ -288,6 +323,25 @@ impl Pg {
         String::from_utf8_lossy(&fs::read(self.dir.path().join("log")).unwrap_or_default()).into_owned()
     }
 
+    /// The test ends processes of the server itself, so that its log may speak of processes that were killed.
+    pub fn may_crash(&self) {
+        self.may_crash.store(true, Ordering::Release);
+    }
+
+    /// No process of the server has ended in a way that only a defect of the library explains: each would take all sessions with
+    /// it, and the sink alone would show no more than a reconnect.
+    #[track_caller]
+    pub fn assert_unharmed(&self) {
+        if self.may_crash.load(Ordering::Acquire) {
+            return;
+        }
+        let log = self.log();
+        let crash = log
+            .lines()
+            .find(|line| CRASHES.iter().any(|sign| line.contains(sign)));
+        assert_eq!(crash, None, "in the log of Postgres");
+    }
+
     /// A libpq connection string for a database.
     pub fn conninfo(&self, database: &str) -> String {
         format!("{} user=postgres dbname={database}", self.hosts())
@@ -350,6 +404,9 @@ impl Drop for Pg {
         if let Some(server) = process {
             server.signal(Signal::QUIT);
             server.wait(DEADLINE);
+        }
+        if !std::thread::panicking() {
+            self.assert_unharmed();
         }
     }
 }
