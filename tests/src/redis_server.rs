@@ -10,7 +10,7 @@ use crate::{DEADLINE, Dir, Process, Signal, wait_for};
 
 /// A port that is free now, below those that the kernel gives to clients: one of these could be taken while the server is
 /// down.
-pub(crate) fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     std::iter::repeat_with(|| rand::random_range(12_000..32_000))
         .find(|&port| TcpListener::bind(("127.0.0.1", port)).is_ok())
         .expect("it does not end")

@@ -12,6 +12,8 @@ pub struct Sink {
     process: Process,
     dir: Dir,
     command: Command,
+    /// The most memory of the processes that have ended, as far as it was read before their end.
+    peak: u64,
 }
 
 impl Sink {
@@ -30,6 +32,7 @@ impl Sink {
             process,
             dir,
             command,
+            peak: 0,
         }
     }
 
@@ -49,6 +52,7 @@ impl Sink {
 
     /// SIGKILL.
     pub fn kill(&mut self) {
+        self.memory_max();
         self.process.kill();
     }
 
@@ -60,12 +64,14 @@ impl Sink {
 
     /// SIGTERM, and the exit status.
     pub fn terminate(&mut self) -> ExitStatus {
+        self.memory_max();
         self.process.signal(Signal::TERM);
         self.process.wait(DEADLINE)
     }
 
     /// Any signal.
     pub fn signal(&mut self, signal: Signal) {
+        self.memory_max();
         self.process.signal(signal);
     }
 
@@ -76,6 +82,7 @@ impl Sink {
 
     /// Fails the test when the sink has ended.
     pub fn assert_running(&mut self) {
+        self.memory_max();
         if let Some(status) = self.process.exited() {
             panic!("the sink ended with {status}:\n{}", self.output());
         }
@@ -94,6 +101,13 @@ impl Sink {
     /// Resident memory now and at its highest, in bytes.
     pub fn memory(&self) -> (u64, u64) {
         self.process.memory()
+    }
+
+    /// The most memory that any of its processes was seen to take, in bytes. Every look at the process and whatever ends it
+    /// counts, because a process that has ended tells no more.
+    pub fn memory_max(&mut self) -> u64 {
+        self.peak = self.peak.max(self.process.memory().1);
+        self.peak
     }
 }
 

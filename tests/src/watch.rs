@@ -2,7 +2,7 @@
 //!
 //! - INVARIANT I1: what the slot is confirmed to, read first, is never beyond what Redis says it has, read after.
 //! - INVARIANT I4: the position does not go back within an epoch, nor the epoch.
-//! - The accounts in Redis, read in one MULTI, always add up: transactions are whole (INVARIANT I2).
+//! - The accounts in Redis, read in one MULTI, are all there and always add up: transactions are whole (INVARIANT I2).
 //!
 //! A server that does not answer is not looked at. Where a fault makes Redis itself lose data, the test says so, and
 //! what was lost is let go.
@@ -15,8 +15,8 @@ use std::time::Duration;
 use postgres::{Client, NoTls};
 use redis::Connection;
 
-use crate::Lsn;
 use crate::load::{ACCOUNTS, SUM};
+use crate::{DEADLINE, Lsn, wait_for};
 
 /// How long a server that is stopped may keep a look at it.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -27,6 +27,7 @@ struct State {
     lossy: AtomicBool,
     redis_port: AtomicU16,
     samples: AtomicU64,
+    slot_samples: AtomicU64,
     broken: Mutex<Vec<String>>,
 }
 
@@ -66,15 +67,30 @@ impl Watch {
         assert!(broken.is_empty(), "{}", broken.join("\n"));
     }
 
-    /// Ends, and says how often both servers were looked at.
+    /// Waits until Redis was looked at once more, and once more together with the slot: a watch that sees nothing proves nothing.
     #[track_caller]
-    pub fn stop(&mut self) -> u64 {
+    pub fn assert_looks(&self) {
+        let counts = || [&self.state.samples, &self.state.slot_samples].map(|n| n.load(Ordering::Acquire));
+        let before = counts();
+        wait_for(DEADLINE, "another look at the slot and at Redis", || {
+            let now = counts();
+            (now[0] > before[0] && now[1] > before[1]).then_some(())
+        });
+        self.assert_holds();
+    }
+
+    /// Ends, and says how often Redis was looked at, and how often the slot just before it.
+    #[track_caller]
+    pub fn stop(&mut self) -> (u64, u64) {
         self.state.stop.store(true, Ordering::Release);
         if let Some(thread) = self.thread.take() {
             thread.join().expect("the watch");
         }
         self.assert_holds();
-        self.state.samples.load(Ordering::Acquire)
+        (
+            self.state.samples.load(Ordering::Acquire),
+            self.state.slot_samples.load(Ordering::Acquire),
+        )
     }
 }
 
@@ -125,10 +141,15 @@ fn look(state: &State, config: &postgres::Config, slot: &str) {
         }
         last = Some((seen.epoch, seen.lsn));
         let sum: i64 = seen.balances.iter().flatten().sum();
-        if seen.balances.iter().all(Option::is_some) && sum != SUM {
+        if let Some(id) = seen.balances.iter().position(Option::is_none) {
+            broken.push(format!("account {id} is not there at {}", seen.lsn));
+        } else if sum != SUM {
             broken.push(format!("the accounts add up to {sum} at {}", seen.lsn));
         }
         state.samples.fetch_add(1, Ordering::AcqRel);
+        if confirmed.is_some() {
+            state.slot_samples.fetch_add(1, Ordering::AcqRel);
+        }
         let mut all = state.broken.lock().unwrap_or_else(|e| e.into_inner());
         if all.len() < 10 {
             all.extend(broken);
