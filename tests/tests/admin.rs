@@ -1,15 +1,14 @@
 //! The admin server of `run --admin`, and what doctor says of the WAL that a slot keeps, on real servers.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::time::Duration;
 
-use walmirror_tests::{DEADLINE, Mirror, Signal, wait_for};
+use walmirror_tests::{DEADLINE, Mirror, Signal, free_port, wait_for};
 
 /// An address that nobody listens on now.
 fn free_address() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().to_string()
+    format!("127.0.0.1:{}", free_port())
 }
 
 /// Status and body of GET; None where nobody answers.
@@ -186,7 +185,7 @@ fn doctor_tells_of_a_slot_that_a_promotion_would_lose() {
     let mirror = Mirror::alone("");
     let version = mirror.db.pg.version();
     if version < 17 {
-        println!("skipped: Postgres {version} has no failover slots");
+        println!("not on this version: Postgres {version} has no failover slots");
         return;
     }
     let doctor = || mirror.run(&["doctor"]).1;

@@ -94,7 +94,7 @@ fn on_conflict_and_merge() {
         ],
     );
     if m.db.pg.version() < 15 {
-        println!("skipped: Postgres {} has no MERGE", m.db.pg.version());
+        println!("not on this version: Postgres {} has no MERGE", m.db.pg.version());
         return;
     }
     run(

@@ -26,7 +26,10 @@ const AWAY: [&str; 5] = [
 fn start(name: &str, synchronized: bool) -> Option<(Scenario, Pg)> {
     let primary = Pg::start("");
     if primary.version() < 17 {
-        println!("skipped: Postgres {} has no failover slots", primary.version());
+        println!(
+            "not on this version: Postgres {} has no failover slots",
+            primary.version()
+        );
         return None;
     }
     let mut sql = primary.connect("postgres");

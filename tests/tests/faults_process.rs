@@ -14,11 +14,11 @@ use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
 
 use rand::Rng;
-use walmirror_tests::{Cgroup, DEADLINE, Dir, Resource, Scenario, Setup, Signal, wait_for};
+use walmirror_tests::{Cgroup, DEADLINE, Dir, Resource, Scenario, Setup, Signal, skipped, wait_for};
 
-/// How often the sink is killed; `KILLS=200` by hand.
+/// How often the sink is killed; `KILLS` sets another number.
 fn kills() -> u32 {
-    std::env::var("KILLS").map_or(60, |text| text.parse().expect("KILLS is a number"))
+    std::env::var("KILLS").map_or(200, |text| text.parse().expect("KILLS is a number"))
 }
 
 #[test]
@@ -28,7 +28,7 @@ fn killed_at_many_random_moments() {
         std::thread::sleep(Duration::from_millis(s.rng.random_range(0..120)));
         s.kill_sink();
         if kill % 8 == 0 {
-            s.flow();
+            s.recovers();
         }
     }
     s.finish(&[]);
@@ -52,7 +52,7 @@ fn stopped_under_load() {
             "everything applied is acknowledged"
         );
         s.restart_sink();
-        s.flow();
+        s.recovers();
     }
     s.finish(&[]);
 }
@@ -92,7 +92,7 @@ fn frozen_beyond_the_timeout() {
             s.m.db.rows(&gone).is_empty().then_some(())
         });
         s.m.sink(|sink| sink.signal(Signal::CONT));
-        s.flow();
+        s.recovers();
     }
     s.finish(&["broke", "the server is silent", "ended"]);
 }
@@ -146,7 +146,7 @@ fn the_clock_is_set() {
         .filter_map(|entry| Some(entry.ok()?.path().join("faketime/libfaketimeMT.so.1")))
         .find(|path| path.exists());
     let Some(library) = library else {
-        println!("skipped: there is no libfaketime here");
+        skipped("there is no libfaketime here");
         return;
     };
     let dir = Dir::new("clock");
@@ -203,7 +203,7 @@ fn no_file_descriptors_left() {
     s.redis_link.cut();
     s.said("next_attempt_in", seen);
     limit(1024);
-    s.flow();
+    s.recovers();
     s.finish(&[
         "the connection to Redis",
         "cannot connect",
@@ -217,7 +217,7 @@ fn no_file_descriptors_left() {
 #[test]
 fn killed_for_want_of_memory() {
     let Some(group) = Cgroup::create(Resource::Memory) else {
-        println!("skipped: this user may not make control groups");
+        skipped("this user may not make control groups");
         return;
     };
     let mut s = Scenario::start("killed_for_want_of_memory", Setup::default());
@@ -240,7 +240,7 @@ fn killed_for_want_of_memory() {
 #[test]
 fn hardly_any_processor_time() {
     let Some(group) = Cgroup::create(Resource::Cpu) else {
-        println!("skipped: this user may not make control groups");
+        skipped("this user may not make control groups");
         return;
     };
     let mut s = Scenario::start("hardly_any_processor_time", Setup::default());

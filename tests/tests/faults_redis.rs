@@ -14,7 +14,9 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
-use walmirror_tests::{DEADLINE, Dir, Redis, Scenario, Setup, Signal, Sink, Tmpfs, wait_for};
+use walmirror_tests::{
+    DEADLINE, Dir, Redis, SOON_AFTER_SILENCE, Scenario, Setup, Signal, Sink, Tmpfs, skipped, wait_for,
+};
 
 const LOST: [&str; 3] = [
     "the connection to Redis at",
@@ -38,7 +40,7 @@ fn restarted_in_good_order() {
     for _ in 0..3 {
         s.m.redis.stop(Signal::TERM);
         s.m.redis.resume();
-        s.flow();
+        s.recovers();
     }
     s.finish(&LOST);
 }
@@ -51,7 +53,7 @@ fn killed_with_an_append_only_file() {
         std::thread::sleep(Duration::from_millis(s.rng.random_range(0..300)));
         s.m.redis.stop(Signal::KILL);
         s.m.redis.resume();
-        s.flow();
+        s.recovers();
     }
     s.finish(&LOST);
 }
@@ -184,14 +186,32 @@ fn failover_to_a_replica_that_is_behind() {
 
 /// Redis answers every write with an error for a while. Nothing is confirmed meanwhile, and nothing is given up.
 fn refused(name: &str, setup: Setup, code: &str, harm: impl Fn(&Scenario), heal: impl Fn(&Scenario)) {
+    let said = Scenario::said;
+    refused_and(said, name, setup, code, harm, heal);
+}
+
+/// The same where only a person can mend it: the ERROR line has the next command.
+fn forbidden(name: &str, setup: Setup, code: &str, harm: impl Fn(&Scenario), heal: impl Fn(&Scenario)) {
+    let said = Scenario::said_what_to_do;
+    refused_and(said, name, setup, code, harm, heal);
+}
+
+fn refused_and(
+    said: fn(&Scenario, &str, usize),
+    name: &str,
+    setup: Setup,
+    code: &str,
+    harm: impl Fn(&Scenario),
+    heal: impl Fn(&Scenario),
+) {
     let s = Scenario::start(name, setup);
     for _ in 0..2 {
         let seen = s.log().len();
         harm(&s);
-        s.said(code, seen);
+        said(&s, code, seen);
         s.is_ready(false);
         heal(&s);
-        s.flow();
+        s.recovers();
     }
     s.finish(&[&LOST[..], &[code]].concat());
 }
@@ -297,7 +317,7 @@ fn loading() {
     s.m.redis.set_options(&[&EVERYSEC[..], &slow].concat());
     s.m.redis.resume();
     s.said("LOADING", seen);
-    s.flow();
+    s.recovers();
     s.finish(&[&LOST[..], &["LOADING"]].concat());
 }
 
@@ -306,14 +326,14 @@ fn loading() {
 fn no_space_for_the_append_only_file() {
     let dir = Dir::new("full");
     let Some(full) = Tmpfs::mount(dir.path(), "2m") else {
-        println!("skipped: this user may not mount a tmpfs");
+        skipped("this user may not mount a tmpfs");
         return;
     };
     let setup = with(&[&EVERYSEC[..], &["--dir", &dir.path().display().to_string()]].concat());
     let s = Scenario::start("no_space_for_the_append_only_file", setup);
     s.said("MISCONF", 0);
     full.resize("200m");
-    s.flow();
+    s.recovers();
     s.finish(&[&LOST[..], &["MISCONF"]].concat());
     drop(full);
 }
@@ -331,7 +351,7 @@ fn the_password_is_changed() {
         s.redis_link.cut();
     };
     let restore = |s: &Scenario| set(s, "ACL SETUSER mirror resetpass >first");
-    refused(
+    forbidden(
         "the_password_is_changed",
         setup,
         "Password authentication failed",
@@ -349,7 +369,7 @@ fn a_right_is_taken_away() {
     let _: String = setup.redis.command("ACL SETUSER mirror on >first ~* &* +@all");
     let change = |s: &Scenario| set(s, "ACL SETUSER mirror -hset");
     let restore = |s: &Scenario| set(s, "ACL SETUSER mirror +hset");
-    refused("a_right_is_taken_away", setup, "NOPERM", change, restore);
+    forbidden("a_right_is_taken_away", setup, "NOPERM", change, restore);
 }
 
 /// Redis does not answer while everybody writes. The stream waits in Postgres, which goes on hearing from the sink, and
@@ -372,7 +392,7 @@ fn frozen_under_full_load() {
     let frozen = frozen.elapsed();
     s.m.sink(Sink::assert_running);
     s.m.redis.signal(Signal::CONT);
-    s.flow();
+    s.recovers_within(SOON_AFTER_SILENCE);
     let log = s.m.db.pg.log();
     assert!(!log.contains("due to replication timeout"), "{log}");
     // An answer may take Redis 15 seconds.

@@ -14,7 +14,7 @@ use std::time::Duration;
 use postgres::Client;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use walmirror_tests::{Db, Dir, Mirror, Sink, Tmpfs, rng, wait_for};
+use walmirror_tests::{Db, Dir, Mirror, Sink, Tmpfs, rng, skipped, wait_for};
 
 const TABLES: &str = "CREATE TABLE t (id int PRIMARY KEY, n int NOT NULL, v text); SELECT walmirror.mirror('t'); \
      CREATE TABLE u (id int PRIMARY KEY, n int NOT NULL, v text); SELECT walmirror.mirror('u', value => 'json'); \
@@ -214,7 +214,7 @@ fn killed_while_it_is_applied() {
 fn no_space_for_the_spool() {
     let dir = Dir::new("spool");
     let Some(_full) = Tmpfs::mount(dir.path(), "1m") else {
-        println!("skipped: this user may not mount a tmpfs");
+        skipped("this user may not mount a tmpfs");
         return;
     };
     let m = Mirror::new();

@@ -12,7 +12,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use walmirror_tests::{DEADLINE, Dir, Mirror, Pg, Redis, Sink, wait_for};
+use walmirror_tests::{DEADLINE, Dir, Mirror, Pg, Redis, Sink, free_port, skipped, wait_for};
 
 /// Runs openssl in this directory. False where there is none.
 fn openssl(dir: &Path, args: &str) -> bool {
@@ -36,7 +36,7 @@ fn certificates() -> Option<Dir> {
         at,
         &format!("req -x509 {key} -keyout ca.key -out ca.crt -days 30 -subj /CN=authority"),
     ) {
-        println!("skipped: there is no openssl");
+        skipped("there is no openssl");
         return None;
     }
     fs::write(at.join("names"), "subjectAltName=DNS:localhost\n").unwrap();
@@ -74,9 +74,7 @@ fn a_table(m: &Mirror) {
 fn redis_over_tls() {
     let Some(dir) = certificates() else { return };
     let file = |name: &str| dir.path().join(name).display().to_string();
-    let port = std::iter::repeat_with(|| rand::random_range(12_000..32_000))
-        .find(|&port: &u16| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok())
-        .unwrap();
+    let port = free_port();
     let options = format!(
         "--tls-port {port} --tls-cert-file {} --tls-key-file {} --tls-ca-cert-file {} --tls-auth-clients no",
         file("valid.crt"),
@@ -88,7 +86,7 @@ fn redis_over_tls() {
         Ok(redis) => redis,
         Err(output) => {
             assert!(output.to_lowercase().contains("tls"), "{output}");
-            println!("skipped: this Redis has no TLS");
+            skipped("this Redis has no TLS");
             return;
         }
     };
@@ -142,7 +140,7 @@ fn postgres_over_tls() {
     let pg = Pg::start("");
     let built = "SELECT FROM pg_config WHERE name = 'CONFIGURE' AND setting ~ 'openssl'";
     if pg.connect("postgres").query(built, &[]).unwrap().is_empty() {
-        println!("skipped: this Postgres has no TLS");
+        skipped("this Postgres has no TLS");
         return;
     }
     let install = |pg: &Pg, name: &str| {
