@@ -317,26 +317,3 @@ fn a_plugin_that_is_not_listed() {
         &["output_plugin_libraries", "ALTER SYSTEM"],
     );
 }
-
-/// A key of somebody else stands where a hash should go: the row's key and the way out are named.
-#[test]
-fn a_foreign_key_in_the_way() {
-    let m = Mirror::new();
-    m.sql("CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t')");
-    m.start();
-    m.settle();
-    let _: String = m.redis.command("SET t:1 foreign");
-    m.sql("INSERT INTO t VALUES (1, 'x')");
-    // Either the mirror owns its keys and replaces it, or it stops and says so; it never goes on with a wrong key.
-    let outcome = wait_for(Duration::from_secs(30), "an outcome", || {
-        if m.redis.command::<String>("TYPE t:1") == "hash" {
-            return Some("replaced".to_owned());
-        }
-        m.sink(|sink| {
-            let output = sink.output();
-            output.contains("WRONGTYPE").then_some(output)
-        })
-    });
-    println!("{outcome}");
-    sane(&outcome);
-}
