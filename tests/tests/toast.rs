@@ -185,7 +185,7 @@ fn watched(m: &Mirror, rows: u32, work: impl FnOnce()) {
             while !done.load(Ordering::Relaxed) {
                 seen += look(&mut redis, rows);
             }
-            println!("looked at {seen} rows");
+            assert!(seen > 0, "nobody looked at a row");
         });
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
         done.store(true, Ordering::Relaxed);
