@@ -148,12 +148,17 @@ fn redact_conninfo(text: &str) -> String {
 }
 
 fn redact_uri(text: &str) -> String {
+    let mut ranges = uri_secrets(text);
+    ranges.sort_unstable();
     let mut out = String::with_capacity(text.len());
     let mut copied = 0;
-    for (from, to) in uri_secrets(text) {
-        out.push_str(text.get(copied..from).unwrap_or_default());
-        out.push_str(MASK);
-        copied = to;
+    for (from, to) in ranges {
+        // One that overlaps the one before makes it longer, and is no second one.
+        if from >= copied {
+            out.push_str(text.get(copied..from).unwrap_or_default());
+            out.push_str(MASK);
+        }
+        copied = copied.max(to);
     }
     out.push_str(text.get(copied..).unwrap_or_default());
     out
@@ -175,39 +180,33 @@ fn is_secret(keyword: &str) -> bool {
         || keyword == "pass"
 }
 
-/// The byte ranges of the passwords in a URI: behind the user, and in the query.
+/// The byte ranges of what may be the passwords in a URI: behind the user, and in the query. They may overlap.
+///
+/// For libpq the user ends at the first at-sign before a slash, whatever else stands before it, a question mark too; for a Redis URL
+/// at the last one before any of `/?#`. People write all of these into passwords unescaped, so each at-sign may be the end.
 fn uri_secrets(text: &str) -> Vec<(usize, usize)> {
     let mut ranges = Vec::new();
     let Some(start) = text.find("://").map(|at| at + 3) else {
         return ranges;
     };
-    let end_of = |from: usize, stops: &[char]| {
-        text.get(from..)
-            .and_then(|rest| rest.find(stops))
-            .map_or(text.len(), |at| from + at)
+    let positions = |sign: char| {
+        text.match_indices(sign)
+            .map(|(at, _)| at)
+            .filter(|at| *at >= start)
     };
-    // A password with an unescaped slash or at-sign is wrong, but people write it: take the last at-sign before the query.
-    let query = end_of(start, &['?']);
-    if let Some(at) = text
-        .get(start..query)
-        .and_then(|authority| authority.rfind('@'))
-        .map(|at| start + at)
-        && let Some(colon) = text
-            .get(start..at)
-            .and_then(|user| user.find(':'))
-            .map(|colon| start + colon + 1)
-    {
-        ranges.push((colon, at));
+    if let Some(colon) = positions(':').next() {
+        ranges.extend(positions('@').filter(|at| *at > colon).map(|at| (colon + 1, at)));
     }
-    let mut at = query + 1;
-    while at < text.len() {
-        let end = end_of(at, &['&', '#']);
-        if let Some((keyword, _)) = text.get(at..end).and_then(|pair| pair.split_once('='))
-            && is_secret(keyword)
+    for from in positions('?').chain(positions('&')).map(|at| at + 1) {
+        // The hash sign ends nothing for libpq.
+        let rest = text.get(from..).unwrap_or_default();
+        let pair = rest.split('&').next().unwrap_or(rest);
+        // libpq decodes keywords, too: one with an escape may be any.
+        if let Some((keyword, _)) = pair.split_once('=')
+            && (is_secret(keyword) || keyword.contains('%'))
         {
-            ranges.push((at + keyword.len() + 1, end));
+            ranges.push((from + keyword.len() + 1, from + pair.len()));
         }
-        at = end + 1;
     }
     ranges
 }
@@ -296,6 +295,16 @@ mod tests {
                 "postgres://h/db?user=u&password=geheim&x=1",
                 "postgres://h/db?user=u&password=***&x=1",
             ),
+            ("postgresql://u:ge?heim@h/db", "postgresql://u:***@h/db"),
+            ("postgresql://u:ge#heim@h/db", "postgresql://u:***@h/db"),
+            ("postgresql://u:g@e?h=eim@h/db", "postgresql://u:***@h/db"),
+            ("postgresql://u:ge?password=heim@h/db", "postgresql://u:***"),
+            ("postgres://h:1/db?password=ge@h#eim&x=1", "postgres://h:***&x=1"),
+            (
+                "postgres://h/db?pass%77ord=geheim",
+                "postgres://h/db?pass%77ord=***",
+            ),
+            ("postgres://u@h/db?user=a@b", "postgres://u@h/db?user=a@b"),
             ("service=prod", "service=prod"),
             ("mydb", "mydb"),
             ("", ""),
@@ -316,6 +325,10 @@ mod tests {
         assert_eq!(url.to_string(), "redis://:***@localhost:6379/1");
         assert!(!format!("{url:?}").contains("geheim"));
         assert_eq!(url.redis_cli(), "redis-cli -u redis://:***@localhost:6379/1");
+        for secret in ["ge?heim", "ge#heim", "ge/heim", "ge@heim"] {
+            let url: RedisUrl = format!("rediss://u:{secret}@h:6379/1").parse().unwrap();
+            assert_eq!(url.to_string(), "rediss://u:***@h:6379/1", "{secret}");
+        }
         let url: RedisUrl = "redis+unix:///tmp/x.sock?pass=geheim".parse().unwrap();
         assert_eq!(url.redis_cli(), "redis-cli -s /tmp/x.sock");
         for wrong in [
@@ -356,6 +369,10 @@ mod tests {
             "bad \"u:***@h\""
         );
         assert_eq!(scrub("near geheim", "host=x password='geheim'"), "near ***");
+        assert_eq!(
+            scrub("near ge?heim", "postgresql://u:ge?heim@h/db?user=a@b"),
+            "near ***"
+        );
     }
 
     proptest! {
@@ -366,6 +383,15 @@ mod tests {
             prop_assert!(!pairs.contains("GEHEIM"));
             let uri = shown(&format!("postgresql://{}:GEHEIM@h/{after}", before.replace(' ', "")));
             prop_assert!(!uri.contains("GEHEIM"));
+        }
+
+        /// The story: a question mark in a password was taken for the beginning of the query, and the rest was logged.
+        #[test]
+        fn no_password_is_shown_whatever_is_in_it(begin in "[a-z=&?#@/:%]{0,6}", end in "[a-z=&?#@/:%]{0,6}", query in "(\\?[a-z=&@]{0,9})?") {
+            for scheme in ["postgresql", "redis"] {
+                let uri = shown(&format!("{scheme}://u:{begin}GEHEIM{end}@h/db{query}"));
+                prop_assert!(!uri.contains("GEHEIM"), "{uri}");
+            }
         }
 
         #[test]
