@@ -404,6 +404,54 @@ fn refused_connections_say_why() {
     assert!(started.elapsed() < 5 * SECOND);
 }
 
+/// The story: a silent host in a list was waited for twice, the second time in a way that no signal ended.
+#[test]
+fn a_silent_host_is_paid_for_once_and_the_wait_can_be_ended() {
+    let conninfo = server!();
+    // The kernel takes connections for it, and nobody answers.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = silent.local_addr().unwrap().port();
+    let host = Connection::connect(&conninfo, &[])
+        .unwrap()
+        .query("SHOW unix_socket_directories", &[])
+        .unwrap();
+    let list = format!(
+        "{conninfo} host=127.0.0.1,{} port={port},5432 connect_timeout=2",
+        host.text(0, 0).unwrap()
+    );
+    let started = Instant::now();
+    let mut connection = Connection::connect(&list, &[]).unwrap();
+    let took = started.elapsed();
+    assert!(took >= 2 * SECOND && took < 4 * SECOND, "{took:?}");
+    assert!(connection.query("SELECT 1", &[]).is_ok());
+
+    let alone = format!("{conninfo} host=127.0.0.1 port={port} connect_timeout=2");
+    let error = Connection::connect(&alone, &[]).err().unwrap();
+    assert_eq!(
+        (error.kind, error.message.as_str()),
+        (ErrorKind::Connection, "no answer from \"127.0.0.1\" in time")
+    );
+    let refused = format!("{conninfo} host=127.0.0.1,/nowhere port={port},5432 connect_timeout=2");
+    let error = Connection::connect(&refused, &[]).err().unwrap().to_string();
+    assert!(
+        error.contains("/nowhere") && error.contains("no answer from \"127.0.0.1\""),
+        "{error}"
+    );
+
+    let waker = Waker::new().unwrap();
+    let started = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(100));
+            waker.wake();
+        });
+        let patient = format!("{alone} connect_timeout=60");
+        let error = Connection::connect_interrupted_with(&patient, &[], waker.clone());
+        assert!(error.err().unwrap().message.contains("interrupted"));
+    });
+    assert!(started.elapsed() < 30 * SECOND);
+}
+
 #[test]
 fn a_copy_both_times_out_when_nothing_comes() {
     let conninfo = server!();

@@ -46,9 +46,8 @@ pub(crate) fn explain(what: impl Into<String>, error: PqError) -> Error {
 impl Sql {
     pub(crate) fn connect(conninfo: &str, interrupt: Waker) -> Result<Self, Error> {
         let extra = [("fallback_application_name", "walmirror backfill")];
-        let mut connection = Connection::connect(conninfo, &extra)
+        let mut connection = Connection::connect_interrupted_with(conninfo, &extra, interrupt)
             .map_err(|error| Error::postgres("cannot connect to Postgres for the backfill", error))?;
-        connection.interrupt_with(interrupt);
         connection
             .simple(SETTINGS)
             .map_err(|error| explain("cannot prepare the session of the backfill", error))?;

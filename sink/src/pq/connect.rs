@@ -1,19 +1,21 @@
-//! Making a connection: defaults, deadline, lists of hosts. Called by [`super::Connection::connect`] only.
+//! Making a connection: defaults, and a deadline for each address. Called by [`super::Connection::connect`] only.
 
 use std::ffi::CString;
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 
+use super::Waker;
+use super::addresses::{Address, Entry, entries, remaining, resolve};
 use super::error::{ErrorKind, PqError, Target};
 use super::ffi::{PGVerbosity, PostgresPollingStatusType, RawConnection, c_string};
 use super::wait::wait;
 
-/// How long an attempt may take when the connection string, the service file and PGCONNECT_TIMEOUT say nothing.
+/// How long an attempt at one address may take when the connection string, the service file and PGCONNECT_TIMEOUT say nothing.
 const CONNECT_TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
 
 /// Begins to connect.
-pub(super) fn start(conninfo: &str, extra: &[(&str, &str)]) -> Result<RawConnection, PqError> {
+fn start(conninfo: &str, extra: &[(&str, &str)]) -> Result<RawConnection, PqError> {
     // Later entries win, and the connection string stands in the middle: before it what is only a default, behind it
     // what must be so. Everything that the sink reads is UTF-8.
     let defaults = [
@@ -40,7 +42,7 @@ pub(super) fn start(conninfo: &str, extra: &[(&str, &str)]) -> Result<RawConnect
 }
 
 /// Where the connection goes.
-pub(super) fn target(raw: &RawConnection) -> Target {
+fn target(raw: &RawConnection) -> Target {
     let option = |keyword| raw.option(keyword).unwrap_or_default();
     let host = raw
         .option("host")
@@ -54,7 +56,7 @@ pub(super) fn target(raw: &RawConnection) -> Target {
     }
 }
 
-/// What the settings say about how long an attempt may take.
+/// What the settings say about how long an attempt at one address may take.
 fn timeout(raw: &RawConnection) -> Option<Duration> {
     let seconds = raw
         .option("connect_timeout")
@@ -65,67 +67,95 @@ fn timeout(raw: &RawConnection) -> Option<Duration> {
         .map(|seconds| Duration::from_secs(seconds.max(2)))
 }
 
-/// Connects to the one host, or to the first of the list that answers.
-pub(super) fn connect_all(
-    raw: &mut RawConnection,
+/// Connects to the first address that answers, of one host or of a list of hosts, and says where to. Waits until `interrupt` is raised.
+///
+/// libpq moves on by itself from an address that refuses, and waits for ever for one that is silent. What is left is then tried
+/// anew without that one: only libpq's blocking functions can do it otherwise, and they cannot be interrupted.
+pub(super) fn connect(
     conninfo: &str,
     extra: &[(&str, &str)],
-) -> Result<(), PqError> {
-    let deadline = Instant::now() + timeout(raw).unwrap_or(CONNECT_TIMEOUT_DEFAULT);
-    if finish_connecting(raw, deadline, conninfo)? {
-        return Ok(());
-    }
-    let hosts = target(raw).host;
-    if !hosts.contains(',') {
-        return Err(PqError::new(
-            ErrorKind::Connection,
-            format!("no answer from {hosts:?} in time"),
-        ));
-    }
-    // Only libpq's blocking way gives each host of a list its own time limit.
-    if timeout(raw).is_none() {
-        let seconds = CONNECT_TIMEOUT_DEFAULT.as_secs().to_string();
-        let extra: Vec<(&str, &str)> = extra
-            .iter()
-            .copied()
-            .chain([("connect_timeout", seconds.as_str())])
-            .collect();
-        *raw = start(conninfo, &extra)?;
-    }
-    raw.reset();
-    if raw.is_ok() {
-        Ok(())
-    } else {
-        Err(PqError::from_connection_attempt(&raw.error_message(), conninfo))
+    interrupt: Option<&Waker>,
+) -> Result<(RawConnection, Target), PqError> {
+    let mut raw = start(conninfo, extra)?;
+    // The server may have been told apart from the string by a service file or the environment: say which it is.
+    let target = target(&raw);
+    let patience = timeout(&raw).unwrap_or(CONNECT_TIMEOUT_DEFAULT);
+    let hostaddr = raw.option("hostaddr").unwrap_or_default();
+    let host = raw.option("host").unwrap_or_default();
+    let all = entries(&host, &hostaddr, &target.port);
+    let mut silent: Vec<Address> = Vec::new();
+    let failed = |error: PqError| PqError {
+        target: Some(Box::new(target.clone())),
+        ..error
+    };
+    loop {
+        let address = match finish_connecting(&mut raw, patience, conninfo, interrupt) {
+            Ok(None) => return Ok((raw, target)),
+            Ok(Some(address)) => address,
+            Err(mut error) => {
+                for address in &silent {
+                    error.message += &format!("; no answer from {address} in time");
+                }
+                return Err(failed(error));
+            }
+        };
+        // One that comes again although it was left out is a name that resolves to something else each time.
+        let is_new = !silent.contains(&address);
+        silent.push(address);
+        let left = remaining(&all, &silent, resolve);
+        if left.is_empty() || !is_new {
+            let hosts = &target.host;
+            let message = format!("no answer from {hosts:?} in time");
+            return Err(failed(PqError::new(ErrorKind::Connection, message)));
+        }
+        let list = |field: fn(&Entry) -> &str| left.iter().map(field).collect::<Vec<_>>().join(",");
+        let lists = [
+            ("host", list(|entry| &entry.host)),
+            ("hostaddr", list(|entry| &entry.hostaddr)),
+            ("port", list(|entry| &entry.port)),
+        ];
+        let lists = lists.iter().map(|(keyword, value)| (*keyword, value.as_str()));
+        let extra: Vec<(&str, &str)> = extra.iter().copied().chain(lists).collect();
+        raw = start(conninfo, &extra)?;
     }
 }
 
-/// Ok(false): the deadline has passed.
-fn finish_connecting(raw: &mut RawConnection, deadline: Instant, conninfo: &str) -> Result<bool, PqError> {
+/// Ok(Some): this address has been silent for too long.
+fn finish_connecting(
+    raw: &mut RawConnection,
+    patience: Duration,
+    conninfo: &str,
+    interrupt: Option<&Waker>,
+) -> Result<Option<Address>, PqError> {
     let failed = |raw: &RawConnection| PqError::from_connection_attempt(&raw.error_message(), conninfo);
     if raw.is_bad() {
         return Err(failed(raw));
     }
+    let mut address = raw.address();
+    let mut deadline = Instant::now() + patience;
     // libpq asks for a wait for writability before the first PQconnectPoll.
     let mut state = PostgresPollingStatusType::PGRES_POLLING_WRITING;
     loop {
         let write = match state {
-            PostgresPollingStatusType::PGRES_POLLING_OK => return Ok(true),
+            PostgresPollingStatusType::PGRES_POLLING_OK => return Ok(None),
             PostgresPollingStatusType::PGRES_POLLING_FAILED => return Err(failed(raw)),
             PostgresPollingStatusType::PGRES_POLLING_WRITING => true,
             _ => false,
         };
+        let at = raw.address();
+        if at != address {
+            (address, deadline) = (at, Instant::now() + patience);
+        }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Ok(false);
+            return Ok(Some(address));
         }
         let socket = raw.socket().ok_or_else(|| failed(raw))?;
-        let ready = wait(
-            socket,
-            if write { PollFlags::OUT } else { PollFlags::IN },
-            None,
-            Some(left),
-        )?;
+        let flags = if write { PollFlags::OUT } else { PollFlags::IN };
+        let ready = wait(socket, flags, interrupt, Some(left))?;
+        if ready.woken {
+            return Err(super::connection::interrupted());
+        }
         if ready.socket {
             state = raw.poll_connect();
         }

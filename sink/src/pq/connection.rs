@@ -8,7 +8,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use super::Waker;
-use super::connect::{connect_all, start, target};
+use super::connect::connect;
 use super::error::{ErrorKind, PqError, Target};
 use super::ffi::{ExecStatusType, PGVerbosity, RawCancel, RawConnection, RawResult, c_string};
 use super::result::QueryResult;
@@ -23,6 +23,7 @@ const CANCELS_MAX: usize = 8;
 /// A connection. May be moved to another thread, but not shared.
 pub struct Connection {
     pub(super) raw: RawConnection,
+    target: Target,
     pub(super) interrupt: Option<Waker>,
     pub(super) flush_pending: bool,
     patience: Option<Duration>,
@@ -34,17 +35,25 @@ impl Connection {
     ///
     /// `extra` wins over `conninfo`; `&[("replication", "database")]` makes a replication connection.
     pub fn connect(conninfo: &str, extra: &[(&str, &str)]) -> Result<Self, PqError> {
-        let mut raw = start(conninfo, extra)?;
-        let connected = connect_all(&mut raw, conninfo, extra);
-        // The server may have been told apart from the string by a service file or the environment: say which it is.
-        connected.map_err(|error| PqError {
-            target: Some(Box::new(target(&raw))),
-            ..error
-        })?;
+        Self::made(conninfo, extra, None)
+    }
+
+    /// The same, ended by the waker, too; and so is what the connection waits for later: [`Self::interrupt_with`].
+    pub fn connect_interrupted_with(
+        conninfo: &str,
+        extra: &[(&str, &str)],
+        waker: Waker,
+    ) -> Result<Self, PqError> {
+        Self::made(conninfo, extra, Some(waker))
+    }
+
+    fn made(conninfo: &str, extra: &[(&str, &str)], interrupt: Option<Waker>) -> Result<Self, PqError> {
+        let (mut raw, target) = connect(conninfo, extra, interrupt.as_ref())?;
         raw.set_verbosity(PGVerbosity::PQERRORS_DEFAULT);
         Ok(Self {
             raw,
-            interrupt: None,
+            target,
+            interrupt,
             flush_pending: false,
             patience: None,
             heard: Instant::now(),
@@ -183,7 +192,7 @@ impl Connection {
 
     /// Where this connection goes.
     pub fn target(&self) -> Target {
-        target(&self.raw)
+        self.target.clone()
     }
 
     /// Whether libpq still thinks that the connection is alive.
@@ -192,7 +201,7 @@ impl Connection {
     }
 }
 
-fn interrupted() -> PqError {
+pub(super) fn interrupted() -> PqError {
     PqError::new(ErrorKind::Connection, "interrupted while waiting for the server")
 }
 

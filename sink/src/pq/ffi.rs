@@ -10,6 +10,7 @@ use std::ptr::{self, NonNull};
 pub(super) use pq::{ConnStatusType, ExecStatusType, PGVerbosity, PostgresPollingStatusType};
 use pq_sys as pq;
 
+use super::addresses::Address;
 use super::error::{ErrorKind, PqError};
 pub use buffer::CopyBuffer;
 pub(super) use result::RawResult;
@@ -66,10 +67,18 @@ impl RawConnection {
         unsafe { pq::PQconnectPoll(self.raw.as_ptr()) }
     }
 
-    /// PQreset: closes and connects again, blocking, trying every host of the list within its own time limit.
-    pub fn reset(&mut self) {
-        // SAFETY: as in `poll_connect`.
-        unsafe { pq::PQreset(self.raw.as_ptr()) }
+    /// What it is connected to, or connecting to.
+    pub fn address(&self) -> Address {
+        // SAFETY: as in `is_ok`; the three return strings that the connection owns, or NULL, and they are copied at once.
+        let [host, hostaddr, port] = unsafe {
+            let raw = self.raw.as_ptr();
+            [pq::PQhost(raw), pq::PQhostaddr(raw), pq::PQport(raw)].map(|text| owned(text))
+        };
+        Address {
+            host: host.unwrap_or_default(),
+            hostaddr: hostaddr.unwrap_or_default(),
+            port: port.unwrap_or_default(),
+        }
     }
 
     pub fn set_verbosity(&mut self, verbosity: PGVerbosity) {

@@ -4,6 +4,7 @@
 //! Kerberos set-up and multi-host failover that works with psql works here, and because it speaks CopyBoth, which the
 //! replication stream needs. All `unsafe` of this crate is in `ffi`; nothing outside this folder sees a raw pointer.
 
+mod addresses;
 mod connect;
 mod connection;
 mod copy;

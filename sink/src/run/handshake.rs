@@ -52,17 +52,16 @@ pub(super) fn shake(
     let mut redis = Redis::connect(&config.redis)?;
     let stored = read_stored(&mut redis, keys)?;
     let extra = [("fallback_application_name", "walmirror")];
-    let mut sql = Postgres::connect(config.postgres.expose(), &extra)
-        .map_err(|error| Error::postgres("cannot connect to Postgres", error))?;
-    sql.interrupt_with(interrupt.clone());
+    let connect = |extra: &[(&str, &str)]| {
+        Postgres::connect_interrupted_with(config.postgres.expose(), extra, interrupt.clone())
+    };
+    let mut sql = connect(&extra).map_err(|error| Error::postgres("cannot connect to Postgres", error))?;
     sql.answer_within(Some(ANSWER));
     check_database(&mut sql)?;
     let info = slot_info(&mut sql, slot)?;
     check_slot(slot, info.as_ref(), &sql)?;
-    let mut replication =
-        Postgres::connect(config.postgres.expose(), &[("replication", "database"), extra[0]])
-            .map_err(|error| Error::postgres("cannot open a replication connection to Postgres", error))?;
-    replication.interrupt_with(interrupt.clone());
+    let mut replication = connect(&[("replication", "database"), extra[0]])
+        .map_err(|error| Error::postgres("cannot open a replication connection to Postgres", error))?;
     replication.answer_within(Some(ANSWER));
     let system = identify_system(&mut replication)?;
     let identity = Identity {
