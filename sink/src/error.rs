@@ -212,6 +212,21 @@ impl Error {
         matches!(self, Self::Postgres(_, source) if source.is("55006"))
     }
 
+    /// Whether Postgres says that it has removed the WAL that the slot needs, which the slot itself may not know.
+    pub fn is_wal_removed(&self) -> bool {
+        matches!(self, Self::Postgres(_, source) if source.is("58P01") && source.message.contains("WAL segment"))
+    }
+
+    /// Whether the slot is not there (any more), or was invalidated: who looks at it again sees that.
+    pub fn is_slot_gone(&self) -> bool {
+        let Self::Postgres(_, source) = self else {
+            return false;
+        };
+        let invalidated = ["can no longer", "cannot read from logical replication slot"];
+        source.is("42704")
+            || source.is("55000") && invalidated.iter().any(|sign| source.message.contains(sign))
+    }
+
     /// A table, its schema or a column is not there, or not under that name any more; or it has no label, or one that does not fit.
     pub fn is_of_a_changed_table(&self) -> bool {
         let states = ["42P01", "3F000", "42703", "55000"];
@@ -369,6 +384,48 @@ mod tests {
             Error::unreachable("Postgres", Duration::from_secs(1), last).exit_code(),
             exit::UNREACHABLE
         );
+    }
+
+    /// The story: a WAL segment that is not there any more was taken for a library that is not there.
+    #[test]
+    fn a_slot_that_is_of_no_use_any_more_is_told_from_a_missing_library() {
+        let error = |sqlstate: &str, message: &str| {
+            let source = PqError {
+                sqlstate: Some(sqlstate.into()),
+                ..PqError::new(ErrorKind::Server, message)
+            };
+            crate::replication::slot::explain(Error::postgres("x", source), "s'1")
+        };
+        let segment = "requested WAL segment 000000010000000000000003 has already been removed";
+        let lost = error("58P01", segment);
+        assert!(lost.is_wal_removed() && !lost.is_slot_gone());
+        assert_eq!(
+            lost.next_command(),
+            Some("SELECT pg_drop_replication_slot('s''1');   -- the next `run` makes it anew")
+        );
+        let library = error(
+            "58P01",
+            "could not access file \"walmirror\": No such file or directory",
+        );
+        assert!(!library.is_wal_removed());
+        assert!(
+            library
+                .next_command()
+                .is_some_and(|next| next.contains("make install"))
+        );
+        for (sqlstate, message, is_gone) in [
+            (
+                "55000",
+                "can no longer get changes from replication slot \"s\"",
+                true,
+            ),
+            ("55000", "can no longer access replication slot \"s\"", true),
+            ("55000", "cannot read from logical replication slot \"s\"", true),
+            ("42704", "replication slot \"s\" does not exist", true),
+            ("55000", "logical decoding requires wal_level >= logical", false),
+        ] {
+            assert_eq!(error(sqlstate, message).is_slot_gone(), is_gone, "{message}");
+        }
     }
 
     #[test]

@@ -68,6 +68,34 @@ fn a_slot_that_was_dropped_is_made_again_and_the_tables_with_it() {
     m.settle();
 }
 
+/// The story: the server's error was taken for a missing library, and the sink stopped.
+#[test]
+fn a_slot_whose_wal_was_removed_is_made_again_and_the_tables_with_it() {
+    let m = Mirror::alone("");
+    m.sql(TABLE);
+    m.start();
+    m.settle();
+    m.sink(Sink::terminate);
+    m.sql("UPDATE t SET v = 'unseen' WHERE id < 100; DELETE FROM t WHERE id > 400");
+    let slot = "FROM pg_replication_slots WHERE slot_name = current_database()";
+    let segment = m.db.value(&format!("SELECT pg_walfile_name(restart_lsn) {slot}"));
+    m.sql("SELECT pg_switch_wal()");
+    m.sql("INSERT INTO t VALUES (1000, 'in the next segment')");
+    std::fs::remove_file(m.db.pg.data().join("pg_wal").join(segment)).unwrap();
+    // The slot does not know it.
+    assert_eq!(m.db.value(&format!("SELECT wal_status {slot}")), "reserved");
+    let (code, output) = m.run(&["run", "--on-gap", "fail"]);
+    assert_eq!(code, Some(6), "{output}");
+    assert!(
+        output.contains("has already been removed") && output.contains("--on-gap resync"),
+        "{output}"
+    );
+    m.start();
+    m.settle();
+    m.sql("INSERT INTO t VALUES (1001, 'behind it')");
+    m.check();
+}
+
 #[test]
 fn a_second_sink_waits_and_takes_over_when_the_first_is_gone() {
     let m = Mirror::with(TABLE);

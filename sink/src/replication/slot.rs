@@ -166,10 +166,13 @@ pub(crate) fn explain(error: Error, slot: &str) -> Error {
         _ if message.contains("shared_preload_libraries") => {
             "ALTER SYSTEM SET shared_preload_libraries = walmirror;   -- then restart Postgres".to_owned()
         }
+        _ if error.is_wal_removed() => {
+            format!("SELECT pg_drop_replication_slot({});   -- the next `run` makes it anew", quote_literal(slot))
+        }
         Some("58P01") => format!("make install   # {PLUGIN}.so is not where this server looks for libraries"),
         Some("42704") => format!("walmirror init --slot {slot}"),
         Some("42710") => format!("walmirror status --slot {slot}"),
-        Some("55006") => format!("SELECT active_pid FROM pg_replication_slots WHERE slot_name = '{slot}';"),
+        Some("55006") => format!("SELECT active_pid FROM pg_replication_slots WHERE slot_name = {};", quote_literal(slot)),
         Some("53400") => "SELECT slot_name, active FROM pg_replication_slots;   -- drop one, or raise max_replication_slots".to_owned(),
         Some("42501") => "ALTER ROLE <the role of this connection> REPLICATION;".to_owned(),
         Some("55000") if message.contains("wal_level") => {

@@ -39,7 +39,7 @@ pub(super) struct Server<'a> {
     pub(super) end: Lsn,
 }
 
-/// What the session before found in the stream: it is of another history than what Redis holds. Nothing was written or confirmed
+/// What the session before found in the stream: it is of another history than what Redis holds, or there is none any more. Nothing was written or confirmed
 /// since, so this process need not remember it over its end: another one finds it once more.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Found {
@@ -47,6 +47,8 @@ pub(super) struct Found {
     pub(super) why: String,
     /// The epoch of that session. If another one has begun since, it may be healed.
     pub(super) epoch: u64,
+    /// Nothing can be read from the slot, whatever it says of itself.
+    pub(super) slot_is_lost: bool,
 }
 
 /// Compares what Redis and Postgres say.
@@ -95,7 +97,10 @@ pub(super) fn decide(progress: Option<&Progress>, server: &Server<'_>, found: Op
                 progress.lsn
             )),
             _ => match found.filter(|found| found.epoch == progress.epoch) {
-                Some(found) => gap(found.why.clone()),
+                Some(found) => Decision::Gap {
+                    why: found.why.clone(),
+                    slot: usable.filter(|_| !found.slot_is_lost),
+                },
                 None => Decision::Resume(progress.lsn),
             },
         },

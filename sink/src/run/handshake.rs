@@ -150,7 +150,8 @@ pub(super) fn shake(
         .as_ref()
         .and_then(|slot| slot.confirmed_flush_lsn)
         .map_or(from, |confirmed| from.max(confirmed));
-    let stream = Stream::start_on(replication, slot, from, &options, config.status_interval)?;
+    let stream = Stream::start_on(replication, slot, from, &options, config.status_interval)
+        .map_err(|error| look_again(error, slot))?;
     // Whoever had the slot before may have confirmed more since it was looked at: then the server begins there. From here
     // on only this session confirms.
     let info = slot_info(&mut sql, slot)?;
@@ -188,6 +189,18 @@ pub(super) fn shake(
         silence,
         horizon,
     })
+}
+
+/// A slot that was dropped or invalidated since it was looked at: the next look sees that, and it is a gap.
+fn look_again(error: Error, slot: &str) -> Error {
+    if error.is_slot_gone() {
+        let source = PqError::new(ErrorKind::Connection, error.to_string());
+        return Error::postgres(
+            format!("the slot {slot:?} changed while this session began"),
+            source,
+        );
+    }
+    error
 }
 
 fn check_database(sql: &mut Postgres) -> Result<(), Error> {

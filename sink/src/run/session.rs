@@ -194,9 +194,16 @@ pub(super) fn run(
     })?;
     match shared.take_failure() {
         Some(error) => {
-            *found = error.gap_reason().map(|why| Found {
-                why: why.to_owned(),
+            let slot_is_lost = error.is_wal_removed();
+            let why = if slot_is_lost {
+                Some(error.to_string())
+            } else {
+                error.gap_reason().map(str::to_owned)
+            };
+            *found = why.map(|why| Found {
+                why,
                 epoch,
+                slot_is_lost,
             });
             Err(error)
         }

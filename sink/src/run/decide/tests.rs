@@ -156,6 +156,7 @@ fn what_the_session_before_found_is_a_gap_unless_another_one_began_since() {
     let found = |epoch| Found {
         why: "never was".to_owned(),
         epoch,
+        slot_is_lost: false,
     };
     let (identity, slot, history) = (identity(1), slot(5), History::none());
     let server = server(&identity, &slot, &history);
@@ -163,6 +164,13 @@ fn what_the_session_before_found_is_a_gap_unless_another_one_began_since() {
     assert_gap(&decision, Some(5), "never was");
     let later = decide(Some(&progress(10)), &server, Some(&found(0)));
     assert_eq!(later, Decision::Resume(Lsn(10)));
+    // A slot whose WAL was removed behind its back is of no use.
+    let lost = Found {
+        slot_is_lost: true,
+        ..found(1)
+    };
+    let decision = decide(Some(&progress(10)), &server, Some(&lost));
+    assert_gap(&decision, None, "never was");
 }
 
 fn part(commit_lsn: u64) -> Part {

@@ -61,6 +61,7 @@ impl World {
             self.found = (!self.dice.once_in(3)).then(|| Found {
                 why: why.to_owned(),
                 epoch: sink.epoch(),
+                slot_is_lost: false,
             });
             // Redis may have been emptied, and the session not know it yet.
             return if self.is_diverged() || epoch.is_none() {
