@@ -381,6 +381,35 @@ fn a_backfill_that_was_asked_for_survives_the_death_of_the_sink() {
     assert_equal(&m, &["verify"]);
 }
 
+/// The story: the command went on to wait for ever, and said nothing, when the sink had stopped meanwhile.
+#[test]
+fn a_backfill_that_is_waited_for_tells_that_the_sink_has_stopped() {
+    let m = Mirror::with(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t'); \
+         INSERT INTO t SELECT i, 'v' FROM generate_series(1, 100) i",
+    );
+    // The backfill waits until this transaction has ended.
+    let mut open = m.db.connect();
+    open.batch_execute("BEGIN; CREATE TABLE held ()").unwrap();
+    let mut backfill = Sink::start(&m.arguments(&["backfill"]));
+    wait_for(DEADLINE, "the backfill to begin", || {
+        let (_, status) = walmirror(&m, &["status"]);
+        status.contains("backfilling").then_some(())
+    });
+    backfill.assert_running();
+    m.sink(Sink::kill);
+    let code = backfill.wait(DEADLINE).code();
+    let output = backfill.output();
+    assert_eq!(code, Some(3), "{output}");
+    assert!(
+        output.contains("the sink has stopped") && output.contains("next: walmirror run"),
+        "{output}"
+    );
+    open.batch_execute("COMMIT").unwrap();
+    m.sink(Sink::restart);
+    m.settle();
+}
+
 /// What is held at a time does not depend on the size of the table. `WALMIRROR_VERIFY_ROWS` makes it larger.
 #[test]
 fn memory_is_bounded() {

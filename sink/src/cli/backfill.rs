@@ -10,7 +10,7 @@ use super::args::BackfillArgs;
 use super::checks_redis::connect;
 use super::say;
 use crate::backfill::{Cursor, Stage};
-use crate::config::Options;
+use crate::config::{Conninfo, Options, SlotName};
 use crate::error::Error;
 use crate::plan::RedisKeys;
 use crate::pq::{Connection, connect_failed};
@@ -21,8 +21,12 @@ use crate::request::Request;
 use crate::shutdown::Shutdown;
 use crate::verify::resolve;
 
-/// Between two looks.
-const PAUSE: Duration = Duration::from_millis(20);
+/// Between two looks at Redis.
+const PAUSE: Duration = Duration::from_millis(250);
+/// Between two looks at the slot.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// A slot from which nobody has streamed for so long: the sink has stopped, or it cannot go on.
+const GONE_AFTER: Duration = Duration::from_secs(5);
 
 /// A mirrored table.
 struct Table {
@@ -55,11 +59,70 @@ pub fn run(options: &Options, args: &BackfillArgs, shutdown: &Shutdown) -> Resul
     if args.timeout.0.is_zero() {
         return say("the sink is asked; `walmirror status` shows how far it is");
     }
-    await_begin(&mut redis, &keys, target, args, shutdown)?;
+    let mut watch = Watch {
+        sql,
+        conninfo,
+        slot,
+        shutdown,
+        looked: Instant::now(),
+        seen: Instant::now(),
+    };
+    await_begin(&mut redis, &keys, target, args, &mut watch)?;
     for table in &tables {
-        follow(&mut redis, &keys, table, shutdown)?;
+        follow(&mut redis, &keys, table, &mut watch)?;
     }
     Ok(())
+}
+
+/// Whether there is still a sink to wait for.
+struct Watch<'a> {
+    sql: Connection,
+    conninfo: Conninfo,
+    slot: SlotName,
+    shutdown: &'a Shutdown,
+    looked: Instant,
+    /// When somebody streamed from the slot.
+    seen: Instant,
+}
+
+impl Watch<'_> {
+    /// Waits a moment. An error where nobody streams any more, or where a signal has come.
+    fn pause(&mut self) -> Result<(), Error> {
+        if self.shutdown.sleep(PAUSE) {
+            return Err(Error::timeout(
+                "stopped by a signal; the sink goes on with the backfill",
+            ));
+        }
+        if self.looked.elapsed() < LOOK_EVERY {
+            return Ok(());
+        }
+        let is_active = self.is_active();
+        self.looked = Instant::now();
+        match is_active {
+            Ok(true) => self.seen = self.looked,
+            _ if self.seen.elapsed() < GONE_AFTER => {}
+            Ok(false) => return Err(self.gone()),
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// A server that was restarted has another chance at the next look.
+    fn is_active(&mut self) -> Result<bool, Error> {
+        if !self.sql.is_ok() {
+            self.sql = Connection::connect(self.conninfo.expose(), &[]).map_err(connect_failed)?;
+        }
+        let info = slot_info(&mut self.sql, self.slot.as_str())?;
+        Ok(info.is_some_and(|info| info.active))
+    }
+
+    fn gone(&self) -> Error {
+        let slot = &self.slot;
+        Error::setup(format!(
+            "the sink has stopped: nobody streams from the slot {slot}; it goes on with the backfill when it is started again"
+        ))
+        .next(format!("walmirror run --slot {slot} …"))
+    }
 }
 
 /// The tables that are meant. What is cached on demand is filled by reading it.
@@ -98,7 +161,7 @@ fn await_begin(
     keys: &RedisKeys,
     target: Lsn,
     args: &BackfillArgs,
-    shutdown: &Shutdown,
+    watch: &mut Watch<'_>,
 ) -> Result<(), Error> {
     let deadline = Instant::now() + args.timeout.0;
     while progress(redis, keys)?.lsn < target {
@@ -109,12 +172,12 @@ fn await_begin(
             );
             return Err(Error::timeout(what).next("walmirror status"));
         }
-        pause(shutdown)?;
+        watch.pause()?;
     }
     Ok(())
 }
 
-fn follow(redis: &mut Redis, keys: &RedisKeys, table: &Table, shutdown: &Shutdown) -> Result<(), Error> {
+fn follow(redis: &mut Redis, keys: &RedisKeys, table: &Table, watch: &mut Watch<'_>) -> Result<(), Error> {
     let bar = std::io::stderr().is_terminal().then(|| {
         let bar = ProgressBar::new(table.rows);
         if let Ok(style) = ProgressStyle::with_template("{prefix} {bar:32} {percent:>3}% {msg} {eta}") {
@@ -132,7 +195,7 @@ fn follow(redis: &mut Redis, keys: &RedisKeys, table: &Table, shutdown: &Shutdow
         let progress = stored.progress.unwrap_or_default();
         // None: everything is about to begin anew, this table too.
         let Some(cursor) = progress.cursor(table.oid).and_then(Cursor::parse) else {
-            pause(shutdown)?;
+            watch.pause()?;
             continue;
         };
         if let Some(bar) = &bar {
@@ -146,7 +209,7 @@ fn follow(redis: &mut Redis, keys: &RedisKeys, table: &Table, shutdown: &Shutdow
         if cursor.is_done() {
             break;
         }
-        pause(shutdown)?;
+        watch.pause()?;
     }
     if let Some(bar) = bar {
         bar.finish_and_clear();
@@ -158,13 +221,4 @@ fn progress(redis: &mut Redis, keys: &RedisKeys) -> Result<Progress, Error> {
     read_stored(redis, keys)?
         .progress
         .ok_or_else(|| Error::gap("Redis has no progress of this slot").next("walmirror status"))
-}
-
-fn pause(shutdown: &Shutdown) -> Result<(), Error> {
-    if shutdown.sleep(PAUSE) {
-        return Err(Error::timeout(
-            "stopped by a signal; the sink goes on with the backfill",
-        ));
-    }
-    Ok(())
 }
