@@ -151,6 +151,27 @@ fn captured_rows_that_are_dropped_are_counted_by_reason() {
     );
 }
 
+/// The story: on a standby `status` failed, because that has no end of the WAL of its own.
+#[test]
+fn status_works_on_a_standby() {
+    let mirror = Mirror::alone("");
+    mirror.sql("CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t')");
+    let pg = &mirror.db.pg;
+    let backup = pg.base_backup();
+    pg.stop(Signal::INT);
+    pg.replace_data(&backup);
+    pg.resume();
+    let (code, output) = mirror.run(&["status"]);
+    assert_eq!(code, Some(0), "{output}");
+    assert!(output.contains("table        t  mirror"), "{output}");
+    let (code, output) = mirror.run(&["status", "--json"]);
+    assert_eq!(code, Some(0), "{output}");
+    assert!(
+        output.contains("\"wal_lsn\":\"") || output.contains("\"wal_lsn\": \""),
+        "{output}"
+    );
+}
+
 #[test]
 fn doctor_warns_when_a_slot_keeps_much() {
     let mirror = Mirror::alone("max_slot_wal_keep_size = '64MB'");

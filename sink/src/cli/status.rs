@@ -70,7 +70,7 @@ fn ask_postgres(conninfo: &str, slot: &SlotName) -> Result<Postgres, Error> {
     let mut connection = Connection::connect(conninfo, &[]).map_err(connect_failed)?;
     let info = replication::slot_info(&mut connection, slot)?;
     let wal = connection
-        .query("SELECT pg_catalog.pg_current_wal_lsn()", &[])
+        .query(&format!("SELECT {}", replication::WAL_END), &[])
         .map_err(failed)?;
     let wal = wal.text(0, 0).and_then(|text| text.parse().ok());
     let there = connection

@@ -7,6 +7,10 @@ use crate::pq::{Connection, quote_literal};
 /// Without a limit on the server, this much is worth a warning.
 const MUCH_BYTES: u64 = 1 << 30;
 
+/// How far the server is, as SQL. A standby has no end of its own: how far it has replayed the primary's.
+pub const WAL_END: &str = "CASE WHEN pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_last_wal_replay_lsn() \
+    ELSE pg_catalog.pg_current_wal_lsn() END";
+
 /// What a slot keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retained {
@@ -30,8 +34,7 @@ pub struct Warning {
 /// Asks what this slot keeps. None: there is no such slot, or it keeps nothing any more.
 pub fn retained(connection: &mut Connection, slot: &str) -> Result<Option<Retained>, Error> {
     let sql = format!(
-        "SELECT pg_catalog.pg_wal_lsn_diff(CASE WHEN pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_last_wal_replay_lsn() \
-         ELSE pg_catalog.pg_current_wal_lsn() END, restart_lsn)::bigint, safe_wal_size, \
+        "SELECT pg_catalog.pg_wal_lsn_diff({WAL_END}, restart_lsn)::bigint, safe_wal_size, \
          (SELECT setting::bigint * 1048576 FROM pg_catalog.pg_settings WHERE name = 'max_slot_wal_keep_size') \
          FROM pg_catalog.pg_replication_slots WHERE slot_name = {} AND restart_lsn IS NOT NULL",
         quote_literal(slot)
