@@ -6,17 +6,20 @@ use redis::Value;
 
 use super::checks::{Check, Outcome, from_error};
 use crate::config::{RedisUrl, SlotName};
-use crate::error::Error;
+use crate::error::{Class, Error};
 use crate::plan::RedisKeys;
 use crate::redis::Connection;
 
 /// Connects, and gives the next command where that fails.
 pub fn connect(url: &RedisUrl) -> Result<Connection, Error> {
-    let next = format!(
-        "{} PING   # the user and password that work there belong into --redis",
-        url.redis_cli()
-    );
-    Connection::connect(url).map_err(|error| error.next(next))
+    Connection::connect(url).map_err(|error| {
+        let hint = if error.class() == Class::Access {
+            "   # the user and password that work there belong into --redis"
+        } else {
+            ""
+        };
+        error.next(format!("{} PING{hint}", url.redis_cli()))
+    })
 }
 
 /// Runs every check.

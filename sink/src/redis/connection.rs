@@ -14,7 +14,7 @@ use crate::resp::Commands;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a reply may take. A server that is stopped or unreachable without a reset is noticed after this; a huge
 /// transaction on a slow server has to fit in.
-const REPLY_TIMEOUT: Duration = Duration::from_secs(15);
+pub(super) const REPLY_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// What carries commands to Redis and replies back: a socket, or a model of Redis in the simulator.
 pub(crate) trait Wire: Send {
@@ -47,7 +47,10 @@ impl std::fmt::Debug for Connection {
 impl Connection {
     /// Connects and greets.
     pub fn connect(url: &RedisUrl) -> Result<Self, Error> {
-        let failed = |error| client_error(format!("cannot connect to Redis at {url}"), error, url.expose());
+        let failed = |error| {
+            let what = format!("cannot connect to Redis at {url}");
+            client_error(what, error, url.expose(), Some(CONNECT_TIMEOUT))
+        };
         let info = url.expose().into_connection_info().map_err(failed)?;
         // Without nodelay a batch waits for the acknowledgement of the one before.
         let info = info.set_tcp_settings(TcpSettings::default().set_nodelay(true));
@@ -95,6 +98,7 @@ impl Connection {
             format!("the connection to Redis at {} broke", self.url),
             error,
             self.url.expose(),
+            None,
         )
     }
 }

@@ -1,7 +1,10 @@
 //! What can be done about an error reply or a failure of the client: the one place where Redis' error codes are classed.
 
+use std::time::Duration;
+
 use redis::{ErrorKind, RedisError, ServerError};
 
+use super::connection::REPLY_TIMEOUT;
 use crate::error::{Class, Error};
 
 /// The class of an error reply.
@@ -89,8 +92,13 @@ fn cause(reply: &ServerError) -> (&str, Option<&str>) {
     }
 }
 
-/// A failure of the client: no connection, a broken one, a server that refused the greeting.
-pub(super) fn client_error(what: impl Into<String>, error: RedisError, secret_holder: &str) -> Error {
+/// A failure of the client: no connection, a broken one, a server that refused the greeting, which has so long to be answered.
+pub(super) fn client_error(
+    what: impl Into<String>,
+    error: RedisError,
+    secret_holder: &str,
+    greeting: Option<Duration>,
+) -> Error {
     let code = error.code().unwrap_or_default().to_owned();
     let class = match error.kind() {
         ErrorKind::AuthenticationFailed => Class::Access,
@@ -104,6 +112,10 @@ pub(super) fn client_error(what: impl Into<String>, error: RedisError, secret_ho
     // A greeting that fails hides its code in the text. INVARIANT I8: the parser quotes what it stumbled over.
     let text = if error.kind() == ErrorKind::Parse {
         "the answer is not in Redis' protocol".to_owned()
+    } else if error.is_timeout() {
+        // What the system says of it is "Resource temporarily unavailable".
+        let patience = greeting.unwrap_or(REPLY_TIMEOUT);
+        format!("no answer within {} s", patience.as_secs())
     } else {
         crate::config::scrub(&error.to_string(), secret_holder)
     };
@@ -117,6 +129,13 @@ pub(super) fn client_error(what: impl Into<String>, error: RedisError, secret_ho
             "openssl s_client -connect <host>:<port> -showcerts   # what the server shows; SSL_CERT_FILE names whom to trust",
         );
     }
+    // A Redis without TLS waits for the end of what it takes for a command, or closes the connection.
+    let is_about_tls = error.is_timeout() || text.contains("corrupt message") || text.contains("handshake");
+    let text = if greeting.is_some() && secret_holder.starts_with("rediss:") && is_about_tls {
+        format!("{text}; rediss:// is TLS: is this a port for TLS?")
+    } else {
+        text
+    };
     let wrapped = Error::redis(what, class, text);
     let code = if class == Class::Access {
         "WRONGPASS"
@@ -132,6 +151,20 @@ pub(super) fn client_error(what: impl Into<String>, error: RedisError, secret_ho
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The story: a Redis that hangs was told as "Resource temporarily unavailable", with the advice to check the password.
+    #[test]
+    fn silence_is_told_with_its_length_and_tls_on_a_plain_port_is_asked_about() {
+        let silent = || RedisError::from(std::io::Error::from(std::io::ErrorKind::WouldBlock));
+        let seconds = Some(Duration::from_secs(5));
+        let error = client_error("cannot connect", silent(), "redis://h", seconds);
+        assert_eq!(error.to_string(), "cannot connect: no answer within 5 s");
+        assert_eq!((error.class(), error.next_command()), (Class::Retry, None));
+        let error = client_error("cannot connect", silent(), "rediss://h", seconds);
+        assert!(error.to_string().contains("is this a port for TLS?"), "{error}");
+        let error = client_error("it broke", silent(), "rediss://h", None);
+        assert_eq!(error.to_string(), "it broke: no answer within 15 s");
+    }
 
     #[test]
     fn errors_that_heal_are_retried() {
