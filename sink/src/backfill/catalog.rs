@@ -5,6 +5,7 @@ use walmirror_proto::pb;
 
 use super::sql::{Sql, explain};
 use crate::error::Error;
+use crate::pq::quote_literal;
 
 /// All labelled tables.
 #[derive(Debug, Default)]
@@ -24,18 +25,26 @@ pub struct Misfit {
     pub oid: u32,
     /// Its schema and name.
     pub table: String,
+    /// The same as SQL writes it.
+    quoted: String,
     problem: String,
 }
 
 impl Misfit {
     /// What is wrong, and what to do about it.
     pub fn error(&self) -> Error {
-        let Self { table, problem, .. } = self;
+        let Self {
+            table,
+            quoted,
+            problem,
+            ..
+        } = self;
+        let quoted = quote_literal(quoted);
         Error::config(format!(
             "the label of the table {table} does not fit it: {problem}"
         ))
         .next(format!(
-            "SELECT walmirror.unmirror('{table}');   -- and walmirror.mirror() with what it has now"
+            "SELECT walmirror.unmirror({quoted});   -- and walmirror.mirror() with what it has now"
         ))
     }
 }
@@ -44,7 +53,8 @@ impl Catalog {
     /// Reads `walmirror.relations()`.
     pub(crate) fn read(sql: &mut Sql, wishes: u64) -> Result<Self, Error> {
         let statement = "SELECT relation, oidsend(oid), (SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
-                         WHERE c.oid = r.oid), problem FROM walmirror.relations() r";
+                         WHERE c.oid = r.oid), problem, \
+                         (SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = r.oid) FROM walmirror.relations() r";
         let result = sql
             .connection
             .query_binary(statement, &[])
@@ -62,6 +72,7 @@ impl Catalog {
                 catalog.misfits.push(Misfit {
                     oid: u32::from_be_bytes(*oid),
                     table: row.text(2).unwrap_or_default().to_owned(),
+                    quoted: row.text(4).unwrap_or_default().to_owned(),
                     problem: row.text(3).unwrap_or_default().to_owned(),
                 });
             }

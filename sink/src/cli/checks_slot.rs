@@ -2,8 +2,9 @@
 
 use super::checks::Outcome;
 use crate::config::SlotName;
-use crate::pq::{Connection, PqError};
+use crate::pq::{Connection, PqError, Target};
 use crate::replication::{Retained, SlotInfo, slot::PLUGIN};
+use crate::shell::double_quoted;
 
 /// Whether the slot can be streamed from by walmirror; shared by `init`.
 pub fn slot_outcome(slot: &SlotName, info: Option<&SlotInfo>, database: &str) -> Outcome {
@@ -51,6 +52,11 @@ pub fn slot_outcome(slot: &SlotName, info: Option<&SlotInfo>, database: &str) ->
                 .map(|pid| format!(", in use by process {pid}"))
                 .unwrap_or_default();
             let state = format!("{slot}: confirmed {at}, WAL {}{user}", status.unwrap_or("?"));
+            let database = Target {
+                database: database.to_owned(),
+                ..Target::default()
+            };
+            let connection = double_quoted(&format!("{database} replication=database"));
             match info.failover {
                 None => Outcome::Ok(state),
                 Some(true) => Outcome::Ok(format!("{state}, failover slot")),
@@ -59,7 +65,7 @@ pub fn slot_outcome(slot: &SlotName, info: Option<&SlotInfo>, database: &str) ->
                         "{state}; no failover slot: after a promotion it is gone, and the mirror is made anew"
                     ),
                     Some(format!(
-                        "psql \"dbname={database} replication=database\" -c 'ALTER_REPLICATION_SLOT {slot} (FAILOVER)'   # while no sink runs"
+                        "psql {connection} -c 'ALTER_REPLICATION_SLOT {slot} (FAILOVER)'   # while no sink runs"
                     )),
                 ),
             }

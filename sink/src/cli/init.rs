@@ -12,6 +12,7 @@ use crate::plan::RedisKeys;
 use crate::pq::{Connection, connect_failed};
 use crate::redis::{self, Claim, Identity};
 use crate::replication::{self, slot::PLUGIN};
+use crate::shell::{single_quoted, word};
 use crate::shutdown::Shutdown;
 
 /// Does it. A failed check ends it before anything is changed.
@@ -61,7 +62,9 @@ pub fn run(options: &Options, shutdown: &Shutdown) -> Result<(), Error> {
         .as_ref()
         .map_or_else(|| "redis://localhost:6379".to_owned(), ToString::to_string);
     say(format!(
-        "  walmirror run --postgres '{conninfo}' --redis {redis} --slot {slot}"
+        "  walmirror run --postgres {} --redis {} --slot {slot}",
+        single_quoted(&conninfo.to_string()),
+        word(&redis)
     ))
 }
 

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::shell::word;
+
 const MASK: &str = "***";
 
 /// A libpq connection string. `Display` and `Debug` hide the passwords in it.
@@ -56,8 +58,8 @@ impl RedisUrl {
             .strip_prefix("redis+unix://")
             .or_else(|| self.0.strip_prefix("unix://"));
         match socket.map(|rest| rest.split('?').next().unwrap_or(rest)) {
-            Some(path) => format!("redis-cli -s {path}"),
-            None => format!("redis-cli -u {self}"),
+            Some(path) => format!("redis-cli -s {}", word(path)),
+            None => format!("redis-cli -u {}", word(&self.to_string())),
         }
     }
 

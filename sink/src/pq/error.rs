@@ -1,5 +1,6 @@
 //! What libpq and the server say when something fails, and what to do about it.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use crate::error::Class;
@@ -66,9 +67,20 @@ impl fmt::Display for Target {
         let mut first = true;
         for (keyword, value) in parts.into_iter().filter(|(_, value)| !value.is_empty()) {
             let space = if std::mem::take(&mut first) { "" } else { " " };
+            let value = quoted(value);
             write!(f, "{space}{keyword}={value}")?;
         }
         Ok(())
+    }
+}
+
+/// A value as it stands in a connection string.
+fn quoted(value: &str) -> Cow<'_, str> {
+    if value.contains(|sign: char| sign.is_ascii_whitespace() || matches!(sign, '\'' | '\\')) {
+        let escaped = value.replace('\\', r"\\").replace('\'', r"\'");
+        Cow::Owned(format!("'{escaped}'"))
+    } else {
+        Cow::Borrowed(value)
     }
 }
 
@@ -347,6 +359,20 @@ mod tests {
             };
             assert_eq!(error.class(), class, "{sqlstate}");
         }
+    }
+
+    #[test]
+    fn a_target_is_a_connection_string_whatever_the_names_are() {
+        let target = Target {
+            host: "/run/pg".into(),
+            user: "o'neil".into(),
+            database: r"my \db".into(),
+            ..Target::default()
+        };
+        assert_eq!(
+            target.to_string(),
+            r"host=/run/pg user='o\'neil' dbname='my \\db'"
+        );
     }
 
     #[test]

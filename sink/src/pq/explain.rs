@@ -3,6 +3,7 @@
 use super::error::{ErrorKind, PqError};
 use super::quote_identifier;
 use crate::error::Error;
+use crate::shell::{double_quoted, word};
 
 /// Makes an [`Error`] out of a failed [`super::Connection::connect`].
 pub fn connect_failed(source: PqError) -> Error {
@@ -23,30 +24,32 @@ pub fn next_after_connect(source: &PqError) -> Option<String> {
         if value.is_empty() {
             String::new()
         } else {
-            format!(" {flag} {value}")
+            format!(" {flag} {}", word(value))
         }
     };
+    let connection = double_quoted(&target.to_string());
     let at = flag("-h", &target.host) + &flag("-p", &target.port);
     Some(match (source.kind, source.sqlstate.as_deref()) {
         (ErrorKind::Settings, _) if source.message.contains("no password supplied") => {
-            format!("psql \"{target}\"   # put the password that works into ~/.pgpass, or into PGPASSWORD")
+            format!("psql {connection}   # put the password that works into ~/.pgpass, or into PGPASSWORD")
         }
         (ErrorKind::Settings, _) if source.message.contains("certificate") => {
-            format!("psql \"{target} sslmode=verify-full\"   # sslrootcert names the authorities to trust; the server's certificate is ssl_cert_file there")
+            let connection = double_quoted(&format!("{target} sslmode=verify-full"));
+            format!("psql {connection}   # sslrootcert names the authorities to trust; the server's certificate is ssl_cert_file there")
         }
         (ErrorKind::Settings, _) => {
             "walmirror doctor --postgres 'host=localhost port=5432 dbname=mydb user=me'   # or postgresql://me@localhost/mydb".into()
         }
         (_, Some("28P01")) => {
-            format!("psql \"{target}\"   # put the password that works into ~/.pgpass, or into PGPASSWORD")
+            format!("psql {connection}   # put the password that works into ~/.pgpass, or into PGPASSWORD")
         }
         (_, Some("28000")) if source.message.contains("does not exist") => {
-            format!("createuser --replication{at} {}", target.user)
+            format!("createuser --replication{at} {}", word(&target.user))
         }
         (_, Some("28000")) => {
             "SELECT * FROM pg_hba_file_rules;   -- a rule for this role is missing; then SELECT pg_reload_conf();".into()
         }
-        (_, Some("3D000")) => format!("createdb{at} {}", target.database),
+        (_, Some("3D000")) => format!("createdb{at} {}", word(&target.database)),
         (_, Some("42501")) if source.message.contains("permission denied for database") => {
             let (database, role) = (quote_identifier(&target.database), quote_identifier(&target.user));
             format!("GRANT CONNECT ON DATABASE {database} TO {role};")
@@ -54,6 +57,6 @@ pub fn next_after_connect(source: &PqError) -> Option<String> {
         // Apart from that, only a replication connection asks for a right this early.
         (_, Some("42501")) => format!("ALTER ROLE {} REPLICATION;", quote_identifier(&target.user)),
         (_, Some("53300")) => "SHOW max_connections;   -- for the stream, max_wal_senders counts too".into(),
-        _ => format!("pg_isready -d \"{target}\""),
+        _ => format!("pg_isready -d {connection}"),
     })
 }

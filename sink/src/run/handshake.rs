@@ -15,6 +15,7 @@ use crate::replication::slot::PLUGIN;
 use crate::replication::{
     History, SlotInfo, Stream, create_slot, drop_slot, history, identify_system, slot_info,
 };
+use crate::shell::word;
 
 /// What a session begins with.
 pub(super) struct Handshake {
@@ -215,7 +216,10 @@ fn check_database(sql: &mut Postgres) -> Result<(), Error> {
         return Err(Error::setup(format!(
             "the database {database:?} does not have the extension walmirror"
         ))
-        .next(format!("psql -d {database} -c 'CREATE EXTENSION walmirror'")));
+        .next(format!(
+            "psql -d {} -c 'CREATE EXTENSION walmirror'",
+            word(&database)
+        )));
     }
     if result.text(0, 1) == Some("t") {
         // In the middle of a failover: nothing can be written there, markers neither, until it is promoted.
