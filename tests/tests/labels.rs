@@ -343,6 +343,22 @@ fn a_label_that_does_not_fit_concerns_its_table_alone() {
         })
         .then_some(())
     });
+    let (code, told) = m.run(&["doctor"]);
+    assert_eq!(code, Some(3), "{told}");
+    assert!(
+        told.contains("FAIL  labels                   the label of the table public.t does not fit it")
+            && told.contains("next: SELECT walmirror.unmirror('public.t')"),
+        "{told}"
+    );
+    let (_, told) = m.run(&["status"]);
+    let marked: Vec<&str> = told
+        .lines()
+        .filter(|line| line.contains("NOT MIRRORED"))
+        .collect();
+    assert!(
+        marked.len() == 1 && marked[0].contains("table        t "),
+        "{told}"
+    );
     assert_eq!(m.redis.keys(), ["t:1", "u:1"]);
     let (code, output) = m.run(&["verify"]);
     assert_eq!(code, Some(2), "{output}");

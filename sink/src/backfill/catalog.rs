@@ -5,7 +5,7 @@ use walmirror_proto::pb;
 
 use super::sql::{Sql, explain};
 use crate::error::Error;
-use crate::pq::quote_literal;
+use crate::pq::{Connection, quote_literal};
 
 /// All labelled tables.
 #[derive(Debug, Default)]
@@ -27,7 +27,8 @@ pub struct Misfit {
     pub table: String,
     /// The same as SQL writes it.
     quoted: String,
-    problem: String,
+    /// Why.
+    pub problem: String,
 }
 
 impl Misfit {
@@ -52,17 +53,21 @@ impl Misfit {
 impl Catalog {
     /// Reads `walmirror.relations()`.
     pub(crate) fn read(sql: &mut Sql, wishes: u64) -> Result<Self, Error> {
+        Ok(Self {
+            wishes,
+            ..Self::read_from(&mut sql.connection)?
+        })
+    }
+
+    /// The same for whoever has a connection without the settings of a backfill.
+    pub(crate) fn read_from(connection: &mut Connection) -> Result<Self, Error> {
         let statement = "SELECT relation, oidsend(oid), (SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
                          WHERE c.oid = r.oid), problem, \
                          (SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = r.oid) FROM walmirror.relations() r";
-        let result = sql
-            .connection
+        let result = connection
             .query_binary(statement, &[])
             .map_err(|error| explain("cannot list the mirrored tables", error))?;
-        let mut catalog = Self {
-            wishes,
-            ..Self::default()
-        };
+        let mut catalog = Self::default();
         for row in result.rows() {
             if let Some(bytes) = row.get(0) {
                 let relation = pb::Relation::decode(bytes)

@@ -25,7 +25,7 @@ use std::time::Duration;
 
 use walmirror_proto::key::KeyTemplate;
 
-pub use catalog::Catalog;
+pub use catalog::{Catalog, Misfit};
 pub use chunk::{Chunk, Content, PackedRows, Window};
 pub use cursor::{Cursor, Stage};
 pub use worker::{Context, Role, work};

@@ -103,6 +103,11 @@ pub fn postgres(conninfo: &Conninfo, slot: &SlotName) -> Result<Vec<Check>, Erro
         free(connection, info.as_ref())
     }));
     checks.push(run("mirrored tables", &mut connection, tables::tables));
+    checks.push(Check {
+        name: "labels",
+        outcome: tables::labels(&mut connection)
+            .unwrap_or_else(|error| Outcome::Note(format!("cannot be looked at: {error}"), None)),
+    });
     Ok(checks)
 }
 

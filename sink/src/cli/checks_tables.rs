@@ -1,6 +1,9 @@
 //! Checks of the mirrored tables: may they be read, and whole.
 
 use super::checks::{Outcome, value};
+use crate::backfill::{Catalog, Misfit};
+use crate::config::Conninfo;
+use crate::error::Error;
 use crate::pq::{Connection, PqError, quote_identifier};
 
 const NO_EXTENSION: &str = "needs the extension";
@@ -11,6 +14,39 @@ fn has_extension(connection: &mut Connection) -> Result<bool, PqError> {
         "SELECT 1 FROM pg_catalog.pg_extension WHERE extname = 'walmirror'",
     )?
     .is_empty())
+}
+
+/// Whether every label fits its table: DDL may have passed while event triggers were off.
+pub fn labels(connection: &mut Connection) -> Result<Outcome, Error> {
+    let failed = |error| Error::postgres("cannot look for the extension", error);
+    if !has_extension(connection).map_err(failed)? {
+        return Ok(Outcome::Note(NO_EXTENSION.into(), None));
+    }
+    let misfits = Catalog::read_from(connection)?.misfits;
+    let errors: Vec<Error> = misfits.iter().map(Misfit::error).collect();
+    let Some(first) = errors.first() else {
+        return Ok(Outcome::Ok("every label fits its table".into()));
+    };
+    let text: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    Ok(Outcome::Fail(
+        text.join("; "),
+        first.next_command().unwrap_or_default().to_owned(),
+    ))
+}
+
+/// The key templates of the mirrored tables; none where they cannot be asked for, which another check says.
+pub fn templates(conninfo: &Conninfo) -> Vec<String> {
+    let Ok(mut connection) = Connection::connect(conninfo.expose(), &[]) else {
+        return Vec::new();
+    };
+    let result = connection.query("SELECT DISTINCT key FROM walmirror.mirrors ORDER BY 1", &[]);
+    let Ok(result) = result else {
+        return Vec::new();
+    };
+    result
+        .rows()
+        .filter_map(|row| row.text(0).map(str::to_owned))
+        .collect()
 }
 
 /// A backfill reads as this role: policies would hide rows from it.

@@ -7,6 +7,7 @@ use walmirror_proto::Lsn;
 use super::args::StatusArgs;
 use super::checks_redis::connect;
 use super::say;
+use crate::backfill::Catalog;
 use crate::config::{Options, RedisUrl, SlotName};
 use crate::error::Error;
 use crate::plan::RedisKeys;
@@ -33,6 +34,8 @@ struct Table {
     mode: String,
     value: String,
     key: String,
+    /// Why its label does not fit it, if that is so: then it is not mirrored.
+    problem: Option<String>,
 }
 
 /// What Redis says.
@@ -79,14 +82,22 @@ fn ask_postgres(conninfo: &str, slot: &SlotName) -> Result<Postgres, Error> {
     let mut tables = Vec::new();
     if there.text(0, 0).is_some() {
         let sql = "SELECT oid, relation, mode, value, key FROM walmirror.mirrors ORDER BY relation::text";
+        let misfits = Catalog::read_from(&mut connection)?.misfits;
+        let problem = |oid: u32| misfits.iter().find(|misfit| misfit.oid == oid);
         let result = connection.query(sql, &[]).map_err(failed)?;
         let text = |row: crate::pq::Row<'_>, column| row.text(column).unwrap_or_default().to_owned();
-        tables.extend(result.rows().map(|row| Table {
-            oid: row.parse(0).unwrap_or(0),
-            name: text(row, 1),
-            mode: text(row, 2),
-            value: text(row, 3),
-            key: text(row, 4),
+        tables.extend(result.rows().map(|row| {
+            Table {
+                oid: row.parse(0).unwrap_or(0),
+                name: text(row, 1),
+                mode: text(row, 2),
+                value: text(row, 3),
+                key: text(row, 4),
+                problem: row
+                    .parse(0)
+                    .and_then(problem)
+                    .map(|misfit| misfit.problem.clone()),
+            }
         }));
     }
     Ok(Postgres {
@@ -170,11 +181,16 @@ fn print(slot: &SlotName, postgres: Option<&Postgres>, redis: Option<&Redis>) ->
         .map(|postgres| postgres.tables.as_slice())
         .unwrap_or_default()
     {
-        let backfill = redis.map_or(String::new(), |_| backfill(cursor(redis, table.oid)));
+        let state = match &table.problem {
+            Some(problem) => {
+                format!("   NOT MIRRORED, its label does not fit: {problem}   (walmirror doctor)")
+            }
+            None => redis.map_or(String::new(), |_| backfill(cursor(redis, table.oid))),
+        };
         line(
             "table",
             format!(
-                "{}  {} {} {}{backfill}",
+                "{}  {} {} {}{state}",
                 table.name, table.mode, table.value, table.key
             ),
         )?;
@@ -260,7 +276,7 @@ fn as_json(slot: &SlotName, postgres: Option<&Postgres>, redis: Option<&Redis>) 
         );
         let table = |table: &Table| {
             json!({"oid": table.oid, "table": table.name, "mode": table.mode, "value": table.value, "key": table.key,
-                   "backfill": cursor(redis, table.oid)})
+                   "backfill": cursor(redis, table.oid), "problem": table.problem})
         };
         out.insert("tables".into(), postgres.tables.iter().map(table).collect());
     }
