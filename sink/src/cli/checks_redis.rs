@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use redis::Value;
 
 use super::checks::{Check, Outcome, from_error};
+use super::checks_acl;
 use crate::config::{RedisUrl, SlotName};
 use crate::error::{Class, Error};
 use crate::plan::RedisKeys;
@@ -23,14 +24,31 @@ pub fn connect(url: &RedisUrl) -> Result<Connection, Error> {
 }
 
 /// Runs every check.
-pub fn redis(url: &RedisUrl, slot: &SlotName) -> Result<Vec<Check>, Error> {
+pub fn redis(url: &RedisUrl, slot: &SlotName, templates: &[String]) -> Result<Vec<Check>, Error> {
     let mut connection = connect(url)?;
-    let reply = match connection.call("read INFO", &[b"INFO"]) {
-        Ok(reply) => reply,
+    let mut checks = match connection.call("read INFO", &[b"INFO"]) {
+        Ok(reply) => server(url, &info(&reply)),
+        // The sink itself does not need it.
+        Err(error) if error.to_string().contains("NOPERM") => vec![Check {
+            name: "Redis",
+            outcome: Outcome::Note(
+                format!("version, role and memory cannot be looked at: {error}"),
+                error.next_command().map(str::to_owned),
+            ),
+        }],
         // A connection without a password may be made and yet not be allowed anything.
         Err(error) => return Ok(vec![from_error("Redis", &error)]),
     };
-    let info = info(&reply);
+    checks.push(Check {
+        name: "Redis rights",
+        outcome: checks_acl::rights(&mut connection, slot, templates),
+    });
+    checks.push(bookkeeping(&mut connection, slot));
+    Ok(checks)
+}
+
+/// What INFO says of the server.
+fn server(url: &RedisUrl, info: &HashMap<String, String>) -> Vec<Check> {
     let get = |name: &str| info.get(name).map(String::as_str).unwrap_or_default();
     let mut checks = vec![
         Check {
@@ -55,8 +73,7 @@ pub fn redis(url: &RedisUrl, slot: &SlotName) -> Result<Vec<Check>, Error> {
         name: "Redis persistence",
         outcome: Outcome::Ok(persistence.into()),
     });
-    checks.push(bookkeeping(&mut connection, slot));
-    Ok(checks)
+    checks
 }
 
 fn version(url: &RedisUrl, version: &str) -> Outcome {

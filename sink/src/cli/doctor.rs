@@ -1,7 +1,7 @@
 //! `walmirror doctor`: every check, one line each.
 
 use super::checks::{self, Check};
-use super::{checks_redis, say};
+use super::{checks_redis, checks_tables, say};
 use crate::config::Options;
 use crate::error::{Error, exit};
 
@@ -11,17 +11,15 @@ pub fn run(options: &Options) -> Result<(), Error> {
     if options.postgres.is_none() && options.redis.is_none() {
         options.postgres()?;
     }
-    let redis = options.redis_if_given()?;
-    let postgres = options
-        .postgres
-        .as_ref()
-        .map(|conninfo| checks::postgres(conninfo, &slot));
+    let url = options.redis_if_given()?;
+    let conninfo = options.postgres.as_ref();
+    let postgres = conninfo.map(|conninfo| checks::postgres(conninfo, &slot));
     let postgres = print("server", exit::POSTGRES, postgres)?;
-    let redis = print(
-        "Redis",
-        exit::REDIS,
-        redis.map(|url| checks_redis::redis(&url, &slot)),
-    )?;
+    let templates = conninfo.map(checks_tables::templates).unwrap_or_default();
+    let redis = url
+        .as_ref()
+        .map(|url| checks_redis::redis(url, &slot, &templates));
+    let redis = print("Redis", exit::REDIS, redis)?;
     let warnings = postgres.warnings + redis.warnings;
     match postgres.failure.or(redis.failure) {
         Some(error) => Err(error),

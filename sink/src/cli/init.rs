@@ -5,7 +5,7 @@ use walmirror_proto::Lsn;
 use super::checks::{self, Outcome};
 use super::checks_slot::slot_outcome;
 use super::doctor::print;
-use super::{checks_redis, say};
+use super::{checks_redis, checks_tables, say};
 use crate::config::{Options, RedisUrl, SlotName};
 use crate::error::{Error, exit};
 use crate::plan::RedisKeys;
@@ -20,11 +20,9 @@ pub fn run(options: &Options, shutdown: &Shutdown) -> Result<(), Error> {
     let (conninfo, slot) = (options.postgres()?, options.slot());
     let redis = options.redis_if_given()?;
     let postgres = print("server", exit::POSTGRES, Some(checks::postgres(&conninfo, &slot)))?;
-    let redis_checks = print(
-        "Redis",
-        exit::REDIS,
-        redis.map(|url| checks_redis::redis(&url, &slot)),
-    )?;
+    let templates = checks_tables::templates(&conninfo);
+    let redis_checks = redis.map(|url| checks_redis::redis(&url, &slot, &templates));
+    let redis_checks = print("Redis", exit::REDIS, redis_checks)?;
     if let Some(error) = postgres.failure.or(redis_checks.failure) {
         return Err(error);
     }

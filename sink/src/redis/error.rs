@@ -35,12 +35,12 @@ pub fn class_of(code: &str, detail: Option<&str>) -> Class {
 }
 
 /// The next command for an error reply that the operator has to deal with.
-fn next_command(code: &str) -> Option<&'static str> {
-    match code {
+fn next_command(code: &str) -> Option<String> {
+    let command = match code {
         "NOAUTH" => Some("walmirror run --redis redis://user:password@host:6379/0 …"),
         "WRONGPASS" => Some("redis-cli ACL WHOAMI   # with the user and password of --redis"),
         "NOPERM" => {
-            Some("redis-cli ACL SETUSER <user> ~* +@read +@write +@transaction +@scripting +@connection")
+            return Some(rights_command("<user>"));
         }
         "WRONGTYPE" => {
             Some("redis-cli TYPE <key>   # if nobody needs it: UNLINK <key>, then start walmirror again")
@@ -50,7 +50,15 @@ fn next_command(code: &str) -> Option<&'static str> {
         }
         "DENIED" => Some("redis-cli CONFIG GET protected-mode"),
         _ => None,
-    }
+    };
+    command.map(str::to_owned)
+}
+
+/// What gives a user the rights that the sink uses, and `doctor`, which reads INFO and settings.
+pub fn rights_command(user: &str) -> String {
+    format!(
+        "redis-cli ACL SETUSER {user} ~* +@read +@write +@transaction +@scripting +@connection +info +config|get"
+    )
 }
 
 /// An error reply as an error of the sink. The detail is Redis' own text, which repeats no values.

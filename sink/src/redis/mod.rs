@@ -15,6 +15,6 @@ pub use claim::{Claim, Identity, Stored, read_stored};
 #[cfg(test)]
 pub(crate) use connection::Wire;
 pub use connection::{Connection, value_limit};
-pub use error::{class_of, reply_error, unreadable};
+pub use error::{class_of, reply_error, rights_command, unreadable};
 pub use scan::{Pages, Scan};
 pub use writer::{Applied, Refused, Segment, Writer};
