@@ -1,7 +1,7 @@
 //! `walmirror doctor`: every check, one line each.
 
 use super::checks::{self, Check};
-use super::{checks_redis, checks_tables, say};
+use super::{checks_mirror, checks_redis, checks_tables, say};
 use crate::config::Options;
 use crate::error::{Error, exit};
 
@@ -20,7 +20,11 @@ pub fn run(options: &Options) -> Result<(), Error> {
         .as_ref()
         .map(|url| checks_redis::redis(url, &slot, &templates));
     let redis = print("Redis", exit::REDIS, redis)?;
-    let warnings = postgres.warnings + redis.warnings;
+    let mut warnings = postgres.warnings + redis.warnings;
+    if let (Some(conninfo), None, None) = (conninfo, &postgres.failure, &redis.failure) {
+        let mirror = checks_mirror::mirror(conninfo, url.as_ref(), &slot);
+        warnings += print("slot and Redis", exit::POSTGRES, Some(mirror))?.warnings;
+    }
     match postgres.failure.or(redis.failure) {
         Some(error) => Err(error),
         None if warnings == 0 => say("all is well"),

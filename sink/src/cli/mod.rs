@@ -5,6 +5,7 @@ mod args;
 mod backfill;
 mod checks;
 mod checks_acl;
+mod checks_mirror;
 mod checks_redis;
 mod checks_server;
 mod checks_slot;

@@ -10,6 +10,7 @@ use crate::continuity::{Continuity, Last};
 use crate::error::Error;
 use crate::plan::RedisKeys;
 use crate::pq::{Connection as Postgres, ErrorKind, PqError, Waker};
+use crate::progress::Progress;
 use crate::redis::{Claim, Connection as Redis, Identity, read_stored};
 use crate::replication::slot::PLUGIN;
 use crate::replication::{
@@ -71,13 +72,8 @@ pub(super) fn shake(
         database: system.database.unwrap_or_default(),
     };
 
-    // Timelines only rise, and the first one has no history.
     let before = stored.progress.as_ref().map(|progress| progress.timeline);
-    let history = if before.is_some_and(|before| before < identity.timeline) {
-        history(&mut replication, identity.timeline)?
-    } else {
-        History::none()
-    };
+    let history = ancestors(&mut replication, stored.progress.as_ref(), &identity)?;
     let server = Server {
         slot: info.as_ref(),
         identity: &identity,
@@ -190,6 +186,19 @@ pub(super) fn shake(
         silence,
         horizon,
     })
+}
+
+/// The ancestors of the server's timeline, where Redis is on another one: timelines only rise, and the first one has none.
+pub(super) fn ancestors(
+    replication: &mut Postgres,
+    progress: Option<&Progress>,
+    identity: &Identity,
+) -> Result<History, Error> {
+    if progress.is_some_and(|progress| progress.timeline < identity.timeline) {
+        history(replication, identity.timeline)
+    } else {
+        Ok(History::none())
+    }
 }
 
 /// A slot that was dropped or invalidated since it was looked at: the next look sees that, and it is a gap.

@@ -12,6 +12,7 @@ mod durability;
 mod handshake;
 mod health;
 mod metrics;
+mod outlook;
 mod plan_loop;
 mod planning;
 mod receiver;
@@ -26,6 +27,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 pub use health::Health;
 pub use metrics::Metrics;
+pub use outlook::{Outlook, outlook};
 pub use shared::Input;
 
 use crate::admin::Admin;
