@@ -19,6 +19,11 @@ pub fn class_of(code: &str, detail: Option<&str>) -> Class {
         "NOAUTH" | "WRONGPASS" | "NOPERM" => Class::Access,
         "WRONGTYPE" | "DENIED" | "MOVED" | "ASK" | "CROSSSLOT" => Class::Operator,
         _ if detail.is_some_and(|text| text.contains("max number of clients")) => Class::Retry,
+        // WAIT and WAITAOF say READONLY in words of their own: the master was made a replica.
+        _ if detail.is_some_and(|text| text.contains("cannot be used with replica instances")) => {
+            Class::Retry
+        }
+        _ if detail.is_some_and(is_of_a_proxy) => Class::Retry,
         _ if detail.is_some_and(|text| ["AUTH", "password"].iter().any(|word| text.contains(word))) => {
             Class::Access
         }
@@ -32,6 +37,22 @@ pub fn class_of(code: &str, detail: Option<&str>) -> Class {
         }
         _ => Class::Bug,
     }
+}
+
+/// Whether the words are those of something between the sink and Redis, which has no answer of it: as if the connection broke.
+/// Envoy and twemproxy speak like that. Any other ERR is about the command itself, and the same whenever it is sent.
+fn is_of_a_proxy(text: &str) -> bool {
+    let text = text.to_ascii_lowercase();
+    [
+        "upstream",
+        "timed out",
+        "connection refused",
+        "connection reset",
+        "server closed connection",
+        "unavailable",
+    ]
+    .iter()
+    .any(|word| text.contains(word))
 }
 
 /// The next command for an error reply that the operator has to deal with.
@@ -185,11 +206,12 @@ mod tests {
             "TRYAGAIN",
             "BUSY",
             "MASTERDOWN",
+            "NOREPLICAS",
             "NOSCRIPT",
         ] {
             assert_eq!(class_of(code, Some("x")), Class::Retry, "{code}");
         }
-        for code in ["WRONGTYPE", "CROSSSLOT"] {
+        for code in ["WRONGTYPE", "CROSSSLOT", "MOVED", "ASK", "DENIED"] {
             assert_eq!(class_of(code, Some("x")), Class::Operator, "{code}");
         }
         for code in ["NOAUTH", "WRONGPASS", "NOPERM"] {
@@ -199,10 +221,39 @@ mod tests {
             class_of("ERR", Some("max number of clients reached")),
             Class::Retry
         );
-        assert_eq!(
-            class_of("ERR", Some("wrong number of arguments for 'hset' command")),
-            Class::Bug
-        );
+        for text in [
+            "wrong number of arguments for 'hset' command",
+            "syntax error",
+            "MULTI calls can not be nested",
+        ] {
+            assert_eq!(class_of("ERR", Some(text)), Class::Bug, "{text}");
+        }
         assert_eq!(class_of("ERR", Some("DB index is out of range")), Class::Operator);
+    }
+
+    /// A master that was made a replica ended the sink for good where `--durability` asks for WAIT, because that is told as no other
+    /// command tells it.
+    #[test]
+    fn a_master_that_became_a_replica_is_waited_for() {
+        for command in ["WAIT", "WAITAOF"] {
+            let text = format!(
+                "{command} cannot be used with replica instances. Please also note that writes to replicas are just local \
+                 and are not propagated."
+            );
+            assert_eq!(class_of("ERR", Some(&text)), Class::Retry, "{command}");
+        }
+    }
+
+    #[test]
+    fn what_a_proxy_says_is_as_a_broken_connection() {
+        for text in [
+            "upstream failure",
+            "no upstream host",
+            "Connection timed out",
+            "Connection refused",
+            "server closed connection",
+        ] {
+            assert_eq!(class_of("ERR", Some(text)), Class::Retry, "{text}");
+        }
     }
 }

@@ -314,3 +314,13 @@ fn a_claim_on_a_redis_that_was_emptied_writes_nothing() {
     assert_eq!(error.class(), Class::Retry);
     assert!(read_stored(&mut reader, &keys()).unwrap().progress.is_none());
 }
+
+/// A master was made a replica under `--durability replicas=N`: the sink ended with an internal error instead of waiting for the next master.
+#[test]
+fn who_waits_for_replicas_on_a_replica_tries_again() {
+    let Some(server) = Server::start() else { return };
+    let mut writer = claim(&server, Some(Lsn(1)));
+    get(&mut server.connect(), &["REPLICAOF", "127.0.0.1", "1"]);
+    let error = writer.wait_replicas(1, 1).unwrap_err();
+    assert_eq!(error.class(), Class::Retry, "{error}");
+}
