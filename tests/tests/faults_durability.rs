@@ -120,6 +120,40 @@ fn memory_is_confirmed_behind_its_window() {
     s.finish(&[]);
 }
 
+/// A failover under an idle sink that keeps its connection: the old master is made a replica of one that never got the last row. Until
+/// the new master's data arrives it holds the row and answers whatever reads, and yet the row is lost: it was confirmed, and that was a
+/// gap.
+#[test]
+fn what_a_demoted_master_holds_is_not_confirmed() {
+    let m = Mirror::with("CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t')");
+    let next = m.redis.replica();
+    m.sql("INSERT INTO t VALUES (1)");
+    m.check();
+    wait_for(DEADLINE, "the replica to have the row", || {
+        next.keys().contains(&"t:1".to_owned()).then_some(())
+    });
+    let _: String = next.command("REPLICAOF NO ONE");
+    m.sql("INSERT INTO t VALUES (2)");
+    let lost = m.db.lsn();
+    m.sync();
+    let _: String = m.redis.command(&format!("REPLICAOF 127.0.0.1 {}", next.port()));
+    // Longer than the window, and until the row is gone.
+    let start = Instant::now();
+    wait_for(DEADLINE, "the old master to hold what the new one does", || {
+        let info: String = m.redis.command("INFO replication");
+        (info.contains("master_link_status:up") && start.elapsed() > Duration::from_secs(4)).then_some(())
+    });
+    let confirmed = m.db.confirmed();
+    assert!(
+        confirmed < lost,
+        "{confirmed} is confirmed, and Redis lost {lost}"
+    );
+    let _: String = m.redis.command("REPLICAOF NO ONE");
+    m.settle();
+    let log = m.sink(|sink| sink.output());
+    assert!(log.contains("READONLY") && !log.contains("do not fit"), "{log}");
+}
+
 /// A Redis with an append-only file. None where it has no WAITAOF: tested is then that the sink says so.
 fn with_waitaof(fsync: &str) -> Option<Setup> {
     let redis = Redis::start_with(&["--appendonly", "yes", "--appendfsync", fsync]);

@@ -324,3 +324,61 @@ fn who_waits_for_replicas_on_a_replica_tries_again() {
     let error = writer.wait_replicas(1, 1).unwrap_err();
     assert_eq!(error.class(), Class::Retry, "{error}");
 }
+
+/// A replica answers whatever only reads, so an idle session went on counting as durable what a demoted master was about to lose.
+#[test]
+fn a_check_is_refused_by_who_takes_no_writes() {
+    let Some(server) = Server::start() else { return };
+    let mut reader = server.connect();
+    let faults: [(&str, &[&str], &[&str]); 2] = [
+        (
+            "READONLY",
+            &["REPLICAOF", "127.0.0.1", "1"],
+            &["REPLICAOF", "NO", "ONE"],
+        ),
+        (
+            "NOREPLICAS",
+            &["CONFIG", "SET", "min-replicas-to-write", "1"],
+            &["CONFIG", "SET", "min-replicas-to-write", "0"],
+        ),
+    ];
+    for (number, (code, cause, mend)) in (1..).zip(faults) {
+        let mut writer = claim(&server, (number == 1).then_some(Lsn(1)));
+        writer.check().unwrap();
+        get(&mut reader, cause);
+        let error = writer.check().unwrap_err();
+        assert_eq!(error.class(), Class::Retry, "{error}");
+        assert!(error.to_string().contains(code), "{error}");
+        get(&mut reader, mend);
+    }
+}
+
+#[test]
+fn a_check_changes_nothing() {
+    let Some(server) = Server::start() else { return };
+    let mut writer = claim(&server, Some(Lsn(1)));
+    let mut reader = server.connect();
+    get(&mut reader, &["CONFIG", "SET", "appendonly", "yes"]);
+    writer.apply(set(2, "a"), None, &|| false).unwrap();
+    let mut changes = || {
+        let info = get(&mut reader, &["INFO", "persistence"]);
+        let field = |name: &str| {
+            let line = info.lines().find(|line| line.starts_with(name));
+            line.unwrap_or_else(|| panic!("{name}: {info}")).to_owned()
+        };
+        [field("rdb_changes_since_last_save:"), field("aof_current_size:")]
+    };
+    let before = changes();
+    for _ in 0..20 {
+        writer.check().unwrap();
+    }
+    assert_eq!(changes(), before);
+    // It breaks neither its own WATCH nor that of anybody else.
+    let mut watcher = server.connect();
+    get(&mut watcher, &["WATCH", PROGRESS]);
+    writer.check().unwrap();
+    get(&mut watcher, &["MULTI"]);
+    get(&mut watcher, &["PING"]);
+    assert!(get(&mut watcher, &["EXEC"]).contains("PONG"));
+    assert!(writer.apply(set(3, "b"), None, &|| false).unwrap().is_some());
+}

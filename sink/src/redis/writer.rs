@@ -24,6 +24,9 @@ use crate::transaction::Commit;
 use ahead::Ahead;
 use refused::Refusals;
 
+/// A field that the progress hash never has. Removing it is refused wherever a write is, and is none: it breaks no WATCH, and goes to
+/// no replica and no append-only file.
+const NO_FIELD: &[u8] = b"-";
 /// The command that opens a transaction.
 const MULTI: &[u8] = b"*1\r\n$5\r\nMULTI\r\n";
 
@@ -217,12 +220,18 @@ impl Writer {
     }
 
     /// Asks again whether this session is still the one that may write: an idle session notices this way that Redis
-    /// went away, was emptied, or belongs to somebody else.
+    /// went away, was emptied, belongs to somebody else, or is no master any more (INVARIANT I1). A replica answers what only reads, and
+    /// will lose what its new master never had; so the first command is one that writes, and changes nothing.
     pub fn check(&mut self) -> Result<(), Error> {
         let mut commands = Commands::new();
+        commands.command(&[b"HDEL", &self.keys.progress, NO_FIELD]);
         watch(&mut commands, &self.keys);
         self.connection.send(commands.as_bytes())?;
-        self.check_watch()
+        match self.connection.receive()? {
+            Value::Int(_) => self.check_watch(),
+            Value::ServerError(reply) => Err(reply_error("Redis takes no writes", &reply)),
+            _ => Err(unreadable("HDEL")),
+        }
     }
 
     /// How many replicas have acknowledged everything so far, waited for at most so long.

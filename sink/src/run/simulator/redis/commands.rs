@@ -17,7 +17,9 @@ impl Redis {
                 Value::Int(1)
             }
             [b"HDEL", key, names @ ..] => {
-                if self.data.contains_key(*key) {
+                // What is not there is not removed, and breaks no WATCH.
+                let held = self.hash(key);
+                if held.is_some_and(|fields| names.iter().any(|name| fields.contains_key(*name))) {
                     let fields = self.fields(key);
                     names.iter().for_each(|name| _ = fields.remove(*name));
                     if fields.is_empty() {
