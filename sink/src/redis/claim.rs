@@ -7,6 +7,7 @@ use prost::Message;
 use redis::Value;
 use walmirror_proto::{Lsn, pb};
 
+use super::clients::{client_name, clients};
 use super::{Connection, unreadable};
 use crate::continuity::Last;
 use crate::error::{Class, Error};
@@ -186,28 +187,18 @@ fn load_scripts(connection: &mut Connection) -> Result<Scripts, Error> {
 }
 
 /// Closes the window in which a command that an older session has sent already could still arrive. The epoch fences it
-/// off anyway, so a Redis that does not allow this is fine.
+/// off anyway, so a Redis that does not allow this is fine. Epochs begin at 1 again when Redis is emptied, so that of another
+/// connection may be the same.
 fn kill_older(connection: &mut Connection, slot: &str, epoch: u64) {
-    let prefix = format!("walmirror:{slot}:");
-    let _ = connection.call(
-        "name the connection",
-        &[b"CLIENT", b"SETNAME", format!("{prefix}{epoch}").as_bytes()],
-    );
-    let Ok(Value::BulkString(list)) = connection.call("list the connections", &[b"CLIENT", b"LIST"]) else {
+    let name = client_name(slot, epoch);
+    let _ = connection.call("name the connection", &[b"CLIENT", b"SETNAME", name.as_bytes()]);
+    let Ok(clients) = clients(connection, slot) else {
         return;
     };
-    for line in String::from_utf8_lossy(&list).lines() {
-        let field = |name: &str| {
-            line.split(' ')
-                .find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
-        };
-        let older = field("name")
-            .and_then(|name| name.strip_prefix(&prefix)?.parse::<u64>().ok())
-            .is_some_and(|other| other < epoch);
-        if let (true, Some(id)) = (older, field("id")) {
-            tracing::info!(epoch, "ending the Redis connection of an older walmirror");
-            let _ = connection.call("end a connection", &[b"CLIENT", b"KILL", b"ID", id.as_bytes()]);
-        }
+    for client in clients.iter().filter(|client| client.epoch <= epoch) {
+        tracing::info!(epoch, "ending the Redis connection of an older walmirror");
+        let id = client.id.to_string();
+        let _ = connection.call("end a connection", &[b"CLIENT", b"KILL", b"ID", id.as_bytes()]);
     }
 }
 

@@ -2,6 +2,7 @@
 //! (the backfill's scans). Every reply is looked at, and every error is classed: try again, call the operator, or bug.
 
 mod claim;
+mod clients;
 mod connection;
 mod error;
 mod scan;

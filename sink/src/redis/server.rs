@@ -53,8 +53,13 @@ impl Server {
     }
 
     pub(crate) fn url(&self) -> RedisUrl {
+        self.url_with("")
+    }
+
+    /// With parameters, such as `?db=1`.
+    pub(crate) fn url_with(&self, parameters: &str) -> RedisUrl {
         format!(
-            "redis+unix://{}",
+            "redis+unix://{}{parameters}",
             self.directory.path().join("redis.sock").display()
         )
         .parse()

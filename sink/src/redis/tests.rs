@@ -20,12 +20,16 @@ fn keys() -> RedisKeys {
 }
 
 fn claim(server: &Server, start: Option<Lsn>) -> Writer {
+    claim_on(server.connect(), start)
+}
+
+fn claim_on(connection: Connection, start: Option<Lsn>) -> Writer {
     let identity = Identity {
         system_id: "1".into(),
         timeline: 1,
         database: "d".into(),
     };
-    let claim = Claim::take(server.connect(), &keys(), "s", &identity, start, |_| Ok(())).unwrap();
+    let claim = Claim::take(connection, &keys(), "s", &identity, start, |_| Ok(())).unwrap();
     Writer::new(claim, keys()).unwrap()
 }
 
@@ -381,4 +385,29 @@ fn a_check_changes_nothing() {
     get(&mut watcher, &["PING"]);
     assert!(get(&mut watcher, &["EXEC"]).contains("PONG"));
     assert!(writer.apply(set(3, "b"), None, &|| false).unwrap().is_some());
+}
+
+/// The same slot name in two databases of one Redis is two mirrors. Each start of one ended a connection of the other.
+#[test]
+fn a_claim_leaves_sinks_on_other_databases_alone() {
+    let Some(server) = Server::start() else { return };
+    let connect = || Connection::connect(&server.url_with("?db=1")).unwrap();
+    let mut other = claim_on(connect(), Some(Lsn(1)));
+    drop(claim(&server, Some(Lsn(1))));
+    drop(claim(&server, None));
+    assert!(other.apply(set(2, "a"), None, &|| false).unwrap().is_some());
+    let _new = claim_on(connect(), None);
+    assert_eq!(failed(&mut other, set(3, "b")).class(), Class::Retry);
+}
+
+/// When Redis is emptied the epochs begin at 1 again, and what the one before had sent already could still arrive.
+#[test]
+fn a_takeover_in_an_emptied_redis_ends_a_connection_of_the_same_epoch() {
+    let Some(server) = Server::start() else { return };
+    let mut old = claim(&server, Some(Lsn(1)));
+    get(&mut server.connect(), &["FLUSHALL"]);
+    let new = claim(&server, Some(Lsn(1)));
+    assert_eq!(old.epoch(), new.epoch());
+    let error = old.check().unwrap_err();
+    assert!(error.to_string().contains("broke"), "{error}");
 }
