@@ -8,6 +8,7 @@ use redis::Value;
 use walmirror_proto::{Lsn, pb};
 
 use super::clients::{client_name, clients};
+use super::connection::pairs;
 use super::{Connection, unreadable};
 use crate::continuity::Last;
 use crate::error::{Class, Error};
@@ -210,21 +211,12 @@ fn hash(connection: &mut Connection, key: &[u8]) -> Result<Fields, Error> {
         &format!("read {}", String::from_utf8_lossy(key)),
         &[b"HGETALL", key],
     )?;
-    let mut pairs = Vec::new();
-    let mut take = |field: Value, value: Value| {
-        if let (Value::BulkString(field), Value::BulkString(value)) = (field, value) {
-            pairs.push((field, value));
-        }
-    };
-    match reply {
-        Value::Array(items) => {
-            let mut items = items.into_iter();
-            while let (Some(field), Some(value)) = (items.next(), items.next()) {
-                take(field, value);
-            }
-        }
-        Value::Map(items) => items.into_iter().for_each(|(field, value)| take(field, value)),
-        _ => return Err(unreadable("HGETALL")),
+    if !matches!(reply, Value::Array(_) | Value::Map(_)) {
+        return Err(unreadable("HGETALL"));
     }
-    Ok(pairs)
+    let bytes = |(field, value)| match (field, value) {
+        (Value::BulkString(field), Value::BulkString(value)) => Some((field, value)),
+        _ => None,
+    };
+    Ok(pairs(reply).into_iter().filter_map(bytes).collect())
 }

@@ -1,5 +1,6 @@
 //! A connection to Redis: the redis crate for URLs, TLS, greeting and reply parsing; commands are RESP made by `resp`.
 
+use std::sync::Once;
 use std::time::Duration;
 
 use redis::io::tcp::TcpSettings;
@@ -84,13 +85,18 @@ impl Connection {
 
     /// Runs one command; an error reply is an error, which says `what` could not be done.
     pub fn call(&mut self, what: &str, args: &[&[u8]]) -> Result<Value, Error> {
-        let mut commands = Commands::new();
-        commands.command(args);
-        self.send(commands.as_bytes())?;
-        match self.receive()? {
+        match self.ask(args)? {
             Value::ServerError(reply) => Err(reply_error(format!("Redis refuses: cannot {what}"), &reply)),
             value => Ok(value),
         }
+    }
+
+    /// Runs one command; an error reply is a value here.
+    pub fn ask(&mut self, args: &[&[u8]]) -> Result<Value, Error> {
+        let mut commands = Commands::new();
+        commands.command(args);
+        self.send(commands.as_bytes())?;
+        self.receive()
     }
 
     fn broken(&self, error: redis::RedisError) -> Error {
@@ -103,24 +109,38 @@ impl Connection {
     }
 }
 
-/// The longest value that Redis takes: a longer one would end the connection. A Redis that does not tell has the default.
+/// The longest value that Redis takes: a longer one would end the connection. A Redis that does not tell is taken to have the default.
 pub fn value_limit(connection: &mut Connection) -> Result<usize, Error> {
-    let told = setting(connection, "proto-max-bulk-len")?;
-    Ok(told
-        .and_then(|digits| digits.parse().ok())
-        .unwrap_or(crate::plan::VALUE_BYTES))
+    static SAID: Once = Once::new();
+    let told = setting(connection, "proto-max-bulk-len")?.and_then(|digits| digits.parse().ok());
+    if told.is_none() {
+        SAID.call_once(|| {
+            tracing::info!(
+                "how long a value Redis takes is not known, as this login may not ask (CONFIG GET proto-max-bulk-len): {} bytes are assumed",
+                crate::plan::VALUE_BYTES
+            );
+        });
+    }
+    Ok(told.unwrap_or(crate::plan::VALUE_BYTES))
 }
 
 /// What CONFIG GET says; None where it says nothing, as where the login may not ask.
-pub(super) fn setting(connection: &mut Connection, name: &str) -> Result<Option<String>, Error> {
-    let mut commands = Commands::new();
-    commands.command(&[b"CONFIG", b"GET", name.as_bytes()]);
-    connection.send(commands.as_bytes())?;
-    Ok(match connection.receive()? {
-        Value::Array(items) => match items.into_iter().nth(1) {
-            Some(Value::BulkString(text)) => String::from_utf8(text).ok(),
-            _ => None,
-        },
+pub fn setting(connection: &mut Connection, name: &str) -> Result<Option<String>, Error> {
+    let fields = pairs(connection.ask(&[b"CONFIG", b"GET", name.as_bytes()])?);
+    Ok(fields.into_iter().next().and_then(|(_, value)| match value {
+        Value::BulkString(text) => String::from_utf8(text).ok(),
         _ => None,
-    })
+    }))
+}
+
+/// What RESP3 answers as a map, and RESP2 as an array of names and values; anything else is empty.
+pub(super) fn pairs(reply: Value) -> Vec<(Value, Value)> {
+    match reply {
+        Value::Map(pairs) => pairs,
+        Value::Array(items) => {
+            let mut items = items.into_iter();
+            std::iter::from_fn(|| Some((items.next()?, items.next()?))).collect()
+        }
+        _ => Vec::new(),
+    }
 }

@@ -411,3 +411,29 @@ fn a_takeover_in_an_emptied_redis_ends_a_connection_of_the_same_epoch() {
     let error = old.check().unwrap_err();
     assert!(error.to_string().contains("broke"), "{error}");
 }
+
+/// RESP3 has maps and texts where RESP2 has arrays and strings: limits were not read, and older connections not found.
+#[test]
+fn everything_is_the_same_in_resp3() {
+    let Some(server) = Server::start() else { return };
+    let connect = || Connection::connect(&server.url_with("?protocol=resp3")).unwrap();
+    let mut reader = connect();
+    get(&mut reader, &["CONFIG", "SET", "proto-max-bulk-len", "2097152"]);
+    assert_eq!(value_limit(&mut reader).unwrap(), 2_097_152);
+    get(&mut reader, &["CONFIG", "SET", "appendfsync", "no"]);
+    let mut old = claim_on(connect(), Some(Lsn(1)));
+    assert!(old.never_syncs().unwrap());
+    assert!(old.apply(set(2, "a"), None, &|| false).unwrap().is_some());
+    let mut new = claim_on(connect(), None);
+    let error = failed(&mut old, set(3, "a"));
+    assert!(error.to_string().contains("broke"), "{error}");
+    assert!(new.apply(set(3, "a"), None, &|| false).unwrap().is_some());
+    new.check().unwrap();
+    let mut scan = Scan::of_prefix(b"a");
+    assert_eq!(scan.page(&mut reader).unwrap(), Some(vec![b"a".to_vec()]));
+    let stored = read_stored(&mut reader, &keys()).unwrap().progress.unwrap();
+    assert_eq!((stored.lsn, stored.epoch), (Lsn(3), 2));
+    // A login that may not ask is taken to have the default, and that is said.
+    get(&mut reader, &["ACL", "SETUSER", "default", "-config"]);
+    assert_eq!(value_limit(&mut reader).unwrap(), crate::plan::VALUE_BYTES);
+}
