@@ -7,7 +7,7 @@
     clippy::indexing_slicing
 )]
 
-use walmirror_tests::{DEADLINE, Mirror, Sink};
+use walmirror_tests::{DEADLINE, Db, Mirror, Pg, Redis, Sink, wait_for};
 
 const TABLE: &str = "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT i, 'v' FROM generate_series(1, 500) i; \
     SELECT walmirror.mirror('t')";
@@ -106,7 +106,7 @@ fn a_second_sink_waits_and_takes_over_when_the_first_is_gone() {
     m.sink(Sink::kill);
     m.sql("INSERT INTO t VALUES (1001, 'by the second')");
     let target = m.db.lsn();
-    walmirror_tests::wait_for(DEADLINE, format!("the second sink to reach {target}"), || {
+    wait_for(DEADLINE, format!("the second sink to reach {target}"), || {
         second.assert_running();
         m.progress().filter(|&lsn| lsn >= target)
     });
@@ -116,4 +116,42 @@ fn a_second_sink_waits_and_takes_over_when_the_first_is_gone() {
     second.kill();
     m.sql("INSERT INTO t VALUES (1002, 'by the first again')");
     m.check();
+}
+
+/// A single key fits a cluster, and so did the first claim: the slot was made, tables were reported filled, and the first batch with
+/// rows ended it. Now it is refused before anything is made anywhere.
+#[test]
+fn a_redis_cluster_is_refused_before_a_slot_is_made() {
+    let redis = Redis::start_with(&["--cluster-enabled", "yes"]);
+    let m = Mirror::between(Db::create(Pg::shared()), redis);
+    m.sql(TABLE);
+    // Nobody serves its slots: that heals.
+    let (code, output) = m.run(&["run", "--once"]);
+    assert_eq!(code, Some(5), "{output}");
+    assert!(output.contains("CLUSTERDOWN"), "{output}");
+    let _: String = m.redis.command("CLUSTER ADDSLOTSRANGE 0 16383");
+    wait_for(DEADLINE, "the cluster to be up", || {
+        let info: String = m.redis.command("CLUSTER INFO");
+        info.contains("cluster_state:ok").then_some(())
+    });
+    let (code, output) = m.run(&["run"]);
+    assert_eq!(code, Some(4), "{output}");
+    assert!(
+        output.contains("this is a Redis Cluster") && output.contains("next: "),
+        "{output}"
+    );
+    let slots = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = current_database()";
+    assert_eq!(m.db.value(slots), "0");
+    assert_eq!(m.redis.command::<i64>("DBSIZE"), 0);
+}
+
+#[test]
+fn an_eviction_policy_is_said_at_the_start() {
+    let redis = Redis::start_with(&["--maxmemory", "1gb", "--maxmemory-policy", "allkeys-lru"]);
+    let m = Mirror::between(Db::create(Pg::shared()), redis);
+    m.sql(TABLE);
+    m.start();
+    m.settle();
+    let log = m.sink(|sink| sink.output());
+    assert_eq!(log.matches("maxmemory-policy is allkeys-lru").count(), 1, "{log}");
 }

@@ -9,7 +9,7 @@ use super::checks_acl;
 use crate::config::{RedisUrl, SlotName};
 use crate::error::{Class, Error};
 use crate::plan::RedisKeys;
-use crate::redis::Connection;
+use crate::redis::{CLUSTER, Connection, evicts};
 
 /// Connects, and gives the next command where that fails.
 pub fn connect(url: &RedisUrl) -> Result<Connection, Error> {
@@ -89,10 +89,7 @@ fn version(url: &RedisUrl, version: &str) -> Outcome {
 
 fn role(role: &str, mode: &str) -> Outcome {
     match (role, mode) {
-        (_, "cluster") => Outcome::Fail(
-            "this is a Redis Cluster, which is not supported yet".into(),
-            "redis-cli INFO cluster   # give the URL of a single Redis".into(),
-        ),
+        (_, "cluster") => Outcome::Fail(CLUSTER.0.into(), CLUSTER.1.into()),
         ("slave", _) => Outcome::Fail(
             "this is a replica, which takes no writes".into(),
             "redis-cli INFO replication   # give the URL of the master".into(),
@@ -101,9 +98,8 @@ fn role(role: &str, mode: &str) -> Outcome {
     }
 }
 
-/// A mirror that loses keys to eviction is no mirror, and neither is a progress key that was evicted.
 fn memory(limit: &str, policy: &str) -> Outcome {
-    if limit == "0" || policy == "noeviction" {
+    if !evicts(limit, policy) {
         return Outcome::Ok(format!("maxmemory {limit}, policy {policy}"));
     }
     Outcome::Fail(

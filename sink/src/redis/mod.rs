@@ -5,6 +5,7 @@ mod claim;
 mod clients;
 mod connection;
 mod error;
+mod role;
 mod scan;
 #[cfg(test)]
 pub(crate) mod server;
@@ -17,5 +18,6 @@ pub use claim::{Claim, Identity, Stored, read_stored};
 pub(crate) use connection::Wire;
 pub use connection::{Connection, value_limit};
 pub use error::{class_of, reply_error, rights_command, unreadable};
+pub use role::{CLUSTER, eviction, evicts, require_master};
 pub use scan::{Pages, Scan};
 pub use writer::{Applied, Refused, Segment, Writer};

@@ -437,3 +437,41 @@ fn everything_is_the_same_in_resp3() {
     get(&mut reader, &["ACL", "SETUSER", "default", "-config"]);
     assert_eq!(value_limit(&mut reader).unwrap(), crate::plan::VALUE_BYTES);
 }
+
+#[test]
+fn a_replica_is_waited_for_and_an_eviction_policy_is_told() {
+    let Some(server) = Server::start() else { return };
+    let mut reader = server.connect();
+    require_master(&mut reader).unwrap();
+    get(&mut reader, &["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"]);
+    assert_eq!(eviction(&mut reader).unwrap(), None);
+    get(&mut reader, &["CONFIG", "SET", "maxmemory", "1gb"]);
+    assert_eq!(eviction(&mut reader).unwrap().as_deref(), Some("allkeys-lru"));
+    get(&mut reader, &["REPLICAOF", "127.0.0.1", "1"]);
+    assert_eq!(require_master(&mut reader).unwrap_err().class(), Class::Retry);
+}
+
+/// The rights that an error names as the next command are all that a sink needs.
+#[test]
+fn the_rights_that_are_recommended_are_enough() {
+    let Some(server) = Server::start() else { return };
+    let rights = [
+        "~*",
+        "+@read",
+        "+@write",
+        "+@transaction",
+        "+@scripting",
+        "+@connection",
+    ];
+    let user = [&["ACL", "SETUSER", "default", "resetkeys", "-@all"], &rights[..]].concat();
+    get(&mut server.connect(), &user);
+    let mut connection = server.connect();
+    require_master(&mut connection).unwrap();
+    assert_eq!(eviction(&mut connection).unwrap(), None);
+    let mut old = claim_on(connection, Some(Lsn(1)));
+    assert!(old.apply(set(2, "a"), None, &|| false).unwrap().is_some());
+    old.check().unwrap();
+    let _new = claim(&server, None);
+    let error = old.check().unwrap_err();
+    assert!(!error.to_string().contains("NOPERM"), "{error}");
+}

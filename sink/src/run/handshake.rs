@@ -1,5 +1,6 @@
 //! The beginning of a session: look at both sides, decide, make or take what is missing, and get the right to write.
 
+use std::sync::Once;
 use std::time::Duration;
 
 use walmirror_proto::Lsn;
@@ -11,7 +12,7 @@ use crate::error::Error;
 use crate::plan::RedisKeys;
 use crate::pq::{Connection as Postgres, ErrorKind, PqError, Waker};
 use crate::progress::Progress;
-use crate::redis::{Claim, Connection as Redis, Identity, read_stored};
+use crate::redis::{Claim, Connection as Redis, Identity, eviction, read_stored, require_master};
 use crate::replication::slot::PLUGIN;
 use crate::replication::{
     History, SlotInfo, Stream, create_slot, drop_slot, history, identify_system, slot_info,
@@ -53,6 +54,8 @@ pub(super) fn shake(
     let slot = config.slot.as_str();
     let mut redis = Redis::connect(&config.redis)?;
     let stored = read_stored(&mut redis, keys)?;
+    require_master(&mut redis)?;
+    warn_of_eviction(&mut redis)?;
     let extra = [("fallback_application_name", "walmirror")];
     let connect = |extra: &[(&str, &str)]| {
         Postgres::connect_interrupted_with(config.postgres.expose(), extra, interrupt.clone())
@@ -211,6 +214,20 @@ fn look_again(error: Error, slot: &str) -> Error {
         );
     }
     error
+}
+
+/// Said once, as sessions may follow each other fast.
+fn warn_of_eviction(redis: &mut Redis) -> Result<(), Error> {
+    static SAID: Once = Once::new();
+    if let Some(policy) = eviction(redis)? {
+        SAID.call_once(|| {
+            tracing::warn!(
+                next = "redis-cli CONFIG SET maxmemory-policy noeviction",
+                "maxmemory-policy is {policy}: when it is full, Redis evicts mirrored rows, or the progress key"
+            );
+        });
+    }
+    Ok(())
 }
 
 fn check_database(sql: &mut Postgres) -> Result<(), Error> {

@@ -1,0 +1,52 @@
+//! What kind of Redis this is: a mirror needs a master that is no cluster, and that evicts nothing. Asked at the start of a session, before
+//! anything is made anywhere, and by `doctor`.
+
+use redis::Value;
+
+use super::connection::{Connection, pairs, setting};
+use crate::error::{Class, Error};
+
+/// Why a Redis Cluster is refused, and the next command.
+pub const CLUSTER: (&str, &str) = (
+    "this is a Redis Cluster, which is not supported yet",
+    "redis-cli INFO cluster   # give the URL of a single Redis",
+);
+
+/// Refuses a cluster, and has the sink wait for a replica to be promoted: what that holds may be on its way still. HELLO tells it, which
+/// every login may ask; a Redis that does not know it is taken to be a single master.
+pub fn require_master(connection: &mut Connection) -> Result<(), Error> {
+    let told = pairs(connection.ask(&[b"HELLO"])?);
+    let field = |name: &str| {
+        told.iter().find_map(|(field, value)| match (field, value) {
+            (Value::BulkString(field), Value::BulkString(value)) if field == name.as_bytes() => {
+                Some(value.as_slice())
+            }
+            _ => None,
+        })
+    };
+    let what = "cannot mirror into this Redis";
+    if field("mode") == Some(b"cluster") {
+        let (why, next) = CLUSTER;
+        return Err(Error::redis(what, Class::Operator, why).next(next));
+    }
+    if field("role").is_some_and(|role| role != b"master") {
+        let why = "READONLY it is a replica, which takes no writes";
+        return Err(Error::redis(what, Class::Retry, why));
+    }
+    Ok(())
+}
+
+/// The policy by which Redis removes keys when it is full, if it does. None also where the login may not ask.
+pub fn eviction(connection: &mut Connection) -> Result<Option<String>, Error> {
+    let limit = setting(connection, "maxmemory")?;
+    let policy = setting(connection, "maxmemory-policy")?;
+    Ok(match (limit, policy) {
+        (Some(limit), Some(policy)) if evicts(&limit, &policy) => Some(policy),
+        _ => None,
+    })
+}
+
+/// A mirror that loses keys to eviction is no mirror, and neither is a progress key that was evicted.
+pub fn evicts(limit: &str, policy: &str) -> bool {
+    limit != "0" && policy != "noeviction"
+}
