@@ -19,6 +19,8 @@ pub(crate) const COMMIT_TS: &str = "commit_ts";
 pub(crate) const LAST: &str = "last_commit";
 /// The field that says that everything has to be made anew.
 pub(crate) const RESYNC: &str = "resync";
+/// The field that says that the first start is under way: there is no slot yet, or one of which nothing was streamed.
+pub(crate) const FIRST: &str = "first_start";
 /// The fields of a transaction that is applied in part.
 pub(crate) const PART_FIELDS: [&[u8]; 4] = [
     b"part_xid",
@@ -57,6 +59,8 @@ pub struct Progress {
     pub purging: Option<Purging>,
     /// Redis and the stream did not fit together, and the session that was to make everything anew has not begun to.
     pub resync: bool,
+    /// The first start is under way: whatever slot there is was made by it, and nothing was streamed from that.
+    pub first: bool,
 }
 
 /// Keys are being removed page by page, ahead of the EXEC that they go with.
@@ -160,6 +164,7 @@ impl Progress {
             cursors,
             purging: fields.get("purging").map(|text| Purging::parse(text)),
             resync: fields.contains_key(RESYNC),
+            first: fields.contains_key(FIRST),
         }))
     }
 }

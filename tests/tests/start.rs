@@ -155,3 +155,43 @@ fn an_eviction_policy_is_said_at_the_start() {
     let log = m.sink(|sink| sink.output());
     assert_eq!(log.matches("maxmemory-policy is allkeys-lru").count(), 1, "{log}");
 }
+
+/// A mirror whose slot cannot be made yet because a transaction is open, and that transaction. Nothing may be a gap.
+fn while_the_slot_is_made() -> (Mirror, postgres::Client) {
+    let m = Mirror::new();
+    m.sql(TABLE);
+    let mut open = m.db.connect();
+    open.batch_execute("BEGIN; SELECT pg_current_xact_id()").unwrap();
+    m.start_with(&["--on-gap", "fail"]);
+    let waits = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = current_database() AND confirmed_flush_lsn IS NULL";
+    wait_for(DEADLINE, "the slot to wait for the transaction", || {
+        (m.db.value(waits) == "1").then_some(())
+    });
+    (m, open)
+}
+
+/// The connection to Redis was the first thing made, and idled until the slot was there: Redis had ended it, the claim failed, and the
+/// next session found a slot without progress.
+#[test]
+fn a_first_start_outlives_its_connection_to_redis() {
+    let (m, mut open) = while_the_slot_is_made();
+    let _: i64 = m.redis.command("CLIENT KILL TYPE normal");
+    open.batch_execute("COMMIT").unwrap();
+    m.settle();
+    let log = m.sink(|sink| sink.output());
+    assert!(!log.contains("WARN"), "{log}");
+}
+
+/// The server goes on making the slot for a sink that was killed, and leaves it there.
+#[test]
+fn a_first_start_that_is_killed_goes_on() {
+    let (m, mut open) = while_the_slot_is_made();
+    m.sink(Sink::kill);
+    m.sink(Sink::restart);
+    wait_for(DEADLINE, "the next sink to wait", || {
+        m.sink(|sink| sink.output().contains("is still being made"))
+            .then_some(())
+    });
+    open.batch_execute("COMMIT").unwrap();
+    m.settle();
+}

@@ -40,12 +40,18 @@ pub fn run(options: &Options, shutdown: &Shutdown) -> Result<(), Error> {
             say(format!(
                 "creating the slot {slot}: this waits for all transactions that run now"
             ))?;
+            let identity = identity(&mut connection)?;
+            let keys = RedisKeys::new(slot.as_str());
+            // Before the slot: should this end between the two, the first `run` finds its own beginning, and no gap.
+            if let Some(url) = options.redis_if_given()? {
+                redis::begin_first(&mut redis::Connection::connect(&url)?, &keys, &identity)?;
+            }
             let lsn = replication::create_slot(&mut connection, &slot, PLUGIN, false)?;
             say(format!(
                 "created the slot {slot}: it streams what commits after {lsn}"
             ))?;
             match options.redis_if_given()? {
-                Some(url) => begin_progress(&mut connection, &url, &slot, lsn)?,
+                Some(url) => begin_progress(&url, &keys, &slot, &identity, lsn)?,
                 // A slot without progress looks like a Redis that was emptied.
                 None => say(
                     "note: without --redis the first `run` reports a gap, and --on-gap fail would refuse it",
@@ -66,25 +72,28 @@ pub fn run(options: &Options, shutdown: &Shutdown) -> Result<(), Error> {
     ))
 }
 
-/// Notes in Redis that the mirror of this slot begins here, so that the first `run` finds both sides in agreement.
-fn begin_progress(
-    connection: &mut Connection,
-    url: &RedisUrl,
-    slot: &SlotName,
-    lsn: Lsn,
-) -> Result<(), Error> {
+fn identity(connection: &mut Connection) -> Result<Identity, Error> {
     let system = replication::identify_system(connection)?;
-    let identity = Identity {
+    Ok(Identity {
         system_id: system.system_id,
         timeline: system.timeline,
         database: system.database.unwrap_or_default(),
-    };
-    let keys = RedisKeys::new(slot.as_str());
+    })
+}
+
+/// Notes in Redis that the mirror of this slot begins here, so that the first `run` finds both sides in agreement.
+fn begin_progress(
+    url: &RedisUrl,
+    keys: &RedisKeys,
+    slot: &SlotName,
+    identity: &Identity,
+    lsn: Lsn,
+) -> Result<(), Error> {
     Claim::take(
         redis::Connection::connect(url)?,
-        &keys,
+        keys,
         slot.as_str(),
-        &identity,
+        identity,
         Some(lsn),
         |_| Ok(()),
     )?;

@@ -13,7 +13,7 @@ use super::{Connection, unreadable};
 use crate::continuity::Last;
 use crate::error::{Class, Error};
 use crate::plan::{RedisKeys, Script, Scripts};
-use crate::progress::{COMMIT_TS, LAST, PART_FIELDS, PURGING, Progress, RESYNC};
+use crate::progress::{COMMIT_TS, FIRST, LAST, PART_FIELDS, PURGING, Progress, RESYNC};
 
 /// What earlier sessions left.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -143,6 +143,7 @@ impl Claim {
             command.extend(PART_FIELDS);
             command.push(PURGING);
             command.push(COMMIT_TS.as_bytes());
+            command.push(FIRST.as_bytes());
             connection.call("reset the progress", &command)?;
             fields.push(("lsn", lsn.to_string()));
             fields.push((LAST, Last::NoneSince(lsn).encode()));
@@ -172,6 +173,49 @@ impl Claim {
             scripts,
             stored,
         })
+    }
+}
+
+/// Notes, before a slot is made, that the first start is under way: making it may take as long as the longest transaction runs, and
+/// whatever ends the start meanwhile, the next one knows what it finds as its own. True: there was nothing, and now there is the note,
+/// or there was one.
+pub fn begin_first(
+    connection: &mut Connection,
+    keys: &RedisKeys,
+    identity: &Identity,
+) -> Result<bool, Error> {
+    let what = "note that the first start is under way";
+    connection.call(what, &[b"WATCH", &keys.progress])?;
+    if let Some(progress) = read_stored(connection, keys)?.progress {
+        return Ok(progress.first);
+    }
+    let timeline = identity.timeline.to_string();
+    let lsn = Lsn::INVALID.to_string();
+    let command: [&[u8]; 14] = [
+        b"HSET",
+        &keys.progress,
+        b"epoch",
+        b"0",
+        b"system_id",
+        identity.system_id.as_bytes(),
+        b"timeline",
+        timeline.as_bytes(),
+        b"database",
+        identity.database.as_bytes(),
+        b"lsn",
+        lsn.as_bytes(),
+        FIRST.as_bytes(),
+        b"1",
+    ];
+    connection.call(what, &[b"MULTI"])?;
+    connection.call(what, &command)?;
+    match connection.call(what, &[b"EXEC"])? {
+        Value::Nil => Err(Error::redis(
+            format!("cannot {what}"),
+            Class::Retry,
+            "another walmirror began at the same time",
+        )),
+        _ => Ok(true),
     }
 }
 

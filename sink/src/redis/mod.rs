@@ -13,7 +13,7 @@ pub(crate) mod server;
 mod tests;
 mod writer;
 
-pub use claim::{Claim, Identity, Stored, read_stored};
+pub use claim::{Claim, Identity, Stored, begin_first, read_stored};
 #[cfg(test)]
 pub(crate) use connection::Wire;
 pub use connection::{Connection, value_limit};

@@ -15,8 +15,9 @@ use crate::replication::{History, SlotInfo};
 pub(super) enum Decision {
     /// Go on from here.
     Resume(Lsn),
-    /// Neither has been here before: make the slot, mirror everything.
-    First,
+    /// Neither has been here before: make the slot, mirror everything. Some: an earlier attempt has made the slot, which can be used
+    /// from there on.
+    First(Option<Lsn>),
     /// They do not fit, for this reason. `slot`: the slot can be used as it is, from there on.
     Gap {
         /// For a person.
@@ -61,7 +62,7 @@ pub(super) fn decide(progress: Option<&Progress>, server: &Server<'_>, found: Op
         .and_then(|slot| slot.confirmed_flush_lsn);
     let gap = |why: String| Decision::Gap { why, slot: usable };
     match (progress, slot) {
-        (None, None) => Decision::First,
+        (None, None) => Decision::First(None),
         (None, Some(_)) => gap(
             "the slot exists, but Redis has no progress of it: it was emptied, or it is another one"
                 .to_owned(),
@@ -74,6 +75,10 @@ pub(super) fn decide(progress: Option<&Progress>, server: &Server<'_>, found: Op
             "Redis mirrors the database {:?}, this one is {:?}",
             progress.database, identity.database
         )),
+        // Of the same cluster: a slot that is there now was made since, and whatever it leaves out is read by the backfills.
+        (Some(progress), slot) if progress.first && slot.is_some() == usable.is_some() => {
+            Decision::First(usable)
+        }
         (Some(progress), None) if progress.timeline != identity.timeline => gap(format!(
             "Redis is at {} of timeline {}, the server is on timeline {} and does not have the slot: there was a failover or \
              a restore, and the slot was not kept in step",

@@ -8,11 +8,13 @@ use walmirror_proto::Lsn;
 use super::decide::{Decision, Found, Server, decide, still_fits};
 use crate::config::{OnGap, RunConfig};
 use crate::continuity::{Continuity, Last};
-use crate::error::Error;
+use crate::error::{Class, Error};
 use crate::plan::RedisKeys;
 use crate::pq::{Connection as Postgres, ErrorKind, PqError, Waker};
 use crate::progress::Progress;
-use crate::redis::{Claim, Connection as Redis, Identity, eviction, read_stored, require_master};
+use crate::redis::{
+    Claim, Connection as Redis, Identity, begin_first, eviction, read_stored, require_master,
+};
 use crate::replication::slot::PLUGIN;
 use crate::replication::{
     History, SlotInfo, Stream, create_slot, drop_slot, history, identify_system, slot_info,
@@ -99,8 +101,19 @@ pub(super) fn shake(
             }
             (lsn, None)
         }
-        Decision::First => {
-            let lsn = create_slot(&mut replication, slot, PLUGIN, false)?;
+        Decision::First(made) => {
+            // Before the slot: whatever ends this session between the two, the next one finds its own first start, and no gap.
+            if made.is_none() && !begin_first(&mut redis, keys, &identity)? {
+                let why = "another walmirror began at the same time";
+                return Err(Error::redis("cannot begin to mirror", Class::Retry, why));
+            }
+            let lsn = match made {
+                Some(lsn) => {
+                    tracing::info!(slot, %lsn, "the first start goes on: an earlier attempt has made the slot, and got no further");
+                    lsn
+                }
+                None => create_slot(&mut replication, slot, PLUGIN, false)?,
+            };
             tracing::info!(slot, %lsn, "first start: the slot is made, all mirrored tables will be backfilled");
             (lsn, Some(lsn))
         }
@@ -140,6 +153,10 @@ pub(super) fn shake(
         }
     };
 
+    if fresh.is_some() {
+        // Making a slot may have taken longer than Redis keeps a connection on which nothing is said.
+        redis = Redis::connect(&config.redis)?;
+    }
     replication.answer_within(Some(ANSWER));
     // The slot comes first: whoever holds it is alive, and is not to be fenced off.
     let streaming = if streaming { "on" } else { "off" };
@@ -268,6 +285,14 @@ fn check_slot(slot: &str, info: Option<&SlotInfo>, sql: &Postgres) -> Result<(),
             Error::setup(format!("the slot {slot:?} {other}, not to {PLUGIN}"))
                 .next("walmirror run --slot <another name> …"),
         );
+    }
+    if info.active && info.confirmed_flush_lsn.is_none() {
+        // The server goes on making it for a sink that was killed meanwhile, until all transactions of then have ended.
+        let error = PqError::new(ErrorKind::Connection, "it waits for transactions that run");
+        return Err(Error::postgres(
+            format!("the slot {slot:?} is still being made"),
+            error,
+        ));
     }
     if info.database != sql.database() {
         let database = info.database.as_deref().unwrap_or_default();

@@ -94,7 +94,7 @@ fn purging(commit: Option<u64>) -> Purging {
 
 #[test]
 fn what_fits_goes_on() {
-    assert_eq!(at_home(None, None), Decision::First);
+    assert_eq!(at_home(None, None), Decision::First(None));
     for confirmed in [5, 10] {
         assert_eq!(
             at_home(Some(&progress(10)), Some(&slot(confirmed))),
@@ -323,4 +323,31 @@ fn the_decision_holds_until_the_right_to_write_is_taken() {
     // Somebody has gone on with what the server lost when it was put back.
     assert!(fits(1, Some(progress(100))));
     assert!(!fits(1, Some(progress(101))));
+}
+
+/// The process was killed, or its connection to Redis ended, while the slot was made or just after: with `--on-gap fail` the first start
+/// ended as a gap, with nothing wrong.
+#[test]
+fn a_first_start_that_did_not_end_goes_on() {
+    let begun = Progress {
+        first: true,
+        epoch: 0,
+        ..progress(0)
+    };
+    assert_eq!(at_home(Some(&begun), None), Decision::First(None));
+    assert_eq!(
+        at_home(Some(&begun), Some(&slot(11))),
+        Decision::First(Some(Lsn(11)))
+    );
+    // What another cluster has begun is not its own, and a slot that is lost is none.
+    let other = Progress {
+        system_id: "2".into(),
+        ..begun.clone()
+    };
+    assert_gap(&at_home(Some(&other), None), None, "system identifier");
+    let lost = SlotInfo {
+        wal_status: Some("lost".into()),
+        ..slot(11)
+    };
+    assert_gap(&at_home(Some(&begun), Some(&lost)), None, "wal_status");
 }

@@ -19,7 +19,7 @@ use crate::continuity::{Continuity, Last};
 use crate::error::Error;
 use crate::gate::Gate;
 use crate::plan::RedisKeys;
-use crate::redis::{Claim, Connection, Identity, Segment, Stored, Writer, read_stored};
+use crate::redis::{Claim, Connection, Identity, Segment, Stored, Writer, begin_first, read_stored};
 use crate::replication::{History, SlotInfo};
 use crate::run::decide::{Decision, Found, Server, decide, still_fits};
 use crate::run::durability::{Seen, Trail};
@@ -106,8 +106,11 @@ pub(super) fn shake(
     );
     let (start, fresh) = match decision {
         Decision::Resume(lsn) => (lsn, None),
-        Decision::First => {
-            let lsn = Lsn(postgres.create_slot());
+        Decision::First(made) => {
+            if made.is_none() {
+                begin_first(&mut redis, &setting.keys, &identity())?;
+            }
+            let lsn = made.unwrap_or_else(|| Lsn(postgres.create_slot()));
             (lsn, Some(lsn))
         }
         Decision::Gap { why, slot } => {
@@ -123,6 +126,9 @@ pub(super) fn shake(
             }
         }
     };
+    if fresh.is_some() {
+        redis = connect(server);
+    }
     // The server never begins before what is confirmed. It begins at the start that was asked for; that it may send more
     // is what the skipping is for.
     let confirmed = postgres.slot.map_or(0, |slot| slot.confirmed);
