@@ -17,8 +17,8 @@ pub enum Class {
     Retry,
     /// A person has to change something: stop with the next command.
     Operator,
-    /// Whoever logs in is refused, or lacks a right. At the start a person has to change something; later somebody is
-    /// changing a password or a right at this moment, so that it is tried again.
+    /// Whoever logs in is refused, lacks a right, or finds the sink of another cluster in its place. At the start a person has to change
+    /// something; later somebody is changing it at this moment, so that it is tried again.
     Access,
     /// It should not be possible: stop, so that nobody builds on a wrong state.
     Bug,

@@ -195,3 +195,54 @@ fn a_first_start_that_is_killed_goes_on() {
     open.batch_execute("COMMIT").unwrap();
     m.settle();
 }
+
+/// Staging and production, each with a slot of the default name, and one Redis: each start made everything anew and ended the connection
+/// of the other, which did the same, for ever.
+#[test]
+fn a_second_cluster_under_the_same_name_leaves_the_first_alone() {
+    let production = Mirror::with(TABLE);
+    let staging = Db::create(std::sync::Arc::new(Pg::start("")));
+    staging.sql("CREATE TABLE other (id int PRIMARY KEY); SELECT walmirror.mirror('other'); INSERT INTO other VALUES (1)");
+    let (conninfo, url) = (staging.pg.conninfo(&staging.name), production.redis.url());
+    let arguments = |command| {
+        let servers = [
+            "--postgres",
+            &conninfo,
+            "--redis",
+            &url,
+            "--slot",
+            &production.db.name,
+        ];
+        [&[command][..], &servers]
+            .concat()
+            .iter()
+            .map(|&arg| arg.to_owned())
+            .collect::<Vec<_>>()
+    };
+    for (command, says) in [
+        ("run", "another cluster's sink mirrors into this Redis"),
+        ("init", "mirrors into it under this slot name"),
+        ("doctor", "mirrors into it under this slot name"),
+    ] {
+        let (code, output) = Sink::run(&arguments(command), DEADLINE);
+        assert_eq!(code, Some(4), "{output}");
+        assert!(output.contains(says) && output.contains("--slot"), "{output}");
+    }
+    assert_eq!(staging.value("SELECT count(*) FROM pg_replication_slots"), "0");
+    production.sql("INSERT INTO t VALUES (1000, 'still here')");
+    production.check();
+    let log = production.sink(|sink| sink.output());
+    assert!(!log.contains("WARN"), "{log}");
+    // Where nobody is connected the database was replaced, and `run` makes everything anew; `init` is no place for that.
+    production.sink(Sink::terminate);
+    let (code, output) = Sink::run(&arguments("init"), DEADLINE);
+    assert_eq!(code, Some(4), "{output}");
+    assert!(output.contains("UNLINK"), "{output}");
+    let mut sink = Sink::start(&arguments("run"));
+    wait_for(DEADLINE, "staging to be mirrored", || {
+        sink.assert_running();
+        (production.redis.keys() == ["other:1"]).then_some(())
+    });
+    let (code, output) = production.run(&["run"]);
+    assert_eq!(code, Some(4), "{output}");
+}

@@ -2,14 +2,16 @@
 
 use std::collections::HashMap;
 
-use redis::Value;
+use ::redis::Value;
 
 use super::checks::{Check, Outcome, from_error};
 use super::checks_acl;
-use crate::config::{RedisUrl, SlotName};
+use crate::config::{Conninfo, RedisUrl, SlotName};
 use crate::error::{Class, Error};
 use crate::plan::RedisKeys;
-use crate::redis::{CLUSTER, Connection, evicts};
+use crate::pq::Connection as Postgres;
+use crate::redis::{self, CLUSTER, Connection, Other, evicts};
+use crate::replication;
 
 /// Connects, and gives the next command where that fails.
 pub fn connect(url: &RedisUrl) -> Result<Connection, Error> {
@@ -23,8 +25,15 @@ pub fn connect(url: &RedisUrl) -> Result<Connection, Error> {
     })
 }
 
-/// Runs every check.
-pub fn redis(url: &RedisUrl, slot: &SlotName, templates: &[String]) -> Result<Vec<Check>, Error> {
+/// Runs every check; with `postgres`, also whether it is that server's mirror. `templates`: of the keys that are to be written.
+/// `begins`: what follows makes a beginning there.
+pub fn redis(
+    url: &RedisUrl,
+    slot: &SlotName,
+    templates: &[String],
+    postgres: Option<&Conninfo>,
+    begins: bool,
+) -> Result<Vec<Check>, Error> {
     let mut connection = connect(url)?;
     let mut checks = match connection.call("read INFO", &[b"INFO"]) {
         Ok(reply) => server(url, &info(&reply)),
@@ -44,6 +53,11 @@ pub fn redis(url: &RedisUrl, slot: &SlotName, templates: &[String]) -> Result<Ve
         outcome: checks_acl::rights(&mut connection, slot, templates),
     });
     checks.push(bookkeeping(&mut connection, slot));
+    let other = postgres.and_then(|conninfo| other(&mut connection, slot, conninfo));
+    checks.extend(other.map(|other| Check {
+        name: "Redis mirror",
+        outcome: of_another(&other, slot, begins),
+    }));
     Ok(checks)
 }
 
@@ -74,6 +88,34 @@ fn server(url: &RedisUrl, info: &HashMap<String, String>) -> Vec<Check> {
         outcome: Outcome::Ok(persistence.into()),
     });
     checks
+}
+
+/// Whose mirror it is, if it is another one's. What cannot be looked at has a check of its own.
+fn other(connection: &mut Connection, slot: &SlotName, conninfo: &Conninfo) -> Option<Other> {
+    let stored = redis::read_stored(connection, &RedisKeys::new(slot.as_str())).ok()?;
+    let mut postgres = Postgres::connect(conninfo.expose(), &[("replication", "database")]).ok()?;
+    let identity = replication::identify_system(&mut postgres).ok()?.into();
+    redis::other_cluster(connection, slot.as_str(), &identity, &stored).ok()?
+}
+
+fn of_another(other: &Other, slot: &SlotName, begins: bool) -> Outcome {
+    let key = RedisKeys::new(slot.as_str()).progress;
+    let unlink = format!("redis-cli UNLINK '{}'", String::from_utf8_lossy(&key));
+    let name = &other.name;
+    match (other.is_connected, begins) {
+        (true, _) => Outcome::Fail(
+            format!("the sink of {name} mirrors into it under this slot name"),
+            "walmirror … --slot <another name>   # or another Redis database: redis://host:6379/1".into(),
+        ),
+        (false, true) => Outcome::Fail(
+            format!("it holds the mirror of {name} under this slot name"),
+            format!("walmirror … --slot <another name>   # or, if that one is gone: {unlink}"),
+        ),
+        (false, false) => Outcome::Warn(
+            format!("it holds the mirror of {name} under this slot name: `run` makes everything anew"),
+            "walmirror … --slot <another name>   # if that one is still in use".into(),
+        ),
+    }
 }
 
 fn version(url: &RedisUrl, version: &str) -> Outcome {

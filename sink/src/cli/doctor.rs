@@ -18,7 +18,7 @@ pub fn run(options: &Options) -> Result<(), Error> {
     let templates = conninfo.map(checks_tables::templates).unwrap_or_default();
     let redis = url
         .as_ref()
-        .map(|url| checks_redis::redis(url, &slot, &templates));
+        .map(|url| checks_redis::redis(url, &slot, &templates, conninfo, false));
     let redis = print("Redis", exit::REDIS, redis)?;
     let mut warnings = postgres.warnings + redis.warnings;
     if let (Some(conninfo), None, None) = (conninfo, &postgres.failure, &redis.failure) {

@@ -40,7 +40,7 @@ pub fn run(options: &Options, shutdown: &Shutdown) -> Result<(), Error> {
             say(format!(
                 "creating the slot {slot}: this waits for all transactions that run now"
             ))?;
-            let identity = identity(&mut connection)?;
+            let identity = replication::identify_system(&mut connection)?.into();
             let keys = RedisKeys::new(slot.as_str());
             // Before the slot: should this end between the two, the first `run` finds its own beginning, and no gap.
             if let Some(url) = options.redis_if_given()? {
@@ -70,15 +70,6 @@ pub fn run(options: &Options, shutdown: &Shutdown) -> Result<(), Error> {
         single_quoted(&conninfo.to_string()),
         word(&redis)
     ))
-}
-
-fn identity(connection: &mut Connection) -> Result<Identity, Error> {
-    let system = replication::identify_system(connection)?;
-    Ok(Identity {
-        system_id: system.system_id,
-        timeline: system.timeline,
-        database: system.database.unwrap_or_default(),
-    })
 }
 
 /// Notes in Redis that the mirror of this slot begins here, so that the first `run` finds both sides in agreement.

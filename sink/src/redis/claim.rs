@@ -7,13 +7,14 @@ use prost::Message;
 use redis::Value;
 use walmirror_proto::{Lsn, pb};
 
-use super::clients::{client_name, clients};
+use super::clients::{client_name, clients, require_own};
 use super::connection::pairs;
 use super::{Connection, unreadable};
 use crate::continuity::Last;
 use crate::error::{Class, Error};
 use crate::plan::{RedisKeys, Script, Scripts};
 use crate::progress::{COMMIT_TS, FIRST, LAST, PART_FIELDS, PURGING, Progress, RESYNC};
+use crate::replication::SystemInfo;
 
 /// What earlier sessions left.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -36,6 +37,16 @@ pub struct Identity {
     pub timeline: u32,
     /// The database.
     pub database: String,
+}
+
+impl From<SystemInfo> for Identity {
+    fn from(system: SystemInfo) -> Self {
+        Self {
+            system_id: system.system_id,
+            timeline: system.timeline,
+            database: system.database.unwrap_or_default(),
+        }
+    }
 }
 
 /// The right to write.
@@ -126,6 +137,7 @@ impl Claim {
                 "it was there a moment ago: Redis was emptied meanwhile",
             ));
         }
+        require_own(&mut connection, slot, identity, &stored)?;
         fits(&stored)?;
         let epoch = stored.progress.as_ref().map_or(0, |progress| progress.epoch) + 1;
         let mut fields: Vec<(&str, String)> = vec![

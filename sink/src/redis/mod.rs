@@ -14,6 +14,7 @@ mod tests;
 mod writer;
 
 pub use claim::{Claim, Identity, Stored, begin_first, read_stored};
+pub use clients::{Other, other_cluster, require_own};
 #[cfg(test)]
 pub(crate) use connection::Wire;
 pub use connection::{Connection, value_limit};

@@ -475,3 +475,30 @@ fn the_rights_that_are_recommended_are_enough() {
     let error = old.check().unwrap_err();
     assert!(!error.to_string().contains("NOPERM"), "{error}");
 }
+
+/// Staging and production under one slot name: each resync took the right to write from the other, for ever.
+#[test]
+fn the_sink_of_another_cluster_is_left_alone_as_long_as_it_is_connected() {
+    let Some(server) = Server::start() else { return };
+    let mut production = claim(&server, Some(Lsn(1)));
+    let of = |system_id: &str, database: &str| Identity {
+        system_id: system_id.into(),
+        timeline: 1,
+        database: database.into(),
+    };
+    for staging in [of("2", "d"), of("1", "e")] {
+        let take = || Claim::take(server.connect(), &keys(), "s", &staging, Some(Lsn(5)), |_| Ok(()));
+        let error = take().unwrap_err();
+        assert_eq!((error.class(), error.exit_code()), (Class::Access, 4), "{error}");
+        assert!(error.heals_later() && error.next_command().is_some(), "{error}");
+        assert!(error.to_string().contains("another cluster's sink"), "{error}");
+    }
+    assert!(production.apply(set(2, "a"), None, &|| false).unwrap().is_some());
+    drop(production);
+    // Its end may not have been noticed yet.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let staging = of("2", "d");
+    while let Err(error) = Claim::take(server.connect(), &keys(), "s", &staging, Some(Lsn(5)), |_| Ok(())) {
+        assert!(std::time::Instant::now() < deadline, "{error}");
+    }
+}

@@ -13,7 +13,7 @@ use crate::plan::RedisKeys;
 use crate::pq::{Connection as Postgres, ErrorKind, PqError, Waker};
 use crate::progress::Progress;
 use crate::redis::{
-    Claim, Connection as Redis, Identity, begin_first, eviction, read_stored, require_master,
+    Claim, Connection as Redis, Identity, begin_first, eviction, read_stored, require_master, require_own,
 };
 use crate::replication::slot::PLUGIN;
 use crate::replication::{
@@ -71,11 +71,10 @@ pub(super) fn shake(
         .map_err(|error| Error::postgres("cannot open a replication connection to Postgres", error))?;
     replication.answer_within(Some(ANSWER));
     let system = identify_system(&mut replication)?;
-    let identity = Identity {
-        system_id: system.system_id,
-        timeline: system.timeline,
-        database: system.database.unwrap_or_default(),
-    };
+    let end = system.xlogpos;
+    let identity = Identity::from(system);
+
+    require_own(&mut redis, slot, &identity, &stored)?;
 
     let before = stored.progress.as_ref().map(|progress| progress.timeline);
     let history = ancestors(&mut replication, stored.progress.as_ref(), &identity)?;
@@ -83,7 +82,7 @@ pub(super) fn shake(
         slot: info.as_ref(),
         identity: &identity,
         history: &history,
-        end: system.xlogpos,
+        end,
     };
 
     let decision = decide(stored.progress.as_ref(), &server, found);
@@ -139,7 +138,7 @@ pub(super) fn shake(
                         .progress
                         .as_ref()
                         .map_or(Lsn::INVALID, |progress| progress.lsn);
-                    outrun(&mut sql, system.xlogpos, position)?;
+                    outrun(&mut sql, end, position)?;
                     let mut lsn = create_slot(&mut replication, slot, PLUGIN, false)?;
                     // It has waited for transactions, and they have written on.
                     while outrun(&mut sql, lsn, position)? {
