@@ -120,6 +120,28 @@ fn memory_is_confirmed_behind_its_window() {
     s.finish(&[]);
 }
 
+/// `replicas=1` where there is none: the slot stood still, and nothing said why.
+#[test]
+fn what_no_replica_acknowledges_is_told() {
+    let m = Mirror::new();
+    m.sql("CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t')");
+    m.start_with(&["--durability", "replicas=1"]);
+    wait_for(2 * DEADLINE, "a warning", || {
+        m.sink(|sink| sink.output().contains("WAIT answers that 0 replicas have it"))
+            .then_some(())
+    });
+    let log = m.sink(|sink| sink.output());
+    assert!(log.contains("INFO replication"), "{log}");
+    let replica = m.redis.replica();
+    m.sql("INSERT INTO t VALUES (1)");
+    m.check();
+    let target = m.db.lsn();
+    wait_for(DEADLINE, "the slot to follow", || {
+        (m.db.confirmed() >= target).then_some(())
+    });
+    drop(replica);
+}
+
 /// A failover under an idle sink that keeps its connection: the old master is made a replica of one that never got the last row. Until
 /// the new master's data arrives it holds the row and answers whatever reads, and yet the row is lost: it was confirmed, and that was a
 /// gap.

@@ -234,15 +234,18 @@ impl Writer {
         }
     }
 
-    /// How many replicas have acknowledged everything so far, waited for at most so long.
-    pub fn wait_replicas(&mut self, count: u32, timeout_ms: u64) -> Result<bool, Error> {
+    /// How many replicas have acknowledged everything so far. `count` of them are waited for, at most so long.
+    pub fn wait_replicas(&mut self, count: u32, timeout_ms: u64) -> Result<i64, Error> {
         self.retract()?;
         let (count_text, timeout) = (count.to_string(), timeout_ms.to_string());
         let reply = self.connection.call(
             "wait for replicas",
             &[b"WAIT", count_text.as_bytes(), timeout.as_bytes()],
         )?;
-        Ok(matches!(reply, Value::Int(acknowledged) if acknowledged >= i64::from(count)))
+        match reply {
+            Value::Int(acknowledged) => Ok(acknowledged),
+            _ => Err(unreadable("WAIT")),
+        }
     }
 
     /// Whether the append-only file holds everything so far, waited for at most so long.

@@ -8,6 +8,7 @@ use walmirror_proto::Lsn;
 
 use super::metrics::add;
 use super::shared::Shared;
+use super::stalled::Stalled;
 use crate::backfill::Backfill;
 use crate::config::Durability;
 use crate::error::Error;
@@ -42,6 +43,7 @@ pub(super) fn apply(
     let mut heard = Instant::now();
     let mut waited = Instant::now();
     let mut durable = Lsn::INVALID;
+    let mut stalled = Stalled::new(waited);
     if durability == Durability::Aof {
         // A Redis that knows no WAITAOF, or has no append-only file, is told of at once and not at the first change.
         writer.wait_aof(1)?;
@@ -100,19 +102,56 @@ pub(super) fn apply(
             }
         }
         let applied = shared.applied();
-        if applied > durable && waited.elapsed() >= WAIT_EVERY && !writer.is_open() {
-            let is_durable = match durability {
-                Durability::Memory { .. } => false,
-                Durability::Replicas { count } => writer.wait_replicas(count, WAIT_MS)?,
-                Durability::Aof => writer.wait_aof(WAIT_MS)?,
-            };
-            if is_durable {
-                durable = applied;
-                shared.set_durable(applied);
+        if applied <= durable {
+            stalled.moves(Instant::now());
+        } else if waited.elapsed() >= WAIT_EVERY && !writer.is_open() {
+            waited = Instant::now();
+            match ask(&mut writer, durability)? {
+                Answer::Durable => {
+                    durable = applied;
+                    shared.set_durable(applied);
+                    stalled.moves(waited);
+                }
+                Answer::NotYet(answer) => {
+                    if let Some(time) = stalled.waits(waited) {
+                        tracing::warn!(
+                            lsn = %applied,
+                            next = "redis-cli INFO replication   # and INFO persistence; or --durability memory",
+                            "nothing has become durable in Redis for {} s: {answer}. The slot stands still, and Postgres keeps its WAL",
+                            time.as_secs()
+                        );
+                    }
+                }
+                Answer::Unasked => {}
             }
             waited = Instant::now();
         }
     }
+}
+
+/// What Redis says of whether everything so far is durable.
+enum Answer {
+    Durable,
+    /// In its own figures.
+    NotYet(String),
+    /// Memory counts by its age.
+    Unasked,
+}
+
+fn ask(writer: &mut Writer, durability: Durability) -> Result<Answer, Error> {
+    Ok(match durability {
+        Durability::Memory { .. } => Answer::Unasked,
+        Durability::Replicas { count } => match writer.wait_replicas(count, WAIT_MS)? {
+            acknowledged if acknowledged >= i64::from(count) => Answer::Durable,
+            acknowledged => Answer::NotYet(format!(
+                "WAIT answers that {acknowledged} replicas have it, and --durability asks for {count}"
+            )),
+        },
+        Durability::Aof if writer.wait_aof(WAIT_MS)? => Answer::Durable,
+        Durability::Aof => {
+            Answer::NotYet("WAITAOF answers that the append-only file on the disk does not have it".into())
+        }
+    })
 }
 
 /// Notes rows whose keys hold another type: what is there stays, and the mirror goes on without them.

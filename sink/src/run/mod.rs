@@ -20,6 +20,7 @@ mod session;
 mod shared;
 #[cfg(test)]
 mod simulator;
+mod stalled;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -76,7 +76,7 @@ fn notes_and_questions_go_before_what_was_sent_ahead() {
     apply_before(&mut writer, next, &last).unwrap();
     assert_eq!(get(&mut reader, &["EXISTS", "a", "b", "c", "d"]), "int(3)");
     // WAIT is answered only outside of a MULTI.
-    assert!(writer.wait_replicas(0, 1).unwrap());
+    assert_eq!(writer.wait_replicas(0, 1).unwrap(), 0);
     assert!(writer.apply(last, None, &|| false).unwrap().is_some());
     assert!(exists(&mut reader, "d"));
 }
