@@ -21,7 +21,7 @@ pub fn run(options: &Options, shutdown: &Shutdown) -> Result<(), Error> {
     let redis = options.redis_if_given()?;
     let postgres = print("server", exit::POSTGRES, Some(checks::postgres(&conninfo, &slot)))?;
     let templates = checks_tables::templates(&conninfo);
-    let redis_checks = redis.map(|url| checks_redis::redis(&url, &slot, &templates));
+    let redis_checks = redis.map(|url| checks_redis::redis(&url, &slot, &templates, Some(&conninfo), true));
     let redis_checks = print("Redis", exit::REDIS, redis_checks)?;
     if let Some(error) = postgres.failure.or(redis_checks.failure) {
         return Err(error);

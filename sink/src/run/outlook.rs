@@ -42,7 +42,7 @@ pub fn outlook(conninfo: &Conninfo, redis: &mut Redis, slot: &str) -> Result<Out
     };
     Ok(match decide(stored.progress.as_ref(), &server, None) {
         Decision::Resume(_) => Outlook::GoesOn,
-        Decision::First => Outlook::First,
+        Decision::First(_) => Outlook::First,
         Decision::Gap { why, .. } => Outlook::Gap(why),
     })
 }
