@@ -80,7 +80,7 @@ test: build ## unit tests, SQL regression and end-to-end tests, on private serve
 
 faults: build ## break everything there is, on private servers; then SECONDS=60 of several faults at once, by SEED=…
 	$(private) && FAULT_SECONDS=$(SECONDS) cargo test -p walmirror-tests --features faults --no-fail-fast --test 'faults_*' $(ARGS) \
-		-- --test-threads 2
+		-- --test-threads 3
 
 faults-valkey: build ## the tests of --durability on Valkey 9.1 (downloaded once), which tells what its disk holds
 	$(private) && WALMIRROR_REDIS_SERVER=$$(scripts/valkey.sh) && export WALMIRROR_REDIS_SERVER && \
