@@ -10,6 +10,7 @@ use walmirror_proto::pb;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::Refusal;
+use crate::ffi::catalog_types;
 use crate::ffi::datum::Row;
 use crate::ffi::function::Function;
 use crate::ffi::memory::Context;
@@ -127,6 +128,7 @@ impl Plan {
             .filter(|column| !column.is_virtual)
             .collect();
         check_names(&name, &columns, template.placeholders(), label)?;
+        check_types(&name, &columns, label)?;
 
         let context = parent.child(c"walmirror plan");
         let mut plan = Self {
@@ -313,6 +315,32 @@ fn check_names(
             format!("no column of table \"{table}\" is to be mirrored"),
             "Name at least one column.",
         ));
+    }
+    Ok(())
+}
+
+/// No function that a user wrote may make the JSON of a value: it would run as whoever reads the row.
+fn check_types(table: &str, columns: &[Column], label: &Label) -> Result<(), Refusal> {
+    if label.value != Value::Json {
+        return Ok(());
+    }
+    let named = |column: &&Column| {
+        let names = label.columns.as_ref();
+        names.is_none_or(|names| names.contains(&column.name))
+    };
+    for column in columns.iter().filter(named) {
+        if let Some(inner) = types::users_json(column.type_oid) {
+            let inner = catalog_types::name(inner);
+            return Err(Refusal::object(
+                format!(
+                    "column \"{}\" of table \"{table}\" holds values of type {inner}, whose cast to json is not written in C",
+                    column.name
+                ),
+                format!(
+                    "Its function would run as whoever reads the table. DROP CAST ({inner} AS json); or leave the column out by columns => …, or take value => 'hash'."
+                ),
+            ));
+        }
     }
     Ok(())
 }

@@ -301,3 +301,114 @@ fn memory_does_not_grow_with_the_stream() {
     );
     db.sql("SELECT pg_drop_replication_slot(current_database())");
 }
+
+/// `to_jsonb` calls the function of a cast to json for what stands within arrays and rows, and anybody may write such a cast for
+/// a type of their own. The rows are read by others: a SELECT, a backfill, a walsender. So a table owner once became a superuser
+/// as soon as a superuser read their table.
+#[test]
+fn no_function_of_a_type_owner_runs_when_others_read_a_value() {
+    let db = Db::create(Arc::new(Pg::start("")));
+    db.sql("CREATE ROLE mallory; GRANT CREATE ON SCHEMA public TO mallory");
+    let mut mallory = db.connect();
+    let cast = "CREATE CAST (mood AS json) WITH FUNCTION mood_json(mood)";
+    mallory
+        .batch_execute(&format!(
+            "SET SESSION AUTHORIZATION mallory; CREATE TYPE mood AS ENUM ('a', 'b'); \
+             CREATE FUNCTION mood_json(mood) RETURNS json LANGUAGE plpgsql AS \
+             $$ BEGIN EXECUTE 'ALTER ROLE mallory SUPERUSER'; RETURN '\"ran\"'; END $$; {cast}; \
+             CREATE DOMAIN moods AS mood[]; CREATE TYPE within AS (i int, m mood); CREATE TYPE deep AS (w within[])"
+        ))
+        .unwrap();
+    let is_superuser = || db.value("SELECT rolsuper FROM pg_roles WHERE rolname = 'mallory'");
+
+    // A label that would lead there is refused.
+    for (at, kind) in ["mood[]", "moods", "moods[]", "within", "within[]", "deep"]
+        .iter()
+        .enumerate()
+    {
+        mallory
+            .batch_execute(&format!("CREATE TABLE t{at} (id int PRIMARY KEY, v {kind})"))
+            .unwrap();
+        let label = format!("SELECT walmirror.mirror('t{at}', value => 'json')");
+        let error = mallory.batch_execute(&label).expect_err(kind);
+        let error = error.as_db_error().unwrap();
+        assert!(
+            error.message().contains("whose cast to json is not written in C") && error.hint().is_some(),
+            "{kind}: {error:?}"
+        );
+        mallory
+            .batch_execute(&format!(
+                "SELECT walmirror.mirror('t{at}', value => 'json', columns => '{{id}}'); \
+                 SELECT walmirror.unmirror('t{at}'); SELECT walmirror.mirror('t{at}')"
+            ))
+            .unwrap();
+    }
+    // By itself the value is a string of its text, which takes no cast.
+    mallory
+        .batch_execute(
+            "CREATE TABLE plain (id int PRIMARY KEY, v mood); SELECT walmirror.cache('plain', value => 'json'); \
+             INSERT INTO plain VALUES (1, 'a')",
+        )
+        .unwrap();
+
+    // The cast comes after the label, and no table changes with it.
+    mallory
+        .batch_execute(
+            "DROP CAST (mood AS json); CREATE TABLE t (id int PRIMARY KEY, v mood[]); SELECT walmirror.cache('t', value => 'json')",
+        )
+        .unwrap();
+    db.sql("SELECT pg_create_logical_replication_slot(current_database(), 'walmirror')");
+    let mut reader = db.connect();
+    let read = "SET walmirror.capture_interval = 0; SELECT * FROM t; SELECT * FROM plain";
+    let pack = "SELECT walmirror.pack(t.*) FROM t";
+    let captured =
+        || db.value("SELECT value::int FROM walmirror.capture_stats WHERE counter = 'rows_emitted'");
+    let stream = || {
+        db.value(
+            "SELECT string_agg(data, ' ') FROM pg_logical_slot_peek_changes(current_database(), NULL, NULL, 'format', 'json')",
+        )
+    };
+    mallory.batch_execute("INSERT INTO t VALUES (1, '{a}')").unwrap();
+    reader.batch_execute(read).unwrap();
+    reader.batch_execute(pack).unwrap();
+    assert_eq!(captured(), "3");
+    mallory
+        .batch_execute(&format!("{cast}; INSERT INTO t VALUES (2, '{{b}}')"))
+        .unwrap();
+    reader.batch_execute(read).unwrap();
+    assert_eq!(captured(), "4");
+    let error = reader.batch_execute(pack).expect_err("packed");
+    let error = error.as_db_error().unwrap();
+    assert!(error.message().contains("whose cast to json"), "{error:?}");
+    let told = stream();
+    assert!(
+        told.contains("whose cast to json") && !told.contains("\"ran"),
+        "{told}"
+    );
+    assert_eq!(is_superuser(), "f");
+
+    // Without the cast it fits again.
+    mallory.batch_execute("DROP CAST (mood AS json)").unwrap();
+    reader.batch_execute(read).unwrap();
+    assert_eq!(captured(), "7");
+
+    // A cast that is written in C counts; its function is replaced behind the plan's back.
+    db.sql(&format!(
+        "DROP TABLE plain; DROP FUNCTION mood_json(mood); CREATE FUNCTION mood_json(mood) RETURNS json LANGUAGE internal AS 'textin'; \
+         ALTER FUNCTION mood_json(mood) OWNER TO mallory; {cast}; UPDATE t SET v = '{{}}'"
+    ));
+    let read = "SELECT * FROM t";
+    reader.batch_execute(read).unwrap();
+    reader.batch_execute(pack).unwrap();
+    assert_eq!(captured(), "11");
+    mallory
+        .batch_execute(
+            "CREATE OR REPLACE FUNCTION mood_json(mood) RETURNS json LANGUAGE plpgsql AS \
+             $$ BEGIN EXECUTE 'ALTER ROLE mallory SUPERUSER'; RETURN '\"ran\"'; END $$; UPDATE t SET v = '{a}'",
+        )
+        .unwrap();
+    reader.batch_execute(read).unwrap();
+    reader.batch_execute(pack).unwrap();
+    assert!(!stream().contains("\"ran"));
+    assert_eq!((captured().as_str(), is_superuser().as_str()), ("11", "f"));
+}

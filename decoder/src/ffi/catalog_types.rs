@@ -56,6 +56,33 @@ pub fn element_type(base: pg_sys::Oid) -> Option<pg_sys::Oid> {
     (element != pg_sys::InvalidOid).then_some(element)
 }
 
+/// The types of a row type's columns (`pg_attribute`). It takes no lock.
+pub fn column_types(row: pg_sys::Oid) -> Vec<pg_sys::Oid> {
+    // SAFETY: syscache look-ups; the tuple is released below, and its form is read in between. A dropped column has no type.
+    unsafe {
+        let relation = pg_sys::get_typ_typrelid(row);
+        let tuple = pg_sys::SearchSysCache1(
+            pg_sys::SysCacheIdentifier::RELOID as i32,
+            pg_sys::Datum::from(relation),
+        );
+        if tuple.is_null() {
+            return Vec::new();
+        }
+        let columns = (*pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_class>()).relnatts;
+        pg_sys::ReleaseSysCache(tuple);
+        (1..=columns)
+            .map(|number| pg_sys::get_atttype(relation, number))
+            .filter(|column| *column != pg_sys::InvalidOid)
+            .collect()
+    }
+}
+
+/// A type's name with its schema (`format_type_be_qualified`).
+pub fn name(type_oid: pg_sys::Oid) -> String {
+    // SAFETY: a syscache look-up; returns a palloc'd C string.
+    unsafe { super::text::string(pg_sys::format_type_be_qualified(type_oid)) }.unwrap_or_default()
+}
+
 /// Whether values of a type are rows (`type_is_rowtype`).
 pub fn is_row(base: pg_sys::Oid) -> bool {
     // SAFETY: a syscache look-up.
@@ -77,8 +104,27 @@ pub fn is_structured_json(base: pg_sys::Oid) -> bool {
         && matches!(cast_to(pg_sys::JSONOID, base), Cast::Function(_))
 }
 
+/// Whether `to_jsonb` would call a function that is not written in C for a value of this type, within an array or a row
+/// (json_categorize_type; jsonb_categorize_type before PostgreSQL 17).
+pub fn has_users_json_cast(base: pg_sys::Oid) -> bool {
+    if u32::from(base) < pg_sys::FirstNormalObjectId {
+        return false;
+    }
+    let mut function = pg_sys::InvalidOid;
+    // SAFETY: syscache look-ups that set `function` when the path is a function.
+    let path = unsafe {
+        pg_sys::find_coercion_pathway(
+            pg_sys::JSONOID,
+            base,
+            pg_sys::CoercionContext::COERCION_EXPLICIT,
+            &mut function,
+        )
+    };
+    path == pg_sys::CoercionPathType::COERCION_PATH_FUNC && !is_c_function(function)
+}
+
 /// Whether a function is built in or written in C.
-fn is_c_function(function: pg_sys::Oid) -> bool {
+pub(super) fn is_c_function(function: pg_sys::Oid) -> bool {
     // SAFETY: a syscache look-up; the tuple is released below, and its form is read in between.
     unsafe {
         let tuple = pg_sys::SearchSysCache1(

@@ -43,7 +43,7 @@ pub fn hook() {
 pub(super) fn with_session<R>(work: impl FnOnce(&mut Session) -> R) -> Option<R> {
     let mut session = SESSION.get().try_borrow_mut().ok()?;
     Some(work(session.get_or_insert_with(|| {
-        super::hooks::register_relcache_callback();
+        super::hooks::register_callbacks();
         Session::new(Context::top().child(c"walmirror capture"))
     })))
 }

@@ -7,6 +7,7 @@ use pgrx::pg_sys;
 use super::datum::{Raw, Varlena};
 use super::failure::{Failure, caught};
 use super::memory::Context;
+use super::user_code;
 
 /// A function of one argument, looked up once (`FmgrInfo`).
 ///
@@ -49,9 +50,10 @@ impl Function {
         let info = &mut *self.0;
         caught("a function of its type", || {
             // SAFETY: the FmgrInfo was looked up for this argument's type, and the argument is not NULL.
-            let datum =
-                unsafe { pg_sys::FunctionCall1Coll(info, pg_sys::DEFAULT_COLLATION_OID, argument.datum()) };
-            Raw::from(datum)
+            let call = || unsafe {
+                pg_sys::FunctionCall1Coll(info, pg_sys::DEFAULT_COLLATION_OID, argument.datum())
+            };
+            Raw::from(user_code::kept_out(call))
         })
     }
 

@@ -7,7 +7,7 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 
 use super::relation::PROVIDER;
-use super::{executor, flusher, settings, shared, text};
+use super::{executor, flusher, settings, shared, text, user_code};
 use crate::decode::ddl_message::{self, DdlMessage};
 use crate::{ddl, tables};
 
@@ -32,6 +32,7 @@ pub unsafe extern "C-unwind" fn _PG_init() {
         // SAFETY: the postmaster and backends have one thread.
         unsafe { std::env::remove_var(variable) };
     }
+    user_code::hook();
     settings::define(is_preloaded());
     if is_preloaded() {
         shared::request();
@@ -52,19 +53,31 @@ pub fn is_preloaded() -> bool {
     PRELOADED.load(Ordering::Relaxed)
 }
 
-/// Has the relation cache tell of changed tables; once a process, as such callbacks cannot be taken back.
-pub fn register_relcache_callback() {
+/// Has the relation cache tell of changed tables, and the cache of casts of those: a cast to json may forbid a plan, and no
+/// table changes with it. Once a process, as such callbacks cannot be taken back.
+pub fn register_callbacks() {
     thread_local! {
         static REGISTERED: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
     }
     if !REGISTERED.replace(true) {
-        // SAFETY: the callback is a function of this library, which is never unloaded.
-        unsafe { pg_sys::CacheRegisterRelcacheCallback(Some(relcache_changed), pg_sys::Datum::null()) }
+        // SAFETY: the callbacks are functions of this library, which is never unloaded.
+        unsafe {
+            pg_sys::CacheRegisterRelcacheCallback(Some(relcache_changed), pg_sys::Datum::null());
+            pg_sys::CacheRegisterSyscacheCallback(
+                pg_sys::SysCacheIdentifier::CASTSOURCETARGET as c_int,
+                Some(casts_changed),
+                pg_sys::Datum::null(),
+            );
+        }
     }
 }
 
 unsafe extern "C-unwind" fn relcache_changed(_argument: pg_sys::Datum, table: pg_sys::Oid) {
     tables::invalidate((table != pg_sys::InvalidOid).then(|| u32::from(table)));
+}
+
+unsafe extern "C-unwind" fn casts_changed(_argument: pg_sys::Datum, _cache: c_int, _hash: u32) {
+    tables::invalidate(None);
 }
 
 #[pg_guard]

@@ -25,6 +25,7 @@ pub mod settings;
 pub mod shared;
 pub mod text;
 mod unguarded;
+mod user_code;
 pub mod value;
 
 #[cfg(not(all(target_endian = "little", target_pointer_width = "64")))]

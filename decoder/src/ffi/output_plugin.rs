@@ -45,7 +45,7 @@ pub unsafe extern "C-unwind" fn _PG_output_plugin_init(callbacks: *mut pg_sys::O
     callbacks.stream_change_cb = Some(change);
     callbacks.stream_message_cb = Some(message);
     callbacks.stream_truncate_cb = Some(truncate);
-    super::hooks::register_relcache_callback();
+    super::hooks::register_callbacks();
 }
 
 /// The writing side of one callback.

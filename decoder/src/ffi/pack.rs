@@ -82,7 +82,7 @@ pub unsafe extern "C-unwind" fn walmirror_pack(call: pg_sys::FunctionCallInfo) -
 
 impl Packer {
     fn new() -> Self {
-        super::hooks::register_relcache_callback();
+        super::hooks::register_callbacks();
         let context = Context::top().child(c"walmirror pack");
         Self {
             tables: Tables::new(context, false),

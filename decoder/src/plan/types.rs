@@ -1,6 +1,8 @@
 //! Which types are sent how. Two forms of a value exist: its text (`column::text`) and, in tables with JSON values, its
 //! JSON (`to_jsonb(column)`). Natively encoded types have one encoding for both.
 
+use std::collections::HashSet;
+
 use pgrx::pg_sys;
 use walmirror_proto::pb::Encoding;
 
@@ -33,6 +35,32 @@ pub fn reading(type_oid: pg_sys::Oid, form: Form, context: Context) -> (Encoding
         Form::Text => (Encoding::Text, text_read(base, context)),
         Form::Json => json_read(type_oid, base, context),
     }
+}
+
+/// The type inside of this one, if there is any, whose JSON a function would make that a user wrote: a cast to json that
+/// `to_jsonb` calls. Who owns the type writes it, and who reads the row would run it.
+pub fn users_json(type_oid: pg_sys::Oid) -> Option<pg_sys::Oid> {
+    if !catalog::is_structured_json(catalog::base_type(type_oid)) {
+        // A plain string, which takes no cast.
+        return None;
+    }
+    let mut met = HashSet::new();
+    let mut open = vec![type_oid];
+    while let Some(next) = open.pop() {
+        let base = catalog::base_type(next);
+        // The columns of a row type may hold arrays of it.
+        if !met.insert(u32::from(base)) {
+            continue;
+        }
+        if let Some(element) = catalog::element_type(base) {
+            open.push(element);
+        } else if catalog::is_row(base) {
+            open.extend(catalog::column_types(base));
+        } else if catalog::has_users_json_cast(base) {
+            return Some(base);
+        }
+    }
+    None
 }
 
 /// Which settings the output of a type depends on. Rows may hold anything.
