@@ -117,6 +117,8 @@ unsafe fn is_candidate(query: *mut pg_sys::QueryDesc, flags: c_int) -> bool {
             || (*(*query).snapshot).snapshot_type != pg_sys::SnapshotType::SNAPSHOT_MVCC
             || pg_sys::wal_level < pg_sys::WalLevel::WAL_LEVEL_LOGICAL as c_int
             || unguarded::RecoveryInProgress()
+            // It holds the transactions in progress in another way, and all of them were of another server.
+            || (*(*query).snapshot).takenDuringRecovery
         {
             return false;
         }
