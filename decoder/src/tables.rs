@@ -7,7 +7,7 @@ use std::rc::{Rc, Weak};
 
 use crate::error::Refusal;
 use crate::ffi::memory::Context;
-use crate::ffi::relation::Rel;
+use crate::ffi::relation::{self, Rel};
 use crate::plan::Plan;
 
 /// What is known of a table.
@@ -76,11 +76,21 @@ impl Tables {
         self.known.contains_key(&table)
     }
 
-    /// Looks up a table by its oid, which the query that reads it has locked already. Not if it is gone.
+    /// Looks up a table by its oid, as capture does: not if it is gone, nor if that would wait for a lock. The query that reads a
+    /// partition has no lock on the table that carries the label.
     pub fn look_up(&mut self, table: u32) {
-        if let Some(relation) = Rel::open(pgrx::pg_sys::Oid::from(table)) {
-            self.get(&relation);
-        }
+        let table = pgrx::pg_sys::Oid::from(table);
+        let Some(relation) = Rel::open_at_once(table) else {
+            return;
+        };
+        let _root = match relation::labelled(table).filter(|root| *root != table) {
+            None => None,
+            Some(root) => match Rel::open_at_once(root) {
+                None => return,
+                root => root,
+            },
+        };
+        self.get(&relation);
     }
 
     /// What is known of a table, as of when [`Tables::knows`] was asked.

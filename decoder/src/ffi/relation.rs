@@ -67,6 +67,27 @@ impl Rel {
         })
     }
 
+    /// The same, but `None` also if the lock is not to be had at once (`ConditionalLockRelationOid`).
+    pub fn open_at_once(oid: pg_sys::Oid) -> Option<Self> {
+        let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+        // SAFETY: within a transaction, as every query is. The lock that is held when the relation is opened is released with
+        // it, or here if there is none.
+        unsafe {
+            if !pg_sys::ConditionalLockRelationOid(oid, lock) {
+                return None;
+            }
+            let raw = pg_sys::try_relation_open(oid, pg_sys::NoLock as pg_sys::LOCKMODE);
+            if raw.is_null() {
+                pg_sys::UnlockRelationOid(oid, lock);
+                return None;
+            }
+            Some(Self {
+                raw,
+                close: Close::Lock,
+            })
+        }
+    }
+
     /// `pg_class.oid`.
     pub fn oid(&self) -> pg_sys::Oid {
         // SAFETY: raw is an open relation.
