@@ -296,6 +296,12 @@ const FAMILIES: &[Family] = &[
     ("oid", &["0", "4294967295"]),
     ("regclass", &["'pg_class'", "'\"Weird Name\"'", "0"]),
     ("regtype", &["'int'", "'pair'"]),
+    // Names and amounts inside of other types.
+    ("classes[]", &["ARRAY['{pair,\"\\\"Weird Name\\\"\"}'::classes]"]),
+    ("classrange", &["classrange('pair', 'pair', '[]')"]),
+    ("classmultirange", &["classmultirange(classrange('pair', 'pair', '[]'))"]),
+    ("classranges[]", &["ARRAY[ARRAY[classrange('pair', NULL)]::classranges]"]),
+    ("moneyrange", &["'[1.5,1234567.89)'"]),
     ("regproc", &["'now'"]),
     ("regrole", &["'postgres'"]),
     ("xid8", &["'18446744073709551615'"]),
@@ -336,7 +342,9 @@ const OPTIONAL: &[(&str, Family)] = &[
 
 const SETUP: &str = "CREATE TYPE mood AS ENUM ('sad', 'it''s \"ok\"'); CREATE TYPE pair AS (n int, \"Text \"\"x\" text); \
      CREATE TYPE nested AS (p pair, at timestamptz, ns int[]); CREATE DOMAIN positive AS int CHECK (VALUE > 0); \
-     CREATE DOMAIN stamp AS timestamptz; CREATE DOMAIN shortdoc AS jsonb; CREATE TABLE \"Weird Name\" ()";
+     CREATE DOMAIN stamp AS timestamptz; CREATE DOMAIN shortdoc AS jsonb; CREATE TABLE \"Weird Name\" (); \
+     CREATE DOMAIN classes AS regclass[]; CREATE TYPE classrange AS RANGE (SUBTYPE = regclass, SUBTYPE_OPCLASS = oid_ops); \
+     CREATE DOMAIN classranges AS classrange[]; CREATE TYPE moneyrange AS RANGE (SUBTYPE = money)";
 
 fn families(db: &Db) -> Vec<Family> {
     let mut all = FAMILIES.to_vec();

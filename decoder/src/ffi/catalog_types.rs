@@ -56,6 +56,16 @@ pub fn element_type(base: pg_sys::Oid) -> Option<pg_sys::Oid> {
     (element != pg_sys::InvalidOid).then_some(element)
 }
 
+/// The type of the bounds of a range or multirange (`get_range_subtype`, `get_multirange_range`).
+pub fn bound_type(base: pg_sys::Oid) -> Option<pg_sys::Oid> {
+    // SAFETY: syscache look-ups; InvalidOid for what is no multirange, or no range.
+    let bound = unsafe {
+        let range = pg_sys::get_multirange_range(base);
+        pg_sys::get_range_subtype(if range == pg_sys::InvalidOid { base } else { range })
+    };
+    (bound != pg_sys::InvalidOid).then_some(bound)
+}
+
 /// The types of a row type's columns (`pg_attribute`). It takes no lock.
 pub fn column_types(row: pg_sys::Oid) -> Vec<pg_sys::Oid> {
     // SAFETY: syscache look-ups; the tuple is released below, and its form is read in between. A dropped column has no type.

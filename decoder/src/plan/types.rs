@@ -65,11 +65,14 @@ pub fn users_json(type_oid: pg_sys::Oid) -> Option<pg_sys::Oid> {
 
 /// Which settings the output of a type depends on. Rows may hold anything.
 pub fn needs(type_oid: pg_sys::Oid) -> Needs {
-    let base = catalog::base_type(type_oid);
-    let element = catalog::base_type(catalog::element_type(base).unwrap_or(base));
-    if catalog::is_row(element) || element == pg_sys::MONEYOID {
+    let mut base = catalog::base_type(type_oid);
+    // Ranges over arrays of domains over arrays, and so on: each type was made of one that was there before, so there is an end.
+    while let Some(inner) = catalog::element_type(base).or_else(|| catalog::bound_type(base)) {
+        base = catalog::base_type(inner);
+    }
+    if catalog::is_row(base) || base == pg_sys::MONEYOID {
         Needs::Money
-    } else if NAMES.contains(&u32::from(element)) {
+    } else if NAMES.contains(&u32::from(base)) {
         Needs::Names
     } else {
         Needs::Formats
