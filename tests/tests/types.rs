@@ -299,8 +299,14 @@ const FAMILIES: &[Family] = &[
     // Names and amounts inside of other types.
     ("classes[]", &["ARRAY['{pair,\"\\\"Weird Name\\\"\"}'::classes]"]),
     ("classrange", &["classrange('pair', 'pair', '[]')"]),
-    ("classmultirange", &["classmultirange(classrange('pair', 'pair', '[]'))"]),
-    ("classranges[]", &["ARRAY[ARRAY[classrange('pair', NULL)]::classranges]"]),
+    (
+        "classmultirange",
+        &["classmultirange(classrange('pair', 'pair', '[]'))"],
+    ),
+    (
+        "classranges[]",
+        &["ARRAY[ARRAY[classrange('pair', NULL)]::classranges]"],
+    ),
     ("moneyrange", &["'[1.5,1234567.89)'"]),
     ("regproc", &["'now'"]),
     ("regrole", &["'postgres'"]),

@@ -13,15 +13,9 @@ const TICK_MS: u64 = 4;
 
 /// Whether the row with this hash was captured less than `interval_ms` before `now_ms`. If not, it is from now on.
 pub fn check_and_mark(slots: &[AtomicU64], row: u64, now_ms: u64, interval_ms: u64) -> bool {
-    let buckets = slots.len() / BUCKET;
-    if buckets == 0 {
-        return false;
-    }
     let now = (now_ms / TICK_MS) & TIME_MASK;
-    // Zero marks a free slot, so no tag is zero.
-    let tag = (row >> TIME_BITS) | 1;
-    let start = (row as usize % buckets) * BUCKET;
-    let Some(bucket) = slots.get(start..start + BUCKET) else {
+    let tag = tag(row);
+    let Some(bucket) = bucket(slots, row) else {
         return false;
     };
     let age = |slot: u64| now.wrapping_sub(slot & TIME_MASK) & TIME_MASK;
@@ -44,6 +38,25 @@ pub fn check_and_mark(slots: &[AtomicU64], row: u64, now_ms: u64, interval_ms: u
         slot.store(tag << TIME_BITS | now, Ordering::Relaxed);
     }
     false
+}
+
+/// The row with this hash, which was marked at `now_ms`, was not captured after all.
+pub fn unmark(slots: &[AtomicU64], row: u64, now_ms: u64) {
+    let marked = tag(row) << TIME_BITS | (now_ms / TICK_MS) & TIME_MASK;
+    for slot in bucket(slots, row).unwrap_or_default() {
+        // Not if somebody else has captured it meanwhile.
+        let _ = slot.compare_exchange(marked, 0, Ordering::Relaxed, Ordering::Relaxed);
+    }
+}
+
+fn bucket(slots: &[AtomicU64], row: u64) -> Option<&[AtomicU64]> {
+    let start = (row as usize).checked_rem(slots.len() / BUCKET)? * BUCKET;
+    slots.get(start..start + BUCKET)
+}
+
+fn tag(row: u64) -> u64 {
+    // Zero marks a free slot, so no tag is zero.
+    (row >> TIME_BITS) | 1
 }
 
 /// A hash of a row version: database, table and physical place.
@@ -71,6 +84,18 @@ mod tests {
         assert!(check_and_mark(&slots, row, 10_900, 1000));
         assert!(!check_and_mark(&slots, row, 11_100, 1000));
         assert!(check_and_mark(&slots, row, 11_200, 1000));
+    }
+
+    #[test]
+    fn a_row_that_was_not_captured_after_all_is_not_recent() {
+        let slots = table(64);
+        let row = row_hash(1, 2, 3, 4);
+        assert!(!check_and_mark(&slots, row, 10_000, 1000));
+        unmark(&slots, row, 10_000);
+        assert!(!check_and_mark(&slots, row, 10_100, 1000));
+        // The mark is another's.
+        unmark(&slots, row, 10_000);
+        assert!(check_and_mark(&slots, row, 10_200, 1000));
     }
 
     #[test]

@@ -66,7 +66,22 @@ struct Batch {
     fingerprint: u64,
     /// `rows` fields of a Capture message: tag, length, Tuple.
     rows: Vec<u8>,
-    count: u64,
+    /// The rows' marks in the recently-captured table.
+    marks: Vec<Mark>,
+}
+
+/// That a row was captured, before its batch is written: another query shall not do it meanwhile.
+#[derive(Debug, Clone, Copy)]
+struct Mark {
+    row: u64,
+    at_ms: u64,
+}
+
+impl Mark {
+    /// It was not captured after all: the next SELECT shall.
+    fn take_back(self) {
+        seen::unmark(shared::seen(), self.row, self.at_ms);
+    }
 }
 
 /// What to do with a scan after one of its rows.
@@ -141,11 +156,14 @@ impl Session {
         }
         stats::add(Counter::RowsSeen, 1);
         let (block, offset) = source.place();
-        let hash = seen::row_hash(query::database(), scan.table, block, offset);
+        let mark = Mark {
+            row: seen::row_hash(query::database(), scan.table, block, offset),
+            at_ms: query::statement_time_ms(),
+        };
         if seen::check_and_mark(
             shared::seen(),
-            hash,
-            query::statement_time_ms(),
+            mark.row,
+            mark.at_ms,
             settings::capture_interval_ms(),
         ) {
             stats::add(Counter::SkippedRecent, 1);
@@ -157,8 +175,14 @@ impl Session {
             return Next::Stop;
         };
         match encoded {
-            Ok((oid, fingerprint)) => query.add(oid, fingerprint, &self.tuple),
-            Err(reason) => stats::add(reason, 1),
+            Ok((oid, fingerprint)) => query.add(oid, fingerprint, &self.tuple, mark),
+            Err(reason) => {
+                stats::add(reason, 1);
+                // What is too large will be too large again, and to find that out costs the most.
+                if reason != Counter::SkippedMaxBytes {
+                    mark.take_back();
+                }
+            }
         }
         if query.filled().iter().map(|batch| batch.rows.len()).sum::<usize>() >= BATCH_BYTES {
             query.emit(&mut self.message);
@@ -208,6 +232,8 @@ impl Session {
     pub fn end(&mut self, id: usize) {
         if let Some(at) = self.queries.iter().rposition(|query| query.id == id) {
             let mut query = self.queries.remove(at);
+            // Of a query that failed there are rows that were not written.
+            query.take_back();
             if self.spare.len() < SPARE_QUERIES {
                 query.clear();
                 self.spare.push(query);
@@ -248,7 +274,11 @@ impl Query {
         self.batches.get(..self.filled).unwrap_or_default()
     }
 
-    fn add(&mut self, oid: u32, fingerprint: u64, tuple: &TupleBuilder) {
+    fn take_back(&self) {
+        self.filled().iter().for_each(Batch::take_back);
+    }
+
+    fn add(&mut self, oid: u32, fingerprint: u64, tuple: &TupleBuilder, mark: Mark) {
         let known = self
             .filled()
             .iter()
@@ -265,7 +295,7 @@ impl Query {
             batch.rows.push(ROWS);
             prost::encoding::encode_varint(tuple.encoded_len() as u64, &mut batch.rows);
             tuple.write_tuple(&mut batch.rows);
-            batch.count += 1;
+            batch.marks.push(mark);
         }
     }
 
@@ -291,7 +321,7 @@ impl Batch {
         // Meanwhile the transaction may have written, by a function that the query called.
         if query::transaction_wrote() {
             stats::add(Counter::SkippedWrote, 1);
-            return;
+            return self.take_back();
         }
         let head = pb::Capture {
             oid: self.oid,
@@ -303,20 +333,27 @@ impl Batch {
         // Encoding into a Vec cannot fail: it grows.
         let _ = head.encode(message);
         message.extend_from_slice(&self.rows);
+        let count = self.marks.len() as u64;
         if query::catching(|| flusher::write_capture(message)).is_some() {
-            stats::add(Counter::RowsEmitted, self.count);
+            stats::add(Counter::RowsEmitted, count);
             stats::add(Counter::MessagesEmitted, 1);
             stats::add(Counter::BytesEmitted, message.len() as u64);
         } else {
-            stats::add(Counter::SkippedFailed, self.count);
+            stats::add(Counter::SkippedFailed, count);
+            self.take_back();
         }
         if message.capacity() > KEPT_BYTES {
             *message = Vec::new();
         }
     }
 
+    fn take_back(&self) {
+        self.marks.iter().for_each(|mark| mark.take_back());
+    }
+
     fn clear(&mut self) {
-        self.count = 0;
+        self.marks.clear();
+        self.marks.shrink_to(KEPT_BYTES / size_of::<Mark>());
         self.rows.clear();
         self.rows.shrink_to(KEPT_BYTES);
     }

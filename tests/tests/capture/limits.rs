@@ -89,6 +89,34 @@ fn a_row_is_not_captured_again_within_the_interval() {
     assert!(m.db.value("SELECT value FROM walmirror.capture_stats WHERE counter = 'skipped_recent'") != "0");
 }
 
+/// A row counted as captured from when it was read, also if its query then failed and nothing of it was written.
+#[test]
+fn what_a_query_that_failed_has_read_is_captured_by_the_next() {
+    let m = Mirror::new();
+    setup(&m);
+    m.sql(
+        "CREATE FUNCTION fails(int) RETURNS int LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$; \
+         CREATE FUNCTION writes(int) RETURNS int LANGUAGE plpgsql AS $$ BEGIN INSERT INTO o VALUES (903, $1); RETURN 1; END $$",
+    );
+    start(&m);
+    let mut s = m.db.connect();
+    s.batch_execute("SET walmirror.capture_interval = '1h'").unwrap();
+    let read = "SELECT count(v) FROM c WHERE grp = 4";
+    for missed in [
+        "SELECT fails(count(v)::int) FROM c WHERE grp = 4",
+        "SELECT writes(count(v)::int) FROM c WHERE grp = 4",
+        "SET walmirror.failpoint = 4096; SELECT count(v) FROM c WHERE grp = 4; RESET walmirror.failpoint",
+        "SET walmirror.failpoint = 1; SELECT count(v) FROM c WHERE grp = 4; RESET walmirror.failpoint",
+    ] {
+        let _ = s.batch_execute(missed);
+        sync(&m);
+        assert_eq!(keys(&m), BTreeSet::new(), "{missed}");
+    }
+    s.batch_execute(read).unwrap();
+    sync(&m);
+    assert_eq!(keys(&m), c_keys([4, 14, 24, 34, 44, 54]));
+}
+
 #[test]
 fn a_failure_of_capture_leaves_the_query_alone() {
     let m = Mirror::new();
