@@ -11,7 +11,7 @@ use crate::pq::{Connection, PqError, QueryResult, Waker};
 const SETTINGS: &str = "SET row_security = off; SET synchronous_commit = local; SET statement_timeout = 0; \
     SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0; SET idle_session_timeout = 0; SET client_encoding = 'UTF8'; \
     SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; SET TimeZone = 'UTC'; SET bytea_output = 'hex'; \
-    SET extra_float_digits = 1; SET search_path = pg_catalog; SET enable_tidscan = on; \
+    SET extra_float_digits = 1; SET search_path = pg_catalog; SET enable_tidscan = on; SET walmirror.capture = off; \
     SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('transaction_timeout', true) IS NOT NULL";
 
 /// The session.
