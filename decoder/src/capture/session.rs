@@ -55,6 +55,8 @@ pub struct Scan {
     pub original: scan::ExecProcNode,
     /// `pg_class.oid` of what is scanned.
     pub table: u32,
+    /// How long the keys of its rows live; `u64::MAX`: for ever.
+    ttl_ms: u64,
     /// Rows that it has returned.
     rows: u64,
 }
@@ -120,11 +122,13 @@ impl Session {
 
     /// One of its scans is of a cached table.
     pub fn attach(&mut self, node: usize, original: scan::ExecProcNode, table: u32) {
+        let ttl_ms = plan_of(&mut self.tables, table).map_or(0, |plan| plan.relation.ttl_ms);
         if let Some(query) = self.queries.last_mut() {
             query.scans.push(Scan {
                 node,
                 original,
                 table,
+                ttl_ms: if ttl_ms == 0 { u64::MAX } else { ttl_ms },
                 rows: 0,
             });
         }
@@ -164,7 +168,8 @@ impl Session {
             shared::seen(),
             mark.row,
             mark.at_ms,
-            settings::capture_interval_ms(),
+            // A key that has expired comes back when its row is read.
+            settings::capture_interval_ms().min(scan.ttl_ms),
         ) {
             stats::add(Counter::SkippedRecent, 1);
             return Next::Continue;

@@ -89,6 +89,24 @@ fn a_row_is_not_captured_again_within_the_interval() {
     assert!(m.db.value("SELECT value FROM walmirror.capture_stats WHERE counter = 'skipped_recent'") != "0");
 }
 
+/// However long the interval is, a key that has expired comes back when its row is read.
+#[test]
+fn a_row_is_captured_again_when_its_key_has_expired() {
+    let m = Mirror::new();
+    setup(&m);
+    m.sql("SELECT walmirror.cache('c', ttl => '1 s')");
+    start(&m);
+    let mut s = m.db.connect();
+    s.batch_execute("SET walmirror.capture_interval = '1h'").unwrap();
+    for _ in 0..2 {
+        s.batch_execute("SELECT * FROM c WHERE id = 1").unwrap();
+        wait_for(DEADLINE, "the key", || (keys(&m) == c_keys([1])).then_some(()));
+        wait_for(DEADLINE, "the key to expire", || {
+            keys(&m).is_empty().then_some(())
+        });
+    }
+}
+
 /// A row counted as captured from when it was read, also if its query then failed and nothing of it was written.
 #[test]
 fn what_a_query_that_failed_has_read_is_captured_by_the_next() {
