@@ -128,15 +128,29 @@ unsafe fn is_candidate(query: *mut pg_sys::QueryDesc, flags: c_int) -> bool {
             Counter::SkippedRowLock
         } else if pg_sys::ParallelWorkerNumber >= 0 {
             Counter::SkippedParallel
-        } else if (*query).instrument_options != 0
-            && std::ptr::eq((*query).dest, (&raw const pg_sys::None_Receiver).read().cast())
-        {
+        } else if (*query).instrument_options != 0 && shows_no_rows((*query).dest) {
             Counter::SkippedExplain
         } else {
             return true;
         };
         stats::add(reason, 1);
         false
+    }
+}
+
+/// Whether a query's rows go to nobody: those of EXPLAIN ANALYZE.
+///
+/// # Safety
+/// `receiver` must be the receiver of a started query.
+unsafe fn shows_no_rows(receiver: *mut pg_sys::DestReceiver) -> bool {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        // EXPLAIN (ANALYZE, SERIALIZE) formats the rows and drops them.
+        #[cfg(any(feature = "pg17", feature = "pg18"))]
+        if (*receiver).mydest == pg_sys::CommandDest::DestExplainSerialize {
+            return true;
+        }
+        std::ptr::eq(receiver, (&raw const pg_sys::None_Receiver).read().cast())
     }
 }
 

@@ -61,6 +61,12 @@ fn what_must_not_be_captured_is_not() {
         sync(&m);
         assert_eq!(keys(&m), BTreeSet::new(), "{why}");
     }
+    if m.db.pg.version() >= 17 {
+        s.batch_execute("EXPLAIN (ANALYZE, SERIALIZE) SELECT * FROM c WHERE id = 3")
+            .unwrap();
+        sync(&m);
+        assert_eq!(keys(&m), BTreeSet::new(), "SERIALIZE");
+    }
     s.batch_execute("SET walmirror.capture_max_rows = 10; SET enable_seqscan = on; SELECT v FROM c")
         .unwrap();
     sync(&m);
