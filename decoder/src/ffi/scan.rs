@@ -208,9 +208,15 @@ pub struct ScanSlot<'a> {
 }
 
 impl ScanSlot<'_> {
+    /// Whether it holds a row of the table. In minor releases before May 2025 a bitmap scan that only counts leaves the page
+    /// alone and the slot full of NULLs; such a slot has no place (ExecStoreAllNullTuple).
     fn is_filled(&self) -> bool {
         // SAFETY: the slot of a started node is NULL or valid.
-        unsafe { !self.slot.is_null() && (*self.slot).tts_flags & pg_sys::TTS_FLAG_EMPTY as u16 == 0 }
+        unsafe {
+            !self.slot.is_null()
+                && (*self.slot).tts_flags & pg_sys::TTS_FLAG_EMPTY as u16 == 0
+                && (*self.slot).tts_tid.ip_posid != 0
+        }
     }
 
     /// Block and offset of the row version.
