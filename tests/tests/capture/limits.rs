@@ -95,6 +95,23 @@ fn a_row_is_not_captured_again_within_the_interval() {
     assert!(m.db.value("SELECT value FROM walmirror.capture_stats WHERE counter = 'skipped_recent'") != "0");
 }
 
+/// What a backfill or verify reads is on its way to Redis, or was just compared with it.
+#[test]
+fn a_backfill_and_verify_capture_nothing() {
+    let m = Mirror::alone("");
+    setup(&m);
+    m.sql("SELECT walmirror.unmirror('p'), walmirror.mirror('c', ttl => '1 h', capture => true)");
+    start(&m);
+    wait_for(DEADLINE, "the backfill", || {
+        (keys(&m) == c_keys(1..=60)).then_some(())
+    });
+    let (code, output) = m.run(&["verify"]);
+    assert_eq!(code, Some(0), "{output}");
+    let seen =
+        m.db.value("SELECT value FROM walmirror.capture_stats WHERE counter = 'rows_seen'");
+    assert_eq!(seen, "0");
+}
+
 /// However long the interval is, a key that has expired comes back when its row is read.
 #[test]
 fn a_row_is_captured_again_when_its_key_has_expired() {
