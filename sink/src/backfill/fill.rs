@@ -309,6 +309,7 @@ fn copy_rows(
         start.0, start.1, until.0, until.1
     );
     let mut rows = PackedRows::default();
+    let mut order = Order::default();
     // Dropping it early cancels the query.
     for message in sql.connection.copy_out(&statement)? {
         let message = message?;
@@ -322,16 +323,36 @@ fn copy_rows(
             return Ok(None);
         };
         rows.push(packed);
-        if rows.byte_len() >= CHUNK_BYTES {
-            let end = if offset == u16::MAX {
-                (block + 1, 0)
-            } else {
-                (block, offset + 1)
-            };
+        order.note((block, offset));
+        if rows.byte_len() >= CHUNK_BYTES
+            && let Some(end) = order.end()
+        {
             return Ok(Some((rows, end)));
         }
     }
     Ok(Some((rows, until)))
+}
+
+/// Whether rows come in the order of their ctids. Where they do not, a chunk cannot end before its stretch does.
+#[derive(Default)]
+struct Order {
+    last: (u32, u16),
+    is_broken: bool,
+}
+
+impl Order {
+    /// A row came.
+    fn note(&mut self, ctid: (u32, u16)) {
+        self.is_broken |= ctid < self.last;
+        self.last = ctid;
+    }
+
+    /// The place behind all that came. None: rows before it may be still to come.
+    fn end(&self) -> Option<(u32, u16)> {
+        let (block, offset) = self.last;
+        let end = offset.checked_add(1).map(|offset| (block, offset));
+        (!self.is_broken).then(|| end.unwrap_or((block.saturating_add(1), 0)))
+    }
 }
 
 /// Whether the table was dropped, renamed or rewritten while it was read.
@@ -403,4 +424,22 @@ pub(crate) fn total_blocks(sql: &mut Sql, leaves: &[u32]) -> Result<u64, Error> 
         total += look_at_leaf(sql, *leaf)?.map_or(0, |leaf| u64::from(leaf.blocks));
     }
     Ok(total)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chunk_ends_early_only_where_rows_come_in_order() {
+        let mut order = Order::default();
+        order.note((7, 1));
+        order.note((7, 2));
+        assert_eq!(order.end(), Some((7, 3)));
+        order.note((8, u16::MAX));
+        assert_eq!(order.end(), Some((9, 0)));
+        order.note((3, 1));
+        order.note((9, 1));
+        assert_eq!(order.end(), None);
+    }
 }
