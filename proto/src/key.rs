@@ -8,6 +8,8 @@
 
 mod matching;
 
+pub use matching::Readings;
+
 use std::fmt::Write;
 
 use memchr::{memchr2, memchr2_iter};
@@ -169,9 +171,30 @@ impl KeyTemplate {
             .any(|literal| !literal.contains(':'))
     }
 
-    /// Every way to read `key`, as [`Self::match_key`] gives the first of them; 64 at most.
-    pub fn match_all(&self, key: &[u8]) -> Vec<Vec<Vec<u8>>> {
-        matching::match_all(self, key)
+    /// Every way to read `key`, as [`Self::match_key`] gives the first of them, or 64 of them. `accepts(i, value)`: whether the
+    /// column `placeholders()[i]` can have that value.
+    pub fn match_all(&self, key: &[u8], accepts: &dyn Fn(usize, &[u8]) -> bool) -> Readings {
+        matching::match_all(self, key, accepts)
+    }
+
+    /// The template as an expression of SQL, which gives the key of a row as text. `column(i)` is the text of the column
+    /// `placeholders()[i]`, and `literal` quotes a string.
+    pub fn expression(&self, column: impl Fn(usize) -> String, literal: impl Fn(&str) -> String) -> String {
+        let mut parts = Vec::new();
+        for (i, text) in self.literals.iter().enumerate() {
+            if let Some(&slot) = i.checked_sub(1).and_then(|before| self.slots.get(before)) {
+                let value = column(slot);
+                parts.push(if self.escapes() {
+                    format!("replace(replace({value}, '%', '%25'), ':', '%3A')")
+                } else {
+                    value
+                });
+            }
+            if !text.is_empty() {
+                parts.push(literal(text));
+            }
+        }
+        parts.join(" || ")
     }
 
     /// A glob for Redis' SCAN MATCH that every key of this template matches (and possibly others: check them with

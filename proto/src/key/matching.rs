@@ -5,12 +5,25 @@ use std::collections::HashSet;
 
 use super::KeyTemplate;
 
-/// The most places that are tried for one key. Only a template that names a column twice, between others that nothing
-/// separates, can need more; a key of it is then left alone.
-const STEPS_MAX: u32 = 50_000;
+/// The most places that are tried for one key, besides a few for each of its bytes.
+const STEPS_MAX: usize = 50_000;
 
-/// So many ways to read a key are enough.
+/// No more ways to read a key are listed.
 const MATCHES_MAX: usize = 64;
+
+/// The ways to read a key.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Readings {
+    /// The values of the placeholders, for each of them.
+    pub all: Vec<Vec<Vec<u8>>>,
+    /// There may be more: the key has more of them than are worth a look one by one.
+    pub is_cut_short: bool,
+}
+
+/// How many places are tried: a long key has many, and one look at each of them is no waste.
+fn steps_max(template: &KeyTemplate, key: &[u8]) -> usize {
+    STEPS_MAX.saturating_add(key.len().saturating_mul(2).saturating_mul(template.slots.len()))
+}
 
 /// See [`KeyTemplate::match_key`].
 pub(super) fn match_key(template: &KeyTemplate, key: &[u8]) -> Option<Vec<Vec<u8>>> {
@@ -23,7 +36,8 @@ pub(super) fn match_key(template: &KeyTemplate, key: &[u8]) -> Option<Vec<Vec<u8
         template,
         values: vec![None; template.names.len()],
         dead_ends: HashSet::new(),
-        steps: 0,
+        steps_left: steps_max(template, key),
+        accepts: &|_, _| true,
         all: None,
     };
     search.slot(0, key)?;
@@ -31,23 +45,31 @@ pub(super) fn match_key(template: &KeyTemplate, key: &[u8]) -> Option<Vec<Vec<u8
 }
 
 /// See [`KeyTemplate::match_all`].
-pub(super) fn match_all(template: &KeyTemplate, key: &[u8]) -> Vec<Vec<Vec<u8>>> {
-    let Some((first, _)) = template.literals.split_first() else {
-        return Vec::new();
-    };
-    let Some(key) = key.strip_prefix(first.as_bytes()) else {
-        return Vec::new();
+pub(super) fn match_all(
+    template: &KeyTemplate,
+    key: &[u8],
+    accepts: &dyn Fn(usize, &[u8]) -> bool,
+) -> Readings {
+    let rest = template
+        .literals
+        .split_first()
+        .and_then(|(first, _)| key.strip_prefix(first.as_bytes()));
+    let Some(key) = rest else {
+        return Readings::default();
     };
     let mut search = Search {
         template,
         values: vec![None; template.names.len()],
         dead_ends: HashSet::new(),
-        steps: 0,
+        steps_left: steps_max(template, key),
+        accepts,
         all: Some(Vec::new()),
     };
-    // Whether that were enough does not matter.
-    let _ = search.slot(0, key);
-    search.all.unwrap_or_default()
+    let is_full = search.slot(0, key).is_some();
+    Readings {
+        is_cut_short: is_full || search.steps_left == 0,
+        all: search.all.unwrap_or_default(),
+    }
 }
 
 /// A depth-first search that tries short values first.
@@ -57,8 +79,10 @@ struct Search<'t> {
     values: Vec<Option<Vec<u8>>>,
     /// (placeholder, bytes left) from where no match is possible, so that no key makes the search exponential.
     dead_ends: HashSet<(usize, usize)>,
-    /// Places tried so far.
-    steps: u32,
+    /// Places that may still be tried.
+    steps_left: usize,
+    /// Whether a value may be one of that placeholder.
+    accepts: &'t dyn Fn(usize, &[u8]) -> bool,
     /// Every match is wanted, and these were found. Else the first one ends the search.
     all: Option<Vec<Vec<Vec<u8>>>>,
 }
@@ -89,13 +113,13 @@ impl Search<'_> {
         let mut value = Vec::new();
         let mut rest = key;
         loop {
-            self.steps += 1;
-            if self.steps > STEPS_MAX {
+            self.steps_left = self.steps_left.saturating_sub(1);
+            if self.steps_left == 0 {
                 return None;
             }
             let matched = rest
                 .strip_prefix(literal)
-                .filter(|after| !last || after.is_empty());
+                .filter(|after| (!last || after.is_empty()) && (self.accepts)(name, &value));
             if let Some(after) = matched {
                 *self.values.get_mut(name)? = Some(value.clone());
                 if self.slot(at + 1, after).is_some() {

@@ -33,7 +33,9 @@ fn matched(template: &str, key: &str) -> Option<Vec<String>> {
 fn every_reading_of_an_ambiguous_key_is_found() {
     let template = KeyTemplate::parse("stats-{day}-{id}").unwrap();
     assert!(template.is_ambiguous());
-    let all = template.match_all(b"stats-2024-01-02-7");
+    let any = |_: usize, _: &[u8]| true;
+    let Readings { all, is_cut_short } = template.match_all(b"stats-2024-01-02-7", &any);
+    assert!(!is_cut_short);
     let text = |values: &[Vec<u8>]| {
         values
             .iter()
@@ -45,11 +47,52 @@ fn every_reading_of_an_ambiguous_key_is_found() {
         all,
         [["2024", "01-02-7"], ["2024-01", "02-7"], ["2024-01-02", "7"]]
     );
-    assert!(template.match_all(b"other").is_empty());
+    assert_eq!(template.match_all(b"other", &any), Readings::default());
     for clear in ["t:{a}:{b}", "t:{a}", "{a}:x-{b}"] {
         assert!(!KeyTemplate::parse(clear).unwrap().is_ambiguous(), "{clear}");
     }
     assert!(KeyTemplate::parse("{a}{b}").unwrap().is_ambiguous());
+}
+
+/// Whoever took the first 64 readings for all of them removed the keys of rows.
+#[test]
+fn readings_that_are_too_many_are_said_to_be_cut_short() {
+    let uuid = "0ab4a6b0-1111-4222-8333-444455556666";
+    let template = KeyTemplate::parse("u4:{a}-{b}-{c}-{d}").unwrap();
+    let rendered = key("u4:{a}-{b}-{c}-{d}", &[uuid; 4]);
+    let readings = template.match_all(rendered.as_bytes(), &|_, _| true);
+    assert!(readings.is_cut_short && readings.all.len() == 64);
+    // Where it is known what values look like, there is one.
+    let readings = template.match_all(rendered.as_bytes(), &|_, value| value.len() == uuid.len());
+    assert!(!readings.is_cut_short);
+    assert_eq!(readings.all, [vec![uuid.as_bytes().to_vec(); 4]]);
+}
+
+#[test]
+fn a_long_key_is_read_back() {
+    let long = "x".repeat(200_000);
+    assert_eq!(matched("t:{a}-{b}", &format!("t:{long}-7")).unwrap()[1], "7");
+    assert_eq!(matched("t:{a}-{b}", &format!("t:7-{long}")).unwrap()[0], "7");
+}
+
+#[test]
+fn a_template_is_an_expression_too() {
+    let expression = |template: &str| {
+        KeyTemplate::parse(template)
+            .unwrap()
+            .expression(|index| format!("c{index}"), |text| format!("'{text}'"))
+    };
+    assert_eq!(expression("user:{id}"), "'user:' || c0");
+    let escaped = |column: &str| format!("replace(replace({column}, '%', '%25'), ':', '%3A')");
+    assert_eq!(
+        expression("{a}-{b}{a}"),
+        format!(
+            "{} || '-' || {} || {}",
+            escaped("c0"),
+            escaped("c1"),
+            escaped("c0")
+        )
+    );
 }
 
 #[test]

@@ -368,6 +368,11 @@ pub(super) fn is_too_large(error: &PqError) -> bool {
     error.is("54000") || (error.is("XX000") && error.message.contains("invalid memory alloc request size"))
 }
 
+/// Whether what is stored cannot be read: a value or a page is damaged.
+pub(super) fn is_damaged(error: &PqError) -> bool {
+    error.is("XX001")
+}
+
 /// Block and offset of a tid in binary.
 fn ctid(bytes: &[u8]) -> Option<(u32, u16)> {
     let (block, offset) = bytes.split_first_chunk::<4>()?;

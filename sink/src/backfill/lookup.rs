@@ -1,22 +1,67 @@
 //! Reads rows by their keys: which keys of a page have a row (the sweep), and what the rows of pending keys are. Keys come
 //! from Redis, where anybody can write, so a value may not even be one of its column's type.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::sql::{Snapshots, Sql, explain};
+use walmirror_proto::key::Readings;
+
+use super::sql::{Snapshots, Sql};
 use crate::error::Error;
 use crate::gate::Snapshot;
 use crate::plan::{Mapping, is_text};
-use crate::pq::{PqError, QueryResult, quote_identifier};
+use crate::pq::{ErrorKind, PqError, QueryResult, quote_identifier, quote_literal};
 
 /// How to find the rows of a table by the values of its key template.
 pub(crate) struct Lookup {
     table: String,
-    /// The FROM and WHERE clauses; `$1`, `$2`, … are arrays of texts, one for each placeholder.
-    from: String,
+    /// Schema and name, quoted.
+    name: String,
+    /// The FROM clause; `$1`, `$2`, … are arrays of texts, one for each placeholder.
+    by_values: Way,
+    /// The same for keys that can be read in too many ways: `$1` is an array of keys, and each row is rendered, so it reads all of
+    /// the table.
+    by_key: Way,
     /// The placeholders' columns as text.
     columns: String,
-    placeholders: usize,
+    /// What values they can have.
+    shapes: Vec<Shape>,
+}
+
+/// A way to look for rows.
+struct Way {
+    from: String,
+    arrays: usize,
+}
+
+/// What the values of a column look like, as far as that rules out readings of a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Shape {
+    Uuid,
+    Integer,
+    Any,
+}
+
+impl Shape {
+    fn of(kind: &str) -> Self {
+        match kind {
+            "uuid" => Self::Uuid,
+            "smallint" | "integer" | "bigint" => Self::Integer,
+            _ => Self::Any,
+        }
+    }
+
+    fn takes(self, value: &[u8]) -> bool {
+        match self {
+            Self::Uuid => {
+                value.len() == 36 && value.iter().all(|byte| byte.is_ascii_hexdigit() || *byte == b'-')
+            }
+            Self::Integer => {
+                let digits = value.strip_prefix(b"-").unwrap_or(value);
+                !digits.is_empty() && digits.iter().all(u8::is_ascii_digit)
+            }
+            Self::Any => true,
+        }
+    }
 }
 
 /// A key and the values of its placeholders.
@@ -48,26 +93,36 @@ impl Lookup {
             return Ok(None);
         };
         let (mut arrays, mut joins, mut columns) = (Vec::new(), Vec::new(), Vec::new());
+        let mut shapes = Vec::new();
         for (index, column) in names.iter().enumerate() {
-            // With -1 the type has its name without a length: "character" would mean one character.
-            // And its operator = may be in the schema of an extension, where the search path does not lead.
+            // With -1 the type has its name without a length: "character" would mean one character. And its operator = may be in the
+            // schema of an extension, where the search path does not lead. A domain is looked through: there may be no operator for
+            // it (over an enum), and its CHECK is of no concern to who only compares.
             let statement = "WITH RECURSIVE kinds (oid) AS ( \
                                  SELECT atttypid FROM pg_attribute WHERE attrelid = $1::oid AND attname = $2 AND NOT attisdropped \
                                  UNION SELECT t.typbasetype FROM kinds k JOIN pg_type t ON t.oid = k.oid WHERE t.typtype = 'd') \
-                             SELECT format_type(a.atttypid, -1), (SELECT quote_ident(n.nspname) FROM kinds k \
+                             SELECT format_type(b.oid, -1), (SELECT quote_ident(n.nspname) FROM kinds k \
                                  JOIN pg_opclass c ON c.opcintype = k.oid AND c.opcdefault JOIN pg_am m ON m.oid = c.opcmethod AND m.amname = 'btree' \
                                  JOIN pg_amop o ON o.amopfamily = c.opcfamily AND o.amopstrategy = 3 AND o.amoplefttype = k.oid AND o.amoprighttype = k.oid \
-                                 JOIN pg_operator p ON p.oid = o.amopopr AND p.oprname = '=' JOIN pg_namespace n ON n.oid = p.oprnamespace LIMIT 1) \
-                             FROM pg_attribute a WHERE a.attrelid = $1::oid AND a.attname = $2 AND NOT a.attisdropped";
+                                 JOIN pg_operator p ON p.oid = o.amopopr AND p.oprname = '=' JOIN pg_namespace n ON n.oid = p.oprnamespace LIMIT 1), \
+                                 (SELECT count(*) FROM kinds) > 1 \
+                             FROM kinds b JOIN pg_type t ON t.oid = b.oid WHERE t.typtype <> 'd'";
             let result = sql.query(what, statement, &[Some(oid.as_bytes()), Some(column.as_bytes())])?;
             let Some(kind) = result.text(0, 0) else {
                 return Ok(None);
             };
             let schema = result.text(0, 1).unwrap_or("pg_catalog");
+            let is_domain = result.text(0, 2) == Some("t");
             let quoted = quote_identifier(column);
+            let value = if is_domain {
+                format!("t.{quoted}::{kind}")
+            } else {
+                format!("t.{quoted}")
+            };
             arrays.push(format!("${}::text[]", index + 1));
-            joins.push(format!("t.{quoted} OPERATOR({schema}.=) k.v{index}::{kind}"));
+            joins.push(format!("{value} OPERATOR({schema}.=) k.v{index}::{kind}"));
             columns.push(format!("t.{quoted}::text"));
+            shapes.push(Shape::of(kind));
         }
         let aliases: Vec<String> = (0..names.len()).map(|index| format!("v{index}")).collect();
         let only = if partitioned { "" } else { "ONLY " };
@@ -77,11 +132,26 @@ impl Lookup {
             aliases.join(", "),
             joins.join(" AND ")
         );
+        let expression = mapping.template.expression(
+            |index| columns.get(index).cloned().unwrap_or_default(),
+            quote_literal,
+        );
+        let by_key = format!(
+            "FROM unnest($1::text[]) AS k(key) JOIN {only}{name} t ON ({expression}) COLLATE \"C\" = k.key"
+        );
         Ok(Some(Self {
             table: mapping.table.clone(),
-            from,
+            name,
+            by_values: Way {
+                from,
+                arrays: names.len(),
+            },
+            by_key: Way {
+                from: by_key,
+                arrays: 1,
+            },
             columns: columns.join(", "),
-            placeholders: names.len(),
+            shapes,
         }))
     }
 
@@ -93,16 +163,11 @@ impl Lookup {
         mapping: &Mapping,
         keys: Vec<ParsedKey>,
     ) -> Result<Vec<Found<()>>, Error> {
-        let statement = format!("SELECT {} {}", self.columns, self.from);
-        let keys = all_readings(mapping, keys, sql.any_bytes);
+        let asked = self.asked(mapping, keys, sql.any_bytes);
         let mut found = Vec::new();
-        self.bisect(
-            snapshots,
-            sql,
-            &statement,
-            false,
-            keys,
-            &mut |snapshot, keys, result| {
+        for (way, keys) in [(&self.by_values, asked.by_values), (&self.by_key, asked.by_key)] {
+            let query = Query::new(way, &self.columns, false);
+            self.bisect(snapshots, sql, query, keys, &mut |snapshot, keys, result| {
                 let mut rendered: HashSet<Vec<u8>> = HashSet::new();
                 for row in result.into_iter().flat_map(QueryResult::rows) {
                     let mut key = Vec::new();
@@ -113,20 +178,17 @@ impl Lookup {
                         rendered.insert(key);
                     }
                 }
-                let keys = keys
-                    .into_iter()
-                    .map(|(key, _)| {
-                        if rendered.contains(&key) {
-                            (key, Some(()))
-                        } else {
-                            (key, None)
-                        }
-                    })
-                    .collect();
-                found.push(Found { snapshot, keys });
+                let keys = keys.into_iter().map(|(key, _)| {
+                    let is_present = rendered.contains(&key);
+                    (key, is_present.then_some(()))
+                });
+                found.push(Found {
+                    snapshot,
+                    keys: keys.collect(),
+                });
                 Ok(())
-            },
-        )?;
+            })?;
+        }
         Ok(one_answer_a_key(mapping, found))
     }
 
@@ -138,95 +200,184 @@ impl Lookup {
         mapping: &Mapping,
         keys: Vec<ParsedKey>,
     ) -> Result<Vec<Found<Vec<u8>>>, Error> {
-        let statement = format!("SELECT walmirror.pack(t.*) {}", self.from);
-        let keys = all_readings(mapping, keys, sql.any_bytes);
-        let mut found = Vec::new();
-        self.bisect(
-            snapshots,
-            sql,
-            &statement,
-            true,
-            keys,
-            &mut |snapshot, keys, result| {
-                let mut rows: std::collections::HashMap<Vec<u8>, Vec<u8>> = std::collections::HashMap::new();
-                for packed in result
-                    .into_iter()
-                    .flat_map(QueryResult::rows)
-                    .filter_map(|row| row.get(0))
-                {
-                    if let Some(key) = key_of(mapping, packed) {
-                        rows.insert(key, packed.to_vec());
-                    }
-                }
-                let keys = keys
-                    .into_iter()
-                    .map(|(key, _)| {
-                        // The same key may have been asked for twice.
-                        let row = rows.get(&key).cloned();
-                        (key, row)
-                    })
-                    .collect();
-                found.push(Found { snapshot, keys });
-                Ok(())
-            },
-        )?;
+        let mut unasked = Vec::new();
+        self.read(snapshots, sql, mapping, keys, &mut |snapshot, keys| {
+            let keys = keys.into_iter().map(|(key, _)| (key, None)).collect();
+            unasked.push(Found { snapshot, keys });
+        })
+        .map(|mut found| {
+            found.extend(unasked);
+            one_answer_a_key(mapping, found)
+        })
+    }
+
+    /// The same for keys that rows were seen to have. Where a value that was read from such a key is refused by its own type, all
+    /// rows are rendered to find the one.
+    pub(crate) fn rows_of_rows(
+        &self,
+        snapshots: &dyn Snapshots,
+        sql: &mut Sql,
+        mapping: &Mapping,
+        keys: Vec<ParsedKey>,
+    ) -> Result<Vec<Found<Vec<u8>>>, Error> {
+        let mut refused = Vec::new();
+        let mut found = self.read(snapshots, sql, mapping, keys, &mut |_, keys| {
+            // Without values.
+            refused.extend(keys.into_iter().map(|(key, _)| (key, Vec::new())));
+        })?;
+        if !refused.is_empty() {
+            found.extend(self.rows(snapshots, sql, mapping, refused)?);
+        }
         Ok(one_answer_a_key(mapping, found))
     }
 
-    /// Runs the statement for the keys. Where a value is not one of its column's type, the halves are tried by
-    /// themselves; a single key that fails has no row.
+    fn read(
+        &self,
+        snapshots: &dyn Snapshots,
+        sql: &mut Sql,
+        mapping: &Mapping,
+        keys: Vec<ParsedKey>,
+        refused: &mut dyn FnMut(Snapshot, Vec<ParsedKey>),
+    ) -> Result<Vec<Found<Vec<u8>>>, Error> {
+        let asked = self.asked(mapping, keys, sql.any_bytes);
+        let mut found = Vec::new();
+        for (way, keys) in [(&self.by_values, asked.by_values), (&self.by_key, asked.by_key)] {
+            let query = Query::new(way, "walmirror.pack(t.*)", true);
+            self.bisect(snapshots, sql, query, keys, &mut |snapshot, keys, result| {
+                let Some(result) = result else {
+                    refused(snapshot, keys);
+                    return Ok(());
+                };
+                let packed = result.rows().filter_map(|row| row.get(0));
+                let rows: HashMap<Vec<u8>, Vec<u8>> = packed
+                    .filter_map(|packed| Some((key_of(mapping, packed)?, packed.to_vec())))
+                    .collect();
+                let keys = keys.into_iter().map(|(key, _)| {
+                    // The same key may have been asked for twice.
+                    let row = rows.get(&key).cloned();
+                    (key, row)
+                });
+                found.push(Found {
+                    snapshot,
+                    keys: keys.collect(),
+                });
+                Ok(())
+            })?;
+        }
+        Ok(found)
+    }
+
+    /// A key that may be read in several ways is looked for in each of them: only one can be that of its row. Where there are too
+    /// many, or its values are not known, rows are rendered instead.
+    fn asked(&self, mapping: &Mapping, keys: Vec<ParsedKey>, any_bytes: bool) -> Asked {
+        let mut asked = Asked::default();
+        let shapes = &self.shapes;
+        let accepts = |place: usize, value: &[u8]| shapes.get(place).is_none_or(|shape| shape.takes(value));
+        for (key, first) in keys {
+            let mut readings = Readings {
+                is_cut_short: first.len() != shapes.len(),
+                all: Vec::new(),
+            };
+            if !readings.is_cut_short && mapping.template.is_ambiguous() {
+                readings = mapping.template.match_all(&key, &accepts);
+                readings.all.retain(|values| is_text(values, any_bytes));
+            }
+            if readings.is_cut_short && is_text(std::slice::from_ref(&key), any_bytes) {
+                asked.by_key.push((key.clone(), vec![key]));
+                continue;
+            }
+            if readings.all.is_empty() {
+                readings.all.push(first);
+            }
+            asked
+                .by_values
+                .extend(readings.all.into_iter().map(|values| (key.clone(), values)));
+        }
+        asked
+    }
+
+    /// Runs the query for the keys. Where the server refuses one of their values, the halves are tried by themselves; a single key
+    /// that fails has no row.
     fn bisect(
         &self,
         snapshots: &dyn Snapshots,
         sql: &mut Sql,
-        statement: &str,
-        binary: bool,
+        mut query: Query,
         mut keys: Vec<ParsedKey>,
         take: &mut Take<'_>,
     ) -> Result<(), Error> {
+        if keys.is_empty() {
+            return Ok(());
+        }
         let Some(snapshot) = snapshots.begin(sql, &self.table)? else {
             return Ok(());
         };
-        let arrays: Vec<Vec<u8>> = (0..self.placeholders)
-            .map(|index| array(keys.iter().map(|(_, values)| values.get(index))))
-            .collect();
-        let params: Vec<Option<&[u8]>> = arrays.iter().map(|array| Some(array.as_slice())).collect();
-        let result = if binary {
-            sql.connection.query_binary(statement, &params)
-        } else {
-            sql.connection.query(statement, &params)
-        };
+        let result = query.run(sql, &keys);
         sql.end()?;
         match result {
             Ok(result) => take(snapshot, keys, Some(&result)),
-            Err(error) if is_bad_value(&error) && keys.len() > 1 => {
+            Err(error) if is_of_a_value(&error, query.reads_rows) => {
+                // What has nothing to do with values fails without any as well: the table or a column is gone, a right is lacking.
+                if !std::mem::replace(&mut query.is_sound, true) {
+                    query.run(sql, &[]).map_err(|error| self.error(sql, error))?;
+                }
+                if keys.len() == 1 {
+                    return take(snapshot, keys, None);
+                }
                 let half = keys.split_off(keys.len() / 2);
-                self.bisect(snapshots, sql, statement, binary, keys, take)?;
-                self.bisect(snapshots, sql, statement, binary, half, take)
+                self.bisect(snapshots, sql, query.clone(), keys, take)?;
+                self.bisect(snapshots, sql, query, half, take)
             }
-            Err(error) if is_bad_value(&error) => take(snapshot, keys, None),
-            Err(error) => Err(explain(
-                format!("cannot look for rows of the table {}", self.table),
-                error,
-            )),
+            Err(error) => Err(self.error(sql, error)),
         }
+    }
+
+    fn error(&self, sql: &Sql, error: PqError) -> Error {
+        let what = format!("cannot look for rows of the table {}", self.table);
+        sql.explain_table(what, &self.name, error)
     }
 }
 
-/// A key that may be read in several ways is looked for in each of them: only one can be that of its row.
-fn all_readings(mapping: &Mapping, keys: Vec<ParsedKey>, any_bytes: bool) -> Vec<ParsedKey> {
-    if !mapping.template.is_ambiguous() {
-        return keys;
-    }
-    let readings = |(key, first): ParsedKey| {
-        let mut all = mapping.template.match_all(&key);
-        all.retain(|values| is_text(values, any_bytes));
-        if all.is_empty() {
-            all.push(first);
+/// How keys are asked for.
+#[derive(Default)]
+struct Asked {
+    by_values: Vec<ParsedKey>,
+    /// Their only value is the key itself.
+    by_key: Vec<ParsedKey>,
+}
+
+/// A statement that takes arrays of texts.
+#[derive(Clone)]
+struct Query {
+    statement: String,
+    arrays: usize,
+    /// It gives whole rows in binary, not the columns of their keys.
+    reads_rows: bool,
+    /// It has been run without any value, and that worked.
+    is_sound: bool,
+}
+
+impl Query {
+    fn new(way: &Way, columns: &str, reads_rows: bool) -> Self {
+        Self {
+            statement: format!("SELECT {columns} {}", way.from),
+            arrays: way.arrays,
+            reads_rows,
+            is_sound: false,
         }
-        all.into_iter().map(move |values| (key.clone(), values))
-    };
-    keys.into_iter().flat_map(readings).collect()
+    }
+
+    fn run(&self, sql: &mut Sql, keys: &[ParsedKey]) -> Result<QueryResult, PqError> {
+        let arrays: Vec<Vec<u8>> = (0..self.arrays)
+            .map(|index| array(keys.iter().map(|(_, values)| values.get(index))))
+            .collect();
+        let params: Vec<Option<&[u8]>> = arrays.iter().map(|array| Some(array.as_slice())).collect();
+        if self.reads_rows {
+            sql.connection.query_binary(&self.statement, &params)
+        } else {
+            sql.connection.query(&self.statement, &params)
+        }
+    }
 }
 
 /// Puts their answers together. What was asked first has the oldest snapshot, which holds for all of them.
@@ -254,14 +405,17 @@ fn one_answer_a_key<T>(mapping: &Mapping, found: Vec<Found<T>>) -> Vec<Found<T>>
         .collect()
 }
 
-/// A value that its type does not take: class 22 (data exception), 23 (a domain's constraint), and what some input functions say
-/// instead; or a row that cannot be read, and so cannot be mirrored.
-fn is_bad_value(error: &PqError) -> bool {
-    error.sqlstate.as_deref().is_some_and(|state| {
-        state.starts_with("22")
-            || state.starts_with("23")
-            || matches!(state, "42704" | "42601" | "0A000" | "54000" | "P0001")
-    }) || super::fill::is_too_large(error)
+/// Whether the server refused a value that was asked for, or cannot read the row that has it. Input functions, and what they call,
+/// raise whatever they like, so this is every error but those of the session or the machine, of rights, of locks, and of a label that
+/// does not fit. A file that is damaged says nothing about which keys have a row.
+fn is_of_a_value(error: &PqError, reads_rows: bool) -> bool {
+    let state = error.sqlstate.as_deref().unwrap_or("XX000");
+    let is_elsewhere = match state.get(..2) {
+        Some("08" | "25" | "40" | "53" | "55" | "57" | "58") => true,
+        Some("XX") => !(super::fill::is_too_large(error) || reads_rows && super::fill::is_damaged(error)),
+        _ => state == "42501",
+    };
+    error.kind == ErrorKind::Server && !is_elsewhere
 }
 
 /// The key of a packed row.
@@ -312,12 +466,28 @@ mod tests {
     fn bad_values_are_told_from_real_errors() {
         let error = |state: &str| PqError {
             sqlstate: Some(state.to_owned()),
-            ..PqError::new(crate::pq::ErrorKind::Server, "x")
+            ..PqError::new(ErrorKind::Server, "x")
         };
-        assert!(is_bad_value(&error("22P02")) && is_bad_value(&error("22003")));
-        assert!(!is_bad_value(&error("42501")) && !is_bad_value(&error("57P01")));
+        for state in ["22P02", "22003", "23514", "42883", "42P01", "54001", "P0001"] {
+            assert!(is_of_a_value(&error(state), false), "{state}");
+        }
+        for state in [
+            "08006", "40001", "42501", "53200", "55P03", "57P01", "XX000", "XX002",
+        ] {
+            assert!(!is_of_a_value(&error(state), true), "{state}");
+        }
+        // A damaged row can be left out; that there is none cannot be said.
+        assert!(is_of_a_value(&error("XX001"), true) && !is_of_a_value(&error("XX001"), false));
         assert!(
             is_text(&[b"x".to_vec()], false) && !is_text(&[vec![0]], true) && !is_text(&[vec![0xff]], false)
         );
+    }
+
+    #[test]
+    fn shapes_rule_out_readings() {
+        let uuid = b"11111111-2222-3333-4444-555555555555".as_slice();
+        assert!(Shape::of("uuid").takes(uuid) && !Shape::of("uuid").takes(b"11111111"));
+        assert!(Shape::of("integer").takes(b"-7") && !Shape::of("bigint").takes(b"7-8"));
+        assert!(!Shape::of("smallint").takes(b"-") && Shape::of("text").takes(b"7-8"));
     }
 }

@@ -23,6 +23,8 @@ pub(crate) struct Sql {
     pub(crate) connection: Connection,
     /// The database is SQL_ASCII: its text is bytes, and keys that are made of it need not be UTF-8.
     pub(crate) any_bytes: bool,
+    /// Its role, quoted.
+    role: String,
 }
 
 /// Whoever reads says which snapshots it can use: a worker those that the gate will not refuse as a whole, `verify` any.
@@ -58,7 +60,14 @@ impl Sql {
         let mut sql = Self {
             connection,
             any_bytes: false,
+            role: String::new(),
         };
+        let role = sql.query(
+            "cannot tell the role of the session",
+            "SELECT quote_ident(current_user)",
+            &[],
+        )?;
+        sql.role = role.text(0, 0).unwrap_or_default().to_owned();
         let encoding = sql.query("cannot read server_encoding", "SHOW server_encoding", &[])?;
         sql.any_bytes = encoding.text(0, 0) == Some("SQL_ASCII");
         if sql.any_bytes {
@@ -70,6 +79,17 @@ impl Sql {
             )?;
         }
         Ok(sql)
+    }
+
+    /// Like [`explain`] for an error of a statement about a table, whose quoted name the command that helps has to have.
+    pub(crate) fn explain_table(&self, what: impl Into<String>, name: &str, error: PqError) -> Error {
+        let role = &self.role;
+        let next = (error.is("42501") && !error.message.contains("row-level security"))
+            .then(|| format!("GRANT SELECT ON {name} TO {role};"));
+        match next {
+            Some(next) => Error::postgres(what, error).next(next),
+            None => explain(what, error),
+        }
     }
 
     /// Begins a transaction whose one snapshot every statement of it reads in, and says which one that is.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use redis::Value;
 
 use super::content::{Content, compare};
-use super::sides::{AnySnapshot, Sides};
+use super::sides::{AnySnapshot, Origin, Sides};
 use super::table::Table;
 use super::{Finding, Job, judge, sample};
 use crate::backfill::lookup::ParsedKey;
@@ -113,7 +113,7 @@ fn compare_held(sides: &mut Sides, table: &mut Table, held: &mut Held, job: &Job
     let mut differ = std::mem::take(&mut held.impossible);
     let keys = std::mem::take(&mut held.keys);
     if table.is_cache() && !keys.is_empty() {
-        let rows = sides.rows(table, keys)?;
+        let rows = sides.rows(table, keys, Origin::Redis)?;
         let found = sides.read(table, rows.iter().map(|(key, _)| key.as_slice()))?;
         for ((key, expected), found) in rows.into_iter().zip(found) {
             table.tally.rows += u64::from(expected != Content::Absent);
@@ -128,5 +128,5 @@ fn compare_held(sides: &mut Sides, table: &mut Table, held: &mut Held, job: &Job
         let keys = found.into_iter().flat_map(|found| found.keys);
         differ.extend(keys.filter(|(_, row)| row.is_none()).map(|(key, _)| key));
     }
-    judge(sides, table, differ, job)
+    judge(sides, table, differ, Origin::Redis, job)
 }

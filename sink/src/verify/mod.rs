@@ -27,7 +27,7 @@ use crate::shutdown::Shutdown;
 pub use tally::{Finding, Tally};
 
 use settle::settle;
-use sides::Sides;
+use sides::{Origin, Sides};
 use table::Table;
 pub(crate) use table::resolve;
 
@@ -83,11 +83,17 @@ pub fn run(job: &Job, shutdown: &Shutdown) -> Result<Outcome, Error> {
 }
 
 /// Settles what looked different, counts what is, and has it mended if that is wanted.
-fn judge(sides: &mut Sides, table: &mut Table, keys: Vec<Vec<u8>>, job: &Job) -> Result<(), Error> {
+fn judge(
+    sides: &mut Sides,
+    table: &mut Table,
+    keys: Vec<Vec<u8>>,
+    origin: Origin,
+    job: &Job,
+) -> Result<(), Error> {
     if keys.is_empty() {
         return Ok(());
     }
-    let findings = settle(sides, table, keys)?;
+    let findings = settle(sides, table, keys, origin)?;
     let wrong: Vec<Vec<u8>> = findings
         .iter()
         .filter(|(_, finding)| finding.is_difference())
@@ -101,7 +107,7 @@ fn judge(sides: &mut Sides, table: &mut Table, keys: Vec<Vec<u8>>, job: &Job) ->
     }
     let asked = wrong.len() as u64;
     sides.repair(table, &wrong)?;
-    let left = settle(sides, table, wrong)?
+    let left = settle(sides, table, wrong, origin)?
         .iter()
         .filter(|(_, finding)| finding.is_difference() || matches!(finding, Finding::Unknown))
         .count() as u64;

@@ -3,7 +3,7 @@
 //! A row that an update moves to a stretch that was read already is not looked at: that update has just written its key.
 
 use super::content::{Content, compare};
-use super::sides::{AnySnapshot, Sides};
+use super::sides::{AnySnapshot, Origin, Sides};
 use super::table::Table;
 use super::{Finding, Job, judge, sample};
 use crate::backfill::PackedRows;
@@ -78,5 +78,5 @@ pub(super) fn compare_chunk(
             }
         }
     }
-    judge(sides, table, differ, job)
+    judge(sides, table, differ, Origin::Rows, job)
 }

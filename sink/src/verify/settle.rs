@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use super::Finding;
 use super::content::{Content, compare};
-use super::sides::Sides;
+use super::sides::{Origin, Sides};
 use super::table::Table;
 use crate::error::Error;
 use crate::plan::is_text;
@@ -65,6 +65,7 @@ pub(super) fn settle(
     sides: &mut Sides,
     table: &Table,
     keys: Vec<Vec<u8>>,
+    origin: Origin,
 ) -> Result<Vec<(Vec<u8>, Finding)>, Error> {
     let new = |key| Candidate {
         key,
@@ -85,10 +86,10 @@ pub(super) fn settle(
         }
         let before = fresh.len() + quiet.len() + moving.len();
         if quiet.is_empty() && fresh.is_empty() {
-            quiet = look(sides, table, std::mem::take(&mut moving), LOOKS_MOVING)?;
+            quiet = look(sides, table, std::mem::take(&mut moving), LOOKS_MOVING, origin)?;
         } else if quiet.is_empty() {
             let group = fresh.drain(..GROUP.min(fresh.len())).collect();
-            quiet = look(sides, table, group, LOOKS)?;
+            quiet = look(sides, table, group, LOOKS, origin)?;
         }
         let rest = quiet.split_off(size.min(quiet.len()));
         let group = std::mem::replace(&mut quiet, rest);
@@ -96,7 +97,7 @@ pub(super) fn settle(
             until = Instant::now() + sides.timeout;
             continue;
         }
-        let round = prove(sides, table, group)?;
+        let round = prove(sides, table, group, origin)?;
         size = if round.touched {
             (size / 2).max(1)
         } else {
@@ -124,12 +125,13 @@ fn look(
     table: &Table,
     mut group: Vec<Candidate>,
     looks: usize,
+    origin: Origin,
 ) -> Result<Vec<Candidate>, Error> {
     for number in 0..looks {
         if number > 0 {
             sides.sleep(PAUSE)?;
         }
-        see_rows(sides, table, &mut group)?;
+        see_rows(sides, table, &mut group, origin)?;
         let found = sides.read(table, group.iter().map(|one| one.key.as_slice()))?;
         let mut found = found.into_iter();
         group.retain(|one| {
@@ -145,18 +147,21 @@ fn look(
 }
 
 /// Reads the rows of the keys, in one snapshot.
-fn see_rows(sides: &mut Sides, table: &Table, group: &mut [Candidate]) -> Result<(), Error> {
+fn see_rows(sides: &mut Sides, table: &Table, group: &mut [Candidate], origin: Origin) -> Result<(), Error> {
     let mut parsed = Vec::with_capacity(group.len());
     for one in group.iter() {
         let values = table.mapping.template.match_key(&one.key);
-        if let Some(values) = values.filter(|values| is_text(values, sides.sql.any_bytes)) {
-            parsed.push((one.key.clone(), values));
+        match values.filter(|values| is_text(values, sides.sql.any_bytes)) {
+            Some(values) => parsed.push((one.key.clone(), values)),
+            // A row had it, so that it can be found, though not by values.
+            None if origin == Origin::Rows => parsed.push((one.key.clone(), Vec::new())),
+            None => {}
         }
     }
     let rows = if parsed.is_empty() {
         Vec::new()
     } else {
-        sides.rows(table, parsed)?
+        sides.rows(table, parsed, origin)?
     };
     let rows: HashMap<Vec<u8>, Content> = rows.into_iter().collect();
     for one in group {
@@ -177,7 +182,12 @@ struct Round {
 }
 
 /// One round of the proof for a group of keys.
-fn prove(sides: &mut Sides, table: &Table, mut group: Vec<Candidate>) -> Result<Round, Error> {
+fn prove(
+    sides: &mut Sides,
+    table: &Table,
+    mut group: Vec<Candidate>,
+    origin: Origin,
+) -> Result<Round, Error> {
     let may_be_absent = table.may_be_absent();
     sides.watch(group.iter().map(|one| one.key.as_slice()))?;
     let first = sides.read(table, group.iter().map(|one| one.key.as_slice()))?;
@@ -188,7 +198,7 @@ fn prove(sides: &mut Sides, table: &Table, mut group: Vec<Candidate>) -> Result<
             ..Round::default()
         });
     }
-    see_rows(sides, table, &mut group)?;
+    see_rows(sides, table, &mut group, origin)?;
     let mut pairs: Vec<(Candidate, Content)> = group.into_iter().zip(first).collect();
     pairs.retain(|(one, found)| !one.agrees(*found, may_be_absent));
     if pairs.is_empty() {

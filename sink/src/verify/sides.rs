@@ -34,6 +34,15 @@ impl Snapshots for AnySnapshot {
     }
 }
 
+/// Where a key that is compared comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// A row that was read has it, so that it is there unless that row has changed since.
+    Rows,
+    /// It was met in Redis, where anybody can write.
+    Redis,
+}
+
 /// The two connections.
 pub(super) struct Sides {
     pub(super) sql: Sql,
@@ -192,13 +201,16 @@ impl Sides {
         &mut self,
         table: &Table,
         keys: Vec<ParsedKey>,
+        origin: Origin,
     ) -> Result<Vec<(Vec<u8>, Content)>, Error> {
         let mut out = Vec::with_capacity(keys.len());
         let mut text = Vec::new();
-        for found in table
-            .lookup
-            .rows(&AnySnapshot, &mut self.sql, &table.mapping, keys)?
-        {
+        let (lookup, mapping) = (&table.lookup, &table.mapping);
+        let found = match origin {
+            Origin::Rows => lookup.rows_of_rows(&AnySnapshot, &mut self.sql, mapping, keys)?,
+            Origin::Redis => lookup.rows(&AnySnapshot, &mut self.sql, mapping, keys)?,
+        };
+        for found in found {
             for (key, packed) in found.keys {
                 let row = packed
                     .map(|packed| table.row(&packed, &mut text))
