@@ -247,6 +247,17 @@ impl Error {
         signs.iter().any(|sign| source.message.contains(sign))
     }
 
+    /// Whether an error of a statement about a table is that table's own: neither the connection, nor the server or the machine has
+    /// failed, nor who may log in.
+    pub fn is_of_one_table(&self) -> bool {
+        let Self::Postgres(_, source) = self else {
+            return false;
+        };
+        let class = source.sqlstate.as_deref().and_then(|state| state.get(..2));
+        source.kind == crate::pq::ErrorKind::Server
+            && class.is_some_and(|class| !["08", "25", "28", "40", "53", "57", "58"].contains(&class))
+    }
+
     /// Whether Postgres was given up because it said nothing.
     pub fn is_silence(&self) -> bool {
         matches!(self, Self::Postgres(_, source) if source.kind == crate::pq::ErrorKind::Silence)

@@ -63,6 +63,8 @@ pub enum Content {
     Keys(Vec<(Vec<u8>, Option<Vec<u8>>)>),
     /// Keys that have no row.
     Absent(Vec<Vec<u8>>),
+    /// Keys of rows that cannot be read.
+    LeftOut(Vec<Vec<u8>>),
     /// Keys that were noted as pending for a table that is not mirrored.
     Orphans(Vec<Vec<u8>>),
     /// All labelled tables, as the catalog has them.
@@ -75,7 +77,7 @@ impl Content {
         match self {
             Self::Rows(rows) => rows.len(),
             Self::Keys(keys) => keys.len(),
-            Self::Absent(keys) | Self::Orphans(keys) => keys.len(),
+            Self::Absent(keys) | Self::LeftOut(keys) | Self::Orphans(keys) => keys.len(),
             Self::Catalog(catalog) => catalog.relations.len(),
         }
     }

@@ -2,7 +2,7 @@
 //! for long. A row that moves to a block that was read already is in the stream, because moving is a change.
 
 use super::report::Report;
-use super::sql::{Snapshots, Sql, explain};
+use super::sql::{Snapshots, Sql};
 use super::worker::{Context, Flow};
 use super::{Content, Cursor, PackedRows, Task, Window};
 use crate::error::Error;
@@ -75,8 +75,8 @@ pub(super) fn fill(
                 read.rows.len() as u64,
             );
             if let Some(key) = read.left_out {
-                // What Redis holds of it is of before it was so large.
-                let key = Content::Keys(vec![(key, None)]);
+                // What Redis holds of it is what it was before.
+                let key = Content::LeftOut(vec![key]);
                 context.submit(sql, window, relation, task, read.snapshot.clone(), key, None)?;
             }
             cursor = Cursor {
@@ -194,13 +194,13 @@ pub(crate) fn read_next(
         let read = match read_chunk(snapshots, sql, table, leaf, start, end)? {
             Chunk::Read(read) => read,
             Chunk::Changed => return Ok(None),
-            Chunk::TooLarge if pace.narrow() => continue,
-            Chunk::TooLarge => {
+            Chunk::Unreadable(_) if pace.narrow() => continue,
+            Chunk::Unreadable(why) => {
                 let (name, block, offset) = (&leaf.name, start.0, start.1);
                 tracing::error!(
                     table,
                     next = format!("SELECT pg_column_size(…) FROM {name} WHERE ctid = '({block},{offset})'"),
-                    "a row is not mirrored: it has more than 1 GB, which PostgreSQL does not put together"
+                    "a row is not mirrored: {why}"
                 );
                 let Some(snapshot) = snapshots.begin(sql, table)? else {
                     return Ok(None);
@@ -245,8 +245,8 @@ enum Chunk {
     Read(Read),
     /// The table is not what it was when its definition was announced, or the session ends.
     Changed,
-    /// A row of it has more bytes than Postgres can put together.
-    TooLarge,
+    /// Postgres cannot put one of its rows together, for this reason.
+    Unreadable(&'static str),
 }
 
 /// One chunk: the rows from one place up to another, or fewer.
@@ -282,14 +282,20 @@ fn read_chunk(
                 _ => Chunk::Changed,
             })
         }
-        Err(error) if is_too_large(&error) => Ok(Chunk::TooLarge),
+        Err(error) if is_too_large(&error) => Ok(Chunk::Unreadable(
+            "it has more than 1 GB, which PostgreSQL does not put together",
+        )),
+        // A whole page that is damaged is the table's trouble: which rows it had cannot be told.
+        Err(error) if is_damaged(&error) && !error.message.contains("page") => {
+            Ok(Chunk::Unreadable("what is stored of it is damaged"))
+        }
         // The stream will say so.
         Err(error) if has_changed(&error) => {
             tracing::debug!(table, "the table changed while it was read: {error}");
             std::thread::sleep(Duration::from_millis(100));
             Ok(Chunk::Changed)
         }
-        Err(error) => Err(explain(format!("cannot read the table {table}"), error)),
+        Err(error) => Err(sql.explain_table(format!("cannot read the table {table}"), &leaf.name, error)),
     }
 }
 

@@ -16,6 +16,7 @@ pub(crate) mod prefixes;
 pub(crate) mod report;
 pub(crate) mod sql;
 mod sweep;
+mod troubles;
 mod worker;
 
 use std::collections::BTreeMap;
@@ -212,10 +213,15 @@ impl Backfill {
     }
 
     /// The first table behind `last` that is to be filled, or one before, or else the first of those whose keys are to be checked.
-    /// One that cannot be read does not hold up the others.
-    pub(crate) fn next_task(&self, last: u32) -> Option<(u32, Task)> {
+    /// One that cannot be read does not hold up the others; those that `is_paused` says have to wait.
+    pub(crate) fn next_task(&self, last: u32, is_paused: impl Fn(u32) -> bool) -> Option<(u32, Task)> {
         let tasks = self.lock();
-        let of_stage = |stage: Stage| tasks.iter().filter(move |(_, task)| task.cursor.stage == stage);
+        let is_paused = &is_paused;
+        let of_stage = |stage: Stage| {
+            tasks
+                .iter()
+                .filter(move |(relation, task)| task.cursor.stage == stage && !is_paused(**relation))
+        };
         let behind = of_stage(Stage::Fill).find(|(relation, _)| **relation > last);
         let next = behind
             .or_else(|| of_stage(Stage::Fill).next())
@@ -224,9 +230,11 @@ impl Backfill {
     }
 
     /// The tables whose keys are to be checked.
-    fn sweeps(&self) -> Vec<(u32, Task)> {
+    fn sweeps(&self, is_paused: impl Fn(u32) -> bool) -> Vec<(u32, Task)> {
         let tasks = self.lock();
-        let due = tasks.iter().filter(|(_, task)| task.cursor.stage == Stage::Sweep);
+        let due = tasks
+            .iter()
+            .filter(|(relation, task)| task.cursor.stage == Stage::Sweep && !is_paused(**relation));
         due.map(|(relation, task)| (*relation, task.clone())).collect()
     }
 

@@ -9,6 +9,7 @@ use redis::Value;
 
 use super::lookup::{Lookup, ParsedKey};
 use super::sql::{Snapshots, Sql};
+use super::troubles::Troubles;
 use super::worker::Context;
 use super::{Content, Task, Window};
 use crate::error::Error;
@@ -28,6 +29,7 @@ pub(super) fn pass(
     sql: &mut Sql,
     redis: &mut Connection,
     window: &Arc<Window>,
+    troubles: &mut Troubles,
 ) -> Result<bool, Error> {
     let mut cursor = b"0".to_vec();
     let mut empty = true;
@@ -36,7 +38,17 @@ pub(super) fn pass(
         let (next, page) = page(redis.call("read the pending keys", &command)?)?;
         empty &= page.is_empty();
         for (relation, keys) in page {
-            reread(context, sql, window, relation, keys)?;
+            if troubles.is_paused(relation) {
+                continue;
+            }
+            match reread(context, sql, window, relation, keys) {
+                Ok(()) => troubles.clear(relation),
+                // The keys stay noted.
+                Err(error) => {
+                    let table = context.backfill.table(relation).unwrap_or_default();
+                    troubles.take(relation, &table, error)?;
+                }
+            }
             if context.stopped() {
                 return Ok(false);
             }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::lookup::{Lookup, ParsedKey};
 use super::prefixes::Prefixes;
 use super::sql::{Snapshots, Sql};
+use super::troubles::Troubles;
 use super::worker::Context;
 use super::{Content, Cursor, Task, Window};
 use crate::error::Error;
@@ -34,6 +35,8 @@ struct Swept {
     /// Keys that no row can have.
     absent: Vec<Vec<u8>>,
     removed: usize,
+    /// Something failed, so that not all of its keys were looked at: it is to be swept again.
+    is_broken_off: bool,
 }
 
 /// Looks at every key of the tables' templates, old ones included. A table that changes meanwhile is left for another
@@ -43,10 +46,15 @@ pub(super) fn sweep(
     sql: &mut Sql,
     redis: &mut Connection,
     tasks: Vec<(u32, Task)>,
+    troubles: &mut Troubles,
 ) -> Result<(), Error> {
     let mut tables = Vec::new();
     for (relation, task) in tasks {
-        tables.extend(Swept::new(context, sql, relation, task)?);
+        let name = task.mapping.table.clone();
+        match Swept::new(context, sql, relation, task) {
+            Ok(table) => tables.extend(table),
+            Err(error) => troubles.take(relation, &name, error)?,
+        }
     }
     let places = tables.iter().enumerate();
     let index = Prefixes::new(
@@ -70,15 +78,18 @@ pub(super) fn sweep(
         }
         for table in &mut tables {
             if table.held.len() >= KEYS || table.absent.len() >= KEYS {
-                table.remove_absent(context, sql)?;
+                let removed = table.remove_absent(context, sql);
+                table.go_on_after(removed, troubles)?;
             }
         }
     }
     for table in &mut tables {
-        table.finish(context, sql)?;
+        let finished = table.finish(context, sql);
+        table.go_on_after(finished, troubles)?;
     }
     for table in &tables {
-        if table.window.wait(0, || context.stopped()) && !context.stopped() {
+        if !table.is_broken_off && table.window.wait(0, || context.stopped()) && !context.stopped() {
+            troubles.clear(table.relation);
             let name = &table.task.mapping.table;
             tracing::info!(
                 table = name,
@@ -106,6 +117,7 @@ impl Swept {
             held: Vec::new(),
             absent: Vec::new(),
             removed: 0,
+            is_broken_off: false,
         }))
     }
 
@@ -135,12 +147,7 @@ impl Swept {
         if held.is_empty() {
             return Ok(());
         }
-        let found = match self.lookup.present(context, sql, &self.task.mapping, held) {
-            // Its generation is another one once the stream has told, so what ends this sweep is dropped, and it is swept again.
-            Err(error) if error.is_of_a_changed_table() => return Ok(()),
-            found => found?,
-        };
-        for found in found {
+        for found in self.lookup.present(context, sql, &self.task.mapping, held)? {
             let absent: Vec<Vec<u8>> = found
                 .keys
                 .into_iter()
@@ -166,8 +173,20 @@ impl Swept {
         self.submit(context, sql, snapshot, Vec::new(), Some(done))
     }
 
+    /// A table that fails is left for another time; the others go on.
+    fn go_on_after(&mut self, result: Result<(), Error>, troubles: &mut Troubles) -> Result<(), Error> {
+        let Err(error) = result else { return Ok(()) };
+        self.is_broken_off = true;
+        if error.is_of_a_changed_table() {
+            // The stream will say so.
+            return Ok(());
+        }
+        troubles.take(self.relation, &self.task.mapping.table, error)
+    }
+
     fn is_alive(&self, context: &Context) -> bool {
-        self.window.wait(AHEAD - 1, || context.stopped())
+        !self.is_broken_off
+            && self.window.wait(AHEAD - 1, || context.stopped())
             && !context.stopped()
             && context.is_current(self.relation, self.task.generation)
     }

@@ -8,6 +8,7 @@ use crossbeam_channel::Sender;
 
 use super::catalog::Catalog;
 use super::sql::{Snapshots, Sql};
+use super::troubles::Troubles;
 use super::{Backfill, Chunk, Content, Cursor, Stage, Task, Window, fill, pending, sweep};
 use crate::config::{Conninfo, RedisUrl};
 use crate::error::Error;
@@ -83,9 +84,12 @@ fn tables(context: &Context) -> Result<(), Error> {
     let mut connection = None;
     let mut waiting: Option<Instant> = None;
     let (mut last, mut pause) = (0, RETRY_MIN);
+    let mut troubles = Troubles::default();
     while !context.stopped() {
         let is_reconciled = context.backfill.is_reconciled();
-        let task = context.backfill.next_task(last);
+        let task = context
+            .backfill
+            .next_task(last, |relation| troubles.is_paused(relation));
         if is_reconciled && task.is_none() {
             // An idle session is one that somebody else could use.
             connection = None;
@@ -104,16 +108,16 @@ fn tables(context: &Context) -> Result<(), Error> {
         };
         // One walk over the keyspace serves all tables that are due, so more of them are waited for, but not for long.
         let due = task.cursor.stage == Stage::Sweep;
-        waiting = waiting.or_else(|| context.backfill.sweeps().first().map(|_| Instant::now()));
+        let sweeps = context.backfill.sweeps(|relation| troubles.is_paused(relation));
+        waiting = waiting.or_else(|| sweeps.first().map(|_| Instant::now()));
         if due || waiting.is_some_and(|since| since.elapsed() > SWEEP_AFTER) {
             waiting = None;
             // Those that change from here on are left for another time.
-            let tables = context.backfill.sweeps();
             sql.outlast_running("(tables whose keys are checked)", || context.stopped())?;
             context.outlast_planned(sql)?;
             let mut redis = Connection::connect(&context.redis)?;
-            sweep::sweep(context, sql, &mut redis, tables)?;
-            if context.backfill.sweeps().is_empty() {
+            sweep::sweep(context, sql, &mut redis, sweeps, &mut troubles)?;
+            if context.backfill.sweeps(|_| false).is_empty() {
                 pause = RETRY_MIN;
             } else {
                 context.backfill.wait(pause);
@@ -128,9 +132,18 @@ fn tables(context: &Context) -> Result<(), Error> {
             continue;
         }
         sql.outlast_running(&task.mapping.table, || context.stopped())?;
-        match fill::fill(context, sql, &window, relation, &task)? {
-            Flow::Restart => last = relation,
-            Flow::Go | Flow::Stopped => pause = RETRY_MIN,
+        match fill::fill(context, sql, &window, relation, &task) {
+            Ok(Flow::Restart) => last = relation,
+            Ok(Flow::Go | Flow::Stopped) => {
+                troubles.clear(relation);
+                pause = RETRY_MIN;
+            }
+            Err(error) => {
+                troubles.take(relation, &task.mapping.table, error)?;
+                // Whatever the session was in the middle of.
+                connection = None;
+                last = relation;
+            }
         }
     }
     Ok(())
@@ -151,8 +164,8 @@ fn pending_keys(context: &Context) -> Result<(), Error> {
             continue;
         }
         let mut sql = context.connect()?;
-        let mut pause = PENDING_MIN;
-        while !context.stopped() && !pending::pass(context, &mut sql, &mut redis, &window)? {
+        let (mut pause, mut troubles) = (PENDING_MIN, Troubles::default());
+        while !context.stopped() && !pending::pass(context, &mut sql, &mut redis, &window, &mut troubles)? {
             // What was read is being applied; what the gate refused has to become visible first, and a table that changes has to come
             // down the stream.
             context.backfill.wait(pause);
@@ -267,6 +280,8 @@ impl Context {
         // The planner is gone only when the session ends.
         let _ = self.chunks.send(Input::Chunk(chunk));
         sql.marker(&format!("{}{id}", self.marker_prefix))
+            // Without a marker it is never planned, so nobody must wait for it.
+            .inspect_err(|_| window.done(true))
     }
 }
 

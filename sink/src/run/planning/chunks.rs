@@ -124,6 +124,10 @@ impl Planning {
                 }
                 Ok(true)
             }
+            Content::LeftOut(keys) => match keys.get(position) {
+                Some(key) => self.left_out(chunk, key).map(|()| true),
+                None => Ok(true),
+            },
             Content::Orphans(keys) => {
                 keys.get(position).into_iter().for_each(|key| self.orphan(key));
                 Ok(true)
@@ -225,6 +229,19 @@ impl Planning {
             Verdict::Changed => {}
             Verdict::Forgotten => self.pend(chunk.relation, key),
         }
+    }
+
+    /// A key whose row is there and cannot be read.
+    fn left_out(&mut self, chunk: &Chunk, key: &[u8]) -> Result<(), Error> {
+        self.absent(chunk, key, true);
+        let table = self.registry.get(chunk.relation);
+        let table = table.map(|registered| registered.mapping.table.clone());
+        self.reject(Rejected {
+            key: key.to_vec(),
+            table: table.unwrap_or_default(),
+            lsn: self.lsn,
+            reason: "it cannot be read: it has more than 1 GB, or what is stored of it is damaged".to_owned(),
+        })
     }
 
     fn remove(&mut self, relation: u32, key: &[u8]) {

@@ -63,7 +63,7 @@ impl Tables {
             State::Idle if window.outstanding() > 0 => State::Idle,
             State::Idle => {
                 window.reset(|| true);
-                let next = match backfill.next_task(0) {
+                let next = match backfill.next_task(0, |_| false) {
                     _ if !backfill.is_reconciled() => Next::Reconcile,
                     Some((relation, task)) if task.cursor.stage == Stage::Fill => Next::Fill(relation, task),
                     Some((relation, task)) => Next::Sweep(relation, task),
