@@ -440,3 +440,39 @@ fn memory_is_bounded() {
     println!("{rows} rows: {highest_kib} KiB at most, {:?}", started.elapsed());
     assert!((1000..48 * 1024).contains(&highest_kib), "{highest_kib} KiB");
 }
+
+/// Somebody has forgotten a prepared transaction: what it did is not committed, so it keeps nothing from being proven.
+#[test]
+fn an_old_prepared_transaction_keeps_nothing_from_being_proven() {
+    let m = Mirror::with(
+        "CREATE TABLE t (id int PRIMARY KEY, v int); SELECT walmirror.mirror('t'); INSERT INTO t VALUES (1, 1), (2, 2)",
+    );
+    let name = format!("{}_forgotten", m.db.name);
+    m.db.connect()
+        .batch_execute(&format!(
+            "BEGIN; INSERT INTO t VALUES (3, 3); PREPARE TRANSACTION '{name}'"
+        ))
+        .unwrap();
+    redis(&m, &["HSET", "t:1", "v", "7"]);
+    let (code, output) = walmirror(&m, &["verify", "--timeout", "5s"]);
+    m.db.connect()
+        .batch_execute(&format!("ROLLBACK PREPARED '{name}'"))
+        .unwrap();
+    assert_eq!(code, 1, "{output}");
+}
+
+/// A table that somebody holds for himself cannot be compared, which is said in time.
+#[test]
+fn a_locked_table_is_not_waited_for_without_end() {
+    let m = Mirror::with(
+        "CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t'); INSERT INTO t VALUES (1)",
+    );
+    let mut client = m.db.connect();
+    client
+        .batch_execute("BEGIN; LOCK TABLE t IN ACCESS EXCLUSIVE MODE")
+        .unwrap();
+    let started = std::time::Instant::now();
+    let (code, output) = walmirror(&m, &["verify", "--timeout", "2s"]);
+    assert_eq!(code, 2, "{output}");
+    assert!(started.elapsed() < Duration::from_secs(30), "{output}");
+}

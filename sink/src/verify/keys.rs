@@ -22,6 +22,8 @@ const KEYS: usize = 500;
 const PAUSE_MAX: Duration = Duration::from_millis(10);
 /// Random keys that are asked for are this many times those that are wanted, because most may be somebody else's.
 const SAMPLE_EFFORT: u64 = 10;
+/// But no more than this many times those that there are: then nearly each has been met.
+const SAMPLE_ROUNDS: u64 = 4;
 
 /// The keys of one table that are to be looked up.
 #[derive(Default)]
@@ -36,6 +38,12 @@ enum Source {
     Scan(Scan),
     /// So many keys are still to be chosen.
     Random(u64),
+}
+
+/// How many random keys are asked for, of so many, to find as many of each table; None: all of them are looked at.
+fn effort(wanted: u64, total: u64) -> Option<u64> {
+    let effort = wanted.saturating_mul(SAMPLE_EFFORT);
+    (wanted < total).then(|| effort.min(total.saturating_mul(SAMPLE_ROUNDS)))
 }
 
 impl Source {
@@ -59,17 +67,21 @@ impl Source {
 /// Compares the keys of all tables, in one walk.
 pub(super) fn compare_keys(sides: &mut Sides, tables: &mut [Table], job: &Job) -> Result<(), Error> {
     let index = Prefixes::new(tables.iter().map(|table| &table.own).enumerate());
-    let mut source = match job.sample {
-        Some(count) => Source::Random(count.saturating_mul(SAMPLE_EFFORT)),
-        None => Source::Scan(index.scan()),
-    };
     let total = match sides.redis.call("count the keys", &[b"DBSIZE"])? {
         Value::Int(count) => u64::try_from(count).unwrap_or(0),
         _ => 0,
     };
+    let mut source = match job.sample.and_then(|count| effort(count, total)) {
+        Some(effort) => Source::Random(effort),
+        None => Source::Scan(index.scan()),
+    };
     let mut report = Report::start("verify", "(the keys in Redis)", total, 0);
     let mut held: Vec<Held> = tables.iter().map(|_| Held::default()).collect();
     loop {
+        let is_full = |count: u64| tables.iter().all(|table| table.tally.keys >= count);
+        if job.sample.is_some_and(is_full) {
+            break;
+        }
         let started = Instant::now();
         let Some(page) = source.page(sides)? else { break };
         // Redis does nothing else during a page, so half of the time is left to others.
@@ -129,4 +141,17 @@ fn compare_held(sides: &mut Sides, table: &mut Table, held: &mut Held, job: &Job
         differ.extend(keys.filter(|(_, row)| row.is_none()).map(|(key, _)| key));
     }
     judge(sides, table, differ, Origin::Redis, job)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sample_asks_for_no_more_than_there_is() {
+        assert_eq!(effort(100, 1_000_000), Some(1000));
+        assert_eq!(effort(900, 1000), Some(4000));
+        assert_eq!(effort(1000, 1000), None);
+        assert_eq!(effort(u64::MAX, 0), None);
+    }
 }
