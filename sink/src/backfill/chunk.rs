@@ -54,6 +54,9 @@ impl PackedRows {
     }
 }
 
+/// A table (pg_class.oid) and its generation.
+pub type Life = (u32, u64);
+
 /// What was read.
 #[derive(Debug)]
 pub enum Content {
@@ -69,6 +72,8 @@ pub enum Content {
     Orphans(Vec<Vec<u8>>),
     /// All labelled tables, as the catalog has them.
     Catalog(Catalog),
+    /// A transaction id that was taken after these tables had been announced.
+    Horizon(u64, Vec<Life>),
 }
 
 impl Content {
@@ -79,6 +84,7 @@ impl Content {
             Self::Keys(keys) => keys.len(),
             Self::Absent(keys) | Self::LeftOut(keys) | Self::Orphans(keys) => keys.len(),
             Self::Catalog(catalog) => catalog.relations.len(),
+            Self::Horizon(_, tables) => tables.len(),
         }
     }
 

@@ -41,6 +41,10 @@ pub struct Cursor {
     /// missing, or as the stream has just written it: nothing has to be removed first, and no key is without a row.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub on_nothing: bool,
+    /// A transaction id that was taken when this version of the table had been announced: whoever was writing to the table at that
+    /// time has one below it. None: it is not known yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub horizon: Option<u64>,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)]
@@ -61,6 +65,7 @@ impl Cursor {
             rows: 0,
             old_keys,
             on_nothing: false,
+            horizon: None,
         }
     }
 
@@ -119,6 +124,8 @@ mod tests {
         assert_eq!(Cursor::parse(&cursor.to_json()), Some(cursor.clone()));
         assert!(cursor.to_json().contains("\"stage\":\"sweep\""));
         cursor.on_nothing = true;
+        assert!(!cursor.to_json().contains("horizon"));
+        cursor.horizon = Some(7);
         assert_eq!(Cursor::parse(&cursor.to_json()), Some(cursor));
         assert_eq!(Cursor::parse("{}"), None);
     }

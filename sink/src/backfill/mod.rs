@@ -10,6 +10,7 @@ pub(crate) mod catalog;
 mod chunk;
 mod cursor;
 pub(crate) mod fill;
+mod horizon;
 pub(crate) mod lookup;
 mod pending;
 pub(crate) mod prefixes;
@@ -27,7 +28,7 @@ use std::time::Duration;
 use walmirror_proto::key::KeyTemplate;
 
 pub use catalog::{Catalog, Misfit};
-pub use chunk::{Chunk, Content, PackedRows, Window};
+pub use chunk::{Chunk, Content, Life, PackedRows, Window};
 pub use cursor::{Cursor, Stage};
 pub use worker::{Context, Role, work};
 
@@ -198,7 +199,17 @@ impl Backfill {
 
     /// Whether nothing is left to be done but what the stream brings.
     pub fn is_idle(&self) -> bool {
-        self.is_reconciled() && !self.has_pending() && self.lock().values().all(|task| task.cursor.is_done())
+        let is_complete = |task: &Task| task.cursor.is_done() && task.cursor.horizon.is_some();
+        self.is_reconciled() && !self.has_pending() && self.lock().values().all(is_complete)
+    }
+
+    /// The tables whose horizon is not known.
+    pub(crate) fn without_horizon(&self) -> Vec<Life> {
+        let tasks = self.lock();
+        let without = tasks.iter().filter(|(_, task)| task.cursor.horizon.is_none());
+        without
+            .map(|(relation, task)| (*relation, task.generation))
+            .collect()
     }
 
     /// The table, if it is still in this life.

@@ -33,6 +33,17 @@ pub(crate) trait Snapshots {
     fn begin(&self, sql: &mut Sql, table: &str) -> Result<Option<Snapshot>, Error>;
 }
 
+/// A transaction id that is above those of all transactions that have one.
+pub(super) fn transaction_id(sql: &mut Sql) -> Result<u64, Error> {
+    id(sql.query("cannot take a transaction id", "SELECT pg_current_xact_id()", &[])?)
+}
+
+#[allow(clippy::needless_pass_by_value)]
+fn id(result: QueryResult) -> Result<u64, Error> {
+    let id = result.text(0, 0).and_then(|text| text.parse().ok());
+    id.ok_or_else(|| Error::bug("a transaction id cannot be read"))
+}
+
 /// Gives an error of the server the command that helps.
 pub(crate) fn explain(what: impl Into<String>, error: PqError) -> Error {
     let next = match error.sqlstate.as_deref() {
@@ -141,20 +152,14 @@ impl Sql {
     /// is not in the stream, so a snapshot that does not see it would bring rows that nothing corrects; and what the
     /// gate has forgotten at the start of a session is older than this as well.
     pub(super) fn outlast_running(&mut self, table: &str, stopped: impl Fn() -> bool) -> Result<(), Error> {
-        let id = |result: &QueryResult| {
-            result
-                .text(0, 0)
-                .and_then(|text| text.parse::<u64>().ok())
-                .unwrap_or(0)
-        };
-        let newest = id(&self.query("cannot take a transaction id", "SELECT pg_current_xact_id()", &[])?);
+        let newest = transaction_id(self)?;
         let (started, mut told) = (Instant::now(), false);
         loop {
-            let oldest = id(&self.query(
+            let oldest = id(self.query(
                 "cannot take a snapshot",
                 "SELECT pg_snapshot_xmin(pg_current_snapshot())",
                 &[],
-            )?);
+            )?)?;
             if oldest > newest || stopped() {
                 return Ok(());
             }

@@ -9,7 +9,7 @@ use crossbeam_channel::Sender;
 use super::catalog::Catalog;
 use super::sql::{Snapshots, Sql};
 use super::troubles::Troubles;
-use super::{Backfill, Chunk, Content, Cursor, Stage, Task, Window, fill, pending, sweep};
+use super::{Backfill, Chunk, Content, Cursor, Stage, Task, Window, fill, horizon, pending, sweep};
 use crate::config::{Conninfo, RedisUrl};
 use crate::error::Error;
 use crate::gate::Snapshot;
@@ -55,7 +55,7 @@ pub struct Context {
 pub enum Role {
     /// Reads tables and looks for keys without rows.
     Tables,
-    /// Reads pending keys again.
+    /// Reads pending keys again, and takes the horizons of tables that were announced. Neither waits for the other's transactions.
     Pending,
 }
 
@@ -150,10 +150,11 @@ fn tables(context: &Context) -> Result<(), Error> {
 }
 
 fn pending_keys(context: &Context) -> Result<(), Error> {
-    let window = Arc::new(Window::default());
+    let (window, horizons) = (Arc::new(Window::default()), Arc::new(Window::default()));
     // Whatever an earlier session left.
     context.backfill.note_pending();
     while !context.stopped() {
+        horizon::take(context, &horizons)?;
         if !context.backfill.has_pending() {
             context.backfill.wait(IDLE);
             continue;
@@ -170,6 +171,7 @@ fn pending_keys(context: &Context) -> Result<(), Error> {
             // down the stream.
             context.backfill.wait(pause);
             pause = (pause * 2).min(PENDING_MAX);
+            horizon::take(context, &horizons)?;
         }
     }
     Ok(())
@@ -211,7 +213,7 @@ fn reconcile(context: &Context, sql: &mut Sql, window: &Arc<Window>) -> Result<(
 }
 
 impl Context {
-    fn connect(&self) -> Result<Sql, Error> {
+    pub(super) fn connect(&self) -> Result<Sql, Error> {
         let sql = Sql::connect(self.postgres.expose(), self.interrupt.clone())?;
         if sql.any_bytes {
             self.backfill.note_any_bytes();

@@ -59,7 +59,7 @@ impl Planner {
         // Without a removal or HDEL it does not undo what the key holds, and so cannot stand for what would have.
         let kind = match trust {
             Trust::Nothing => OpKind::Patch,
-            Trust::Settled | Trust::Refreshing => OpKind::Whole,
+            Trust::Settled | Trust::Refreshing | Trust::Outlived => OpKind::Whole,
         };
         let mut op = batch.op(mapping.oid, hash, kind, &self.key);
         if trust == Trust::Refreshing {

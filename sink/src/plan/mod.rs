@@ -81,6 +81,9 @@ pub enum Trust {
     /// The table is being backfilled, or the row was written under another version of the table than the current one: a
     /// key may be missing, stale, of another type, or have fields that are no longer columns.
     Refreshing,
+    /// For a change of a table that nobody reads again, a cache: its transaction was in progress when the definition changed, and the
+    /// row may be what it was before. Its key goes.
+    Outlived,
 }
 
 /// Writes commands for rows. Holds the buffers that rows are rendered in, so that a row allocates next to nothing.
@@ -151,7 +154,8 @@ impl Planner {
         }
         let hash = gate.hash(&self.key);
         gate.record(hash, xid);
-        let invalidates = mapping.mode == Mode::Cache && mapping.on_write == OnWrite::Invalidate;
+        let invalidates = trust == Trust::Outlived
+            || mapping.mode == Mode::Cache && mapping.on_write == OnWrite::Invalidate;
         if change.kind == Kind::Delete || invalidates {
             if moved {
                 unlink(batch, mapping.oid, old_hash, &self.old_key);

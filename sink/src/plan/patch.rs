@@ -43,7 +43,7 @@ impl Planner {
         let mode = match (mapping.mode, trust) {
             (Mode::Cache, _) => PatchMode::Cache,
             (Mode::Mirror, Trust::Settled) => PatchMode::Mirror,
-            (Mode::Mirror, Trust::Refreshing | Trust::Nothing) => PatchMode::Refreshing,
+            (Mode::Mirror, Trust::Refreshing | Trust::Nothing | Trust::Outlived) => PatchMode::Refreshing,
         };
         match mapping.value {
             ValueKind::Hash => self.patch_hash(batch, mapping, mode, row, hash, moved_from),

@@ -36,8 +36,13 @@ impl Planning {
             add(&dropped.other_version, capture.rows().count() as u64);
             return Ok(());
         }
-        let mapping = Arc::clone(&registered.mapping);
         let snapshot = Snapshot::from(&capture.snapshot);
+        // A transaction that was in progress when the table was announced: what it wrote is not in the stream, so the gate cannot know.
+        if snapshot.may_miss_below(registered.horizon()) {
+            add(&dropped.forgotten, capture.rows().count() as u64);
+            return Ok(());
+        }
+        let mapping = Arc::clone(&registered.mapping);
         for tuple in capture.rows() {
             let dropped = &self.shared.metrics.captures_dropped;
             // Anybody may write such messages: one that makes no row is none of our business.

@@ -7,7 +7,7 @@ use walmirror_proto::row::TupleRef;
 
 use super::super::metrics::add;
 use super::Planning;
-use crate::backfill::{Chunk, Content};
+use crate::backfill::{Chunk, Content, Life};
 use crate::error::Error;
 use crate::gate::Verdict;
 use crate::plan::{Belongs, Owned, Trust};
@@ -50,6 +50,11 @@ impl Planning {
         let start = std::mem::take(&mut self.chunks.position);
         if let Content::Catalog(catalog) = &chunk.content {
             self.reconcile(catalog)?;
+            chunk.window.done(false);
+            return Ok(());
+        }
+        if let Content::Horizon(horizon, tables) = &chunk.content {
+            self.horizon(*horizon, tables);
             chunk.window.done(false);
             return Ok(());
         }
@@ -132,8 +137,18 @@ impl Planning {
                 keys.get(position).into_iter().for_each(|key| self.orphan(key));
                 Ok(true)
             }
-            Content::Catalog(_) => Ok(true),
+            Content::Catalog(_) | Content::Horizon(..) => Ok(true),
         }
+    }
+
+    /// Whoever was writing to these tables when they were announced has an id below `horizon`.
+    fn horizon(&mut self, horizon: u64, tables: &[Life]) {
+        for (relation, generation) in tables {
+            let batch = self.assembly.batch();
+            self.registry.set_horizon(batch, *relation, *generation, horizon);
+        }
+        self.dirty = true;
+        self.restate();
     }
 
     /// A row that SQL read; `pending`: because its key was noted, so the note goes with the row.

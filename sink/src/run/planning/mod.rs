@@ -86,6 +86,8 @@ struct Definition {
     relation: pb::Relation,
     mapping: Arc<Mapping>,
     standing: Standing,
+    /// Rows of transactions below this may be what they were before the table was announced, and nobody reads them again.
+    horizon: u64,
 }
 
 pub(super) struct Planning {
@@ -157,6 +159,7 @@ impl Planning {
             stored.relations,
             stored.nothing_else,
             &progress.cursors,
+            gate.horizon(),
         )
         .map_err(bug)?;
         let mut planning = Self {
@@ -278,6 +281,7 @@ impl Planning {
         let (registry, forgotten) = (&self.registry, &self.forgotten);
         for definition in self.definitions.iter_mut().flatten() {
             definition.standing = standing(registry, forgotten, &definition.relation);
+            definition.horizon = registry.cache_horizon(definition.relation.oid);
         }
     }
 }

@@ -136,6 +136,12 @@ impl Planning {
         let Some(Some(definition)) = self.definitions.get(index as usize) else {
             return Ok(());
         };
+        // Ids are those of top-level transactions, which are below those of their subtransactions.
+        let trust = if xid < definition.horizon {
+            Trust::Outlived
+        } else {
+            trust
+        };
         let planned = self.planner.change(
             self.assembly.batch(),
             &mut self.gate,
@@ -207,11 +213,13 @@ impl Planning {
             self.definitions.resize_with(index + 1, || None);
         }
         let standing = standing(&self.registry, &self.forgotten, &relation);
+        let horizon = self.registry.cache_horizon(relation.oid);
         if let Some(place) = self.definitions.get_mut(index) {
             *place = Some(Definition {
                 relation,
                 mapping: Arc::new(mapping),
                 standing,
+                horizon,
             });
         }
         Ok(())

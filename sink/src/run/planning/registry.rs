@@ -40,6 +40,11 @@ impl Registered {
         let has_key = || self.relation.key == relation.key || self.cursor.old_keys.contains(&relation.key);
         (is_due && has_key()).then_some(false)
     }
+
+    /// Transactions that were in progress when it was announced are below this; all are, until it is known.
+    pub(super) fn horizon(&self) -> u64 {
+        self.cursor.horizon.unwrap_or(u64::MAX)
+    }
 }
 
 /// All of them. Tells the backfill about every change.
@@ -54,13 +59,15 @@ pub(super) struct Registry {
 }
 
 impl Registry {
-    /// What an earlier session stored. Cursors that do not fit their relation begin anew.
+    /// What an earlier session stored. Cursors that do not fit their relation begin anew; `session` is a transaction id that was taken
+    /// when this session began.
     pub(super) fn new(
         keys: RedisKeys,
         backfill: Arc<Backfill>,
         stored: BTreeMap<u32, pb::Relation>,
         nothing_else: bool,
         cursors: &BTreeMap<u32, String>,
+        session: u64,
     ) -> Result<Self, MappingError> {
         let mut registry = Self {
             keys,
@@ -70,11 +77,13 @@ impl Registry {
             nothing_else,
         };
         for (oid, relation) in stored {
-            let cursor = cursors
+            let mut cursor = cursors
                 .get(&oid)
                 .and_then(|text| Cursor::parse(text))
                 .filter(|cursor| cursor.fingerprint == relation.fingerprint)
                 .unwrap_or_else(|| fresh(&relation, Vec::new()));
+            // One that is not below this is of a server that was put back since.
+            cursor.horizon = cursor.horizon.filter(|horizon| *horizon < session);
             registry.insert(relation, cursor)?;
         }
         Ok(registry)
@@ -82,6 +91,13 @@ impl Registry {
 
     pub(super) fn get(&self, oid: u32) -> Option<&Registered> {
         self.relations.get(&oid)
+    }
+
+    /// The horizon for rows of the stream; 0: they count whoever wrote them, because a backfill that waits for all writers corrects
+    /// what is not as it should be.
+    pub(super) fn cache_horizon(&self, oid: u32) -> u64 {
+        let cache = self.get(oid).filter(|registered| is_cache(&registered.relation));
+        cache.map_or(0, Registered::horizon)
     }
 
     pub(super) fn oids(&self) -> Vec<u32> {
@@ -266,12 +282,27 @@ impl Registry {
         candidates.find(|(oid, _)| is_owner(**oid)).map(|(oid, _)| *oid)
     }
 
-    /// A worker came so far.
+    /// A worker came so far. Of the horizon it knows nothing.
     pub(super) fn advance(&mut self, batch: &mut Batch, oid: u32, cursor: &Cursor) {
-        write_cursor(batch.bookkeeping(), &self.keys, oid, Some(&cursor.to_json()));
         if let Some(registered) = self.relations.get_mut(&oid) {
-            registered.cursor = cursor.clone();
+            registered.cursor = Cursor {
+                horizon: registered.cursor.horizon,
+                ..cursor.clone()
+            };
+            let cursor = &registered.cursor;
+            write_cursor(batch.bookkeeping(), &self.keys, oid, Some(&cursor.to_json()));
             self.backfill.advance(oid, registered.generation, cursor);
+        }
+    }
+
+    /// The horizon of a table in this life is known. It is stored with the cursor: writers may outlive the session.
+    pub(super) fn set_horizon(&mut self, batch: &mut Batch, oid: u32, generation: u64, horizon: u64) {
+        let registered = self.relations.get_mut(&oid);
+        if let Some(registered) = registered.filter(|registered| registered.generation == generation) {
+            registered.cursor.horizon = Some(horizon);
+            let cursor = &registered.cursor;
+            write_cursor(batch.bookkeeping(), &self.keys, oid, Some(&cursor.to_json()));
+            self.backfill.advance(oid, generation, cursor);
         }
     }
 

@@ -5,6 +5,7 @@
 
 mod captures;
 mod chunks;
+mod horizon;
 mod in_progress;
 mod nothing;
 mod purges;
@@ -50,10 +51,18 @@ fn cache(fingerprint: u64, key: &str) -> pb::Relation {
     }
 }
 
+/// All that were writing when the table was announced are over.
+fn fenced(cursor: Cursor) -> Cursor {
+    Cursor {
+        horizon: Some(1),
+        ..cursor
+    }
+}
+
 pub(super) fn settled() -> Stored {
     let progress = Progress {
         lsn: Lsn(10),
-        cursors: BTreeMap::from([(OID, Cursor::done(1).to_json())]),
+        cursors: BTreeMap::from([(OID, fenced(Cursor::done(1)).to_json())]),
         ..Progress::default()
     };
     Stored {

@@ -1,4 +1,4 @@
-//! The worker that reads pending keys again.
+//! The worker that reads pending keys again and takes horizons.
 
 use std::collections::BTreeMap;
 
@@ -11,17 +11,22 @@ use crate::gate::Snapshot;
 use crate::plan::Purge;
 use crate::run::planning::Planning;
 
-/// The worker that reads pending keys again.
+/// The worker that reads pending keys again and takes horizons.
 pub(in crate::run::simulator) struct Pending {
     courier: Courier,
     read: Option<((u32, u64), Snapshot, Content)>,
+    /// It has a window of its own, and waits for nothing.
+    horizons: Courier,
+    horizon: Option<Content>,
 }
 
 impl Pending {
     pub(in crate::run::simulator) fn new(marker_prefix: String, broken: Broken) -> Self {
         Self {
-            courier: Courier::new(marker_prefix, broken),
+            courier: Courier::new(marker_prefix.clone(), broken),
             read: None,
+            horizons: Courier::new(marker_prefix, broken),
+            horizon: None,
         }
     }
 
@@ -32,6 +37,17 @@ impl Pending {
         postgres: &mut Postgres,
         redis: &Redis,
     ) -> Result<(), Error> {
+        if let Some(horizon) = self.horizon.take() {
+            let (nowhere, nothing) = ((0, 0), Snapshot::default());
+            return self
+                .horizons
+                .submit(planning, backfill, postgres, nowhere, nothing, horizon, None);
+        }
+        let tables = backfill.without_horizon();
+        if !tables.is_empty() && self.horizons.window.outstanding() == 0 {
+            self.horizon = Some(Content::Horizon(postgres.burn_xid(), tables));
+            return Ok(());
+        }
         if let Some((target, snapshot, content)) = self.read.take() {
             return self
                 .courier
