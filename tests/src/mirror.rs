@@ -130,6 +130,23 @@ impl Mirror {
         });
     }
 
+    /// Waits until the sink knows of all its tables who was writing to them when they were announced: what is captured before that is left
+    /// out, and a write removes a cached key.
+    #[track_caller]
+    pub fn outlast_announced(&self) {
+        wait_for(DEADLINE, "the horizons of the tables", || {
+            let progress = self
+                .redis
+                .hash(&format!("walmirror:{{{}}}:progress", self.db.name));
+            let mut cursors = progress
+                .iter()
+                .filter(|(field, _)| field.starts_with("backfill:"));
+            cursors
+                .all(|(_, cursor)| cursor.contains("\"horizon\""))
+                .then_some(())
+        });
+    }
+
     /// Waits until everything committed was applied; from then on Redis must equal Postgres.
     #[track_caller]
     pub fn check(&self) -> Report {

@@ -122,6 +122,7 @@ fn captured_rows_that_are_dropped_are_counted_by_reason() {
     );
     mirror.start_with(&["--admin", &address]);
     mirror.sync();
+    mirror.outlast_announced();
     let admitted = figure(&address, "walmirror_read_admitted_total").unwrap();
     let mut reader = mirror.db.connect();
     reader

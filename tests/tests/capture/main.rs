@@ -7,6 +7,7 @@
     clippy::indexing_slicing
 )]
 
+mod announced;
 mod follow;
 mod limits;
 mod shapes;
@@ -52,12 +53,14 @@ pub fn start(m: &Mirror) {
             .command(&format!("HLEN walmirror:{{{}}}:relations", m.db.name));
         (known == labelled).then_some(())
     });
+    m.outlast_announced();
 }
 
 /// Everything that was captured so far is in Redis afterwards: the commit of something written flushes what stands before.
 pub fn sync(m: &Mirror) {
     m.sql("SELECT pg_logical_emit_message(true, 'test', '')");
     m.sync();
+    m.outlast_announced();
 }
 
 /// The keys that are not walmirror's own.
