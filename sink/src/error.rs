@@ -233,20 +233,6 @@ impl Error {
         matches!(self, Self::Postgres(_, source) if states.iter().any(|state| source.is(state)))
     }
 
-    /// Whether the slot was dropped or invalidated after the session had looked at it. The next one looks again, and finds a gap.
-    pub fn is_of_a_lost_slot(&self) -> bool {
-        let Self::Postgres(_, source) = self else {
-            return false;
-        };
-        let signs: &[&str] = match source.sqlstate.as_deref() {
-            Some("42704") => &["replication slot"],
-            // Up to Postgres 17, and since 18.
-            Some("55000") => &["can no longer get changes", "can no longer access"],
-            _ => &[],
-        };
-        signs.iter().any(|sign| source.message.contains(sign))
-    }
-
     /// Whether an error of a statement about a table is that table's own: neither the connection, nor the server or the machine has
     /// failed, nor who may log in.
     pub fn is_of_one_table(&self) -> bool {

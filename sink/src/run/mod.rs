@@ -80,7 +80,7 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
             // The next session begins with that, and heals or refuses it.
             continue;
         }
-        let passes = error.class() == Class::Retry || error.is_of_a_lost_slot();
+        let passes = error.class() == Class::Retry || error.is_slot_gone();
         let heals = passes || streamed && error.heals_later();
         if !heals || config.once {
             return Err(error);
