@@ -11,7 +11,7 @@ use crate::label::Label;
 
 mod validate;
 
-pub use validate::{Check, validate};
+pub use validate::{Check, check_table, validate};
 
 /// The label provider's check of `SECURITY LABEL FOR walmirror`, before the label is stored; `None` removes it. `table` is
 /// `None` for objects that are no tables.

@@ -44,7 +44,8 @@ fn set_label(table: pg_sys::Oid, label: &[u8]) {
     let label = String::from_utf8_lossy(label);
     let checked = require_preload()
         .and_then(|()| Label::parse(&label))
-        .and_then(|parsed| ddl::validate(table, &parsed, Check::Strict));
+        // The other labels are looked at by SECURITY LABEL, when the table is locked.
+        .and_then(|parsed| ddl::check_table(table, &parsed, Check::Strict));
     if let Err(refusal) = checked {
         refusal.raise();
     }

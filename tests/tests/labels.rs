@@ -507,6 +507,39 @@ fn ddl_waits_for_nobody_at_another_table() {
     m.settle();
 }
 
+/// Two sessions give out the same keys at once, neither of them seeing the label of the other: the second waits, and is refused.
+#[test]
+fn one_template_is_given_out_once() {
+    let m = Mirror::with("CREATE TABLE a (id int PRIMARY KEY); CREATE TABLE b (LIKE a INCLUDING ALL)");
+    for (round, begin) in ["BEGIN", "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1 FROM b"]
+        .into_iter()
+        .enumerate()
+    {
+        let mirror =
+            |table: &str| format!("SELECT walmirror.mirror('{table}', key => 'round{round}:{{id}}')");
+        let (mut first, mut second) = (m.db.connect(), m.db.connect());
+        second.batch_execute(begin).unwrap();
+        first.batch_execute(&format!("BEGIN; {}", mirror("a"))).unwrap();
+        let asked = mirror("b");
+        let waiting = std::thread::spawn(move || second.batch_execute(&asked));
+        wait_for(DEADLINE, "the second to wait for the first", || {
+            let waits = m.db.value(
+                "SELECT count(*)::text FROM pg_locks WHERE NOT granted AND locktype = 'object' AND classid = 'pg_seclabel'::regclass \
+                 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+            );
+            (waits == "1").then_some(())
+        });
+        first.batch_execute("COMMIT").unwrap();
+        let error = waiting.join().unwrap().unwrap_err();
+        let message = error.as_db_error().unwrap().message().to_owned();
+        assert!(
+            message.contains("would write the same keys"),
+            "{begin}: {message}"
+        );
+    }
+    m.settle();
+}
+
 /// The labels travel with a dump.
 #[test]
 fn pg_dump_carries_the_labels() {

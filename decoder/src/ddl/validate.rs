@@ -6,6 +6,7 @@ use pgrx::prelude::*;
 use walmirror_proto::key::KeyTemplate;
 
 use crate::error::Refusal;
+use crate::ffi::labels;
 use crate::ffi::memory::Context;
 use crate::ffi::relation::Rel;
 use crate::label::{Label, Mode};
@@ -32,8 +33,19 @@ impl Check {
     }
 }
 
-/// Checks a label against the table's kind, columns, unique keys and replica identity, and against the other labels.
+/// Checks a label against its table, and against the other labels. The table has to be locked by whoever changes its label:
+/// what the label's keys wait for comes after that.
 pub fn validate(table: pg_sys::Oid, label: &Label, check: Check) -> Result<(), Refusal> {
+    let (key, template) = check_table(table, label, check)?;
+    check_other_templates(table, &key, &template)
+}
+
+/// Checks a label against the table's kind, columns, unique keys and replica identity; returns its key template.
+pub fn check_table(
+    table: pg_sys::Oid,
+    label: &Label,
+    check: Check,
+) -> Result<(String, KeyTemplate), Refusal> {
     check_kind(table)?;
     let relation = Rel::open(table).ok_or_else(|| {
         Refusal::object(
@@ -54,7 +66,7 @@ pub fn validate(table: pg_sys::Oid, label: &Label, check: Check) -> Result<(), R
         check_unique(table, &name, template.placeholders(), check.gone())?;
         check_replica_identity(table, template.placeholders(), check.gone())?;
     }
-    check_other_templates(table, &key, &template)
+    Ok((key, template))
 }
 
 fn check_options(label: &Label, template: &KeyTemplate) -> Result<(), Refusal> {
@@ -164,7 +176,7 @@ fn check_partitions(table: pg_sys::Oid) -> Result<(), Refusal> {
            AND l.objoid = t.relid::oid AND t.level > 0 LIMIT 1",
         &[table],
     )?;
-    let Some(name) = labelled.into_iter().flatten().flatten().next() else {
+    let Some(name) = single(labelled) else {
         return Ok(());
     };
     Err(Refusal::object(
@@ -264,18 +276,20 @@ fn check_replica_identity(table: pg_sys::Oid, key: &[String], gone: pg_sys::Oid)
 }
 
 /// Two tables may not write the same keys. The others are not opened: DDL on one of them, in another session, is not to be
-/// waited for.
+/// waited for. Sessions that would give out the same keys wait for each other.
 fn check_other_templates(table: pg_sys::Oid, key: &str, template: &KeyTemplate) -> Result<(), Refusal> {
-    let others = query(
-        "SELECT coalesce(l.label::pg_catalog.jsonb->>'key', walmirror.default_key(l.objoid)) AS key, l.objoid::regclass::text AS name
-         FROM pg_catalog.pg_seclabel l
-         WHERE l.provider = 'walmirror' AND l.classoid = 'pg_catalog.pg_class'::regclass AND l.objsubid = 0 AND l.objoid <> $1",
-        &[table],
-    )?;
-    for other in others {
-        let text = |at: usize| other.get(at).cloned().flatten().unwrap_or_default();
-        let (theirs, name) = (text(0), text(1));
+    labels::lock_keys(&template.skeleton());
+    for (other, label) in labels::all() {
+        if other == table {
+            continue;
+        }
+        let theirs = Label::parse(&label).ok().and_then(|label| label.key);
+        let theirs = match theirs {
+            Some(key) => key,
+            None => single(query("SELECT walmirror.default_key($1) AS key", &[other])?).unwrap_or_default(),
+        };
         if KeyTemplate::parse(&theirs).is_ok_and(|theirs| theirs.skeleton() == template.skeleton()) {
+            let name = single(query("SELECT $1::oid::regclass::text AS name", &[other])?).unwrap_or_default();
             return Err(Refusal::new(
                 PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT,
                 format!(
@@ -286,6 +300,11 @@ fn check_other_templates(table: pg_sys::Oid, key: &str, template: &KeyTemplate) 
         }
     }
     Ok(())
+}
+
+/// The one value that a query returned.
+fn single(rows: Vec<Texts>) -> Option<String> {
+    rows.into_iter().flatten().flatten().next()
 }
 
 /// A row of text columns; booleans are "t" and "f".

@@ -13,6 +13,7 @@ pub mod flusher;
 pub mod function;
 mod hold;
 pub mod hooks;
+pub mod labels;
 pub mod local;
 pub mod memory;
 pub mod output_plugin;
