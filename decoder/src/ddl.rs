@@ -11,7 +11,7 @@ use crate::label::Label;
 
 mod validate;
 
-pub use validate::{Check, check_table, validate};
+pub use validate::{Check, check_table, claim, validate};
 
 /// The label provider's check of `SECURITY LABEL FOR walmirror`, before the label is stored; `None` removes it. `table` is
 /// `None` for objects that are no tables.
@@ -23,7 +23,7 @@ pub fn check_label(table: Option<pg_sys::Oid>, label: Option<&str>) -> Result<()
         ));
     };
     if let Some(label) = label {
-        validate(table, &Label::parse(label)?, Check::Restoring)?;
+        claim(table, &Label::parse(label)?, Check::Restoring)?;
     }
     // Decoders and sessions look again, in order with this transaction; partitions take their plan from their parent.
     for oid in relation::with_partitions(table) {

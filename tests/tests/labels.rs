@@ -507,6 +507,44 @@ fn ddl_waits_for_nobody_at_another_table() {
     m.settle();
 }
 
+/// Nor for one to another partition of the table, as a parallel restore does, or to the whole.
+#[test]
+fn ddl_of_a_partition_waits_for_no_other() {
+    let m = Mirror::with(
+        "CREATE TABLE p (id int PRIMARY KEY, v text) PARTITION BY LIST (id); CREATE TABLE p1 PARTITION OF p FOR VALUES IN (1); \
+         CREATE TABLE p2 PARTITION OF p FOR VALUES IN (2); CREATE TABLE p3 PARTITION OF p FOR VALUES IN (3); SELECT walmirror.mirror('p')",
+    );
+    m.settle();
+    let mut clients = [1, 2].map(|partition| {
+        let mut client = m.db.connect();
+        client
+            .batch_execute(&format!(
+                "SET lock_timeout = '1s'; BEGIN; ALTER TABLE p{partition} ADD CHECK (id > 0)"
+            ))
+            .unwrap();
+        client
+    });
+    for (client, partition) in clients.iter_mut().zip([1, 2]) {
+        client
+            .batch_execute(&format!("ALTER TABLE p{partition} REPLICA IDENTITY FULL"))
+            .unwrap();
+    }
+    for client in &mut clients {
+        client.batch_execute("COMMIT").unwrap();
+    }
+    // Somebody has the whole, and is about to ask for a partition.
+    let mut whole = m.db.connect();
+    whole
+        .batch_execute("BEGIN; LOCK TABLE ONLY p IN ACCESS EXCLUSIVE MODE")
+        .unwrap();
+    m.db.connect()
+        .batch_execute("SET lock_timeout = '1s'; ALTER TABLE p1 REPLICA IDENTITY DEFAULT")
+        .unwrap();
+    whole.batch_execute("ALTER TABLE p ADD w text; COMMIT").unwrap();
+    m.sql("INSERT INTO p VALUES (1, 'v'), (2, 'v'); UPDATE p SET w = 'w'");
+    m.settle();
+}
+
 /// Two sessions give out the same keys at once, neither of them seeing the label of the other: the second waits, and is refused.
 #[test]
 fn one_template_is_given_out_once() {

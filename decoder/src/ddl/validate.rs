@@ -8,7 +8,7 @@ use walmirror_proto::key::KeyTemplate;
 use crate::error::Refusal;
 use crate::ffi::labels;
 use crate::ffi::memory::Context;
-use crate::ffi::relation::Rel;
+use crate::ffi::relation::{self, Rel};
 use crate::label::{Label, Mode};
 use crate::plan::Plan;
 
@@ -33,8 +33,15 @@ impl Check {
     }
 }
 
-/// Checks a label against its table, and against the other labels. The table has to be locked by whoever changes its label:
-/// what the label's keys wait for comes after that.
+/// Checks a label that is being set. The table has to be locked: what the label's keys wait for comes after that.
+pub fn claim(table: pg_sys::Oid, label: &Label, check: Check) -> Result<(), Refusal> {
+    let (key, template) = check_table(table, label, check)?;
+    labels::lock_keys(&template.skeleton());
+    check_other_templates(table, &key, &template)
+}
+
+/// Checks a label that is there already. Its keys are its own, so that this waits for nobody: DDL on two partitions may well be of
+/// two transactions.
 pub fn validate(table: pg_sys::Oid, label: &Label, check: Check) -> Result<(), Refusal> {
     let (key, template) = check_table(table, label, check)?;
     check_other_templates(table, &key, &template)
@@ -47,7 +54,7 @@ pub fn check_table(
     check: Check,
 ) -> Result<(String, KeyTemplate), Refusal> {
     check_kind(table)?;
-    let relation = Rel::open(table).ok_or_else(|| {
+    let relation = Rel::open_now(table).ok_or_else(|| {
         Refusal::object(
             format!("there is no table with oid {}", u32::from(table)),
             "Name an existing table.",
@@ -61,10 +68,10 @@ pub fn check_table(
     let template =
         KeyTemplate::parse(&key).map_err(|error| Refusal::invalid(error.to_string(), "user:{id}"))?;
     check_options(label, &template)?;
-    check_partitions(table)?;
+    check_partitions(table, &relation)?;
     if check != Check::Restoring || has_unique_index(table)? {
         check_unique(table, &name, template.placeholders(), check.gone())?;
-        check_replica_identity(table, template.placeholders(), check.gone())?;
+        check_replica_identity(table, &relation, template.placeholders(), check.gone())?;
     }
     Ok((key, template))
 }
@@ -169,20 +176,28 @@ fn check_kind(table: pg_sys::Oid) -> Result<(), Refusal> {
 }
 
 /// A partition's rows appear under the nearest table that has a label.
-fn check_partitions(table: pg_sys::Oid) -> Result<(), Refusal> {
-    let labelled = query(
-        "SELECT l.objoid::regclass::text FROM pg_catalog.pg_seclabel l, pg_catalog.pg_partition_tree($1::oid::regclass) t
-         WHERE l.provider = 'walmirror' AND l.classoid = 'pg_catalog.pg_class'::regclass AND l.objsubid = 0
-           AND l.objoid = t.relid::oid AND t.level > 0 LIMIT 1",
-        &[table],
-    )?;
-    let Some(name) = single(labelled) else {
+fn check_partitions(table: pg_sys::Oid, relation: &Rel) -> Result<(), Refusal> {
+    let labelled = partitions(table, relation)
+        .into_iter()
+        .find(|partition| relation::label_of(*partition).is_some());
+    let Some(partition) = labelled else {
         return Ok(());
     };
+    let name = single(query("SELECT $1::oid::regclass::text AS name", &[partition])?).unwrap_or_default();
     Err(Refusal::object(
         format!("partition \"{name}\" has a label of its own"),
         format!("SELECT walmirror.unmirror('{name}'); and try again."),
     ))
+}
+
+/// The partitions at any depth, without a lock: their DDL, in another session, is not to be waited for.
+fn partitions(table: pg_sys::Oid, relation: &Rel) -> Vec<pg_sys::Oid> {
+    if !relation.is_partitioned() {
+        return Vec::new();
+    }
+    let mut all = relation::with_partitions(table);
+    all.retain(|oid| *oid != table);
+    all
 }
 
 fn has_unique_index(table: pg_sys::Oid) -> Result<bool, Refusal> {
@@ -224,18 +239,28 @@ fn check_unique(table: pg_sys::Oid, name: &str, key: &[String], gone: pg_sys::Oi
 }
 
 /// The old row in the WAL of an UPDATE or DELETE has to hold the key's columns, in each partition.
-fn check_replica_identity(table: pg_sys::Oid, key: &[String], gone: pg_sys::Oid) -> Result<(), Refusal> {
+fn check_replica_identity(
+    table: pg_sys::Oid,
+    relation: &Rel,
+    key: &[String],
+    gone: pg_sys::Oid,
+) -> Result<(), Refusal> {
+    // No text of a caller: numbers.
+    let tables = std::iter::once(table)
+        .chain(partitions(table, relation))
+        .map(|oid| u32::from(oid).to_string())
+        .collect::<Vec<_>>()
+        .join(",");
     let leaves = query(
-        "SELECT l.oid::regclass::text AS name, c.relreplident::text AS identity,
+        &format!("SELECT l.oid::regclass::text AS name, c.relreplident::text AS identity,
                 (SELECT pg_catalog.string_agg(a.attname::text, E'\\x01') FROM pg_catalog.pg_index i
                  JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::int2[])
-                 WHERE i.indrelid = l.oid AND i.indisvalid AND i.indimmediate AND i.indexrelid IS DISTINCT FROM $2
+                 WHERE i.indrelid = l.oid AND i.indisvalid AND i.indimmediate AND i.indexrelid IS DISTINCT FROM $1
                    AND CASE c.relreplident WHEN 'd' THEN i.indisprimary ELSE i.indisreplident END) AS columns,
                 c.relkind::text AS kind, c.relpersistence::text AS persistence
-         FROM (SELECT $1::oid AS oid WHERE NOT EXISTS (SELECT 1 FROM pg_catalog.pg_class WHERE oid = $1 AND relkind = 'p')
-               UNION ALL SELECT relid::oid FROM pg_catalog.pg_partition_tree($1::oid::regclass) WHERE isleaf AND relid::oid <> $1) l
-         JOIN pg_catalog.pg_class c ON c.oid = l.oid",
-        &[table, gone],
+         FROM pg_catalog.unnest('{{{tables}}}'::oid[]) l(oid)
+         JOIN pg_catalog.pg_class c ON c.oid = l.oid AND c.relkind <> 'p'"),
+        &[gone],
     )?;
     for leaf in leaves {
         let text = |at: usize| leaf.get(at).cloned().flatten().unwrap_or_default();
@@ -276,9 +301,8 @@ fn check_replica_identity(table: pg_sys::Oid, key: &[String], gone: pg_sys::Oid)
 }
 
 /// Two tables may not write the same keys. The others are not opened: DDL on one of them, in another session, is not to be
-/// waited for. Sessions that would give out the same keys wait for each other.
+/// waited for.
 fn check_other_templates(table: pg_sys::Oid, key: &str, template: &KeyTemplate) -> Result<(), Refusal> {
-    labels::lock_keys(&template.skeleton());
     for (other, label) in labels::all() {
         if other == table {
             continue;

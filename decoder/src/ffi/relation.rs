@@ -88,6 +88,12 @@ impl Rel {
         }
     }
 
+    /// Opens a relation with an AccessShareLock where nobody is in the way, and without a lock where somebody changes it: then
+    /// it is as it was before that change. For event triggers, whose session holds locks that others wait for.
+    pub fn open_now(oid: pg_sys::Oid) -> Option<Self> {
+        Self::open_at_once(oid).or_else(|| Self::open_historic(oid))
+    }
+
     /// `pg_class.oid`.
     pub fn oid(&self) -> pg_sys::Oid {
         // SAFETY: raw is an open relation.
