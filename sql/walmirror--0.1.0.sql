@@ -269,6 +269,7 @@ CREATE FUNCTION walmirror.on_sql_drop() RETURNS event_trigger
 $$
 DECLARE
     mirrored oid;
+    anew boolean;
     locked oid[];
 BEGIN
     IF EXISTS (SELECT 1 FROM pg_event_trigger_dropped_objects() d
@@ -285,14 +286,17 @@ BEGIN
             PERFORM walmirror.check_label(mirrored);
         END LOOP;
     END IF;
-    -- Columns can also go with their type, which is no ALTER TABLE of their table.
-    FOR mirrored IN SELECT DISTINCT walmirror.root(d.objid) FROM pg_event_trigger_dropped_objects() d
-                    WHERE NOT d.is_temporary AND d.object_type = 'table column' AND NOT d.original
-                      AND EXISTS (SELECT 1 FROM pg_class c WHERE c.oid = d.objid)
+    -- Columns can also go with their type, which is no ALTER TABLE of their table. And one that is made anew in the command that drops
+    -- it leaves the table's definition as it was, but not its rows.
+    FOR mirrored, anew IN SELECT c.root, bool_or(c.anew) FROM (
+            SELECT walmirror.root(d.objid) AS root, NOT d.original AS gone, EXISTS (
+                SELECT 1 FROM pg_attribute a WHERE a.attrelid = d.objid AND NOT a.attisdropped
+                AND a.attname = d.address_names[cardinality(d.address_names)]) AS anew
+            FROM pg_event_trigger_dropped_objects() d
+            WHERE NOT d.is_temporary AND d.object_type = 'table column' AND EXISTS (SELECT 1 FROM pg_class c WHERE c.oid = d.objid)
+        ) c WHERE c.root IS NOT NULL AND (c.gone OR c.anew) GROUP BY c.root
     LOOP
-        IF mirrored IS NOT NULL THEN
-            PERFORM walmirror.announce(mirrored);
-        END IF;
+        PERFORM walmirror.announce(mirrored, refresh => anew);
     END LOOP;
 END
 $$;

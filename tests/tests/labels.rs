@@ -184,6 +184,7 @@ fn every_kind_of_alter_table() {
         "ALTER TABLE {t} RENAME c TO cc",
         "ALTER TABLE {t} DROP COLUMN cc",
         "ALTER TABLE {t} DROP COLUMN g, ALTER b TYPE bigint USING b * 10",
+        "ALTER TABLE {t} DROP COLUMN x, ADD COLUMN x text DEFAULT 'other'",
         "ALTER TABLE {t} ALTER a TYPE text USING upper(a)",
         "ALTER TABLE {t} ALTER b TYPE text",
         "ALTER TABLE {t} ALTER at TYPE date",
