@@ -382,8 +382,8 @@ impl Decoder {
 fn lacks_key(plan: &Plan, change: Change) -> bool {
     match change {
         Change::Lost => true,
-        Change::Update { old: None, .. } => !plan.identified,
-        _ => false,
+        Change::Update { .. } | Change::Delete(_) => !plan.identified,
+        Change::Insert(_) => false,
     }
 }
 

@@ -254,8 +254,9 @@ fn check_replica_identity(
     let leaves = query(
         &format!("SELECT l.oid::regclass::text AS name, c.relreplident::text AS identity,
                 (SELECT pg_catalog.string_agg(a.attname::text, E'\\x01') FROM pg_catalog.pg_index i
-                 JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::int2[])
-                 WHERE i.indrelid = l.oid AND i.indisvalid AND i.indimmediate AND i.indexrelid IS DISTINCT FROM $1
+                 CROSS JOIN pg_catalog.unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
+                 JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+                 WHERE i.indrelid = l.oid AND k.ord <= i.indnkeyatts AND i.indisvalid AND i.indimmediate AND i.indexrelid IS DISTINCT FROM $1
                    AND CASE c.relreplident WHEN 'd' THEN i.indisprimary ELSE i.indisreplident END) AS columns,
                 c.relkind::text AS kind, c.relpersistence::text AS persistence
          FROM pg_catalog.unnest('{{{tables}}}'::oid[]) l(oid)
