@@ -393,6 +393,8 @@ fn tables_without_a_usable_key_are_refused() {
         "SELECT walmirror.mirror('ok', columns => '{v,v}')",
         "SELECT walmirror.mirror('ok', ttl => '-1 s')",
         "SELECT walmirror.mirror('ok', ttl => '0')",
+        "SELECT walmirror.mirror('ok', ttl => '20000 years')",
+        "SECURITY LABEL FOR walmirror ON TABLE ok IS '{\"mode\":\"mirror\",\"ttl_ms\":9223372036854775807}'",
         "SECURITY LABEL FOR walmirror ON TABLE ok IS 'not json'",
         "SECURITY LABEL FOR walmirror ON TABLE ok IS '{\"mode\":\"mirror\",\"colour\":\"red\"}'",
         "SECURITY LABEL FOR walmirror ON TABLE ok IS '{\"mode\":\"both\"}'",

@@ -76,6 +76,9 @@ pub fn check_table(
     Ok((key, template))
 }
 
+/// 10,000 years: Redis counts milliseconds since 1970 in 63 bits.
+const TTL_MS_MAX: u64 = 10_000 * 365 * 86_400_000;
+
 fn check_options(label: &Label, template: &KeyTemplate) -> Result<(), Refusal> {
     if template.skeleton().starts_with("walmirror:") {
         return Err(Refusal::invalid(
@@ -98,6 +101,12 @@ fn check_options(label: &Label, template: &KeyTemplate) -> Result<(), Refusal> {
         return Err(Refusal::invalid(
             "ttl has to be longer than zero",
             "Leave ttl out for keys that never expire, or write ttl => '1 day'.",
+        ));
+    }
+    if label.ttl_ms.is_some_and(|ttl| ttl > TTL_MS_MAX) {
+        return Err(Refusal::invalid(
+            "ttl has to be 10,000 years at most",
+            "Leave ttl out for keys that never expire.",
         ));
     }
     if label.mode == Mode::Mirror && label.on_write != crate::label::OnWrite::Refresh {

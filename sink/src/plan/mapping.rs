@@ -87,6 +87,9 @@ pub struct Field {
     pub name: Vec<u8>,
 }
 
+/// What is longer is no expiry: Redis refuses times beyond 63 bits of milliseconds since 1970. 10,000 years, as labels allow.
+const TTL_MS_MAX: u64 = 10_000 * 365 * 86_400_000;
+
 impl Mapping {
     /// Compiles a definition.
     pub fn new(relation: &Relation) -> Result<Self, MappingError> {
@@ -141,7 +144,9 @@ impl Mapping {
             mode: Mode::try_from(relation.mode).map_err(|_| unknown("mode"))?,
             value,
             on_write: OnWrite::try_from(relation.on_write).map_err(|_| unknown("on_write"))?,
-            ttl: (relation.ttl_ms > 0).then(|| relation.ttl_ms.to_string().into_bytes()),
+            ttl: (1..=TTL_MS_MAX)
+                .contains(&relation.ttl_ms)
+                .then(|| relation.ttl_ms.to_string().into_bytes()),
             encodings: encodings(relation).map_err(|_| unknown("column encoding"))?,
             json: JsonShape::new(relation),
             members: members(
@@ -229,4 +234,27 @@ fn members(mut names: Vec<(usize, &str)>) -> Vec<Field> {
         }
     };
     names.into_iter().map(member).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// Redis refuses such a time with an error, and would at each attempt.
+    #[test]
+    fn what_expires_after_the_end_of_time_does_not_expire() {
+        let ttl = |ttl_ms| {
+            let relation = Relation {
+                key: "k".into(),
+                ttl_ms,
+                ..Relation::default()
+            };
+            Mapping::new(&relation).unwrap().ttl
+        };
+        assert_eq!(ttl(0), None);
+        assert_eq!(ttl(1500), Some(b"1500".to_vec()));
+        assert_eq!(ttl(u64::MAX >> 1), None);
+        assert_eq!(ttl(u64::MAX), None);
+    }
 }
