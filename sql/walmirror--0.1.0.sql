@@ -39,8 +39,8 @@ SELECT l.objoid::regclass AS relation,
        j.label ->> 'mode' AS mode,
        j.label ->> 'key' AS key,
        coalesce(j.label ->> 'value', 'hash') AS value,
-       CASE WHEN j.label ? 'columns' THEN ARRAY(SELECT jsonb_array_elements_text(j.label -> 'columns')) END AS columns,
-       make_interval(secs => (j.label ->> 'ttl_ms')::float8 / 1000) AS ttl,
+       CASE WHEN jsonb_typeof(j.label -> 'columns') = 'array' THEN ARRAY(SELECT jsonb_array_elements_text(j.label -> 'columns')) END AS columns,
+       CASE WHEN (j.label ->> 'ttl_ms')::numeric <= 315360000000000 THEN make_interval(secs => (j.label ->> 'ttl_ms')::float8 / 1000) END AS ttl,
        CASE WHEN j.label ->> 'mode' = 'cache' THEN coalesce(j.label ->> 'on_write', 'refresh') END AS on_write,
        coalesce((j.label ->> 'capture')::boolean, j.label ->> 'mode' = 'cache') AS capture
 FROM pg_catalog.pg_seclabel l

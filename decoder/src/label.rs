@@ -20,6 +20,7 @@ pub struct Label {
     #[serde(default)]
     pub value: Value,
     /// The columns of the value; all when absent.
+    #[serde(default, deserialize_with = "present")]
     pub columns: Option<Vec<String>>,
     /// Expiry in milliseconds; none when absent.
     pub ttl_ms: Option<u64>,
@@ -60,17 +61,28 @@ pub enum OnWrite {
 }
 
 impl Label {
-    /// Reads the JSON of a label.
+    /// Reads the JSON of a label. What jsonb does not hold is refused, because the extension's SQL reads labels as jsonb.
     pub fn parse(json: &str) -> Result<Self, Refusal> {
-        serde_json::from_str(json).map_err(|error| {
+        let invalid = |error: String| {
             Refusal::invalid(
                 format!("invalid walmirror label: {error}"),
                 "A label is a JSON object like {\"mode\":\"mirror\",\"key\":\"user:{id}\",\"value\":\"hash\"}; its options \
                  are mode (mirror, cache), key, value (hash, string, json), columns, ttl_ms, on_write (refresh, populate, \
                  invalidate) and capture. SELECT walmirror.mirror('table') writes it for you.",
             )
-        })
+        };
+        let label: Self = serde_json::from_str(json).map_err(|error| invalid(error.to_string()))?;
+        let columns = label.columns.iter().flatten();
+        if columns.chain(&label.key).any(|text| text.contains('\0')) {
+            return Err(invalid("it holds the character \\u0000".to_owned()));
+        }
+        Ok(label)
     }
+}
+
+/// An option that is there has a value.
+fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<String>>, D::Error> {
+    Vec::deserialize(deserializer).map(Some)
 }
 
 impl From<Mode> for pb::Mode {
