@@ -1,7 +1,5 @@
 //! The `walmirror` binary. See [`walmirror_sink::cli`].
 
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
+fn main() {
     walmirror_sink::cli::main()
 }

@@ -17,7 +17,6 @@ mod verify;
 mod wait;
 
 use std::io::{ErrorKind, Write};
-use std::process::ExitCode;
 
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
@@ -29,10 +28,13 @@ use crate::{logging, tail};
 use args::{Cli, Command};
 
 /// What the binary does.
-pub fn main() -> ExitCode {
+pub fn main() -> ! {
     std::panic::set_hook(Box::new(report_panic));
     // A panic of this thread ends like every internal error; those of other threads are noticed by who joins them.
-    std::panic::catch_unwind(run_command).unwrap_or(ExitCode::from(exit::INTERNAL))
+    let code = std::panic::catch_unwind(run_command).unwrap_or(exit::INTERNAL);
+    let _ = std::io::stdout().flush();
+    // Not by way of exit(3): a thread may still be connecting, and what libpq's libraries clean up there (Kerberos' mutexes) it uses.
+    signal_hook::low_level::exit(i32::from(code))
 }
 
 /// One line, and no backtrace. INVARIANT I8: without the panic's text, which may quote values (a slice out of range quotes
@@ -42,7 +44,7 @@ fn report_panic(panic: &std::panic::PanicHookInfo<'_>) {
     tracing::error!("internal error at {place}: please report it, with the lines before this one");
 }
 
-fn run_command() -> ExitCode {
+fn run_command() -> u8 {
     let matches = match Cli::command().try_get_matches() {
         Ok(matches) => matches,
         // clap prints help and version as "errors", too, and knows which is which: exit code 0 or 2.
@@ -54,12 +56,12 @@ fn run_command() -> ExitCode {
     };
     let mut options = cli.options.clone();
     match start(cli.command, &matches, &mut options) {
-        Ok(()) => ExitCode::from(exit::OK),
+        Ok(()) => exit::OK,
         // Whoever read the output has left: `walmirror tail | head`.
-        Err(Error::Io(_, source)) if source.kind() == ErrorKind::BrokenPipe => ExitCode::from(exit::OK),
+        Err(Error::Io(_, source)) if source.kind() == ErrorKind::BrokenPipe => exit::OK,
         Err(error) => {
             report(&error, &options);
-            ExitCode::from(error.exit_code())
+            error.exit_code()
         }
     }
 }
