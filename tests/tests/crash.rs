@@ -354,6 +354,36 @@ fn a_clean_stop_acknowledges_what_was_applied() {
     m.check();
 }
 
+/// SIGTERM while the session, and the thread that looks for the admin server, still connect. Found by random faults: a library of libpq
+/// was cleaned up while a thread used it, and its assertion ended the sink with SIGABRT.
+#[test]
+fn a_signal_at_any_moment_of_the_start_is_an_orderly_end() {
+    let m = Mirror::new();
+    counters(&m, 10);
+    let admin = format!("127.0.0.1:{}", walmirror_tests::free_port());
+    m.start_with(&["--admin", &admin]);
+    m.settle();
+    let starts = |m: &Mirror| m.sink(|sink| sink.output().matches("walmirror starts").count());
+    for round in 0..60 {
+        let status = m.sink(Sink::terminate);
+        assert_eq!(
+            status.code(),
+            Some(0),
+            "round {round}: {}",
+            m.sink(|sink| sink.output())
+        );
+        let before = starts(&m);
+        m.sink(Sink::restart);
+        wait_for(DEADLINE, "the sink to start", || {
+            (starts(&m) > before).then_some(())
+        });
+        // The moment is the fault.
+        std::thread::sleep(Duration::from_micros(200 * round));
+    }
+    m.sql("UPDATE t SET n = n + 1");
+    m.check();
+}
+
 #[test]
 fn until_lsn_ends_by_itself() {
     let m = Mirror::new();

@@ -97,7 +97,8 @@ impl Lookup {
         for (index, column) in names.iter().enumerate() {
             // With -1 the type has its name without a length: "character" would mean one character. And its operator = may be in the
             // schema of an extension, where the search path does not lead. A domain is looked through: there may be no operator for
-            // it (over an enum), and its CHECK is of no concern to who only compares.
+            // it (over an enum), and its CHECK is of no concern to who only compares. Nor is a cast to text that somebody wrote in
+            // SQL: the row encoder takes what the type prints.
             let statement = "WITH RECURSIVE kinds (oid) AS ( \
                                  SELECT atttypid FROM pg_attribute WHERE attrelid = $1::oid AND attname = $2 AND NOT attisdropped \
                                  UNION SELECT t.typbasetype FROM kinds k JOIN pg_type t ON t.oid = k.oid WHERE t.typtype = 'd') \
@@ -105,7 +106,10 @@ impl Lookup {
                                  JOIN pg_opclass c ON c.opcintype = k.oid AND c.opcdefault JOIN pg_am m ON m.oid = c.opcmethod AND m.amname = 'btree' \
                                  JOIN pg_amop o ON o.amopfamily = c.opcfamily AND o.amopstrategy = 3 AND o.amoplefttype = k.oid AND o.amoprighttype = k.oid \
                                  JOIN pg_operator p ON p.oid = o.amopopr AND p.oprname = '=' JOIN pg_namespace n ON n.oid = p.oprnamespace LIMIT 1), \
-                                 (SELECT count(*) FROM kinds) > 1 \
+                                 (SELECT count(*) FROM kinds) > 1, \
+                                 EXISTS (SELECT FROM kinds k JOIN pg_cast a ON a.castsource = k.oid AND a.casttarget = 'text'::regtype \
+                                     JOIN pg_proc f ON f.oid = a.castfunc JOIN pg_language l ON l.oid = f.prolang \
+                                     WHERE l.lanname NOT IN ('internal', 'c')) \
                              FROM kinds b JOIN pg_type t ON t.oid = b.oid WHERE t.typtype <> 'd'";
             let result = sql.query(what, statement, &[Some(oid.as_bytes()), Some(column.as_bytes())])?;
             let Some(kind) = result.text(0, 0) else {
@@ -121,7 +125,11 @@ impl Lookup {
             };
             arrays.push(format!("${}::text[]", index + 1));
             joins.push(format!("{value} OPERATOR({schema}.=) k.v{index}::{kind}"));
-            columns.push(format!("t.{quoted}::text"));
+            columns.push(if result.text(0, 3) == Some("t") {
+                format!("format('%s', t.{quoted})")
+            } else {
+                format!("t.{quoted}::text")
+            });
             shapes.push(Shape::of(kind));
         }
         let aliases: Vec<String> = (0..names.len()).map(|index| format!("v{index}")).collect();
