@@ -18,6 +18,9 @@ use crate::tables::{Table, Tables};
 /// A batch of rows is written to the WAL when it has grown to this many bytes, at the latest when the query has run.
 const BATCH_BYTES: usize = 64 * 1024;
 
+/// Rows that a query is asked for one by one wait for each other, for so long: as long as others for their flush.
+const WAIT_US: i64 = 10_000;
+
 /// Between queries no buffer keeps more than this.
 const KEPT_BYTES: usize = 16 * 1024;
 /// Queries within queries are rarely deeper.
@@ -44,6 +47,8 @@ struct Query {
     /// The first `filled` hold rows; the others only lend their memory.
     batches: Vec<Batch>,
     filled: usize,
+    /// When a row was first seen to wait there.
+    waiting_since_us: Option<i64>,
 }
 
 /// A scan of a cached table.
@@ -233,6 +238,19 @@ impl Session {
         }
     }
 
+    /// A query returned a row and will be asked for the next one: what it read goes into the WAL if it has waited for long.
+    pub fn emit_older(&mut self, id: usize) {
+        if let Some(query) = self.queries.iter_mut().rev().find(|query| query.id == id)
+            && !query.filled().is_empty()
+        {
+            let now_us = query::now_us();
+            let since_us = *query.waiting_since_us.get_or_insert(now_us);
+            if now_us.saturating_sub(since_us) >= WAIT_US {
+                query.emit(&mut self.message);
+            }
+        }
+    }
+
     /// A query is over, well or with an error.
     pub fn end(&mut self, id: usize) {
         if let Some(at) = self.queries.iter().rposition(|query| query.id == id) {
@@ -306,6 +324,7 @@ impl Query {
 
     /// Writes what is filled, with `message` as the place to put it together.
     fn emit(&mut self, message: &mut Vec<u8>) {
+        self.waiting_since_us = None;
         for batch in self.batches.iter_mut().take(std::mem::take(&mut self.filled)) {
             batch.emit(self.id, message);
             batch.clear();
@@ -318,6 +337,7 @@ impl Query {
         self.batches.truncate(1);
         self.batches.iter_mut().for_each(Batch::clear);
         self.filled = 0;
+        self.waiting_since_us = None;
     }
 }
 

@@ -27,6 +27,7 @@ static SESSION: Local<RefCell<Option<Session>>> = Local::new(RefCell::new(None))
 static mut BUSY: bool = false;
 static mut NEXT_START: pg_sys::ExecutorStart_hook_type = None;
 static mut NEXT_RUN: pg_sys::ExecutorRun_hook_type = None;
+static mut NEXT_FINISH: pg_sys::ExecutorFinish_hook_type = None;
 
 /// Sets the hooks; in `_PG_init` while the postmaster preloads libraries.
 pub fn hook() {
@@ -36,6 +37,8 @@ pub fn hook() {
         pg_sys::ExecutorStart_hook = Some(start);
         NEXT_RUN = pg_sys::ExecutorRun_hook;
         pg_sys::ExecutorRun_hook = Some(run);
+        NEXT_FINISH = pg_sys::ExecutorFinish_hook;
+        pg_sys::ExecutorFinish_hook = Some(finish);
     }
 }
 
@@ -51,6 +54,7 @@ pub(super) fn with_session<R>(work: impl FnOnce(&mut Session) -> R) -> Option<R>
 unsafe extern "C-unwind" {
     // The functions themselves, without the guard that pgrx's bindings put around them.
     fn standard_ExecutorStart(query: *mut pg_sys::QueryDesc, flags: c_int);
+    fn standard_ExecutorFinish(query: *mut pg_sys::QueryDesc);
     #[cfg(not(feature = "pg18"))]
     fn standard_ExecutorRun(
         query: *mut pg_sys::QueryDesc,
@@ -229,7 +233,7 @@ unsafe extern "C-unwind" fn run(
             None => standard_ExecutorRun(query, direction, count, once),
         }
         if BUSY {
-            emit(query);
+            ran(query, count);
         }
     }
 }
@@ -247,12 +251,45 @@ unsafe extern "C-unwind" fn run(
             None => standard_ExecutorRun(query, direction, count),
         }
         if BUSY {
-            emit(query);
+            ran(query, count);
+        }
+    }
+}
+
+/// A query has returned as many rows as it was asked for, or all.
+#[pg_guard]
+unsafe extern "C-unwind" fn ran(query: *mut pg_sys::QueryDesc, count: u64) {
+    // SAFETY: the query ran just now, so that it has an executor state and a receiver.
+    let more = unsafe {
+        // A set-returning function in SQL asks its query for one row at a time: a message for each would be a lot. More is
+        // asked at once, but for what reads slowly (`Session::emit_older`). A cursor's client may never ask again.
+        count != 0
+            && (*(*query).estate).es_processed >= count
+            && (*(*query).dest).mydest == pg_sys::CommandDest::DestSQLFunction
+    };
+    with_session(|session| {
+        if more {
+            session.emit_older(query as usize);
+        } else {
+            session.emit(query as usize);
+        }
+    });
+}
+
+unsafe extern "C-unwind" fn finish(query: *mut pg_sys::QueryDesc) {
+    // SAFETY: the argument is passed on as it came.
+    unsafe {
+        match NEXT_FINISH {
+            Some(next) => next(query),
+            None => standard_ExecutorFinish(query),
+        }
+        if BUSY {
+            finished(query);
         }
     }
 }
 
 #[pg_guard]
-unsafe extern "C-unwind" fn emit(query: *mut pg_sys::QueryDesc) {
+unsafe extern "C-unwind" fn finished(query: *mut pg_sys::QueryDesc) {
     with_session(|session| session.emit(query as usize));
 }

@@ -51,6 +51,12 @@ pub fn statement_time_ms() -> u64 {
     u64::try_from(unsafe { unguarded::GetCurrentStatementStartTimestamp() } / 1000).unwrap_or(0)
 }
 
+/// The time, in microseconds since 2000-01-01.
+pub fn now_us() -> i64 {
+    // SAFETY: reads the clock.
+    unsafe { unguarded::GetCurrentTimestamp() }
+}
+
 /// Whether no subtransaction can start: the leader of a parallel plan runs, or a worker. Then nothing can be [`isolated`].
 pub fn in_parallel_mode() -> bool {
     // SAFETY: reads backend-local state.

@@ -272,3 +272,32 @@ fn settings_of_the_session_do_not_count() {
     let (code, output) = m.run(&["verify"]);
     assert_eq!(code, Some(0), "{output}");
 }
+
+/// A set-returning function in SQL asks its query for one row at a time. Each once was a message of its own.
+#[test]
+fn the_rows_of_a_function_in_sql_come_together() {
+    let m = Mirror::alone("");
+    setup(&m);
+    m.sql("CREATE FUNCTION all_of_c() RETURNS SETOF text LANGUAGE sql AS 'SELECT v FROM c'");
+    start(&m);
+    let mut s = session(&m);
+    s.batch_execute("SELECT all_of_c() LIMIT 3").unwrap();
+    sync(&m);
+    assert_eq!(keys(&m), c_keys(1..=3));
+    let messages = || -> i64 {
+        let messages = "SELECT value FROM walmirror.capture_stats WHERE counter = 'messages_emitted'";
+        m.db.value(messages).parse().unwrap()
+    };
+    let before = messages();
+    s.batch_execute("SELECT all_of_c()").unwrap();
+    let written = messages() - before;
+    assert!(written < 30, "{written} messages of 60 rows");
+    sync(&m);
+    assert_eq!(keys(&m), c_keys(1..=60));
+    // Read slowly, they do not wait for each other.
+    empty(&m);
+    let before = messages();
+    s.batch_execute("SELECT all_of_c(), pg_sleep(0.02) LIMIT 3")
+        .unwrap();
+    assert!(messages() - before >= 2);
+}
