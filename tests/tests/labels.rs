@@ -579,13 +579,16 @@ fn one_template_is_given_out_once() {
     m.settle();
 }
 
-/// The labels travel with a dump.
+/// The labels travel with a dump, also one that leaves the key to the primary key, which is restored after it, and one whose table
+/// has a unique constraint that is restored before its primary key.
 #[test]
 fn pg_dump_carries_the_labels() {
     let m = Mirror::new();
     m.sql(
         "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t', key => 'k:{id}', value => 'json'); INSERT INTO t VALUES (1, 'x'); \
-         CREATE TABLE part (a int PRIMARY KEY, b int); CREATE TABLE whole (id int PRIMARY KEY, p part); SELECT walmirror.mirror('whole')",
+         CREATE TABLE part (a int PRIMARY KEY, b int); CREATE TABLE whole (id int PRIMARY KEY, p part); SELECT walmirror.mirror('whole'); \
+         CREATE TABLE keyless (id int PRIMARY KEY, email text UNIQUE); CREATE TABLE users (LIKE keyless INCLUDING ALL); \
+         SECURITY LABEL FOR walmirror ON TABLE keyless IS '{\"mode\":\"mirror\"}'; SELECT walmirror.mirror('users')",
     );
     let copy = format!("{}_copy", m.db.name);
     m.sql(&format!("CREATE DATABASE {copy} TEMPLATE template0"));
@@ -615,6 +618,13 @@ fn pg_dump_carries_the_labels() {
         ),
         ("t", "k:{id}", "json")
     );
+    let mirrored = client
+        .query_one(
+            "SELECT count(*), count(*) FILTER (WHERE problem IS NULL) FROM walmirror.relations()",
+            &[],
+        )
+        .unwrap();
+    assert_eq!((mirrored.get::<_, i64>(0), mirrored.get::<_, i64>(1)), (4, 4));
 }
 
 /// A table has another name, another table has its name, or there is none any more, and the backfill reads on by the name that it had.

@@ -17,7 +17,8 @@ use crate::plan::Plan;
 pub enum Check {
     /// Everything.
     Strict,
-    /// A table that has no valid unique index yet passes for now: pg_restore sets labels before it creates primary keys.
+    /// A table that has no primary key and no unique index for its key yet passes for now: pg_restore sets labels first, then
+    /// creates unique constraints and the primary key, by name.
     Restoring,
     /// Everything, when this index is gone.
     Without(pg_sys::Oid),
@@ -35,7 +36,9 @@ impl Check {
 
 /// Checks a label that is being set. The table has to be locked: what the label's keys wait for comes after that.
 pub fn claim(table: pg_sys::Oid, label: &Label, check: Check) -> Result<(), Refusal> {
-    let (key, template) = check_table(table, label, check)?;
+    let Some((key, template)) = check_table(table, label, check)? else {
+        return Ok(());
+    };
     labels::lock_keys(&template.skeleton());
     check_other_templates(table, &key, &template)
 }
@@ -43,16 +46,19 @@ pub fn claim(table: pg_sys::Oid, label: &Label, check: Check) -> Result<(), Refu
 /// Checks a label that is there already. Its keys are its own, so that this waits for nobody: DDL on two partitions may well be of
 /// two transactions.
 pub fn validate(table: pg_sys::Oid, label: &Label, check: Check) -> Result<(), Refusal> {
-    let (key, template) = check_table(table, label, check)?;
+    let Some((key, template)) = check_table(table, label, check)? else {
+        return Ok(());
+    };
     check_other_templates(table, &key, &template)
 }
 
-/// Checks a label against the table's kind, columns, unique keys and replica identity; returns its key template.
+/// Checks a label against the table's kind, columns, unique keys and replica identity; returns its key template. There is none
+/// yet while a table is restored whose label leaves the key to the primary key; until that is there the decoder calls it broken.
 pub fn check_table(
     table: pg_sys::Oid,
     label: &Label,
     check: Check,
-) -> Result<(String, KeyTemplate), Refusal> {
+) -> Result<Option<(String, KeyTemplate)>, Refusal> {
     check_kind(table)?;
     let relation = Rel::open_now(table).ok_or_else(|| {
         Refusal::object(
@@ -61,6 +67,10 @@ pub fn check_table(
         )
     })?;
     let name = relation.name();
+    if check == Check::Restoring && label.key.is_none() && relation.primary_key().is_empty() {
+        check_partitions(table, &relation)?;
+        return Ok(None);
+    }
     // Column names, the template's syntax and the value kind are the plan's to judge.
     let plan = Plan::for_label(&relation, label, Context::top())?;
     let key = plan.relation.key.clone();
@@ -69,11 +79,12 @@ pub fn check_table(
         KeyTemplate::parse(&key).map_err(|error| Refusal::invalid(error.to_string(), "user:{id}"))?;
     check_options(label, &template)?;
     check_partitions(table, &relation)?;
-    if check != Check::Restoring || has_unique_index(table)? {
-        check_unique(table, &name, template.placeholders(), check.gone())?;
+    let unique = check_unique(table, &name, template.placeholders(), check.gone());
+    if unique.is_ok() || check != Check::Restoring || !relation.primary_key().is_empty() {
+        unique?;
         check_replica_identity(table, &relation, template.placeholders(), check.gone())?;
     }
-    Ok((key, template))
+    Ok(Some((key, template)))
 }
 
 /// 10,000 years: Redis counts milliseconds since 1970 in 63 bits.
@@ -207,14 +218,6 @@ fn partitions(table: pg_sys::Oid, relation: &Rel) -> Vec<pg_sys::Oid> {
     let mut all = relation::with_partitions(table);
     all.retain(|oid| *oid != table);
     all
-}
-
-fn has_unique_index(table: pg_sys::Oid) -> Result<bool, Refusal> {
-    let indexes = query(
-        "SELECT 1::text FROM pg_catalog.pg_index WHERE indrelid = $1 AND indisunique AND indisvalid AND indimmediate LIMIT 1",
-        &[table],
-    )?;
-    Ok(!indexes.is_empty())
 }
 
 /// The key has to tell rows apart: it must name all columns of some unique index that is checked at once.
