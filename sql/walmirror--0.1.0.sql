@@ -159,11 +159,9 @@ GRANT SELECT ON walmirror.capture_stats TO PUBLIC;
 
 -- The decoder reads this message where the transaction did its DDL, and then looks the table up in the catalogs.
 CREATE FUNCTION walmirror.announce(tbl oid, refresh boolean DEFAULT false, keep_keys boolean DEFAULT false) RETURNS void
-    LANGUAGE sql SET search_path = pg_catalog, pg_temp AS
-$$
-    SELECT pg_logical_emit_message(true, 'walmirror.ddl',
-        jsonb_build_object('oid', tbl::bigint, 'refresh', refresh, 'keep_keys', keep_keys)::text)
-$$;
+    LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'announce_wrapper';
+COMMENT ON FUNCTION walmirror.announce(oid, boolean, boolean) IS
+    'tells the stream that the caller, who has to own the table, changed it';
 
 -- The labelled tables with a column of a type, or of an array, domain, range or row type made of it, and those that are OF it.
 CREATE FUNCTION walmirror.tables_of_type(typ oid) RETURNS SETOF oid
@@ -200,8 +198,10 @@ $$
       AND tbl IN (SELECT a.relid::oid FROM pg_partition_ancestors(CASE WHEN c.relispartition THEN l.objoid::regclass END) a)
 $$;
 
+-- The functions of event triggers run as the extension's owner: DDL may change the mirror of a table that whoever does it does not
+-- own (its partition, a type of its columns), and announce() asks for its owner. Only event triggers can call them.
 CREATE FUNCTION walmirror.on_ddl_command_end() RETURNS event_trigger
-    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS
 $$
 DECLARE
     command record;
@@ -252,7 +252,7 @@ $$;
 
 -- ALTER TABLE is about to rewrite a table: every row may change, without a change in the stream.
 CREATE FUNCTION walmirror.on_table_rewrite() RETURNS event_trigger
-    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS
 $$
 DECLARE
     root oid := walmirror.root(pg_event_trigger_table_rewrite_oid());
@@ -265,7 +265,7 @@ $$;
 
 -- A dropped index, constraint or column may be what a label rests on.
 CREATE FUNCTION walmirror.on_sql_drop() RETURNS event_trigger
-    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS
 $$
 DECLARE
     mirrored oid;
@@ -308,3 +308,6 @@ CREATE EVENT TRIGGER walmirror_sql_drop ON sql_drop EXECUTE FUNCTION walmirror.o
 ALTER EVENT TRIGGER walmirror_ddl_command_end ENABLE ALWAYS;
 ALTER EVENT TRIGGER walmirror_table_rewrite ENABLE ALWAYS;
 ALTER EVENT TRIGGER walmirror_sql_drop ENABLE ALWAYS;
+
+-- Whatever ALTER DEFAULT PRIVILEGES says. Who may do what is a question of the tables that they are called for.
+GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA walmirror TO PUBLIC;

@@ -6,6 +6,7 @@ use prost::Message;
 
 use crate::capture::stats;
 use crate::ddl::{self, Check};
+use crate::decode::ddl_message::DdlMessage;
 use crate::error::Refusal;
 use crate::ffi::hooks;
 use crate::ffi::memory::Context;
@@ -113,6 +114,26 @@ fn invalidate(table: pg_sys::Oid) {
     for oid in relation::with_partitions(table) {
         relation::invalidate(oid);
     }
+}
+
+/// `walmirror.announce(oid, boolean, boolean)`: tells the decoders, in order with this transaction, that a table was changed, as only
+/// its owner can. So `pg_logical_emit_message` is not needed for it, with which anybody could say so of any table.
+#[pg_extern]
+fn announce(table: pg_sys::Oid, refresh: bool, keep_keys: bool) {
+    if !relation::is_owned(table) {
+        Refusal::new(
+            PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+            format!("must be owner of the table with oid {}", u32::from(table)),
+            "Become a role that owns the table, or a member of it.",
+        )
+        .raise();
+    }
+    hooks::write_ddl_message(&DdlMessage {
+        oid: u32::from(table),
+        refresh,
+        dropped: false,
+        keep_keys,
+    });
 }
 
 /// `walmirror.capture_counters()`: what stands behind the view `walmirror.capture_stats`.

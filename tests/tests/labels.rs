@@ -546,6 +546,46 @@ fn ddl_of_a_partition_waits_for_no_other() {
     m.settle();
 }
 
+/// Owners mirror and alter their tables where nothing is anybody's by default, and nobody may write logical messages but the sink.
+#[test]
+fn a_database_that_grants_nothing() {
+    let m = Mirror::new();
+    let (owner, other) = (format!("{}_owner", m.db.name), format!("{}_other", m.db.name));
+    m.sql(&format!(
+        "DROP EXTENSION walmirror; DROP SCHEMA IF EXISTS walmirror; CREATE ROLE {owner}; CREATE ROLE {other}; \
+         ALTER DEFAULT PRIVILEGES REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC; CREATE EXTENSION walmirror; \
+         DO $$ DECLARE f regprocedure; BEGIN FOR f IN SELECT oid FROM pg_proc WHERE proname = 'pg_logical_emit_message' \
+         LOOP EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', f); END LOOP; END $$; \
+         GRANT CREATE, USAGE ON SCHEMA public TO {owner}, {other}; SET ROLE {owner}; \
+         CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY); CREATE TABLE w (id int PRIMARY KEY); \
+         CREATE TABLE p (id int PRIMARY KEY, v text) PARTITION BY LIST (id); CREATE TABLE p1 PARTITION OF p FOR VALUES IN (1); \
+         INSERT INTO t VALUES (1, 'v'); INSERT INTO u VALUES (1); INSERT INTO p VALUES (1, 'v'); \
+         SELECT walmirror.mirror('t'), walmirror.mirror('u'), walmirror.mirror('w'), walmirror.mirror('p'); \
+         RESET ROLE; ALTER TABLE p1 OWNER TO {other}"
+    ));
+    m.start();
+    m.settle();
+    m.sql(&format!(
+        "SET ROLE {owner}; ALTER TABLE t ADD n int DEFAULT 5; ALTER TABLE t DROP n, ADD n int DEFAULT 6; ALTER TABLE t ALTER n TYPE text; \
+         SELECT walmirror.unmirror('u'), walmirror.unmirror('w', keep_keys => true); RESET ROLE"
+    ));
+    m.settle();
+    // The table that the rows of this partition appear under is somebody else's.
+    m.sql(&format!(
+        "SET ROLE {other}; ALTER TABLE p1 ADD CHECK (id > 0); RESET ROLE"
+    ));
+    m.settle();
+    for call in ["announce('t'::regclass, keep_keys => true)", "unmirror('t')"] {
+        let error = m.db.error(&format!("SET ROLE {other}; SELECT walmirror.{call}"));
+        assert!(error.message().contains("must be owner"), "{call}: {error:?}");
+    }
+    m.db.reconnect();
+    m.settle();
+    m.sql(&format!(
+        "DROP TABLE t, u, w, p; DROP OWNED BY {owner}, {other}; DROP ROLE {owner}, {other}"
+    ));
+}
+
 /// Two sessions give out the same keys at once, neither of them seeing the label of the other: the second waits, and is refused.
 #[test]
 fn one_template_is_given_out_once() {

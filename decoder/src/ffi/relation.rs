@@ -283,6 +283,19 @@ pub fn has_extension() -> bool {
     unsafe { pg_sys::get_extension_oid(PROVIDER.as_ptr(), true) != pg_sys::InvalidOid }
 }
 
+/// Whether the current role may do what the owner of a table may.
+pub fn is_owned(table: pg_sys::Oid) -> bool {
+    // SAFETY: within a transaction, as every SQL function is; syscache look-ups, and an error that Postgres reports for a table that
+    // does not exist.
+    unsafe {
+        let role = pg_sys::GetUserId();
+        #[cfg(any(feature = "pg14", feature = "pg15"))]
+        return pg_sys::pg_class_ownercheck(table, role);
+        #[cfg(not(any(feature = "pg14", feature = "pg15")))]
+        pg_sys::object_ownercheck(pg_sys::RelationRelationId, table, role)
+    }
+}
+
 /// The table of an index; InvalidOid for what is no index (`IndexGetRelation`).
 pub fn of_index(index: pg_sys::Oid) -> pg_sys::Oid {
     // SAFETY: a syscache look-up.
