@@ -310,6 +310,26 @@ fn a_null_in_the_key_means_no_key() {
     assert_eq!(m.redis.keys(), ["nick:b"]);
 }
 
+/// A partition takes its replica identity from nobody, so that it cannot be made in its place; the hint says how it can.
+#[test]
+fn a_new_partition_under_a_key_of_another_index() {
+    let m = Mirror::with(
+        "CREATE TABLE p (id int, tag int NOT NULL, PRIMARY KEY (id, tag), UNIQUE (tag)) PARTITION BY LIST (tag); \
+         CREATE TABLE p1 PARTITION OF p FOR VALUES IN (1); ALTER TABLE p1 REPLICA IDENTITY USING INDEX p1_tag_key; \
+         SELECT walmirror.mirror('p', key => 'p:{tag}')",
+    );
+    // The primary key would do as well.
+    m.sql("CREATE TABLE p2 PARTITION OF p FOR VALUES IN (2); ALTER TABLE p2 REPLICA IDENTITY USING INDEX p2_tag_key");
+    m.sql("SELECT walmirror.unmirror('p'); ALTER TABLE p DROP CONSTRAINT p_pkey; SELECT walmirror.mirror('p', key => 'p:{tag}')");
+    let error = m.db.error("CREATE TABLE p3 PARTITION OF p FOR VALUES IN (3)");
+    assert!(error.hint().unwrap().contains("ATTACH PARTITION"), "{error:?}");
+    m.sql(
+        "CREATE TABLE p3 (id int NOT NULL, tag int NOT NULL UNIQUE); ALTER TABLE p3 REPLICA IDENTITY USING INDEX p3_tag_key; \
+         ALTER TABLE p ATTACH PARTITION p3 FOR VALUES IN (3); INSERT INTO p VALUES (1, 1), (2, 2), (3, 3); DELETE FROM p WHERE tag = 2",
+    );
+    m.settle();
+}
+
 /// With the event triggers off the primary key may move to other columns. The WAL has an old row then, but not the key that it had.
 #[test]
 fn an_old_row_without_the_key_is_told() {

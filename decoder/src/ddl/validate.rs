@@ -290,6 +290,11 @@ fn check_replica_identity(
                 format!("Its changes are not in the WAL. ALTER TABLE {name} SET LOGGED;"),
             ));
         }
+        let new_partition = if relation.is_partitioned() {
+            " A new partition: CREATE TABLE it alone, set its replica identity, and ALTER TABLE … ATTACH PARTITION."
+        } else {
+            ""
+        };
         let columns = text(2);
         let missing = key
             .iter()
@@ -304,7 +309,7 @@ fn check_replica_identity(
                     ),
                     format!(
                         "Without it the WAL of an UPDATE or DELETE does not tell which key was meant. Use the primary key's columns in the key, or \
-                         ALTER TABLE {name} REPLICA IDENTITY USING INDEX … (or FULL)."
+                         ALTER TABLE {name} REPLICA IDENTITY USING INDEX … (or FULL).{new_partition}"
                     ),
                 ));
             }
