@@ -134,16 +134,17 @@ impl Mirror {
     /// out, and a write removes a cached key.
     #[track_caller]
     pub fn outlast_announced(&self) {
+        let labelled = self.db.value("SELECT count(*) FROM walmirror.mirrors");
         wait_for(DEADLINE, "the horizons of the tables", || {
             let progress = self
                 .redis
                 .hash(&format!("walmirror:{{{}}}:progress", self.db.name));
-            let mut cursors = progress
+            let cursors = progress
                 .iter()
                 .filter(|(field, _)| field.starts_with("backfill:"));
-            cursors
-                .all(|(_, cursor)| cursor.contains("\"horizon\""))
-                .then_some(())
+            let (known, unknown): (Vec<_>, Vec<_>) =
+                cursors.partition(|(_, cursor)| cursor.contains("\"horizon\""));
+            (unknown.is_empty() && known.len().to_string() == labelled).then_some(())
         });
     }
 
