@@ -253,10 +253,7 @@ fn rows_of_a_template_that_another_table_has_by_now_are_left_out() {
         .begin(99, 20)
         .row(Kind::Insert, "1", Some("a"))
         .row(Kind::Delete, "2", None)
-        .record(pb::Truncate {
-            relations: vec![1],
-            ..pb::Truncate::default()
-        })
+        .record(pb::Truncate { relations: vec![1] })
         .commit(30)
         .feed(&mut planning);
     planning.flush();
