@@ -246,7 +246,11 @@ mod tests {
     fn what_expires_after_the_end_of_time_does_not_expire() {
         let ttl = |ttl_ms| {
             let relation = Relation {
-                key: "k".into(),
+                key: "k:{id}".into(),
+                columns: vec![walmirror_proto::pb::Column {
+                    name: "id".into(),
+                    ..Default::default()
+                }],
                 ttl_ms,
                 ..Relation::default()
             };
