@@ -131,8 +131,16 @@ fn check_table(
         if found.is_none() && label.mode == Mode::Cache {
             continue;
         }
-        let wanted = label.stored(history.row(label.oid, id, lsn));
-        if found != wanted.as_ref() && !is_in_part(history, progress, label, id, found) {
+        let row = history.row(label.oid, id, lsn);
+        let wanted = label.stored(row);
+        let is_as_under = |label: &Definition| {
+            found == label.stored(row).as_ref() || is_in_part(history, progress, label, id, found)
+        };
+        // Who wrote before the label did so under an older one, until the key is filled.
+        let mut older = history
+            .labels(label.oid)
+            .filter(|older| !is_done && older.prefix == label.prefix);
+        if !is_as_under(label) && !older.any(|older| is_as_under(older)) {
             let place = format!(
                 "at {lsn}, table {}",
                 if is_done { "complete" } else { "being filled" }

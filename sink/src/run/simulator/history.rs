@@ -49,6 +49,12 @@ impl History {
         last(self.labels.get(&oid), at)
     }
 
+    /// All that the table was ever labelled.
+    pub(super) fn labels(&self, oid: u32) -> impl Iterator<Item = &Arc<Definition>> {
+        let since = self.labels.get(&oid).into_iter().flatten();
+        since.filter_map(|(.., label)| label.as_ref())
+    }
+
     /// Whether behind `from`, up to `to`, rows were changed without a record of them, or the label was.
     pub(super) fn is_rewritten(&self, oid: u32, from: u64, to: u64) -> bool {
         self.rewrites

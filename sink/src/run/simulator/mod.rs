@@ -10,7 +10,7 @@
 //! A failure prints its seed; `WALMIRROR_SIM_SEED=<seed>` replays it alone and prints all commands and the WAL,
 //! `WALMIRROR_SIM_COUNT=<n>` runs more of them, and `WALMIRROR_SIM_FROM=<seed>` others.
 //!
-//! Not in the model: DDL takes its table for itself, as ALTER TABLE does and SECURITY LABEL does not; keys have one column.
+//! Not in the model: keys of more than one column.
 
 #![allow(
     clippy::unwrap_used,
@@ -96,9 +96,12 @@ fn what_is_broken_on_purpose_is_found() {
         Broken::ConfirmUnproved,
         Broken::NoLandmark,
         Broken::SweepAhead,
+        Broken::NoHorizon,
     ] {
+        // That one is rare. What is drawn at which seed changes with the model: then it is farther off, and takes longer.
+        let from = if broken == Broken::NoHorizon { 17_000 } else { 0 };
         let found =
-            (0..60_000).find_map(|seed| World::new(seed, broken).run().err().map(|fault| (seed, fault)));
+            (from..60_000).find_map(|seed| World::new(seed, broken).run().err().map(|fault| (seed, fault)));
         let (seed, fault) = found.unwrap_or_else(|| panic!("{broken:?} is not noticed"));
         println!("{broken:?}: seed {seed}: {fault}");
     }

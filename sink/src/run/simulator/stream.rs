@@ -125,7 +125,10 @@ impl Stream {
                         oid: definition.oid,
                         fingerprint: definition.fingerprint,
                         snapshot: Some(wire_snapshot(snapshot)),
-                        rows: rows.iter().map(|row| wire_tuple(&tuple(row, false))).collect(),
+                        rows: rows
+                            .iter()
+                            .map(|row| wire_tuple(&tuple(definition, row, false)))
+                            .collect(),
                     };
                     frame.record(&capture.into());
                 }
@@ -153,7 +156,7 @@ impl Stream {
                 let new = if *kind == pb::Kind::Delete {
                     key_tuple(row.id)
                 } else {
-                    tuple(row, *unchanged)
+                    tuple(definition, row, *unchanged)
                 };
                 frame.row(*kind, index, &new, old.map(key_tuple).as_ref());
             }

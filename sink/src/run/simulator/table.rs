@@ -26,6 +26,8 @@ pub(super) struct Definition {
     pub(super) mode: Mode,
     pub(super) value: ValueKind,
     pub(super) on_write: OnWrite,
+    /// How often its values were renamed (ALTER TYPE): each is printed in another way then, and no fingerprint tells.
+    pub(super) renames: u64,
 }
 
 impl Definition {
@@ -56,6 +58,15 @@ impl Definition {
         }
     }
 
+    /// The big column as it is printed.
+    fn big(&self, row: &Row) -> Option<String> {
+        let big = row.big.as_ref()?;
+        Some(match self.renames {
+            0 => big.clone(),
+            renames => format!("{big}~{renames}"),
+        })
+    }
+
     pub(super) fn key(&self, id: Id) -> Vec<u8> {
         format!("{}{id}", self.prefix).into_bytes()
     }
@@ -69,14 +80,13 @@ impl Definition {
                     (b"id".to_vec(), row.id.to_string().into_bytes()),
                     (b"v".to_vec(), row.v.to_string().into_bytes()),
                 ]);
-                fields.extend(row.big.clone().map(|big| (b"big".to_vec(), big.into_bytes())));
+                fields.extend(self.big(row).map(|big| (b"big".to_vec(), big.into_bytes())));
                 Some(Stored::Hash(fields))
             }
-            ValueKind::String => Some(Stored::Text(row.big.clone()?.into_bytes())),
+            ValueKind::String => Some(Stored::Text(self.big(row)?.into_bytes())),
             ValueKind::Json => {
-                let big = row
-                    .big
-                    .as_ref()
+                let big = self
+                    .big(row)
                     .map_or("null".to_owned(), |big| format!("\"{big}\""));
                 let text = format!("{{\"v\": {}, \"id\": \"{}\", \"big\": {big}}}", row.v, row.id);
                 Some(Stored::Text(text.into_bytes()))
@@ -87,17 +97,17 @@ impl Definition {
     /// What `walmirror.pack` makes of a row.
     pub(super) fn pack(&self, row: &Row) -> Vec<u8> {
         let mut bytes = self.fingerprint.to_be_bytes().to_vec();
-        tuple(row, false).write_tuple(&mut bytes);
+        tuple(self, row, false).write_tuple(&mut bytes);
         bytes
     }
 }
 
 /// The row as the decoder writes it; `unchanged`: without the big column.
-pub(super) fn tuple(row: &Row, unchanged: bool) -> TupleBuilder {
+pub(super) fn tuple(definition: &Definition, row: &Row, unchanged: bool) -> TupleBuilder {
     let mut tuple = TupleBuilder::new();
     tuple.text(row.id.to_string().as_bytes());
     tuple.int(row.v as i64);
-    match &row.big {
+    match definition.big(row) {
         _ if unchanged => tuple.unchanged(),
         Some(big) => tuple.text(big.as_bytes()),
         None => tuple.null(),

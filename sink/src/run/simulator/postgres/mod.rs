@@ -70,6 +70,8 @@ pub(super) struct Transaction {
     rows: BTreeSet<(u32, Id)>,
     tables: BTreeSet<u32>,
     exclusive: BTreeSet<u32>,
+    /// Tables that it labelled: others may write to them, but not label them.
+    labelled: BTreeSet<u32>,
     /// The commit record is written, but snapshots still show it as in progress.
     pub(super) logged: bool,
 }
@@ -153,6 +155,7 @@ impl Postgres {
             rows: BTreeSet::new(),
             tables: BTreeSet::new(),
             exclusive: BTreeSet::new(),
+            labelled: BTreeSet::new(),
             logged: false,
         });
         self.next_xid += 1;
@@ -328,5 +331,6 @@ pub(super) fn definition(oid: u32, fingerprint: u64, choice: u64) -> Definition 
             ValueKind::String,
         ][(choice / 2 % 4) as usize],
         on_write: [OnWrite::Refresh, OnWrite::Populate, OnWrite::Invalidate][(choice / 8 % 3) as usize],
+        renames: 0,
     }
 }

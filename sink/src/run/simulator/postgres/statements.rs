@@ -1,5 +1,5 @@
-//! What a transaction of the model does to rows and labels, if the locks of others allow it. DDL takes its table for
-//! itself, as ALTER TABLE does.
+//! What a transaction of the model does to rows and labels, if the locks of others allow it. A rewrite takes its table for itself, as
+//! ALTER TABLE does; a label and ALTER TYPE wait for no writer.
 
 use std::sync::Arc;
 
@@ -32,6 +32,23 @@ impl Postgres {
             })
     }
 
+    fn may_label(&self, index: usize, oid: u32) -> bool {
+        !self.open[index].logged
+            && self.open.iter().enumerate().all(|(other, open)| {
+                other == index || (!open.labelled.contains(&oid) && !open.exclusive.contains(&oid))
+            })
+    }
+
+    /// The label as the decoder sees it at a change that is made now: the transaction's own, or the last that has committed in the WAL.
+    fn decoded_label(&self, index: usize, oid: u32) -> Option<Arc<Definition>> {
+        let is_hidden = |xid: u64| {
+            let mut others = self.open.iter().enumerate().filter(|(other, _)| *other != index);
+            others.any(|(_, open)| open.xid == xid && !open.logged)
+        };
+        let versions = self.labels.get(&oid)?.iter().rev();
+        versions.into_iter().find(|(xid, _)| !is_hidden(*xid))?.1.clone()
+    }
+
     fn put(&mut self, index: usize, oid: u32, id: Id, row: Option<Row>) {
         let open = &mut self.open[index];
         self.rows
@@ -44,7 +61,7 @@ impl Postgres {
     }
 
     fn log(&mut self, index: usize, record: impl FnOnce(Arc<Definition>) -> Record, oid: u32) {
-        if let Some(definition) = self.latest_label(oid) {
+        if let Some(definition) = self.decoded_label(index, oid) {
             self.open[index].records.push(record(definition));
         }
     }
@@ -131,7 +148,7 @@ impl Postgres {
         oid: u32,
         make: impl FnOnce(u64) -> Definition,
     ) {
-        if self.may_take(index, oid) {
+        if self.may_label(index, oid) {
             self.fingerprints += 1;
             let definition = Arc::new(make(self.fingerprints));
             self.set_label(index, oid, Some(Arc::clone(&definition)));
@@ -140,9 +157,22 @@ impl Postgres {
     }
 
     pub(in crate::run::simulator) fn unlabel(&mut self, index: usize, oid: u32) {
-        if self.may_take(index, oid) && self.latest_label(oid).is_some() {
+        if self.may_label(index, oid) && self.latest_label(oid).is_some() {
             self.set_label(index, oid, None);
             self.open[index].records.push(Record::Forget(oid));
+        }
+    }
+
+    /// ALTER TYPE of a type of its columns, which locks no table: values are printed in another way.
+    pub(in crate::run::simulator) fn rename_values(&mut self, index: usize, oid: u32) {
+        let label = self.latest_label(oid).filter(|_| self.may_label(index, oid));
+        if let Some(label) = label {
+            let definition = Arc::new(Definition {
+                renames: label.renames + 1,
+                ..Definition::clone(&label)
+            });
+            self.set_label(index, oid, Some(Arc::clone(&definition)));
+            self.open[index].records.push(Record::Announce(definition, true));
         }
     }
 
@@ -168,7 +198,7 @@ impl Postgres {
             .entry(oid)
             .or_default()
             .push((open.xid, label.clone()));
-        open.exclusive.insert(oid);
+        open.labelled.insert(oid);
         open.tables.insert(oid);
         open.effects.push(Effect::Label(oid, label));
     }

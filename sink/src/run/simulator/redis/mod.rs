@@ -93,6 +93,8 @@ pub(super) enum Broken {
     NoLandmark,
     /// Keys without a row are looked for before what is planned is in Redis.
     SweepAhead,
+    /// A table that was announced is captured and refreshed whoever was writing to it.
+    NoHorizon,
 }
 
 impl Redis {

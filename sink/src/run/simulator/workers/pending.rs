@@ -45,7 +45,11 @@ impl Pending {
         }
         let tables = backfill.without_horizon();
         if !tables.is_empty() && self.horizons.window.outstanding() == 0 {
-            self.horizon = Some(Content::Horizon(postgres.burn_xid(), tables));
+            let horizon = match self.horizons.broken {
+                Broken::NoHorizon => 0,
+                _ => postgres.burn_xid(),
+            };
+            self.horizon = Some(Content::Horizon(horizon, tables));
             return Ok(());
         }
         if let Some((target, snapshot, content)) = self.read.take() {

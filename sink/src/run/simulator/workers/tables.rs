@@ -28,7 +28,8 @@ enum State {
 }
 
 enum Next {
-    Reconcile,
+    /// The catalog, for so many wishes.
+    Reconcile(u64),
     Fill(u32, Task),
     Sweep(u32, Task),
 }
@@ -64,7 +65,7 @@ impl Tables {
             State::Idle => {
                 window.reset(|| true);
                 let next = match backfill.next_task(0, |_| false) {
-                    _ if !backfill.is_reconciled() => Next::Reconcile,
+                    _ if !backfill.is_reconciled() => Next::Reconcile(backfill.wishes()),
                     Some((relation, task)) if task.cursor.stage == Stage::Fill => Next::Fill(relation, task),
                     Some((relation, task)) => Next::Sweep(relation, task),
                     None => return Ok(()),
@@ -74,12 +75,12 @@ impl Tables {
             State::Outlast(newest, next) if postgres.oldest_running() <= newest => {
                 State::Outlast(newest, next)
             }
-            State::Outlast(_, Next::Reconcile) => {
+            State::Outlast(_, Next::Reconcile(wishes)) => {
                 let snapshot = postgres.snapshot();
                 let labels = OIDS.iter().filter_map(|oid| postgres.label(*oid, &snapshot));
                 let content = Content::Catalog(Catalog {
                     relations: labels.map(|definition| definition.relation(0)).collect(),
-                    wishes: backfill.wishes(),
+                    wishes,
                     ..Catalog::default()
                 });
                 self.courier.submit(

@@ -190,9 +190,10 @@ impl World {
             17..=19 => self.postgres.finish(index),
             20 => self.postgres.roll_back(index),
             21 if self.dice.once_in(2) => self.postgres.truncate(index, oid),
-            22 if self.dice.once_in(3) => match self.dice.roll(5) {
+            22 if self.dice.once_in(3) => match self.dice.roll(6) {
                 0 => self.postgres.unlabel(index, oid),
                 1 => self.postgres.rewrite(index, oid),
+                2 => self.postgres.rename_values(index, oid),
                 _ => {
                     let choice = self.dice.roll(24);
                     self.postgres
