@@ -36,12 +36,14 @@ pub(super) fn receive(
     // While nothing is read, nothing can be heard.
     let mut listening = Instant::now();
     loop {
+        // Before what is known of Redis: what is known when the others have ended is the last of it.
+        let phase = shared.phase();
         let seen = Seen {
             applied: shared.applied(),
             reported: shared.durable(),
             heard: shared.heard(),
         };
-        match shared.phase() {
+        match phase {
             Phase::Running => {}
             Phase::Draining => {
                 stream.feedback(trail.feedback(seen, Instant::now()), false)?;
