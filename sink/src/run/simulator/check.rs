@@ -119,12 +119,13 @@ fn check_table(
     // What the same step wrote to a key before a rewrite or under an old label is stale until the key is filled, as the others
     // are.
     let before = redis.position_after(redis.steps.len().saturating_sub(1));
-    let is_rewritten = history.is_rewritten(label.oid, before, lsn);
+    // Who was writing when the label changed did so under several, perhaps this one before: that is stale until the key is filled, too.
+    let is_stale = history.is_rewritten(label.oid, before, lsn) || history.labels(label.oid).count() > 1;
     for id in 0..super::postgres::IDS {
         let key = label.key(id);
         let is_pending = redis.pending().any(|(pending, _)| *pending == key);
         let is_changed = redis.changed().any(|changed| *changed == key);
-        if is_pending || !(is_done || is_changed && !is_rewritten) {
+        if is_pending || !(is_done || is_changed && !is_stale) {
             continue;
         }
         let found = redis.data.get(&key);
@@ -133,14 +134,7 @@ fn check_table(
         }
         let row = history.row(label.oid, id, lsn);
         let wanted = label.stored(row);
-        let is_as_under = |label: &Definition| {
-            found == label.stored(row).as_ref() || is_in_part(history, progress, label, id, found)
-        };
-        // Who wrote before the label did so under an older one, until the key is filled.
-        let mut older = history
-            .labels(label.oid)
-            .filter(|older| !is_done && older.prefix == label.prefix);
-        if !is_as_under(label) && !older.any(|older| is_as_under(older)) {
+        if found != wanted.as_ref() && !is_in_part(history, progress, label, id, found) {
             let place = format!(
                 "at {lsn}, table {}",
                 if is_done { "complete" } else { "being filled" }
