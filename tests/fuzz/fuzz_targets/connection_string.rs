@@ -8,6 +8,9 @@ use libfuzzer_sys::fuzz_target;
 #[path = "../../../sink/src/config/secret.rs"]
 #[allow(dead_code, missing_docs)]
 mod secret;
+#[path = "../../../sink/src/shell.rs"]
+#[allow(dead_code)]
+mod shell;
 
 /// In every password, so that it is known when it is shown. Long enough not to come by chance.
 const CANARY: &str = "kAnArIeNvOgEl";
