@@ -43,8 +43,44 @@ pub(super) fn plan(mut planning: Planning, channels: &Channels, shared: &Arc<Sha
     Ok(())
 }
 
+/// Who goes next, the stream or the workers' chunks.
+struct Turns {
+    /// Segments that the applier has not done with.
+    outstanding: usize,
+    /// A segment went out since the last piece of a chunk.
+    is_owed: bool,
+}
+
+impl Turns {
+    fn sent(&mut self) {
+        self.outstanding += 1;
+        self.is_owed = true;
+    }
+
+    fn done(&mut self) {
+        self.outstanding = self.outstanding.saturating_sub(1);
+    }
+
+    fn is_full(&self) -> bool {
+        self.outstanding >= AHEAD
+    }
+
+    /// Whether a piece of a chunk may be planned. Where Redis is no bottleneck, as many as there are; where it is, one with each
+    /// segment: else a stream that fills every batch would leave a backfill where it is for as long as that lasts.
+    fn takes_piece(&self) -> bool {
+        !self.is_full() || self.is_owed
+    }
+
+    fn took_piece(&mut self) {
+        self.is_owed = false;
+    }
+}
+
 fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) -> Result<(), Error> {
-    let mut outstanding = 0usize;
+    let mut turns = Turns {
+        outstanding: 0,
+        is_owed: true,
+    };
     let mut written = Instant::now();
     // When a position was written last that no change went with; at first none was.
     let mut positioned: Option<Instant> = None;
@@ -53,12 +89,12 @@ fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) ->
     };
     while shared.is_running() {
         while channels.room.try_recv().is_ok() {
-            outstanding = outstanding.saturating_sub(1);
+            turns.done();
         }
         while let Some(segment) = planning.next_segment() {
-            while outstanding >= AHEAD {
+            while turns.is_full() {
                 match channels.room.recv_timeout(Duration::from_millis(100)) {
-                    Ok(()) => outstanding -= 1,
+                    Ok(()) => turns.done(),
                     Err(_) if shared.is_running() => {}
                     Err(_) => return Ok(()),
                 }
@@ -66,11 +102,12 @@ fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) ->
             if channels.segments.send(segment).is_err() {
                 return Ok(());
             }
-            outstanding += 1;
+            turns.sent();
             written = Instant::now();
         }
-        if outstanding < AHEAD && planning.wants_piece() {
+        if turns.takes_piece() && planning.wants_piece() {
             planning.piece()?;
+            turns.took_piece();
         }
         if planning.is_replaying() {
             planning.replay()?;
@@ -82,7 +119,7 @@ fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) ->
             Err(TryRecvError::Empty) => {
                 let due = planning.is_advanced() && until_due(positioned).is_zero();
                 // While an EXEC is under way, what is complete waits for the next one: it would only stand in line.
-                if outstanding == 0 && (planning.is_dirty() || due) {
+                if turns.outstanding == 0 && (planning.is_dirty() || due) {
                     match LINGER.saturating_sub(written.elapsed()) {
                         Duration::ZERO => {
                             if !planning.is_dirty() {
@@ -94,7 +131,7 @@ fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) ->
                     }
                     continue;
                 }
-                if outstanding < AHEAD && planning.wants_piece() {
+                if turns.takes_piece() && planning.wants_piece() {
                     continue;
                 }
                 let timeout = if planning.is_advanced() {
@@ -107,13 +144,13 @@ fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) ->
                         Ok(input) => Some(input),
                         Err(_) => return Ok(()),
                     },
-                    recv(channels.room) -> room => {
-                        outstanding = outstanding.saturating_sub(usize::from(room.is_ok()));
-                        if room.is_err() {
-                            return Ok(());
+                    recv(channels.room) -> room => match room {
+                        Ok(()) => {
+                            turns.done();
+                            None
                         }
-                        None
-                    }
+                        Err(_) => return Ok(()),
+                    },
                     default(timeout.max(Duration::from_millis(1))) => None,
                 }
             }
@@ -133,4 +170,27 @@ fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) ->
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_that_fills_every_batch_leaves_chunks_a_turn() {
+        let mut turns = Turns {
+            outstanding: 0,
+            is_owed: false,
+        };
+        assert!(turns.takes_piece());
+        (0..AHEAD).for_each(|_| turns.sent());
+        for _ in 0..3 {
+            assert!(turns.is_full() && turns.takes_piece());
+            turns.took_piece();
+            assert!(!turns.takes_piece());
+            // The applier is done with one, and the next is there already.
+            turns.done();
+            turns.sent();
+        }
+    }
 }
