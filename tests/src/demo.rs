@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use redis::Connection;
-use walmirror_tests::{DEADLINE, Lsn, Mirror, Pg, Sink, wait_for};
+use walmirror_tests::{DEADLINE, Lsn, Mirror, Pg, Raise, Sink, wait_for};
 
 const TABLES: &str = "
 CREATE TABLE users (id int PRIMARY KEY, name text NOT NULL, email text, credit numeric(10,2) DEFAULT 0, seen timestamptz);
@@ -233,8 +233,9 @@ impl Demo {
                 }
                 lags
             });
+            let end = Raise(&done);
             let output = pgbench(&self.mirror, &["-c", "4", "-j", "2", "-T", "5", "-n"]);
-            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            drop(end);
             let tps = output
                 .lines()
                 .find_map(|line| line.strip_prefix("tps = "))

@@ -43,5 +43,5 @@ pub use seed::rng;
 pub use sink::Sink;
 pub use skip::skipped;
 pub use tmpfs::Tmpfs;
-pub use wait::{DEADLINE, Lsn, wait_for};
+pub use wait::{DEADLINE, Lsn, Raise, wait_for};
 pub use watch::Watch;

@@ -2,6 +2,7 @@
 
 use std::fmt::{self, Display};
 use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long anything that should take a moment may take on a busy machine before the test fails.
@@ -18,6 +19,15 @@ pub fn wait_for<T>(deadline: Duration, what: impl Display, mut probe: impl FnMut
         assert!(start.elapsed() < deadline, "waited {deadline:?} for {what}");
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(50));
+    }
+}
+
+/// Raises a flag when it is dropped. Threads that go on until then end also where the test fails, and not when the disk is full.
+pub struct Raise<'f>(pub &'f AtomicBool);
+
+impl Drop for Raise<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rand::Rng;
-use walmirror_tests::{DEADLINE, Db, Lsn, Mirror, Redis, Signal, Sink, rng, wait_for};
+use walmirror_tests::{DEADLINE, Db, Lsn, Mirror, Raise, Redis, Signal, Sink, rng, wait_for};
 
 /// Small transactions, each of which counts `n` up in a few rows, until `done`.
 fn count_up(db: &Db, worker: u32, workers: u32, rows: u32, done: &AtomicBool) {
@@ -113,30 +113,25 @@ fn killed_at_any_moment_under_load() {
             let (db, done) = (&m.db, &done);
             scope.spawn(move || count_up(db, worker, 2, 400, done));
         }
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            for kill in 0..25 {
-                // Half of the kills hit the start, half of them a sink that is at work.
-                if kill % 2 == 0 {
-                    let before = m.progress();
-                    wait_for(Duration::from_secs(30), "progress after a kill", || {
-                        (m.progress() > before).then_some(())
-                    });
-                }
-                std::thread::sleep(Duration::from_millis(rng.random_range(0..150)));
-                m.sink(|sink| {
-                    sink.assert_running();
-                    sink.kill();
-                    sink.restart();
+        let (end, watch) = (Raise(&done), Raise(&watched));
+        for kill in 0..25 {
+            // Half of the kills hit the start, half of them a sink that is at work.
+            if kill % 2 == 0 {
+                let before = m.progress();
+                wait_for(Duration::from_secs(30), "progress after a kill", || {
+                    (m.progress() > before).then_some(())
                 });
             }
-        }));
-        done.store(true, Ordering::Relaxed);
-        if let Err(panic) = result {
-            watched.store(true, Ordering::Relaxed);
-            std::panic::resume_unwind(panic);
+            std::thread::sleep(Duration::from_millis(rng.random_range(0..150)));
+            m.sink(|sink| {
+                sink.assert_running();
+                sink.kill();
+                sink.restart();
+            });
         }
+        drop(end);
         m.check();
-        watched.store(true, Ordering::Relaxed);
+        drop(watch);
         watcher.join().unwrap()
     });
     println!("{writes} writes in {steps} steps");
@@ -173,18 +168,15 @@ fn killed_during_the_backfill() {
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| count_up(&m.db, 0, 1, ROWS, &done));
-            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                wait_for(
-                    DEADLINE,
-                    format!("the backfill to go on after {last} rows"),
-                    || {
-                        m.sink(Sink::assert_running);
-                        inside(&m).filter(|&rows| rows > last)
-                    },
-                )
-            }));
-            done.store(true, Ordering::Relaxed);
-            last = result.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            let _end = Raise(&done);
+            last = wait_for(
+                DEADLINE,
+                format!("the backfill to go on after {last} rows"),
+                || {
+                    m.sink(Sink::assert_running);
+                    inside(&m).filter(|&rows| rows > last)
+                },
+            );
         });
         let seen = m.sink(|sink| sink.output().len());
         match victim {
@@ -301,22 +293,17 @@ fn the_sum_of_all_accounts_is_constant() {
             });
         }
         let start = Instant::now();
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            while start.elapsed() < Duration::from_secs(6) {
-                std::thread::sleep(Duration::from_millis(700));
-                m.sink(|sink| {
-                    sink.assert_running();
-                    sink.kill();
-                    sink.restart();
-                });
-            }
-        }));
-        done.store(true, Ordering::Relaxed);
-        let seen = reader.join().unwrap();
-        if let Err(panic) = result {
-            std::panic::resume_unwind(panic);
+        let end = Raise(&done);
+        while start.elapsed() < Duration::from_secs(6) {
+            std::thread::sleep(Duration::from_millis(700));
+            m.sink(|sink| {
+                sink.assert_running();
+                sink.kill();
+                sink.restart();
+            });
         }
-        seen
+        drop(end);
+        reader.join().unwrap()
     });
     assert!(
         seen.1 > 50,
@@ -406,19 +393,14 @@ fn postgres_restarts() {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| count_up(&m.db, 0, 1, 400, &done));
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            for signal in [Signal::INT, Signal::QUIT, Signal::KILL, Signal::QUIT] {
-                let before = m.progress();
-                wait_for(Duration::from_secs(30), "progress", || {
-                    (m.progress() > before).then_some(())
-                });
-                m.db.pg.restart(signal);
-                m.sink(Sink::assert_running);
-            }
-        }));
-        done.store(true, Ordering::Relaxed);
-        if let Err(panic) = result {
-            std::panic::resume_unwind(panic);
+        let _end = Raise(&done);
+        for signal in [Signal::INT, Signal::QUIT, Signal::KILL, Signal::QUIT] {
+            let before = m.progress();
+            wait_for(Duration::from_secs(30), "progress", || {
+                (m.progress() > before).then_some(())
+            });
+            m.db.pg.restart(signal);
+            m.sink(Sink::assert_running);
         }
     });
     m.db.reconnect();

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use rand::Rng;
 use walmirror_tests::{
-    DEADLINE, Dir, Mirror, Pg, Proxy, Scenario, Setup, Signal, Sink, Tmpfs, skipped, wait_for,
+    DEADLINE, Dir, Mirror, Pg, Proxy, Raise, Scenario, Setup, Signal, Sink, Tmpfs, skipped, wait_for,
 };
 
 /// What the sink may say while Postgres is away.
@@ -136,16 +136,13 @@ fn what_is_right_stays_readable_during_a_resync() {
             }
             looks
         });
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            s.resyncs();
-            drop_slot(&s);
-            s.said("the slot is gone", 0);
-            s.converge();
-        }));
-        done.store(true, Ordering::Release);
-        let looks = reader.join().unwrap();
-        result.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        looks
+        let end = Raise(&done);
+        s.resyncs();
+        drop_slot(&s);
+        s.said("the slot is gone", 0);
+        s.converge();
+        drop(end);
+        reader.join().unwrap()
     });
     assert!(looks > 20, "{looks} looks");
     assert!(

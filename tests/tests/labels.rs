@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rand::Rng;
 use rand::rngs::StdRng;
-use walmirror_tests::{DEADLINE, Mirror, Sink, rng, wait_for};
+use walmirror_tests::{DEADLINE, Mirror, Raise, Sink, rng, wait_for};
 
 const TABLE: &str = "CREATE TABLE t (id int PRIMARY KEY, a text, b int, c numeric); \
      INSERT INTO t SELECT i, 'a' || i, i, i / 4.0 FROM generate_series(1, 500) i";
@@ -92,6 +92,7 @@ fn a_table_mirrored_under_load() {
     m.settle();
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _end = Raise(&done);
         for worker in 0..2u32 {
             let (m, done) = (&m, &done);
             scope.spawn(move || {
@@ -116,7 +117,6 @@ fn a_table_mirrored_under_load() {
             m.sql(&format!("SELECT walmirror.mirror('t'{label})"));
             m.sync();
         }
-        done.store(true, Ordering::Relaxed);
     });
     m.settle();
 }

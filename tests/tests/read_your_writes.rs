@@ -10,7 +10,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use walmirror_tests::{DEADLINE, Mirror, Sink, wait_for};
+use walmirror_tests::{DEADLINE, Mirror, Raise, Sink, wait_for};
 
 const SETUP: &str = "CREATE TABLE t (id int PRIMARY KEY, n int NOT NULL); INSERT INTO t SELECT i, 0 FROM generate_series(0, 99) i; \
     SELECT walmirror.mirror('t')";
@@ -71,6 +71,7 @@ fn commit_returns_when_redis_has_the_row() {
     let (committed, done) = (AtomicU64::new(0), AtomicBool::new(false));
     let (stale, took) = std::thread::scope(|scope| {
         let (m, committed, done) = (&m, &committed, &done);
+        let _end = Raise(done);
         scope.spawn(move || {
             for kill in 1..=5 {
                 wait_for(Duration::from_secs(120), "commits", || {
@@ -83,9 +84,7 @@ fn commit_returns_when_redis_has_the_row() {
                 });
             }
         });
-        let result = commit_and_read(m, "remote_write", 10_000, committed);
-        done.store(true, Ordering::Relaxed);
-        result
+        commit_and_read(m, "remote_write", 10_000, committed)
     });
     println!("remote_write: {stale} of 10000 were stale, {took:?} each");
     assert_eq!(stale, 0);

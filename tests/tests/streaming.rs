@@ -14,7 +14,7 @@ use std::time::Duration;
 use postgres::Client;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use walmirror_tests::{Db, Dir, Mirror, Sink, Tmpfs, rng, skipped, wait_for};
+use walmirror_tests::{Db, Dir, Mirror, Raise, Sink, Tmpfs, rng, skipped, wait_for};
 
 const TABLES: &str = "CREATE TABLE t (id int PRIMARY KEY, n int NOT NULL, v text); SELECT walmirror.mirror('t'); \
      CREATE TABLE u (id int PRIMARY KEY, n int NOT NULL, v text); SELECT walmirror.mirror('u', value => 'json'); \
@@ -305,6 +305,7 @@ fn random_transactions_in_progress() {
     for round in 0..4 {
         done.store(false, Ordering::Relaxed);
         std::thread::scope(|scope| {
+            let _end = Raise(&done);
             for writer in 0..4 {
                 let (db, done) = (&m.db, &done);
                 let mut rng = StdRng::seed_from_u64(rng.random());
@@ -341,7 +342,6 @@ fn random_transactions_in_progress() {
                     );
                 }
             }
-            done.store(true, Ordering::Relaxed);
         });
         m.sink(Sink::kill);
         m.start();

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use redis::Connection;
-use walmirror_tests::{Mirror, wait_for};
+use walmirror_tests::{Mirror, Raise, wait_for};
 
 const TABLES: [&str; 3] = ["h", "j", "s"];
 
@@ -147,6 +147,7 @@ fn updates_meet_a_running_backfill() {
     let done = AtomicBool::new(false);
     watched(&m, 1500, || {
         std::thread::scope(|scope| {
+            let _end = Raise(&done);
             for worker in 0..2 {
                 let (db, done) = (&m.db, &done);
                 scope.spawn(move || {
@@ -169,7 +170,6 @@ fn updates_meet_a_running_backfill() {
             wait_for(Duration::from_secs(60), "the backfill", all);
             println!("backfilled in {:?}", start.elapsed());
             m.sync();
-            done.store(true, Ordering::Relaxed);
         });
         m.settle();
     });
@@ -187,12 +187,10 @@ fn watched(m: &Mirror, rows: u32, work: impl FnOnce()) {
             }
             assert!(seen > 0, "nobody looked at a row");
         });
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
-        done.store(true, Ordering::Relaxed);
+        let end = Raise(&done);
+        work();
+        drop(end);
         watcher.join().unwrap();
-        if let Err(panic) = result {
-            std::panic::resume_unwind(panic);
-        }
     });
 }
 

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use postgres::error::SqlState;
-use walmirror_tests::{DEADLINE, Mirror, Signal, Sink, wait_for};
+use walmirror_tests::{DEADLINE, Mirror, Raise, Signal, Sink, wait_for};
 
 /// Stands in every value: no output may hold it.
 const CANARY: &str = "canary-in-a-row";
@@ -56,9 +56,8 @@ fn while_writing<T>(m: &Mirror, statements: &[&str], f: impl FnOnce() -> T) -> T
                 }
             });
         }
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(f));
-        stop.store(true, Ordering::Relaxed);
-        result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        let _end = Raise(&stop);
+        f()
     })
 }
 
