@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use postgres::error::SqlState;
 use postgres::{Client, NoTls};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -18,9 +19,11 @@ pub const ACCOUNTS: i32 = 20;
 pub const SUM: i64 = ACCOUNTS as i64 * 1000;
 /// Item ids are below this.
 const ITEMS: i32 = 300;
+/// The kind of transactions that are prepared, and end later.
+const PREPARED: usize = 11;
 /// Kinds of transactions.
-const KINDS: usize = 9;
-/// After so many transactions each kind was among those that were committed; the rarest is one of sixty.
+const KINDS: usize = 12;
+/// After so many transactions each kind was among those that were committed; the rarest is one of eighty.
 const ENOUGH: u64 = 1000;
 /// What a fault, or another writer, does to a statement: deadlocks and serialisation, a key that is taken, a lock that is not
 /// to be had, a server that ends or begins, a lost connection, a database that is not there yet, a standby, no room.
@@ -40,11 +43,16 @@ pub fn tables(word: &str) -> String {
          CREATE TABLE doc (owner int, part int, body text, PRIMARY KEY (owner, part)); \
          CREATE TABLE marker (id int PRIMARY KEY, note text); \
          CREATE TABLE scratch (id int PRIMARY KEY, note text); \
+         CREATE TABLE seen (id int PRIMARY KEY, n int NOT NULL, note text, big text); \
+         ALTER TABLE seen ALTER big SET STORAGE EXTERNAL; \
+         CREATE TABLE hot (owner int, part text, n int NOT NULL, PRIMARY KEY (owner, part)); \
+         DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET walmirror.capture_interval = 0', current_database()); END $$; \
          INSERT INTO account SELECT i, 1000 FROM generate_series(0, {ACCOUNTS} - 1) i; \
          INSERT INTO item SELECT i, 0, word, repeat(word, 300) FROM generate_series(1, 100) i, secret; \
          INSERT INTO doc SELECT i, 1, word FROM generate_series(1, 50) i, secret; \
          SELECT walmirror.mirror('account'), walmirror.mirror('item'), walmirror.mirror('marker'), walmirror.mirror('scratch'), \
-                walmirror.mirror('doc', value => 'json')"
+                walmirror.mirror('doc', value => 'json', ttl => '1 day'), walmirror.cache('seen'), \
+                walmirror.cache('hot', key => 'hot:{{part}}:{{owner}}', value => 'json', on_write => 'populate', ttl => '2 s')"
     )
 }
 
@@ -68,34 +76,60 @@ impl Load {
         let committed = Arc::new(std::array::from_fn(|_| AtomicU64::new(0)));
         let unexpected = Arc::new(Mutex::new(Vec::new()));
         let threads = (0..writers)
-            .map(|_| {
+            .map(|writer| {
                 let (config, mut rng) = (config.clone(), StdRng::seed_from_u64(rng.random()));
                 let (stop, paused, busy) = (Arc::clone(&stop), Arc::clone(&paused), Arc::clone(&busy));
                 let committed: Arc<[AtomicU64; KINDS]> = Arc::clone(&committed);
                 let unexpected = Arc::clone(&unexpected);
                 thread::spawn(move || {
                     let mut client: Option<Client> = None;
-                    while !stop.load(Ordering::Acquire) {
+                    // How the prepared transaction that there may be is to end. Until then the writer is busy.
+                    let mut prepared: Option<String> = None;
+                    while !stop.load(Ordering::Acquire) || prepared.is_some() {
                         let Some(open) = client.as_mut().filter(|client| !client.is_closed()) else {
                             client = config.connect(NoTls).ok();
                             thread::sleep(Duration::from_millis(20));
                             continue;
                         };
+                        let mut run = |kind: usize, sql: &str| match open.batch_execute(sql) {
+                            Ok(()) => {
+                                committed[kind].fetch_add(1, Ordering::AcqRel);
+                                true
+                            }
+                            Err(error) => {
+                                let is_gone =
+                                    kind == PREPARED && error.code() == Some(&SqlState::UNDEFINED_OBJECT);
+                                if !is_gone && !is_expected(&error) {
+                                    let mut all = unexpected.lock().unwrap_or_else(|e| e.into_inner());
+                                    all.push(format!("{sql}: {error:?}"));
+                                }
+                                let _ = open.batch_execute("ROLLBACK");
+                                is_gone
+                            }
+                        };
+                        if let Some(end) = &prepared {
+                            if run(PREPARED, end) {
+                                prepared = None;
+                                busy.fetch_sub(1, Ordering::SeqCst);
+                            }
+                            continue;
+                        }
                         // First this and then a look at `paused`: who pauses does it the other way round.
                         busy.fetch_add(1, Ordering::SeqCst);
                         let rests = paused.load(Ordering::SeqCst);
                         if !rests {
                             let (kind, sql) = transaction(&mut rng);
-                            match open.batch_execute(&sql) {
-                                Ok(()) => drop(committed[kind].fetch_add(1, Ordering::AcqRel)),
-                                Err(error) => {
-                                    if !is_expected(&error) {
-                                        let mut all = unexpected.lock().unwrap_or_else(|e| e.into_inner());
-                                        all.push(format!("{sql}: {error:?}"));
-                                    }
-                                    let _ = open.batch_execute("ROLLBACK");
-                                }
+                            if kind == PREPARED {
+                                // Also where nobody says that it worked.
+                                let (name, end) = (
+                                    format!("writer {writer}"),
+                                    ["COMMIT", "ROLLBACK"][rng.random_range(0..2)],
+                                );
+                                prepared = Some(format!("{end} PREPARED '{name}'"));
+                                run(kind, &format!("{sql}; PREPARE TRANSACTION '{name}'"));
+                                continue;
                             }
+                            run(kind, &sql);
                         }
                         busy.fetch_sub(1, Ordering::SeqCst);
                         thread::sleep(if rests { Duration::from_millis(5) } else { pause });
@@ -172,7 +206,7 @@ fn is_expected(error: &postgres::Error) -> bool {
 /// What to do next, and of which kind it is.
 fn transaction(rng: &mut StdRng) -> (usize, String) {
     let id = rng.random_range(1..ITEMS);
-    match rng.random_range(0..60) {
+    match rng.random_range(0..80) {
         0..24 => (0, transfer(rng)),
         24..36 => (
             1,
@@ -216,6 +250,15 @@ fn transaction(rng: &mut StdRng) -> (usize, String) {
                 id % 4
             ),
         ),
+        59..67 => (9, look(rng)),
+        67..75 => (10, cached(rng, id)),
+        75..79 => (
+            PREPARED,
+            format!(
+                "{}; UPDATE item SET n = n + 1 WHERE id = {id}; UPDATE seen SET n = n + 1 WHERE id = {id}",
+                transfer(rng).trim_end_matches("; COMMIT")
+            ),
+        ),
         // A table that is emptied, with rows of the same transaction before and after.
         _ => (
             8,
@@ -223,6 +266,51 @@ fn transaction(rng: &mut StdRng) -> (usize, String) {
                 "BEGIN; INSERT INTO scratch SELECT -1, word FROM secret ON CONFLICT DO NOTHING; TRUNCATE scratch; \
              INSERT INTO scratch SELECT {id} + i, word FROM secret, generate_series(1, 5) i; COMMIT"
             ),
+        ),
+    }
+}
+
+/// What brings rows of caches into Redis.
+fn look(rng: &mut StdRng) -> String {
+    let id = rng.random_range(1..ITEMS);
+    match rng.random_range(0..4) {
+        0 => format!("SELECT n FROM seen WHERE id = {id}"),
+        1 => format!(
+            "SELECT count(note) FROM seen WHERE id BETWEEN {id} AND {} AND n >= 0",
+            id + 20
+        ),
+        2 => format!(
+            "SELECT s.n, h.n FROM seen s JOIN hot h ON h.owner = s.id % 10 WHERE s.id > {id} AND s.note IS NOT NULL"
+        ),
+        _ => format!(
+            "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT n FROM hot WHERE owner = {}; SELECT pg_sleep(0.01); \
+             SELECT n FROM hot WHERE n >= 0; SELECT n FROM seen WHERE n >= 0 LIMIT 30; COMMIT",
+            id % 10
+        ),
+    }
+}
+
+/// A write to a cache.
+fn cached(rng: &mut StdRng, id: i32) -> String {
+    let (owner, part) = (id % 10, ["", "a:b", "%", "c"][rng.random_range(0..4)]);
+    match rng.random_range(0..8) {
+        0 => format!(
+            "INSERT INTO seen SELECT {id}, 0, word, repeat(word, 250) FROM secret ON CONFLICT DO NOTHING"
+        ),
+        1 => format!("UPDATE seen SET n = n + 1 WHERE id BETWEEN {id} AND {}", id + 5),
+        2 => format!(
+            "UPDATE seen SET note = word || n, big = repeat(word || n, 200) FROM secret WHERE id = {id}"
+        ),
+        3 => format!("DELETE FROM seen WHERE id = {id}"),
+        4 => format!(
+            "UPDATE seen SET id = {id} + {ITEMS} WHERE id = {id} AND NOT EXISTS (SELECT FROM seen WHERE id = {id} + {ITEMS})"
+        ),
+        5 => format!(
+            "BEGIN; UPDATE hot SET n = -1 WHERE owner = {owner}; ROLLBACK; DELETE FROM hot WHERE owner = {owner} AND part = '{part}'"
+        ),
+        6 => format!("UPDATE hot SET n = n + 1 WHERE owner = {owner}"),
+        _ => format!(
+            "INSERT INTO hot VALUES ({owner}, '{part}', 0) ON CONFLICT (owner, part) DO UPDATE SET n = hot.n + 1"
         ),
     }
 }

@@ -101,6 +101,8 @@ pub struct Scenario {
     markers: i32,
     resyncs: bool,
     memory_max: u64,
+    /// Rows that caches held when they were compared.
+    pub cached: usize,
 }
 
 impl Scenario {
@@ -145,6 +147,7 @@ impl Scenario {
             markers: 0,
             resyncs: false,
             memory_max: setup.memory_max,
+            cached: 0,
         };
         scenario.flow();
         scenario
@@ -337,12 +340,12 @@ impl Scenario {
         self.reach();
         let took = healed.elapsed();
         if self.resyncs {
-            self.m.settle();
+            self.cached += self.m.settle().cached;
             self.watch.may_lose(false);
             self.resyncs = false;
         } else {
             self.in_time(healed, SOON);
-            self.m.check();
+            self.cached += self.m.check().cached;
         }
         self.is_ready(true);
         let key = format!("marker:{marker}");
@@ -362,8 +365,9 @@ impl Scenario {
         let (samples, slot_samples) = self.watch.stop();
         let memory = self.m.sink(|sink| sink.memory_max());
         println!(
-            "recovered in {took:?}; {committed} transactions, {samples} looks, {slot_samples} at the slot too, {} connections to Redis, {} to Postgres, \
+            "recovered in {took:?}; {committed} transactions, {} rows of caches compared, {samples} looks, {slot_samples} at the slot too, {} connections to Redis, {} to Postgres, \
              {} MB at most",
+            self.cached,
             self.redis_link.accepted(),
             self.pg_link.accepted(),
             memory >> 20

@@ -282,6 +282,7 @@ fn random_faults(name: &str) {
         s.watch.assert_holds();
     }
     no_gap(&s.log()[healed..]);
+    assert!(rounds < 20 || s.cached > 0, "no cache ever held a row");
     println!("{rounds} rounds, the slowest recovery took {slowest:?}");
     let unexpected = others.lines().find(|line| {
         [" ERROR ", "error:", "panicked", "internal error"]
