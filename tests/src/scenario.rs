@@ -100,6 +100,7 @@ pub struct Scenario {
     word: String,
     markers: i32,
     resyncs: bool,
+    refreshes: bool,
     memory_max: u64,
     /// Rows that caches held when they were compared.
     pub cached: usize,
@@ -146,6 +147,7 @@ impl Scenario {
             word,
             markers: 0,
             resyncs: false,
+            refreshes: false,
             memory_max: setup.memory_max,
             cached: 0,
         };
@@ -327,6 +329,11 @@ impl Scenario {
         self.watch.may_lose(true);
     }
 
+    /// A table is read anew, as after DDL, and the LSN does not speak of that: who compares next gives it time.
+    pub fn refreshes(&mut self) {
+        self.refreshes = true;
+    }
+
     /// The load has rested, all is well again, and Redis equals Postgres. Says how long that took.
     #[track_caller]
     pub fn converge(&mut self) -> Duration {
@@ -345,8 +352,14 @@ impl Scenario {
             self.resyncs = false;
         } else {
             self.in_time(healed, SOON);
-            self.cached += self.m.check().cached;
+            let report = if self.refreshes {
+                self.m.settle()
+            } else {
+                self.m.check()
+            };
+            self.cached += report.cached;
         }
+        self.refreshes = false;
         self.is_ready(true);
         let key = format!("marker:{marker}");
         assert_eq!(self.m.redis.hash(&key).len(), 2, "{key}");

@@ -153,10 +153,13 @@ fn harm(s: &mut Scenario, second: &mut Option<Sink>, fault: Fault) {
             "INSERT INTO item SELECT i, 0, 'many', repeat('m', 500) FROM generate_series(3000, 9000) i; \
              DELETE FROM item WHERE id BETWEEN 3000 AND 9000; CHECKPOINT",
         ),
-        SchemaChanged => s.m.sql(
-            "ALTER TABLE doc DROP COLUMN IF EXISTS extra; ALTER TABLE doc ADD extra int DEFAULT 5; \
-             UPDATE doc SET extra = owner WHERE part = 1",
-        ),
+        SchemaChanged => {
+            s.refreshes();
+            s.m.sql(
+                "ALTER TABLE doc DROP COLUMN IF EXISTS extra; ALTER TABLE doc ADD extra int DEFAULT 5; \
+                 UPDATE doc SET extra = owner WHERE part = 1",
+            );
+        }
         SecondSink => *second = Some(s.m.second_sink()),
         SlotDropped => {
             s.resyncs();
@@ -251,7 +254,7 @@ fn random_faults(name: &str) {
             .copied()
             .collect();
         faults.sort_unstable();
-        println!("{:?} {faults:?}", start.elapsed());
+        println!("{name}, {:?}: {faults:?}", start.elapsed());
         // What was taken away in an earlier round is healed and forgotten by now.
         no_gap(&s.log()[healed..]);
         for fault in &faults {
