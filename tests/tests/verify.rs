@@ -323,6 +323,33 @@ fn a_sample_finds_what_is_widely_wrong() {
 }
 
 #[test]
+fn a_table_is_named_as_in_sql_and_a_cache_has_nothing_to_fill() {
+    let m = Mirror::with(
+        "CREATE SCHEMA \"My Shop\"; CREATE TABLE \"My Shop\".\"Big Orders\" (id int PRIMARY KEY); \
+         SELECT walmirror.mirror('\"My Shop\".\"Big Orders\"', key => 'o:{id}'); \
+         INSERT INTO \"My Shop\".\"Big Orders\" VALUES (1); \
+         CREATE TABLE c (id int PRIMARY KEY); SELECT walmirror.cache('c')",
+    );
+    m.settle();
+    for name in [
+        "\"My Shop\".\"Big Orders\"",
+        "My Shop.Big Orders",
+        "Big Orders",
+        "\"Big Orders\"",
+    ] {
+        assert_equal(&m, &["verify", "--table", name]);
+        assert_equal(&m, &["backfill", "--table", name]);
+    }
+    let (code, output) = walmirror(&m, &["backfill", "--table", "c"]);
+    assert_eq!(code, 2, "{output}");
+    assert!(
+        output.contains("the table public.c is cached on demand"),
+        "{output}"
+    );
+    assert_equal(&m, &["backfill"]);
+}
+
+#[test]
 fn what_cannot_be_told_is_exit_code_2() {
     let mut m = Mirror::with(
         "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t'); \

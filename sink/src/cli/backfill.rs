@@ -18,6 +18,7 @@ use crate::progress::Progress;
 use crate::redis::{Connection as Redis, read_stored};
 use crate::replication::slot_info;
 use crate::request::Request;
+use crate::shell::word;
 use crate::shutdown::Shutdown;
 use crate::verify::resolve;
 
@@ -34,6 +35,7 @@ struct Table {
     name: String,
     /// An estimate.
     rows: u64,
+    is_cache: bool,
 }
 
 /// Asks, and waits until it is done.
@@ -130,9 +132,9 @@ fn choose(sql: &mut Connection, names: &[String]) -> Result<Vec<Table>, Error> {
     let failed = |error| Error::postgres("cannot list the mirrored tables", error);
     sql.simple("SET synchronous_commit = local").map_err(failed)?;
     let statement = "SELECT m.oid, n.nspname || '.' || c.relname, \
-                       (SELECT sum(greatest(l.reltuples, 0))::bigint FROM walmirror.leaves(m.oid) o JOIN pg_catalog.pg_class l ON l.oid = o) \
+                       (SELECT sum(greatest(l.reltuples, 0))::bigint FROM walmirror.leaves(m.oid) o JOIN pg_catalog.pg_class l ON l.oid = o), m.mode \
                      FROM walmirror.mirrors m JOIN pg_catalog.pg_class c ON c.oid = m.oid \
-                     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE m.mode = 'mirror' ORDER BY 2";
+                     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace ORDER BY 2";
     let result = sql.query(statement, &[]).map_err(failed)?;
     let mut tables: Vec<Table> = result
         .rows()
@@ -141,6 +143,7 @@ fn choose(sql: &mut Connection, names: &[String]) -> Result<Vec<Table>, Error> {
                 oid: row.parse(0)?,
                 name: row.text(1)?.to_owned(),
                 rows: row.parse(2).unwrap_or(0),
+                is_cache: row.text(3) == Some("cache"),
             })
         })
         .collect();
@@ -151,7 +154,15 @@ fn choose(sql: &mut Connection, names: &[String]) -> Result<Vec<Table>, Error> {
             .map(|name| resolve(&known, name))
             .collect::<Result<_, _>>()?;
         tables.retain(|table| wanted.contains(&&table.name));
+        if let Some(table) = tables.iter().find(|table| table.is_cache) {
+            let what = format!(
+                "the table {} is cached on demand: a row comes into Redis when it is read, there is nothing to fill",
+                table.name
+            );
+            return Err(Error::config(what).next(format!("walmirror verify --table {}", word(&table.name))));
+        }
     }
+    tables.retain(|table| !table.is_cache);
     Ok(tables)
 }
 

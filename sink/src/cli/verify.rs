@@ -6,6 +6,7 @@ use super::args::VerifyArgs;
 use super::say;
 use crate::config::Options;
 use crate::error::Error;
+use crate::shell::word;
 use crate::shutdown::Shutdown;
 use crate::verify::{self, Job, Outcome, Tally};
 
@@ -53,7 +54,7 @@ fn judge(outcome: &Outcome, args: &VerifyArgs) -> Result<(), Error> {
     if left > 0 {
         let next = match (args.repair, args.table.as_slice()) {
             (false, _) => "walmirror verify --repair".to_owned(),
-            (true, [table]) => format!("walmirror backfill --table {table}"),
+            (true, [table]) => format!("walmirror backfill --table {}", word(table)),
             (true, _) => "walmirror status   # tells whether rows were rejected".to_owned(),
         };
         return Err(Error::checks(format!("{left} keys differ"), DIFFERENT).next(next));

@@ -15,6 +15,7 @@ use crate::backfill::sql::Sql;
 use crate::error::Error;
 use crate::plan::{Mapping, Purge, RedisKeys};
 use crate::redis::{Connection, read_stored};
+use crate::shell::word;
 
 /// One of them.
 pub(super) struct Table {
@@ -145,7 +146,7 @@ impl Table {
             "the definition of the table {} changed while it was compared",
             self.name
         ))
-        .next(format!("walmirror verify --table {}", self.name))
+        .next(format!("walmirror verify --table {}", word(&self.name)))
     }
 }
 
@@ -170,12 +171,29 @@ pub(crate) fn resolve<'k>(known: &'k [String], name: &str) -> Result<&'k String,
         (Some(one), Some(other)) => Err(Error::config(format!(
             "there is more than one table {name:?}: {one}, {other}"
         ))
-        .next(format!("walmirror verify --table {one}"))),
+        .next(format!("walmirror verify --table {}", word(one)))),
     }
 }
 
+/// The name may be quoted as in SQL.
 fn is_named(table: &str, name: &str) -> bool {
-    table == name || table.split_once('.').is_some_and(|(_, short)| short == name)
+    let short = table.split_once('.').map(|(_, short)| short);
+    let is = |name: &str| table == name || short == Some(name);
+    is(name) || (name.contains('"') && is(&unquoted(name)))
+}
+
+/// `a."b ""c"""` as `a.b "c"`.
+fn unquoted(name: &str) -> String {
+    let mut out = String::with_capacity(name.len());
+    let (mut chars, mut is_inside) = (name.chars().peekable(), false);
+    while let Some(char) = chars.next() {
+        match char {
+            '"' if is_inside && chars.peek() == Some(&'"') => out.extend(chars.next()),
+            '"' => is_inside = !is_inside,
+            _ => out.push(char),
+        }
+    }
+    out
 }
 
 #[cfg(test)]
@@ -188,6 +206,8 @@ mod tests {
         let known = ["public.users", "shop.users", "shop.orders"].map(str::to_owned);
         assert_eq!(resolve(&known, "orders").unwrap(), "shop.orders");
         assert_eq!(resolve(&known, "shop.users").unwrap(), "shop.users");
+        assert_eq!(resolve(&known, "\"shop\".\"users\"").unwrap(), "shop.users");
+        assert_eq!(unquoted("a.\"b \"\"c\"\"\""), "a.b \"c\"");
         assert!(
             resolve(&known, "users")
                 .unwrap_err()
