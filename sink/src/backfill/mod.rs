@@ -13,7 +13,6 @@ pub(crate) mod fill;
 mod horizon;
 pub(crate) mod lookup;
 mod pending;
-pub(crate) mod prefixes;
 pub(crate) mod report;
 pub(crate) mod sql;
 mod sweep;

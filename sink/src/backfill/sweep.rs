@@ -6,14 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::lookup::{Lookup, ParsedKey};
-use super::prefixes::Prefixes;
 use super::sql::{Snapshots, Sql};
 use super::troubles::Troubles;
 use super::worker::Context;
 use super::{Content, Cursor, Task, Window};
 use crate::error::Error;
 use crate::plan::{Belongs, Owned};
-use crate::redis::Connection;
+use crate::redis::{Connection, Prefixes};
 
 /// Keys that are looked up at once.
 const KEYS: usize = 500;

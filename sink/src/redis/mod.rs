@@ -5,6 +5,7 @@ mod claim;
 mod clients;
 mod connection;
 mod error;
+mod prefixes;
 mod role;
 mod scan;
 #[cfg(test)]
@@ -19,6 +20,7 @@ pub use clients::{Other, other_cluster, require_own};
 pub(crate) use connection::Wire;
 pub use connection::{Connection, value_limit};
 pub use error::{class_of, reply_error, rights_command, unreadable};
+pub(crate) use prefixes::Prefixes;
 pub use role::{CLUSTER, eviction, evicts, require_master};
 pub use scan::{Pages, Scan};
 pub use writer::{Applied, Refused, Segment, Writer};

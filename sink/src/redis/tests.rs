@@ -252,6 +252,32 @@ fn a_purge_takes_the_keys_of_its_template_and_no_others() {
     }
 }
 
+#[test]
+fn the_purges_of_many_tables_share_one_walk() {
+    let Some(server) = Server::start() else { return };
+    let mut writer = claim(&server, Some(Lsn(1)));
+    let mut reader = server.connect();
+    let fill = "for i = 1, 20000 do redis.call('SET', 't' .. i % 100 .. ':' .. i, 1) end return 'ok'";
+    get(&mut reader, &["EVAL", fill, "0"]);
+    get(&mut reader, &["CONFIG", "RESETSTAT"]);
+    // All but those of the last ten.
+    let purges = (0..90).map(|table| {
+        let template = KeyTemplate::parse(&format!("t{table}:{{id}}")).unwrap();
+        Purge::new(table, &template, &[])
+    });
+    let segment = Segment {
+        purges: purges.collect(),
+        ..set(2, "new")
+    };
+    writer.apply(segment, None, &|| false).unwrap();
+    assert_eq!(get(&mut reader, &["DBSIZE"]), "int(2002)");
+    let stats = get(&mut reader, &["INFO", "commandstats"]);
+    let (_, scans) = stats.split_once("cmdstat_scan:calls=").unwrap();
+    let scans: u32 = scans.split(',').next().unwrap().parse().unwrap();
+    // Pages of 500 buckets.
+    assert!(scans < 100, "{scans} calls of SCAN for 20,000 keys");
+}
+
 /// Between the first page and the EXEC Redis lacks keys that it should have at its position. A failover may make that the truth
 /// for good, so it is noted.
 #[test]

@@ -10,11 +10,10 @@ use super::sides::{AnySnapshot, Origin, Sides};
 use super::table::Table;
 use super::{Finding, Job, judge, sample};
 use crate::backfill::lookup::ParsedKey;
-use crate::backfill::prefixes::Prefixes;
 use crate::backfill::report::Report;
 use crate::error::Error;
 use crate::plan::is_text;
-use crate::redis::Scan;
+use crate::redis::{Prefixes, Scan};
 
 /// Keys of a table that are looked up at once.
 const KEYS: usize = 500;

@@ -1,9 +1,11 @@
 //! Removes the keys of a table: what TRUNCATE and the end of a mirror come to. Few go in the EXEC of their transaction; many are
 //! removed before it, page by page, and that is noted.
 
+use std::time::{Duration, Instant};
+
 use redis::Value;
 
-use super::super::Scan;
+use super::super::Prefixes;
 use super::{Segment, Writer, touched};
 use crate::error::{Class, Error};
 use crate::plan::Script;
@@ -13,6 +15,8 @@ use crate::transaction::Commit;
 
 /// A TRUNCATE of a table with at most so many keys is atomic with its transaction; a larger one removes its keys before.
 const ATOMIC_PURGE_KEYS: usize = 10_000;
+/// A walk that takes longer is told of.
+const SLOW: Duration = Duration::from_secs(1);
 /// Keys removed by one command.
 const UNLINK_KEYS: usize = 500;
 
@@ -31,25 +35,40 @@ impl Writer {
             .max_by_key(|commit| commit.lsn);
         let mut held: Vec<Vec<u8>> = Vec::new();
         let mut noted = false;
-        for purge in &segment.purges {
-            let mut scan = Scan::new(purge.pattern());
-            while let Some(keys) = scan.page(&mut self.connection)? {
-                held.extend(keys.into_iter().filter(|key| purge.match_key(key).is_some()));
-                if held.len() > ATOMIC_PURGE_KEYS {
-                    if !noted {
-                        self.note_purging(last)?;
-                        noted = true;
-                    }
-                    self.unlink_now(&held)?;
-                    held.clear();
+        // One walk for all tables: DROP SCHEMA may bring thousands.
+        let tables = Prefixes::new(segment.purges.iter().enumerate());
+        let goes = |key: &[u8]| {
+            let mut purges = tables
+                .places(key)
+                .into_iter()
+                .filter_map(|place| segment.purges.get(place));
+            purges.any(|purge| purge.match_key(key).is_some())
+        };
+        let (started, mut told) = (Instant::now(), false);
+        let mut scan = tables.scan();
+        while let Some(keys) = scan.page(&mut self.connection)? {
+            held.extend(keys.into_iter().filter(|key| goes(key)));
+            if held.len() > ATOMIC_PURGE_KEYS {
+                if !noted {
+                    self.note_purging(last)?;
+                    noted = true;
                 }
-                if stopped() {
-                    return Err(Error::redis(
-                        "a purge was interrupted",
-                        Class::Retry,
-                        "the session ends",
-                    ));
-                }
+                self.unlink_now(&held)?;
+                held.clear();
+            }
+            if stopped() {
+                return Err(Error::redis(
+                    "a purge was interrupted",
+                    Class::Retry,
+                    "the session ends",
+                ));
+            }
+            if !told && started.elapsed() > SLOW {
+                told = true;
+                tracing::info!(
+                    tables = segment.purges.len(),
+                    "the keys of tables that were emptied or forgotten are being removed; the stream waits until all of Redis was looked at"
+                );
             }
         }
         if last == own {

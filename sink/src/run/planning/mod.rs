@@ -288,7 +288,8 @@ impl Planning {
 
 fn standing(registry: &Registry, forgotten: &HashSet<u32>, relation: &pb::Relation) -> Standing {
     match registry.get(relation.oid) {
-        _ if registry.is_taken(relation) && !forgotten.contains(&relation.oid) => Standing::Taken,
+        // The cheap question first: thousands of tables may be forgotten at once.
+        _ if !forgotten.contains(&relation.oid) && registry.is_taken(relation) => Standing::Taken,
         Some(registered) => match registered.is_settled_for(relation) {
             Some(_) if registered.is_outdated() => Standing::Outdated,
             Some(true) => Standing::Trusted(Trust::Settled),

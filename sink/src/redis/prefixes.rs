@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use super::Scan;
 use crate::plan::Purge;
-use crate::redis::Scan;
 
 /// An index over the key templates of tables, which are known by their places in a list.
 pub(crate) struct Prefixes {
