@@ -31,6 +31,7 @@ pub use chunk::{Chunk, Content, Life, PackedRows, Window};
 pub use cursor::{Cursor, Stage};
 pub use worker::{Context, Role, work};
 
+use crate::gate::{Gate, Snapshot};
 use crate::plan::Mapping;
 
 /// A mirrored table, as the planner sees it at its place in the stream.
@@ -50,8 +51,9 @@ pub struct Backfill {
     tasks: Mutex<BTreeMap<u32, Task>>,
     changed: Condvar,
     stopped: AtomicBool,
-    /// The gate's horizon, so that a worker does not read in a snapshot that the gate would refuse as a whole.
+    /// The gate's horizon and where it began, so that a worker does not read in a snapshot that the gate would refuse as a whole.
     horizon: AtomicU64,
+    gate_start: AtomicU64,
     /// Whether keys may be noted as pending.
     pending: AtomicBool,
     /// Whether the catalog was compared with the registry, and how many times that was wanted.
@@ -109,13 +111,15 @@ impl Backfill {
     }
 
     /// The gate's horizon rose.
-    pub fn set_horizon(&self, horizon: u64) {
-        self.horizon.store(horizon, Ordering::Release);
+    pub fn set_horizon(&self, gate: &Gate) {
+        self.horizon.store(gate.horizon(), Ordering::Release);
+        self.gate_start.store(gate.start(), Ordering::Release);
     }
 
-    /// The gate's horizon.
-    pub fn horizon(&self) -> u64 {
-        self.horizon.load(Ordering::Acquire)
+    /// Whether the gate would refuse nearly all that is read in this snapshot.
+    pub fn is_useless(&self, snapshot: &Snapshot) -> bool {
+        snapshot.xmax < self.horizon.load(Ordering::Acquire)
+            || snapshot.may_miss_below(self.gate_start.load(Ordering::Acquire))
     }
 
     /// Keys were noted as pending.

@@ -293,7 +293,7 @@ impl Snapshots for Context {
         let (started, mut told) = (Instant::now(), false);
         loop {
             let snapshot = sql.begin()?;
-            if !snapshot.may_miss_below(self.backfill.horizon()) {
+            if !self.backfill.is_useless(&snapshot) {
                 return Ok(Some(snapshot));
             }
             sql.end()?;

@@ -5,6 +5,7 @@
 //! INVARIANT I10: a row is admitted only if no transaction applied so far that changed its key (or truncated its table)
 //! is invisible to the snapshot that the row was read in.
 
+mod evicted;
 #[cfg(test)]
 mod model;
 mod snapshot;
@@ -36,10 +37,11 @@ pub struct Gate {
     truncations: HashMap<u32, u64>,
     /// Makes the hash differ from run to run, so that no data can be made to collide.
     seed: u64,
+    start: u64,
 }
 
 impl Gate {
-    /// A gate whose table takes about `memory_bytes`. Every transaction applied before it existed (by an earlier session)
+    /// A gate whose table takes about `memory_bytes`, and what tells what it has forgotten as many. Every transaction applied before it existed (by an earlier session)
     /// must have an id below `horizon`: the planner takes a freshly assigned xid, which is above all of them, while a
     /// snapshot's xmax may be below one that is committed in the WAL and still in progress for snapshots.
     pub fn new(memory_bytes: usize, horizon: u64, seed: u64) -> Self {
@@ -47,6 +49,7 @@ impl Gate {
             changers: ChangerTable::new(memory_bytes, horizon),
             truncations: HashMap::new(),
             seed,
+            start: horizon,
         }
     }
 
@@ -86,13 +89,23 @@ impl Gate {
             // Writers of one row wait for each other, so a snapshot that sees the last one sees all before it.
             Some(xid) if snapshot.sees(xid) => Verdict::Admit,
             Some(_) => Verdict::Changed,
-            None if snapshot.may_miss_below(self.horizon()) => Verdict::Forgotten,
+            None if self.may_have_forgotten(snapshot) => Verdict::Forgotten,
             None => Verdict::Admit,
         }
     }
 
-    /// Transactions below this id may have changed keys that the gate does not remember. Only ever rises. A reader that
-    /// finds `snapshot.may_miss_below(horizon)` need not bother to read.
+    /// Whether a changer that the gate does not remember may be invisible to the snapshot. The last of them is just below the horizon.
+    fn may_have_forgotten(&self, snapshot: &Snapshot) -> bool {
+        let mut in_progress = snapshot.in_progress().iter();
+        snapshot.xmax < self.horizon() || in_progress.any(|&xid| self.changers.may_be_forgotten(xid))
+    }
+
+    /// Transactions below this id may have changed keys in an earlier session. A reader whose snapshot misses one need not bother to read.
+    pub fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// What the gate has forgotten is below this id. Only ever rises. A reader whose snapshot ends before it need not bother to read.
     pub fn horizon(&self) -> u64 {
         self.changers.horizon()
     }
@@ -149,6 +162,28 @@ mod tests {
         assert_eq!(gate.admit(1, 5, &snapshot("111:111:")), Verdict::Admit);
         gate.forget_relation(1);
         assert_eq!(gate.admit(1, 5, &snapshot("110:110:")), Verdict::Admit);
+    }
+
+    #[test]
+    fn who_still_runs_has_changed_nothing_that_was_forgotten() {
+        let mut gate = Gate::new(1 << 10, 100, 7);
+        // 150 and 151 run all the time, and 151 is applied at last.
+        for key in 0..1_000u64 {
+            gate.record(gate.hash(&key.to_le_bytes()), 200 + key);
+        }
+        assert_eq!(gate.admit(1, 5, &snapshot("150:1200:150,151")), Verdict::Admit);
+        gate.record(gate.hash(b"of 151"), 151);
+        gate.record(gate.hash(b"of 151"), 1_200);
+        assert_eq!(gate.admit(1, 5, &snapshot("150:1201:150,151")), Verdict::Admit);
+        for key in 0..1_000u64 {
+            gate.record(gate.hash(&key.to_le_bytes()), 151);
+        }
+        assert_eq!(gate.admit(1, 5, &snapshot("150:1201:150")), Verdict::Admit);
+        assert_eq!(
+            gate.admit(1, 5, &snapshot("150:1201:150,151")),
+            Verdict::Forgotten
+        );
+        assert_eq!(gate.admit(1, 5, &snapshot("99:1201:99")), Verdict::Forgotten);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! A fixed-size map from key hash to the last transaction that changed the key. A full bucket lets go of its oldest
-//! changer and raises the horizon above it, so that what was forgotten is known to lie below the horizon.
+//! changer, notes that, and raises the horizon above it, so that what was forgotten is known to lie below the horizon.
+
+use super::evicted::Evicted;
 
 /// One bucket is one cache line: a change costs one memory access.
 const BUCKET_ENTRIES: usize = 4;
@@ -20,9 +22,11 @@ pub(super) struct ChangerTable {
     buckets: Vec<Bucket>,
     mask: usize,
     horizon: u64,
+    evicted: Evicted,
 }
 
 impl ChangerTable {
+    /// The changers take so many bytes, and the notes of those that were let go of as many.
     pub(super) fn new(memory_bytes: usize, horizon: u64) -> Self {
         let wanted = (memory_bytes / size_of::<Bucket>()).max(1);
         let count = if wanted.is_power_of_two() {
@@ -34,7 +38,13 @@ impl ChangerTable {
             buckets: vec![Bucket::default(); count],
             mask: count - 1,
             horizon,
+            evicted: Evicted::new(memory_bytes, horizon),
         }
+    }
+
+    /// Whether this transaction is a changer that was let go of, or may be.
+    pub(super) fn may_be_forgotten(&self, xid: u64) -> bool {
+        self.evicted.contains(xid)
     }
 
     pub(super) fn horizon(&self) -> u64 {
@@ -71,8 +81,9 @@ impl ChangerTable {
                 }
             }
         }
-        if slot.hash != hash && slot.xid >= self.horizon {
-            self.horizon = slot.xid + 1;
+        if slot.hash != hash && slot.xid != 0 {
+            self.evicted.insert(slot.xid);
+            self.horizon = self.horizon.max(slot.xid + 1);
         }
         *slot = Entry { hash, xid };
     }
@@ -96,10 +107,11 @@ mod tests {
                 let hash = key.wrapping_mul(0x9E37_79B9_7F4A_7C15);
                 table.set(hash, xid);
                 all.insert(hash, xid);
+
                 for (&hash, &last) in &all {
                     match table.get(hash) {
                         Some(xid) => prop_assert_eq!(xid, last),
-                        None => prop_assert!(last < table.horizon()),
+                        None => prop_assert!(last < table.horizon() && table.may_be_forgotten(last)),
                     }
                 }
             }

@@ -152,7 +152,7 @@ impl Planning {
                 ..Progress::default()
             };
         }
-        backfill.set_horizon(gate.horizon());
+        backfill.set_horizon(&gate);
         let registry = Registry::new(
             keys.clone(),
             Arc::clone(&backfill),

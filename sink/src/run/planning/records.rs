@@ -69,7 +69,7 @@ impl Planning {
         }
         add(&self.shared.metrics.rows, rows);
         self.flush_if_full();
-        self.backfill.set_horizon(self.gate.horizon());
+        self.backfill.set_horizon(&self.gate);
         Ok(())
     }
 

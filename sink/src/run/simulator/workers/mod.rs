@@ -38,7 +38,7 @@ impl Courier {
     /// A snapshot that the gate will not refuse as a whole.
     fn snapshot(&self, postgres: &Postgres, backfill: &Backfill) -> Option<Snapshot> {
         let snapshot = postgres.snapshot();
-        (!snapshot.may_miss_below(backfill.horizon())).then_some(snapshot)
+        (!backfill.is_useless(&snapshot)).then_some(snapshot)
     }
 
     #[allow(clippy::too_many_arguments)]
