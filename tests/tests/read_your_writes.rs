@@ -92,6 +92,42 @@ fn commit_returns_when_redis_has_the_row() {
     m.settle();
 }
 
+/// A COMMIT that waits for the sink is a transaction that runs, and the sink's slot cannot be made before it has ended.
+#[test]
+fn a_slot_and_a_commit_that_wait_for_each_other_are_told_of() {
+    let m = Mirror::alone("");
+    m.sql(SETUP);
+    m.db.pg.configure("synchronous_standby_names = 'walmirror'");
+    m.db.pg.reload();
+    std::thread::scope(|scope| {
+        let mut client = m.db.connect();
+        scope.spawn(move || {
+            client
+                .batch_execute("SET synchronous_commit = remote_write; CREATE TABLE waits ()")
+                .unwrap()
+        });
+        wait_for(DEADLINE, "a COMMIT to wait", || {
+            let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+            (m.db.value(waiting) == "1").then_some(())
+        });
+        m.start();
+        wait_for(DEADLINE, "the sink to say what it waits for", || {
+            m.sink(Sink::assert_running);
+            let log = m.sink(|sink| sink.output());
+            let signs = [
+                "waits for a synchronous standby",
+                "next=\"ALTER SYSTEM RESET synchronous_standby_names",
+            ];
+            log.lines()
+                .any(|line| line.contains(" ERROR ") && signs.iter().all(|sign| line.contains(sign)))
+                .then_some(())
+        });
+        m.db.pg.configure("synchronous_standby_names = ''");
+        m.db.pg.reload();
+    });
+    m.settle();
+}
+
 /// The same from outside, for each commit.
 #[test]
 fn wait_returns_when_redis_has_the_row() {

@@ -5,6 +5,7 @@
 //! INVARIANT I7), and the status updates that `hold` goes on sending keep it from ending the connection.
 
 mod history;
+mod making;
 mod message;
 mod retained;
 pub mod settings;
@@ -12,6 +13,7 @@ pub mod slot;
 mod stream;
 
 pub use history::{History, history};
+pub use making::make_slot;
 pub use message::{Message, MessageError, parse};
 pub use retained::{Retained, WAL_END, Warning, retained};
 pub use slot::{SlotInfo, SystemInfo, create_slot, drop_slot, identify_system, slot_info};

@@ -17,7 +17,7 @@ use crate::redis::{
 };
 use crate::replication::slot::PLUGIN;
 use crate::replication::{
-    History, SlotInfo, Stream, create_slot, drop_slot, history, identify_system, slot_info,
+    History, SlotInfo, Stream, drop_slot, history, identify_system, make_slot, slot_info,
 };
 use crate::shell::word;
 
@@ -111,7 +111,7 @@ pub(super) fn shake(
                     tracing::info!(slot, %lsn, "the first start goes on: an earlier attempt has made the slot, and got no further");
                     lsn
                 }
-                None => create_slot(&mut replication, slot, PLUGIN, false)?,
+                None => make_slot(&mut sql, &mut replication, slot)?,
             };
             tracing::info!(slot, %lsn, "first start: the slot is made, all mirrored tables will be backfilled");
             (lsn, Some(lsn))
@@ -139,11 +139,11 @@ pub(super) fn shake(
                         .as_ref()
                         .map_or(Lsn::INVALID, |progress| progress.lsn);
                     outrun(&mut sql, end, position)?;
-                    let mut lsn = create_slot(&mut replication, slot, PLUGIN, false)?;
+                    let mut lsn = make_slot(&mut sql, &mut replication, slot)?;
                     // It has waited for transactions, and they have written on.
                     while outrun(&mut sql, lsn, position)? {
                         drop_slot(&mut sql, slot)?;
-                        lsn = create_slot(&mut replication, slot, PLUGIN, false)?;
+                        lsn = make_slot(&mut sql, &mut replication, slot)?;
                     }
                     lsn
                 }
