@@ -412,3 +412,55 @@ fn no_function_of_a_type_owner_runs_when_others_read_a_value() {
     assert!(!stream().contains("\"ran"));
     assert_eq!((captured().as_str(), is_superuser().as_str()), ("11", "f"));
 }
+
+/// Such a function is refused when Postgres has become the user that it runs as, with the settings that it asks for. The error of a
+/// value is caught, and a session once went on as that user.
+#[test]
+fn a_refused_function_leaves_user_and_settings_as_they_were() {
+    let db = Db::create(Arc::new(Pg::start("")));
+    db.sql(
+        "CREATE ROLE mallory; GRANT CREATE ON SCHEMA public TO mallory; \
+         CREATE FUNCTION audit_json(anyelement) RETURNS json LANGUAGE plpgsql SECURITY DEFINER \
+         SET search_path = elsewhere SET intervalstyle = 'iso_8601' AS $$ BEGIN RETURN '1'; END $$",
+    );
+    let mallory = || {
+        let mut client = db.connect();
+        client.batch_execute("SET SESSION AUTHORIZATION mallory").unwrap();
+        client
+    };
+    let (mut reader, mut ddl, mut caster) = (mallory(), mallory(), mallory());
+    ddl.batch_execute(
+        "CREATE TYPE comp AS (x int); CREATE TYPE mood AS ENUM ('a', 'b'); \
+         CREATE TABLE t (id interval PRIMARY KEY, c comp, m mood[]); INSERT INTO t VALUES ('1 day 02:00', ROW(1), '{a,b}'); \
+         SELECT walmirror.mirror('t', value => 'json')",
+    )
+    .unwrap();
+    ddl.batch_execute("BEGIN; ALTER TYPE comp ADD ATTRIBUTE y int")
+        .unwrap();
+    // The table is planned, then the value of `c` waits for its type; the cast comes meanwhile.
+    let reading = std::thread::spawn(move || {
+        let session =
+            "SELECT concat_ws(' ', current_user, current_setting('search_path'), '1 day 02:00'::interval)";
+        let before: String = reader.query_one(session, &[]).unwrap().get(0);
+        let row = reader
+            .query_one("SELECT walmirror.pack(t.*) FROM t", &[])
+            .unwrap();
+        let after: String = reader.query_one(session, &[]).unwrap().get(0);
+        (before, row.get::<_, Vec<u8>>(0), after)
+    });
+    wait_for(DEADLINE, "the reader to wait", || {
+        let waits =
+            db.value("SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'comp'::regclass");
+        (waits == "1").then_some(())
+    });
+    caster
+        .batch_execute("CREATE CAST (mood AS json) WITH FUNCTION audit_json(anyelement)")
+        .unwrap();
+    ddl.batch_execute("ROLLBACK").unwrap();
+    let (before, row, after) = reading.join().unwrap();
+    assert_eq!(before, "mallory \"$user\", public 1 2:00:00");
+    assert_eq!(after, before);
+    // The key was made after that, as text of the value contract.
+    let row = String::from_utf8_lossy(&row).into_owned();
+    assert!(row.contains("1 day 02:00:00"), "{row:?}");
+}

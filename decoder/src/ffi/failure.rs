@@ -1,10 +1,12 @@
 //! Errors that say something about one value, caught where the value is read.
 
+use std::ffi::c_int;
 use std::panic::AssertUnwindSafe;
 
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
 
+use super::{session, unguarded};
 use crate::error::Refusal;
 
 /// Why a value cannot be encoded. Never the value, or a part of it (INVARIANT I8): the messages of type functions quote
@@ -14,6 +16,7 @@ pub struct Failure(pub String);
 /// Runs what only reads one value. An ERROR in it is caught, unless it is the session's own (a cancel, a shutdown, memory):
 /// that goes on its way.
 pub fn caught<T>(what: &str, read: impl FnOnce() -> T) -> Result<T, Failure> {
+    let user = User::current();
     let read = AssertUnwindSafe(read);
     PgTryBuilder::new(move || {
         let read = read;
@@ -29,11 +32,35 @@ pub fn caught<T>(what: &str, read: impl FnOnce() -> T) -> Result<T, Failure> {
                 pg_sys::LWLockReleaseAll();
                 pg_sys::UnlockBuffers();
             }
+            user.restore();
+            session::end_inner_settings();
             Err(Failure(format!("{what}: {}", condition(report.sql_error_code()))))
         }
         other => other.rethrow(),
     })
     .execute()
+}
+
+/// Whose rights the session has. Postgres becomes the owner of a SECURITY DEFINER function before the function begins, and an ERROR
+/// leaves it so to the end of a (sub)transaction (`fmgr_security_definer`).
+#[derive(Clone, Copy)]
+struct User {
+    id: pg_sys::Oid,
+    security_context: c_int,
+}
+
+impl User {
+    fn current() -> Self {
+        let (mut id, mut security_context) = (pg_sys::InvalidOid, 0);
+        // SAFETY: fills both in from variables of this backend.
+        unsafe { unguarded::GetUserIdAndSecContext(&mut id, &mut security_context) }
+        Self { id, security_context }
+    }
+
+    fn restore(self) {
+        // SAFETY: these were in force before, as AbortSubTransaction restores them.
+        unsafe { pg_sys::SetUserIdAndSecContext(self.id, self.security_context) }
+    }
 }
 
 /// Ends the statement because there is no memory for a value, as palloc() would.

@@ -1,8 +1,10 @@
-//! The settings under which values become text.
+//! The settings under which values become text, and what an ERROR that is caught leaves behind of settings.
 
 use std::ffi::{CStr, c_char, c_int};
 
 use pgrx::pg_sys;
+
+use super::unguarded;
 
 unsafe extern "C" {
     // utils/varlena.c; pgrx has no binding for it.
@@ -22,6 +24,20 @@ const BYTEA_OUTPUT_HEX: c_int = 1;
 /// The variables behind the GUCs are set directly, as the output functions read them: a GUC nest level for every row
 /// would cost more than the row.
 pub struct TextSession {
+    before: Formats,
+    /// A GUC nest level of its own, and that of the session around this one.
+    nest_level: c_int,
+    outer_level: c_int,
+    /// Whether settings were set in it: search_path and lc_monetary.
+    sets: bool,
+}
+
+/// The GUC nest level of the innermost session; 0 if there is none.
+static mut NEST_LEVEL: c_int = 0;
+
+/// The variables that are set directly.
+#[derive(Clone, Copy)]
+struct Formats {
     date_style: c_int,
     date_order: c_int,
     interval_style: c_int,
@@ -29,8 +45,6 @@ pub struct TextSession {
     bytea_output: c_int,
     quote_all_identifiers: bool,
     timezone: *mut pg_sys::pg_tz,
-    /// The GUC nest level that search_path and lc_monetary were set in.
-    nest_level: Option<c_int>,
 }
 
 /// Which of the settings matter for the rows of a table.
@@ -65,12 +79,10 @@ impl TextSession {
 
     /// For settings that have caches behind them: they are set as SET LOCAL would.
     fn set(mut self, name: &CStr, value: &CStr) -> Self {
+        self.sets = true;
         // SAFETY: within a transaction, as all decoding and every query is; the nest level is ended by `drop`, or by the
         // end of the transaction.
         unsafe {
-            if self.nest_level.is_none() {
-                self.nest_level = Some(pg_sys::NewGUCNestLevel());
-            }
             pg_sys::set_config_option(
                 name.as_ptr(),
                 value.as_ptr(),
@@ -86,10 +98,65 @@ impl TextSession {
     }
 
     fn formats() -> Self {
-        // SAFETY: these are plain variables of this single-threaded backend. pg_tzset("UTC") returns a pointer that stays
-        // valid for the life of the backend (pgtz.c caches zones for ever).
+        let before = Formats::now();
+        Formats::contract().set();
+        // SAFETY: as in `set`. A plain variable of this single-threaded backend.
         unsafe {
-            let saved = Self {
+            let outer_level = NEST_LEVEL;
+            NEST_LEVEL = unguarded::NewGUCNestLevel();
+            Self {
+                before,
+                nest_level: NEST_LEVEL,
+                outer_level,
+                sets: false,
+            }
+        }
+    }
+}
+
+/// Ends what functions set that an ERROR ended, where a value is read: the SET clauses of a function are in force before it begins,
+/// and what was set before is left to the end of a (sub)transaction (`fmgr_security_definer`).
+#[cold]
+pub fn end_inner_settings() {
+    // SAFETY: a session lives, so that its nest level is open; settings of the levels in it are set back, as AbortSubTransaction
+    // does it.
+    unsafe {
+        if NEST_LEVEL == 0 {
+            return;
+        }
+        pg_sys::AtEOXact_GUC(false, NEST_LEVEL + 1);
+    }
+    Formats::contract().set();
+}
+
+impl Formats {
+    /// Those of the value contract.
+    fn contract() -> Self {
+        // SAFETY: pg_tzset("UTC") returns a pointer that stays valid for the life of the backend (pgtz.c caches zones for ever);
+        // session_timezone is a plain variable.
+        let timezone = unsafe {
+            let utc = pg_sys::pg_tzset(c"UTC".as_ptr());
+            if utc.is_null() {
+                pg_sys::session_timezone
+            } else {
+                utc
+            }
+        };
+        Self {
+            date_style: pg_sys::USE_ISO_DATES as c_int,
+            date_order: pg_sys::DATEORDER_MDY as c_int,
+            interval_style: pg_sys::INTSTYLE_POSTGRES as c_int,
+            float_digits: 1,
+            bytea_output: BYTEA_OUTPUT_HEX,
+            quote_all_identifiers: false,
+            timezone,
+        }
+    }
+
+    fn now() -> Self {
+        // SAFETY: plain variables of this single-threaded backend.
+        unsafe {
+            Self {
                 date_style: pg_sys::DateStyle,
                 date_order: pg_sys::DateOrder,
                 interval_style: pg_sys::IntervalStyle,
@@ -97,19 +164,20 @@ impl TextSession {
                 bytea_output: BYTEA_OUTPUT,
                 quote_all_identifiers: pg_sys::quote_all_identifiers,
                 timezone: pg_sys::session_timezone,
-                nest_level: None,
-            };
-            let utc = pg_sys::pg_tzset(c"UTC".as_ptr());
-            pg_sys::DateStyle = pg_sys::USE_ISO_DATES as c_int;
-            pg_sys::DateOrder = pg_sys::DATEORDER_MDY as c_int;
-            pg_sys::IntervalStyle = pg_sys::INTSTYLE_POSTGRES as c_int;
-            pg_sys::extra_float_digits = 1;
-            BYTEA_OUTPUT = BYTEA_OUTPUT_HEX;
-            pg_sys::quote_all_identifiers = false;
-            if !utc.is_null() {
-                pg_sys::session_timezone = utc;
             }
-            saved
+        }
+    }
+
+    fn set(self) {
+        // SAFETY: as in `now`; the values are those that stood there once, or those of the value contract.
+        unsafe {
+            pg_sys::DateStyle = self.date_style;
+            pg_sys::DateOrder = self.date_order;
+            pg_sys::IntervalStyle = self.interval_style;
+            pg_sys::extra_float_digits = self.float_digits;
+            BYTEA_OUTPUT = self.bytea_output;
+            pg_sys::quote_all_identifiers = self.quote_all_identifiers;
+            pg_sys::session_timezone = self.timezone;
         }
     }
 }
@@ -125,17 +193,14 @@ fn has_money_of_c() -> bool {
 
 impl Drop for TextSession {
     fn drop(&mut self) {
-        // SAFETY: as in `enter`; the values are those that stood there before.
+        self.before.set();
+        // SAFETY: ends the nest level of this session. Where nothing is set back, that raises no error.
         unsafe {
-            pg_sys::DateStyle = self.date_style;
-            pg_sys::DateOrder = self.date_order;
-            pg_sys::IntervalStyle = self.interval_style;
-            pg_sys::extra_float_digits = self.float_digits;
-            BYTEA_OUTPUT = self.bytea_output;
-            pg_sys::quote_all_identifiers = self.quote_all_identifiers;
-            pg_sys::session_timezone = self.timezone;
-            if let Some(level) = self.nest_level {
-                pg_sys::AtEOXact_GUC(true, level);
+            NEST_LEVEL = self.outer_level;
+            if self.sets {
+                pg_sys::AtEOXact_GUC(true, self.nest_level);
+            } else {
+                unguarded::AtEOXact_GUC(true, self.nest_level);
             }
         }
     }

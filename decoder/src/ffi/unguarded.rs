@@ -43,6 +43,12 @@ unsafe extern "C-unwind" {
     fn GetFlushRecPtr(timeline: *mut pg_sys::TimeLineID) -> u64;
     /// mbutils.c
     pub fn GetDatabaseEncoding() -> std::ffi::c_int;
+    /// miscinit.c
+    pub fn GetUserIdAndSecContext(user: *mut pg_sys::Oid, security_context: *mut std::ffi::c_int);
+    /// guc.c
+    pub fn NewGUCNestLevel() -> std::ffi::c_int;
+    /// guc.c; raises errors only where settings are set back.
+    pub fn AtEOXact_GUC(is_commit: bool, nest_level: std::ffi::c_int);
     /// latch.c
     pub fn SetLatch(latch: *mut pg_sys::Latch);
 }
