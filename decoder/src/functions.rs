@@ -43,8 +43,8 @@ fn root(table: pg_sys::Oid) -> Option<pg_sys::Oid> {
 #[pg_extern]
 fn set_label(table: pg_sys::Oid, label: &[u8]) {
     let label = String::from_utf8_lossy(label);
-    // Whoever changes the table is waited for.
-    let opened = Rel::open(table);
+    // Whoever changes the table is waited for, as by SECURITY LABEL, and does not come in between.
+    relation::lock_to_label(table);
     let checked = require_preload()
         .and_then(|()| Label::parse(&label))
         // The other labels are looked at by SECURITY LABEL, when the table is locked.
@@ -52,7 +52,6 @@ fn set_label(table: pg_sys::Oid, label: &[u8]) {
     if let Err(refusal) = checked {
         refusal.raise();
     }
-    drop(opened);
     let statement = Spi::get_one_with_args::<Vec<u8>>(
         "SELECT pg_catalog.convert_to(pg_catalog.format('SECURITY LABEL FOR walmirror ON TABLE %s IS %L',
             $1::pg_catalog.regclass, pg_catalog.convert_from($2, 'UTF8')), 'UTF8')",

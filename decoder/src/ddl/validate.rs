@@ -1,11 +1,11 @@
 //! Whether a label fits its table. Everything that would make the mirror wrong is refused here, with what to do instead.
 
-use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use walmirror_proto::key::KeyTemplate;
 
 use crate::error::Refusal;
+use crate::ffi::catalog_query;
 use crate::ffi::labels;
 use crate::ffi::memory::Context;
 use crate::ffi::relation::{self, Rel};
@@ -25,7 +25,7 @@ pub enum Check {
 }
 
 impl Check {
-    /// The index that does not count; InvalidOid, which pgrx passes to SQL as NULL, for none.
+    /// The index that does not count; InvalidOid, which is NULL in a query, for none.
     fn gone(self) -> pg_sys::Oid {
         match self {
             Check::Without(index) => index,
@@ -133,7 +133,7 @@ fn check_options(label: &Label, template: &KeyTemplate) -> Result<(), Refusal> {
 fn check_kind(table: pg_sys::Oid) -> Result<(), Refusal> {
     let row = query(
         "SELECT c.oid::regclass::text AS name, c.relkind::text AS kind, c.relpersistence::text AS persistence,
-                c.oid < 16384 OR n.nspname IN ('pg_catalog', 'information_schema') AS system, c.relispartition AS partition
+                c.oid < '16384'::pg_catalog.oid OR n.nspname IN ('pg_catalog', 'information_schema') AS system, c.relispartition AS partition
          FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1",
         &[table],
     )?;
@@ -353,8 +353,7 @@ fn single(rows: Vec<Texts>) -> Option<String> {
 type Texts = Vec<Option<String>>;
 
 /// Runs a catalog query whose parameters are oids, and returns its columns as text. Each row travels as JSON in UTF-8, because
-/// names in other database encodings are no Rust strings. The search path is the caller's: functions must be qualified, and
-/// their arguments of the types that they are declared for, or somebody's own function could be a better match.
+/// names in other database encodings are no Rust strings.
 fn query(sql: &str, oids: &[pg_sys::Oid]) -> Result<Vec<Texts>, Refusal> {
     let failed = |error: String| {
         Refusal::new(
@@ -366,23 +365,13 @@ fn query(sql: &str, oids: &[pg_sys::Oid]) -> Result<Vec<Texts>, Refusal> {
     let wrapped = format!(
         "SELECT pg_catalog.convert_to(pg_catalog.row_to_json(r)::pg_catalog.text, 'UTF8') FROM ({sql}) r"
     );
-    let parameters: Vec<DatumWithOid<'_>> = oids.iter().map(|&oid| oid.into()).collect();
-    Spi::connect(|client| {
-        let rows = client
-            .select(wrapped.as_str(), None, &parameters)
-            .map_err(|error| failed(error.to_string()))?;
-        let mut texts = Vec::new();
-        for row in rows {
-            let json = row
-                .get::<Vec<u8>>(1)
-                .map_err(|error| failed(error.to_string()))?
-                .unwrap_or_default();
-            let object: serde_json::Map<String, serde_json::Value> =
-                serde_json::from_slice(&json).map_err(|error| failed(error.to_string()))?;
-            texts.push(object.into_iter().map(|(_, value)| text(value)).collect());
-        }
-        Ok(texts)
-    })
+    let mut texts = Vec::new();
+    for json in catalog_query::rows(&wrapped, oids).map_err(failed)? {
+        let object: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_slice(&json).map_err(|error| failed(error.to_string()))?;
+        texts.push(object.into_iter().map(|(_, value)| text(value)).collect());
+    }
+    Ok(texts)
 }
 
 fn text(value: serde_json::Value) -> Option<String> {

@@ -263,6 +263,12 @@ pub fn label_of(table: pg_sys::Oid) -> Option<String> {
     unsafe { text::string(pg_sys::GetSecurityLabel(&address, PROVIDER.as_ptr())) }
 }
 
+/// Takes the lock of SECURITY LABEL on a table, to the end of the transaction (`ExecSecLabelStmt`).
+pub fn lock_to_label(table: pg_sys::Oid) {
+    // SAFETY: within a transaction; an oid that is no table's may be locked too.
+    unsafe { pg_sys::LockRelationOid(table, pg_sys::ShareUpdateExclusiveLock as pg_sys::LOCKMODE) }
+}
+
 /// The table whose label holds for a table: its own, or the nearest that it is a partition of.
 pub fn labelled(table: pg_sys::Oid) -> Option<pg_sys::Oid> {
     // SAFETY: a syscache look-up; false for what does not exist.

@@ -77,23 +77,10 @@ impl TextSession {
         }
     }
 
-    /// For settings that have caches behind them: they are set as SET LOCAL would.
+    /// For settings that have caches behind them.
     fn set(mut self, name: &CStr, value: &CStr) -> Self {
         self.sets = true;
-        // SAFETY: within a transaction, as all decoding and every query is; the nest level is ended by `drop`, or by the
-        // end of the transaction.
-        unsafe {
-            pg_sys::set_config_option(
-                name.as_ptr(),
-                value.as_ptr(),
-                pg_sys::GucContext::PGC_USERSET,
-                pg_sys::GucSource::PGC_S_SESSION,
-                pg_sys::GucAction::GUC_ACTION_SAVE,
-                true,
-                0,
-                false,
-            );
-        }
+        set_local(name, value);
         self
     }
 
@@ -188,6 +175,47 @@ fn has_money_of_c() -> bool {
     unsafe {
         let locale = LOCALE_MONETARY;
         !locale.is_null() && [c"C", c"POSIX"].contains(&CStr::from_ptr(locale))
+    }
+}
+
+/// Sets a setting to the end of the current GUC nest level, as the SET clause of a function does.
+fn set_local(name: &CStr, value: &CStr) {
+    // SAFETY: within a transaction, as all decoding and every query is, and in a nest level that the caller began; it is ended by
+    // the caller's `drop`, or by the end of the transaction.
+    unsafe {
+        pg_sys::set_config_option(
+            name.as_ptr(),
+            value.as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+            pg_sys::GucAction::GUC_ACTION_SAVE,
+            true,
+            0,
+            false,
+        );
+    }
+}
+
+/// While this lives, nothing is found by its name alone but what Postgres brought along.
+pub struct CatalogPath {
+    nest_level: c_int,
+}
+
+impl CatalogPath {
+    /// Sets search_path.
+    pub fn enter() -> Self {
+        // SAFETY: within a transaction; the nest level is ended by `drop`, or by the end of the transaction.
+        let nest_level = unsafe { pg_sys::NewGUCNestLevel() };
+        let path = Self { nest_level };
+        set_local(c"search_path", c"pg_catalog, pg_temp");
+        path
+    }
+}
+
+impl Drop for CatalogPath {
+    fn drop(&mut self) {
+        // SAFETY: ends the nest level that `enter` began.
+        unsafe { pg_sys::AtEOXact_GUC(true, self.nest_level) }
     }
 }
 

@@ -1,0 +1,106 @@
+//! What is checked when a label is set, and by whose functions: as the catalogs are then, whatever was going on meanwhile.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::sync::Arc;
+
+use postgres::Client;
+use walmirror_tests::{DEADLINE, Db, Pg, wait_for};
+
+/// Runs statements that have to wait for another session, ends that with COMMIT, and returns what became of them.
+fn after(db: &Db, mut other: Client, mut client: Client, statements: &'static str) -> Result<(), String> {
+    let waiting = std::thread::spawn(move || client.batch_execute(statements));
+    wait_for(DEADLINE, format!("{statements} to wait"), || {
+        assert!(!waiting.is_finished(), "{statements} did not wait");
+        let waits = db.value(
+            "SELECT count(*) FROM pg_locks WHERE NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+        );
+        (waits == "1").then_some(())
+    });
+    other.batch_execute("COMMIT").unwrap();
+    let result = waiting.join().unwrap();
+    result.map_err(|error| error.as_db_error().unwrap().message().to_owned())
+}
+
+/// Checks once named an operator that pg_catalog does not have, and whoever may create something in a schema of the
+/// search_path could make it: their function ran as the superuser who set a label or dropped an index.
+#[test]
+fn checks_run_no_function_of_the_callers_search_path() {
+    let db = Db::create(Arc::new(Pg::start("")));
+    db.sql(
+        "CREATE ROLE mallory; GRANT CREATE ON SCHEMA public TO mallory; CREATE TABLE t (id int PRIMARY KEY, v text); \
+         SET ROLE mallory",
+    );
+    // The first is found in any path, the others where public comes first.
+    for (operator, left, right) in [
+        ("<", "oid", "int4"),
+        ("<", "oid", "oid"),
+        ("=", "oid", "oid"),
+        ("=", "name", "name"),
+        ("=", "int2", "int2"),
+        ("<=", "int8", "int2"),
+        ("<>", "\"char\"", "\"char\""),
+    ] {
+        db.sql(&format!(
+            "CREATE OR REPLACE FUNCTION public.evil({left}, {right}) RETURNS bool LANGUAGE plpgsql AS $$ BEGIN RAISE 'hijacked'; END $$; \
+             CREATE OPERATOR public.{operator} (LEFTARG = {left}, RIGHTARG = {right}, FUNCTION = public.evil)",
+        ));
+    }
+    let checks = |path: &str| {
+        db.sql(&format!("RESET ROLE; SET search_path = {path}"));
+        db.sql("SECURITY LABEL FOR walmirror ON TABLE t IS '{\"mode\":\"mirror\",\"key\":\"t:{id}\"}'");
+        db.sql("CREATE UNIQUE INDEX t_id ON t (id)");
+        db.sql("DROP INDEX CONCURRENTLY t_id");
+        db.sql("SELECT walmirror.mirror('t')");
+        db.sql("ALTER TABLE t ADD w text");
+        db.sql("ALTER TABLE t DROP w");
+    };
+    checks("public");
+    checks("public, pg_catalog");
+}
+
+/// The snapshot of the statement is older than what it waited for; that of the transaction is older still.
+#[test]
+fn a_label_is_checked_as_of_when_it_is_set() {
+    let db = Db::create(Pg::shared());
+    db.sql("CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE u (id int PRIMARY KEY)");
+    let lose_key = |table: &str| {
+        let mut other = db.connect();
+        other
+            .batch_execute(&format!(
+                "BEGIN; ALTER TABLE {table} DROP CONSTRAINT {table}_pkey"
+            ))
+            .unwrap();
+        other
+    };
+    let is_told = |result: Result<(), String>| {
+        let message = result.expect_err("a table without a key was mirrored");
+        assert!(message.contains("is not unique"), "{message}");
+    };
+    is_told(after(
+        &db,
+        lose_key("t"),
+        db.connect(),
+        "SELECT walmirror.mirror('t', key => 't:{id}')",
+    ));
+    for command in ["CREATE TEMPORARY TABLE own ()", "SELECT 1"] {
+        let mut old = db.connect();
+        old.batch_execute(&format!(
+            "BEGIN ISOLATION LEVEL REPEATABLE READ; {command}; SELECT count(*) FROM pg_class"
+        ))
+        .unwrap();
+        lose_key("u").batch_execute("COMMIT").unwrap();
+        let result = old.batch_execute("SELECT walmirror.mirror('u', key => 'u:{id}')");
+        is_told(result.map_err(|error| error.as_db_error().unwrap().message().to_owned()));
+        db.sql("ALTER TABLE u ADD PRIMARY KEY (id)");
+        old.batch_execute("ROLLBACK; SELECT walmirror.mirror('u')")
+            .unwrap();
+        db.sql("SELECT walmirror.unmirror('u')");
+    }
+    assert_eq!(db.value("SELECT count(*) FROM walmirror.mirrors"), "0");
+}
