@@ -620,7 +620,8 @@ fn one_template_is_given_out_once() {
 }
 
 /// The labels travel with a dump, also one that leaves the key to the primary key, which is restored after it, and one whose table
-/// has a unique constraint that is restored before its primary key.
+/// has a unique constraint that is restored before its primary key, and those of partitioned tables, whose primary key is valid only
+/// when each partition has its own.
 #[test]
 fn pg_dump_carries_the_labels() {
     let m = Mirror::new();
@@ -628,7 +629,12 @@ fn pg_dump_carries_the_labels() {
         "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t', key => 'k:{id}', value => 'json'); INSERT INTO t VALUES (1, 'x'); \
          CREATE TABLE part (a int PRIMARY KEY, b int); CREATE TABLE whole (id int PRIMARY KEY, p part); SELECT walmirror.mirror('whole'); \
          CREATE TABLE keyless (id int PRIMARY KEY, email text UNIQUE); CREATE TABLE users (LIKE keyless INCLUDING ALL); \
-         SECURITY LABEL FOR walmirror ON TABLE keyless IS '{\"mode\":\"mirror\"}'; SELECT walmirror.mirror('users')",
+         SECURITY LABEL FOR walmirror ON TABLE keyless IS '{\"mode\":\"mirror\"}'; SELECT walmirror.mirror('users'); \
+         CREATE TABLE p (id int PRIMARY KEY, v text) PARTITION BY LIST (id); CREATE TABLE p1 PARTITION OF p FOR VALUES IN (1); \
+         CREATE TABLE p2 PARTITION OF p FOR VALUES IN (2) PARTITION BY LIST (id); CREATE TABLE p3 PARTITION OF p2 FOR VALUES IN (2); \
+         CREATE TABLE q (id int PRIMARY KEY, v text) PARTITION BY LIST (id); CREATE TABLE q1 PARTITION OF q FOR VALUES IN (1); \
+         CREATE TABLE empty (id int PRIMARY KEY) PARTITION BY LIST (id); SELECT walmirror.mirror('p'), walmirror.mirror('empty'); \
+         SECURITY LABEL FOR walmirror ON TABLE q IS '{\"mode\":\"mirror\"}'; INSERT INTO p VALUES (1), (2); INSERT INTO q VALUES (1)",
     );
     let copy = format!("{}_copy", m.db.name);
     m.sql(&format!("CREATE DATABASE {copy} TEMPLATE template0"));
@@ -664,7 +670,7 @@ fn pg_dump_carries_the_labels() {
             &[],
         )
         .unwrap();
-    assert_eq!((mirrored.get::<_, i64>(0), mirrored.get::<_, i64>(1)), (4, 4));
+    assert_eq!((mirrored.get::<_, i64>(0), mirrored.get::<_, i64>(1)), (7, 7));
 }
 
 /// A table has another name, another table has its name, or there is none any more, and the backfill reads on by the name that it had.

@@ -172,7 +172,17 @@ impl Rel {
             pg_sys::RelationGetIndexList(self.raw);
             (*self.raw).rd_pkindex
         };
-        self.columns_of(index)
+        // PostgreSQL 18 names one that is not valid yet too, as that of a partitioned table whose partitions lack theirs.
+        let counts = index != pg_sys::InvalidOid
+            && Self::open_historic(index).is_some_and(|index| {
+                // SAFETY: rd_index of an open index is never NULL.
+                unsafe { (*(*index.raw).rd_index).indisvalid && (*(*index.raw).rd_index).indimmediate }
+            });
+        if counts {
+            self.columns_of(index)
+        } else {
+            Vec::new()
+        }
     }
 
     /// Whether the WAL of an UPDATE that changes one of these columns, and of a DELETE, holds them as they were: the replica
