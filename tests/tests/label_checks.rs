@@ -104,3 +104,38 @@ fn a_label_is_checked_as_of_when_it_is_set() {
     }
     assert_eq!(db.value("SELECT count(*) FROM walmirror.mirrors"), "0");
 }
+
+/// Nor does the DDL of another session see the label that is about to be set: an unlogged partition once came to be mirrored.
+#[test]
+fn a_label_waits_for_ddl_on_the_partitions() {
+    let db = Db::create(Pg::shared());
+    db.sql(
+        "CREATE TABLE p (id int PRIMARY KEY) PARTITION BY LIST (id); CREATE TABLE p1 PARTITION OF p FOR VALUES IN (1); \
+         CREATE TABLE p2 PARTITION OF p FOR VALUES IN (2) PARTITION BY LIST (id); CREATE TABLE p3 PARTITION OF p2 FOR VALUES IN (2)",
+    );
+    for (partition, statement) in [
+        ("p1", "SELECT walmirror.mirror('p')"),
+        (
+            "p3",
+            "SECURITY LABEL FOR walmirror ON TABLE p IS '{\"mode\":\"cache\"}'",
+        ),
+    ] {
+        let mut other = db.connect();
+        other
+            .batch_execute(&format!("BEGIN; ALTER TABLE {partition} SET UNLOGGED"))
+            .unwrap();
+        let message = after(&db, other, db.connect(), statement).unwrap_err();
+        assert!(
+            message.contains(&format!("{partition}\" is unlogged")),
+            "{message}"
+        );
+        db.sql(&format!("ALTER TABLE {partition} SET LOGGED"));
+    }
+    // DDL that comes later waits, and is refused.
+    let mut labels = db.connect();
+    labels
+        .batch_execute("BEGIN; SELECT walmirror.mirror('p')")
+        .unwrap();
+    let message = after(&db, labels, db.connect(), "ALTER TABLE p3 SET UNLOGGED").unwrap_err();
+    assert!(message.contains("p3\" is unlogged"), "{message}");
+}

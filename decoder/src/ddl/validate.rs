@@ -34,8 +34,12 @@ impl Check {
     }
 }
 
-/// Checks a label that is being set. The table has to be locked: what the label's keys wait for comes after that.
+/// Checks a label that is being set. The table has to be locked: what the label's keys wait for comes after that. Who changes a
+/// partition is waited for, as the event triggers of their DDL do not see this label.
 pub fn claim(table: pg_sys::Oid, label: &Label, check: Check) -> Result<(), Refusal> {
+    if Rel::open_now(table).is_some_and(|relation| relation.is_partitioned()) {
+        relation::lock_partitions(table);
+    }
     let Some((key, template)) = check_table(table, label, check)? else {
         return Ok(());
     };

@@ -328,11 +328,21 @@ pub fn ancestors(partition: pg_sys::Oid) -> Vec<pg_sys::Oid> {
 
 /// A partitioned table with all its partitions, at any depth; a plain table with nothing else (`find_all_inheritors`).
 pub fn with_partitions(table: pg_sys::Oid) -> Vec<pg_sys::Oid> {
+    inheritors(table, pg_sys::NoLock)
+}
+
+/// Waits until nobody changes a partition of the table, at any depth, and has later changes wait for the end of this transaction.
+/// The table itself has to be locked: as by all who lock both, the partitions come after it.
+pub fn lock_partitions(table: pg_sys::Oid) {
+    inheritors(table, pg_sys::AccessShareLock);
+}
+
+fn inheritors(table: pg_sys::Oid, lock: u32) -> Vec<pg_sys::Oid> {
     oid_list(|| {
-        // SAFETY: catalog scans without locks, which is enough to invalidate; returns a palloc'd list of oids.
+        // SAFETY: catalog scans, and locks that the end of the transaction releases; returns a palloc'd list of oids.
         unsafe {
             pg_sys::submodules::ffi::pg_guard_ffi_boundary(|| {
-                find_all_inheritors(table, pg_sys::NoLock as pg_sys::LOCKMODE, std::ptr::null_mut())
+                find_all_inheritors(table, lock as pg_sys::LOCKMODE, std::ptr::null_mut())
             })
         }
     })
