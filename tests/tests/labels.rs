@@ -649,7 +649,21 @@ fn pg_dump_carries_the_labels() {
         .unwrap();
     std::io::Write::write_all(&mut restore.stdin.take().unwrap(), &dump.stdout).unwrap();
     assert!(restore.wait().unwrap().success());
-    let mut client = m.db.pg.connect(&copy);
+    has_labels(&mut m.db.pg.connect(&copy));
+    // Several sessions restore at once.
+    let file = std::env::temp_dir().join(format!("wm-dump-{}-{copy}", std::process::id()));
+    let mut dump = m.db.pg.program("pg_dump", &m.db.name);
+    assert!(dump.args(["-Fc", "-f"]).arg(&file).status().unwrap().success());
+    m.sql(&format!("DROP DATABASE {copy} WITH (FORCE)"));
+    m.sql(&format!("CREATE DATABASE {copy} TEMPLATE template0"));
+    let mut restore = m.db.pg.program("pg_restore", &copy);
+    let restored = restore.args(["-ej4", "-d", &copy]).arg(&file).status();
+    std::fs::remove_file(&file).unwrap();
+    assert!(restored.unwrap().success());
+    has_labels(&mut m.db.pg.connect(&copy));
+}
+
+fn has_labels(client: &mut postgres::Client) {
     let row = client
         .query_one(
             "SELECT relation::text, key, value FROM walmirror.mirrors WHERE relation = 't'::regclass",
