@@ -298,6 +298,14 @@ BEGIN
     LOOP
         PERFORM walmirror.announce(mirrored, refresh => anew);
     END LOOP;
+    -- And from within the values of other tables, whose columns are of that row type.
+    FOR mirrored IN SELECT DISTINCT t FROM pg_event_trigger_dropped_objects() d
+            JOIN pg_class c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid, walmirror.tables_of_type(c.reltype) t
+            WHERE NOT d.is_temporary AND NOT d.original
+              AND d.object_type IN ('composite type column', 'table column', 'foreign table column')
+    LOOP
+        PERFORM walmirror.announce(mirrored, refresh => true);
+    END LOOP;
 END
 $$;
 

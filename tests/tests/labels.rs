@@ -293,6 +293,20 @@ fn ddl_through_another_object() {
     m.settle();
 }
 
+/// An attribute that goes with its type goes from the values of all columns that it stands in.
+#[test]
+fn a_type_is_dropped_within_the_type_of_a_column() {
+    let m = Mirror::with(
+        "CREATE DOMAIN d AS int; CREATE TYPE part AS (x int, y d); CREATE TYPE outer_part AS (p part[]); \
+         CREATE TABLE other (x int, y d); CREATE TABLE t (id int PRIMARY KEY, p part); \
+         CREATE TABLE u (id int PRIMARY KEY, p outer_part); CREATE TABLE v (id int PRIMARY KEY, o other); \
+         INSERT INTO t VALUES (1, ROW(1, 2)); INSERT INTO u VALUES (1, ROW(ARRAY[ROW(1, 2)::part])); INSERT INTO v VALUES (1, ROW(1, 2)); \
+         SELECT walmirror.mirror('t', value => 'json'), walmirror.mirror('u', value => 'json'), walmirror.mirror('v')",
+    );
+    m.sql("DROP DOMAIN d CASCADE");
+    m.settle();
+}
+
 /// A partition's rows appear under one table.
 #[test]
 fn a_partition_has_no_label_of_its_own() {
