@@ -2,6 +2,23 @@
 
 \echo Use "CREATE EXTENSION walmirror" to load this file. \quit
 
+-- Whoever owns the schema may put functions beside those of the extension, which superusers call. It is made by CREATE EXTENSION,
+-- unless there is one: then it has to be of the role that runs this, or of a superuser, as a restored one may be.
+DO $$
+DECLARE
+    extension record;
+BEGIN
+    SELECT e.extowner::regrole AS wanted, n.nspowner::regrole AS found, n.nspowner = e.extowner OR o.rolsuper AS trusted INTO STRICT extension
+    FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace JOIN pg_catalog.pg_authid o ON o.oid = n.nspowner
+    WHERE e.extname = 'walmirror';
+    IF NOT extension.trusted THEN
+        RAISE EXCEPTION 'schema walmirror belongs to %, who could change what the extension does', extension.found
+            USING ERRCODE = 'insufficient_privilege',
+                HINT = pg_catalog.format('See what is in it, then DROP SCHEMA walmirror CASCADE; or ALTER SCHEMA walmirror OWNER TO %s; and try again.', extension.wanted);
+    END IF;
+END
+$$;
+
 GRANT USAGE ON SCHEMA walmirror TO PUBLIC;
 
 -- What is written in Rust -------------------------------------------------------------------------------------------
@@ -92,6 +109,7 @@ COMMENT ON FUNCTION walmirror.root(oid) IS
     'the labelled table that the rows of a table appear under: itself, or one that it is a partition of; NULL if there is none';
 
 -- Setting labels ----------------------------------------------------------------------------------------------------
+-- Here and below, functions of this schema are called with all of their arguments, of exactly their types: none is a better match.
 
 -- `<table>:{pk1}:{pk2}`; NULL without a primary key.
 CREATE FUNCTION walmirror.default_key(tbl oid) RETURNS text
@@ -110,8 +128,8 @@ CREATE FUNCTION walmirror.mirror(rel regclass, key text DEFAULT NULL, value text
                                  ttl interval DEFAULT NULL, capture boolean DEFAULT NULL) RETURNS void
     LANGUAGE sql SET search_path = pg_catalog, pg_temp AS
 $$
-    SELECT walmirror.set_label(rel, convert_to(jsonb_strip_nulls(jsonb_build_object(
-        'mode', 'mirror', 'key', coalesce(mirror.key, walmirror.default_key(rel)), 'value', mirror.value, 'columns', mirror.columns,
+    SELECT walmirror.set_label(rel::oid, convert_to(jsonb_strip_nulls(jsonb_build_object(
+        'mode', 'mirror', 'key', coalesce(mirror.key, walmirror.default_key(rel::oid)), 'value', mirror.value, 'columns', mirror.columns,
         'ttl_ms', round(extract(epoch FROM mirror.ttl) * 1000)::bigint, 'capture', mirror.capture))::text, 'UTF8'))
 $$;
 COMMENT ON FUNCTION walmirror.mirror(regclass, text, text, text[], interval, boolean) IS
@@ -121,8 +139,8 @@ CREATE FUNCTION walmirror.cache(rel regclass, key text DEFAULT NULL, value text 
                                 ttl interval DEFAULT NULL, on_write text DEFAULT 'refresh') RETURNS void
     LANGUAGE sql SET search_path = pg_catalog, pg_temp AS
 $$
-    SELECT walmirror.set_label(rel, convert_to(jsonb_strip_nulls(jsonb_build_object(
-        'mode', 'cache', 'key', coalesce(cache.key, walmirror.default_key(rel)), 'value', cache.value, 'columns', cache.columns,
+    SELECT walmirror.set_label(rel::oid, convert_to(jsonb_strip_nulls(jsonb_build_object(
+        'mode', 'cache', 'key', coalesce(cache.key, walmirror.default_key(rel::oid)), 'value', cache.value, 'columns', cache.columns,
         'ttl_ms', round(extract(epoch FROM cache.ttl) * 1000)::bigint, 'on_write', cache.on_write))::text, 'UTF8'))
 $$;
 COMMENT ON FUNCTION walmirror.cache(regclass, text, text, text[], interval, text) IS
@@ -138,7 +156,7 @@ BEGIN
     END IF;
     -- Told before the label goes: the event trigger tells of that too, but by then the table is unknown to the sink.
     IF keep_keys THEN
-        PERFORM walmirror.announce(rel, keep_keys => true);
+        PERFORM walmirror.announce(rel::oid, refresh => false, keep_keys => true);
     END IF;
     EXECUTE format('SECURITY LABEL FOR walmirror ON TABLE %s IS NULL', rel);
 END
@@ -222,9 +240,9 @@ BEGIN
                     PERFORM walmirror.check_label(root, restoring => true);
                     -- An ALTER of a partitioned table may attach or detach a partition with its rows.
                     PERFORM walmirror.announce(root, refresh => command.command_tag = 'ALTER TABLE' AND
-                        (SELECT c.relkind = 'p' FROM pg_class c WHERE c.oid = root));
+                        (SELECT c.relkind = 'p' FROM pg_class c WHERE c.oid = root), keep_keys => false);
                 ELSIF command.command_tag = 'SECURITY LABEL' THEN
-                    PERFORM walmirror.announce(command.objid);
+                    PERFORM walmirror.announce(command.objid, refresh => false, keep_keys => false);
                 END IF;
             END LOOP;
         END IF;
@@ -237,13 +255,13 @@ BEGIN
             ) changed, walmirror.tables_of_type(changed.typ) t
         LOOP
             PERFORM walmirror.check_label(root, restoring => true);
-            PERFORM walmirror.announce(root, refresh => true);
+            PERFORM walmirror.announce(root, refresh => true, keep_keys => false);
         END LOOP;
         IF command.classid = 'pg_namespace'::regclass AND command.command_tag = 'ALTER SCHEMA' THEN
             FOR root IN SELECT m.oid FROM walmirror.mirrors m JOIN pg_class c ON c.oid = m.oid WHERE c.relnamespace = command.objid
             LOOP
                 PERFORM walmirror.invalidate(root);
-                PERFORM walmirror.announce(root);
+                PERFORM walmirror.announce(root, refresh => false, keep_keys => false);
             END LOOP;
         END IF;
     END LOOP;
@@ -258,7 +276,7 @@ DECLARE
     root oid := walmirror.root(pg_event_trigger_table_rewrite_oid());
 BEGIN
     IF root IS NOT NULL THEN
-        PERFORM walmirror.announce(root, refresh => true);
+        PERFORM walmirror.announce(root, refresh => true, keep_keys => false);
     END IF;
 END
 $$;
@@ -283,7 +301,7 @@ BEGIN
                           AND l.mode IN ('AccessExclusiveLock', 'ExclusiveLock', 'ShareRowExclusiveLock', 'ShareUpdateExclusiveLock'));
         FOR mirrored IN SELECT l FROM unnest(locked) l WHERE l IS NOT NULL
         LOOP
-            PERFORM walmirror.check_label(mirrored);
+            PERFORM walmirror.check_label(mirrored, restoring => false);
         END LOOP;
     END IF;
     -- Columns can also go with their type, which is no ALTER TABLE of their table. And one that is made anew in the command that drops
@@ -296,7 +314,7 @@ BEGIN
             WHERE NOT d.is_temporary AND d.object_type = 'table column' AND EXISTS (SELECT 1 FROM pg_class c WHERE c.oid = d.objid)
         ) c WHERE c.root IS NOT NULL AND (c.gone OR c.anew) GROUP BY c.root
     LOOP
-        PERFORM walmirror.announce(mirrored, refresh => anew);
+        PERFORM walmirror.announce(mirrored, refresh => anew, keep_keys => false);
     END LOOP;
     -- And from within the values of other tables, whose columns are of that row type.
     FOR mirrored IN SELECT DISTINCT t FROM pg_event_trigger_dropped_objects() d
@@ -304,7 +322,7 @@ BEGIN
             WHERE NOT d.is_temporary AND NOT d.original
               AND d.object_type IN ('composite type column', 'table column', 'foreign table column')
     LOOP
-        PERFORM walmirror.announce(mirrored, refresh => true);
+        PERFORM walmirror.announce(mirrored, refresh => true, keep_keys => false);
     END LOOP;
 END
 $$;

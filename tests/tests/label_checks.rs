@@ -139,3 +139,38 @@ fn a_label_waits_for_ddl_on_the_partitions() {
     let message = after(&db, labels, db.connect(), "ALTER TABLE p3 SET UNLOGGED").unwrap_err();
     assert!(message.contains("p3\" is unlogged"), "{message}");
 }
+
+/// Whoever owns the schema may write functions in it that are a better match than those of the extension: superusers would run them.
+#[test]
+fn the_extension_is_not_put_into_somebody_elses_schema() {
+    let db = Db::create(Arc::new(Pg::start("")));
+    db.sql(
+        "CREATE ROLE mallory; CREATE ROLE installer SUPERUSER; CREATE ROLE other SUPERUSER; \
+         DROP EXTENSION walmirror; DROP SCHEMA IF EXISTS walmirror; CREATE SCHEMA walmirror AUTHORIZATION mallory",
+    );
+    let install = "SET ROLE installer; CREATE EXTENSION walmirror";
+    let error = db.error(install);
+    assert!(error.message().contains("belongs to mallory"), "{error:?}");
+    let hint = error.hint().unwrap();
+    assert!(
+        hint.contains("ALTER SCHEMA walmirror OWNER TO installer;"),
+        "{error:?}"
+    );
+    // That of a superuser may come out of a dump.
+    for owner in ["installer", "other"] {
+        db.sql(&format!("RESET ROLE; ALTER SCHEMA walmirror OWNER TO {owner}"));
+        db.sql(install);
+        db.sql("DROP EXTENSION walmirror; RESET ROLE; CREATE SCHEMA IF NOT EXISTS walmirror");
+    }
+    // None of its functions is called so that another could be a better match.
+    db.sql(
+        "DROP SCHEMA walmirror; CREATE EXTENSION walmirror; \
+         CREATE FUNCTION walmirror.default_key(regclass) RETURNS text LANGUAGE plpgsql AS $$ BEGIN RAISE 'hijacked'; END $$; \
+         CREATE FUNCTION walmirror.set_label(regclass, bytea) RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE 'hijacked'; END $$; \
+         CREATE FUNCTION walmirror.announce(tbl oid, refresh bool) RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE 'hijacked'; END $$; \
+         CREATE FUNCTION walmirror.announce(tbl regclass, keep_keys bool) RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE 'hijacked'; END $$; \
+         CREATE FUNCTION walmirror.check_label(oid) RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE 'hijacked'; END $$; \
+         CREATE TABLE t (id int PRIMARY KEY, v text UNIQUE); SELECT walmirror.mirror('t'); ALTER TABLE t ADD w text; \
+         ALTER TABLE t DROP v; ALTER TABLE t ALTER w TYPE varchar; SELECT walmirror.cache('t'); SELECT walmirror.unmirror('t', keep_keys => true)",
+    );
+}
