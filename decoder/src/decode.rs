@@ -191,9 +191,17 @@ impl Decoder {
             Table::Broken(refusal) => broken(table, refusal, lsn),
             Table::Configured(_) | Table::Unconfigured => return,
         };
-        if !self.is_told(u32::from(table.oid()), xid) {
+        if !self.is_told(u32::from(table.oid()), xid) && self.wants(table) {
             self.record(output, xid, error);
         }
+    }
+
+    /// Whether the client wants the table that the rows of this one appear under.
+    #[cold]
+    fn wants(&self, table: &Rel) -> bool {
+        let root = relation::labelled(table.oid()).and_then(Rel::open_historic);
+        let root = root.as_ref().unwrap_or(table);
+        self.options.wants(&root.schema(), &root.name())
     }
 
     /// Whether this transaction has told of this table already; from here on it has.

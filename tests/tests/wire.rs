@@ -148,6 +148,30 @@ fn options_are_validated() {
     println!("{} ({:?})", error.message(), error.hint());
 }
 
+/// A label that does not fit its table is told to those who want that table.
+#[test]
+fn errors_of_tables_that_were_not_asked_for_are_left_out() {
+    let db = database();
+    create_slot(&db);
+    db.sql(
+        "CREATE TABLE whole (id int PRIMARY KEY, v text) PARTITION BY LIST (id); CREATE TABLE part PARTITION OF whole DEFAULT; \
+         SELECT walmirror.mirror('whole', columns => '{v}'); ALTER EVENT TRIGGER walmirror_ddl_command_end DISABLE; \
+         ALTER TABLE whole RENAME v TO w; ALTER EVENT TRIGGER walmirror_ddl_command_end ENABLE ALWAYS",
+    );
+    db.sql("INSERT INTO whole VALUES (1); TRUNCATE part");
+    let errors = |tables: &str| {
+        db.value(&format!(
+            "SELECT count(*) FROM pg_logical_slot_peek_changes('{}', NULL, NULL, 'format', 'json', 'tables', '{tables}') \
+             WHERE data LIKE '%\"error\"%'",
+            db.name
+        ))
+    };
+    // Rows appear under the table that has the label.
+    assert_eq!(errors("public.whole"), "1");
+    assert_eq!(errors("*"), "1");
+    assert_eq!(errors("quiet,part"), "0");
+}
+
 #[test]
 fn changes_of_other_origins_can_be_left_out() {
     let db = database();
