@@ -216,6 +216,11 @@ $$
       AND tbl IN (SELECT a.relid::oid FROM pg_partition_ancestors(CASE WHEN c.relispartition THEN l.objoid::regclass END) a)
 $$;
 
+CREATE FUNCTION walmirror.adds_value(command pg_ddl_command) RETURNS boolean
+    LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'walmirror_adds_value';
+COMMENT ON FUNCTION walmirror.adds_value(pg_ddl_command) IS
+    'whether a command is ALTER TYPE … ADD VALUE, with which no value that is stored changes';
+
 -- The functions of event triggers run as the extension's owner: DDL may change the mirror of a table that whoever does it does not
 -- own (its partition, a type of its columns), and announce() asks for its owner. Only event triggers can call them.
 CREATE FUNCTION walmirror.on_ddl_command_end() RETURNS event_trigger
@@ -225,7 +230,8 @@ DECLARE
     command record;
     root oid;
 BEGIN
-    FOR command IN SELECT DISTINCT c.classid, c.objid, c.command_tag, c.object_type FROM pg_event_trigger_ddl_commands() c
+    FOR command IN SELECT DISTINCT c.classid, c.objid, c.command_tag, c.object_type, walmirror.adds_value(c.command) AS adds_value
+                   FROM pg_event_trigger_ddl_commands() c
                    WHERE c.classid IN ('pg_class'::regclass, 'pg_type'::regclass, 'pg_namespace'::regclass)
     LOOP
         IF command.classid = 'pg_class'::regclass
@@ -248,7 +254,7 @@ BEGIN
         END IF;
         -- Values of a type that others have columns of; also the row types of tables.
         FOR root IN SELECT DISTINCT t FROM (
-                SELECT command.objid AS typ WHERE command.command_tag = 'ALTER TYPE' AND command.classid = 'pg_type'::regclass
+                SELECT command.objid AS typ WHERE command.command_tag = 'ALTER TYPE' AND command.classid = 'pg_type'::regclass AND NOT command.adds_value
                 UNION ALL
                 SELECT c.reltype FROM walmirror.heirs(command.objid) h JOIN pg_class c ON c.oid = h
                 WHERE command.command_tag LIKE 'ALTER %' AND command.classid = 'pg_class'::regclass

@@ -172,6 +172,30 @@ fn errors_of_tables_that_were_not_asked_for_are_left_out() {
     assert_eq!(errors("quiet,part"), "0");
 }
 
+/// What is announced makes the sink read the table anew, which takes long where it is large.
+#[test]
+fn a_new_value_of_an_enum_announces_nothing() {
+    let db = database();
+    db.sql(
+        "CREATE TYPE kind AS ENUM ('x'); CREATE TABLE k (id int PRIMARY KEY, v kind[]); SELECT walmirror.mirror('k')",
+    );
+    create_slot(&db);
+    let announced = || {
+        db.value(&format!(
+            "SELECT count(*) FROM pg_logical_slot_get_changes('{}', NULL, NULL, 'format', 'json') WHERE data LIKE '%\"relation\"%'",
+            db.name
+        ))
+    };
+    db.sql("ALTER TYPE kind ADD VALUE 'z'");
+    db.sql("ALTER TYPE kind ADD VALUE 'y' BEFORE 'z'");
+    db.sql("ALTER TYPE kind ADD VALUE IF NOT EXISTS 'y'");
+    assert_eq!(announced(), "0");
+    db.sql("ALTER TYPE kind RENAME VALUE 'x' TO 'w'");
+    assert_eq!(announced(), "1");
+    db.sql("BEGIN; ALTER TYPE kind ADD VALUE 'v'; ALTER TYPE kind RENAME VALUE 'y' TO 'u'; COMMIT");
+    assert_eq!(announced(), "1");
+}
+
 #[test]
 fn changes_of_other_origins_can_be_left_out() {
     let db = database();

@@ -8,6 +8,7 @@ mod ahead;
 pub mod catalog_query;
 pub mod catalog_types;
 pub mod datum;
+mod ddl_command;
 pub mod executor;
 pub mod failure;
 pub mod flusher;
