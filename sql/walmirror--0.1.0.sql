@@ -263,6 +263,15 @@ BEGIN
             PERFORM walmirror.check_label(root, restoring => true);
             PERFORM walmirror.announce(root, refresh => true, keep_keys => false);
         END LOOP;
+        -- The primary key of a partitioned table becomes valid with the last of its partitions', and no relation cache is told.
+        IF command.command_tag = 'ALTER INDEX' AND command.object_type = 'index' THEN
+            SELECT walmirror.root(i.indrelid) INTO root FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid AND c.relkind = 'p'
+            WHERE i.indexrelid = command.objid;
+            IF root IS NOT NULL THEN
+                PERFORM walmirror.invalidate(root);
+                PERFORM walmirror.announce(root, refresh => false, keep_keys => false);
+            END IF;
+        END IF;
         IF command.classid = 'pg_namespace'::regclass AND command.command_tag = 'ALTER SCHEMA' THEN
             FOR root IN SELECT m.oid FROM walmirror.mirrors m JOIN pg_class c ON c.oid = m.oid WHERE c.relnamespace = command.objid
             LOOP

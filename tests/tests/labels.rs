@@ -701,6 +701,28 @@ fn has_labels(client: &mut postgres::Client) {
     assert_eq!((mirrored.get::<_, i64>(0), mirrored.get::<_, i64>(1)), (7, 7));
 }
 
+/// The primary key that a label leaves its key to comes as from a dump, while the stream is read: it is valid when the last partition
+/// has its own, which is an ALTER INDEX.
+#[test]
+fn a_partitioned_table_gets_its_primary_key_bit_by_bit() {
+    let m = Mirror::with("CREATE TABLE other (id int PRIMARY KEY); SELECT walmirror.mirror('other')");
+    for statement in [
+        "CREATE TABLE p (id int NOT NULL, v text) PARTITION BY LIST (id); CREATE TABLE p1 PARTITION OF p FOR VALUES IN (1, 2, 3, 4)",
+        "SECURITY LABEL FOR walmirror ON TABLE p IS '{\"mode\":\"mirror\"}'",
+        "ALTER TABLE ONLY p ADD CONSTRAINT p_pkey PRIMARY KEY (id)",
+        "ALTER TABLE ONLY p1 ADD CONSTRAINT p1_pkey PRIMARY KEY (id)",
+        "INSERT INTO p VALUES (1)",
+        "ALTER INDEX p_pkey ATTACH PARTITION p1_pkey",
+    ] {
+        m.sql(statement);
+        m.sync();
+    }
+    m.sql("INSERT INTO p VALUES (2)");
+    wait_for(DEADLINE, "the rows of p", || {
+        (m.redis.keys() == ["p:1", "p:2"]).then_some(())
+    });
+}
+
 /// A table has another name, another table has its name, or there is none any more, and the backfill reads on by the name that it had.
 #[test]
 fn tables_are_renamed_and_dropped_while_they_are_filled() {
