@@ -19,6 +19,8 @@ pub(crate) const COMMIT_TS: &str = "commit_ts";
 pub(crate) const LAST: &str = "last_commit";
 /// The field that says that everything has to be made anew.
 pub(crate) const RESYNC: &str = "resync";
+/// The field that says that what was begun anew is not whole yet.
+pub(crate) const HEALING: &str = "healing";
 /// The field that says that the first start is under way: there is no slot yet, or one of which nothing was streamed.
 pub(crate) const FIRST: &str = "first_start";
 /// The fields of a transaction that is applied in part.
@@ -59,6 +61,8 @@ pub struct Progress {
     pub purging: Option<Purging>,
     /// Redis and the stream did not fit together, and the session that was to make everything anew has not begun to.
     pub resync: bool,
+    /// It has begun to, and has not come to its end.
+    pub healing: bool,
     /// The first start is under way: whatever slot there is was made by it, and nothing was streamed from that.
     pub first: bool,
 }
@@ -164,6 +168,7 @@ impl Progress {
             cursors,
             purging: fields.get("purging").map(|text| Purging::parse(text)),
             resync: fields.contains_key(RESYNC),
+            healing: fields.contains_key(HEALING),
             first: fields.contains_key(FIRST),
         }))
     }
@@ -219,6 +224,12 @@ pub fn write_step(commands: &mut Commands, keys: &RedisKeys, step: &Step) {
 /// Appends the command that says that everything is being made anew: every backfill has its new cursor in the same step.
 pub fn write_resync_begun(commands: &mut Commands, keys: &RedisKeys) {
     commands.command(&[b"HDEL", &keys.progress, RESYNC.as_bytes()]);
+    commands.command(&[b"HSET", &keys.progress, HEALING.as_bytes(), b"1"]);
+}
+
+/// Appends the command that says that everything is filled that was begun anew.
+pub fn write_healed(commands: &mut Commands, keys: &RedisKeys) {
+    commands.command(&[b"HDEL", &keys.progress, HEALING.as_bytes()]);
 }
 
 /// Appends the command that writes (or, with None, removes) a backfill cursor.

@@ -82,9 +82,22 @@ fn not_ready_while_redis_says_nothing_and_while_a_gap_is_healed() {
     wait_for(DEADLINE, "the gap to be told of".to_owned(), || {
         get(&address, "/readyz").filter(|(status, why)| *status == 503 && why.contains("gap"))
     });
+    assert_eq!(figure(&address, "walmirror_gaps_total"), Some(2.0));
+    // The story: another process knew nothing of the gap, and said that all was well while keys were missing.
+    mirror.sink(|sink| {
+        assert!(sink.terminate().success());
+        sink.restart();
+    });
+    wait_for(DEADLINE, "the gap to be told of again".to_owned(), || {
+        get(&address, "/readyz").filter(|(status, why)| *status == 503 && why.contains("gap"))
+    });
+    assert_eq!(figure(&address, "walmirror_gaps_total"), Some(0.0));
     running.rollback().unwrap();
     wait_status(&address, "/readyz", 200, Duration::from_secs(30));
-    assert_eq!(figure(&address, "walmirror_gaps_total"), Some(2.0));
+    let progress = format!("HEXISTS walmirror:{{{}}}:progress healing", mirror.db.name);
+    wait_for(DEADLINE, "the note to be gone".to_owned(), || {
+        (mirror.redis.command::<i64>(&progress) == 0).then_some(())
+    });
 }
 
 #[test]

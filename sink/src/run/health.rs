@@ -50,6 +50,19 @@ pub struct Health {
     redis_heard: AtomicU64,
 }
 
+/// What a session begins with.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Began {
+    /// Everything is made anew.
+    pub(super) fresh: bool,
+    /// An earlier session, perhaps of another process, has begun that and not ended it.
+    pub(super) healing: bool,
+    /// The stream is known to be of the history that Redis mirrors.
+    pub(super) proved: bool,
+    /// Everything before this is in Redis.
+    pub(super) applied: Lsn,
+}
+
 /// Milliseconds since the process first asked.
 fn since() -> u64 {
     static START: LazyLock<Instant> = LazyLock::new(Instant::now);
@@ -57,14 +70,16 @@ fn since() -> u64 {
 }
 
 impl Health {
-    pub(super) fn began(&self, fresh: bool, proved: bool, applied: Lsn) {
+    pub(super) fn began(&self, began: Began) {
         self.sessions.fetch_add(1, Ordering::Relaxed);
-        self.unproved.store(!proved, Ordering::Release);
-        if fresh {
+        self.unproved.store(!began.proved, Ordering::Release);
+        if began.fresh {
             self.gaps.fetch_add(1, Ordering::Relaxed);
+        }
+        if began.fresh || began.healing {
             self.healing.store(true, Ordering::Release);
         }
-        self.applied.store(applied.0, Ordering::Release);
+        self.applied.store(began.applied.0, Ordering::Release);
         self.note_stream(None);
         self.note_redis();
         self.streaming.store(true, Ordering::Release);
@@ -191,11 +206,22 @@ impl Health {
 mod tests {
     use super::*;
 
+    fn proved(applied: u64) -> Began {
+        Began {
+            proved: true,
+            applied: Lsn(applied),
+            ..Began::default()
+        }
+    }
+
     #[test]
     fn it_is_ready_while_a_session_streams_and_nothing_is_healed() {
         let health = Health::default();
         assert!(health.ready().is_err());
-        health.began(true, true, Lsn(5));
+        health.began(Began {
+            fresh: true,
+            ..proved(5)
+        });
         assert!(health.ready().is_err_and(|why| why.contains("gap")));
         health.healed();
         assert_eq!(health.ready(), Ok(()));
@@ -204,9 +230,22 @@ mod tests {
     }
 
     #[test]
+    fn what_an_earlier_process_began_to_heal_is_not_ready_and_no_new_gap() {
+        let health = Health::default();
+        health.began(Began {
+            healing: true,
+            ..proved(5)
+        });
+        assert!(health.ready().is_err_and(|why| why.contains("gap")));
+        assert_eq!(health.gaps.load(Ordering::Relaxed), 0);
+        health.healed();
+        assert_eq!(health.ready(), Ok(()));
+    }
+
+    #[test]
     fn it_is_not_ready_before_the_history_is_known() {
         let health = Health::default();
-        health.began(false, false, Lsn(5));
+        health.began(Began::default());
         assert!(health.ready().is_err_and(|why| why.contains("reached")));
         health.proved();
         assert_eq!(health.ready(), Ok(()));
@@ -215,7 +254,7 @@ mod tests {
     #[test]
     fn lag_is_what_the_server_has_more() {
         let health = Health::default();
-        health.began(false, true, Lsn(5));
+        health.began(proved(5));
         health.note_stream(Some(Lsn(105)));
         health.note_applied(Lsn(25), Some(1));
         assert_eq!(health.lag_bytes(), 80);

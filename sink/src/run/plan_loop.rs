@@ -117,6 +117,7 @@ fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) ->
             Ok(input) => Some(input),
             Err(TryRecvError::Disconnected) => return Ok(()),
             Err(TryRecvError::Empty) => {
+                planning.note_healed();
                 let due = planning.is_advanced() && until_due(positioned).is_zero();
                 // While an EXEC is under way, what is complete waits for the next one: it would only stand in line.
                 if turns.outstanding == 0 && (planning.is_dirty() || due) {

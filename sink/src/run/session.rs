@@ -10,7 +10,7 @@ use crossbeam_channel::unbounded;
 
 use super::decide::Found;
 use super::handshake::{Handshake, shake};
-use super::health::Health;
+use super::health::{Began, Health};
 use super::plan_loop::{self, Channels};
 use super::planning::{Limits, Planning, Start};
 use super::shared::{Input, Phase, Shared};
@@ -111,10 +111,17 @@ pub(super) fn run(
         shared: Arc::clone(&shared),
     })?;
     let epoch = claim.epoch;
+    let stored = claim.stored.progress.as_ref();
+    let healing = stored.is_some_and(|progress| progress.resync || progress.healing);
     let mut writer = Writer::new(claim, keys.clone())?;
     writer.set_on_bad_row(config.on_bad_row);
     began();
-    health.began(fresh.is_some(), is_proved, start_lsn);
+    health.began(Began {
+        fresh: fresh.is_some(),
+        healing,
+        proved: is_proved,
+        applied: start_lsn,
+    });
 
     let (input_sender, input) = unbounded();
     let (segment_sender, segments) = unbounded();

@@ -25,7 +25,7 @@ use crate::continuity::Continuity;
 use crate::error::Error;
 use crate::gate::Gate;
 use crate::plan::{Mapping, Planner, RedisKeys, Scripts, Trust};
-use crate::progress::{Progress, Step, write_resync_begun};
+use crate::progress::{Progress, Step, write_healed, write_resync_begun};
 use crate::redis::{Segment, Stored};
 use crate::spool::Spool;
 use crate::transaction::{Commit, Transactions};
@@ -118,6 +118,8 @@ pub(super) struct Planning {
     last: Option<Commit>,
     /// The progress hash may hold a part.
     part_stored: bool,
+    /// The progress hash says that what was begun anew is not whole yet.
+    healing: bool,
     /// Something waits for an EXEC.
     dirty: bool,
     /// `lsn` rose by a keepalive alone.
@@ -184,6 +186,7 @@ impl Planning {
             lsn: progress.lsn,
             last: None,
             part_stored: progress.part.is_some(),
+            healing: progress.healing || progress.resync,
             dirty: false,
             advanced: false,
             out: VecDeque::new(),
@@ -235,6 +238,15 @@ impl Planning {
             return None;
         }
         self.out.pop_front()
+    }
+
+    /// Once everything is filled that was begun anew, the progress no longer says that it is not.
+    pub(super) fn note_healed(&mut self) {
+        if self.healing && !self.transactions.is_open() && self.backfill.is_idle() {
+            self.healing = false;
+            write_healed(self.assembly.batch().bookkeeping(), self.planner.keys());
+            self.dirty = true;
+        }
     }
 
     /// Hands out what is complete. Only between transactions.

@@ -301,6 +301,7 @@ impl Session {
 
     /// What is complete goes out.
     pub(super) fn flush(&mut self) {
+        self.planning.note_healed();
         if !self.hand_over() && (self.planning.is_dirty() || self.planning.is_advanced()) {
             self.planning.flush();
         }

@@ -85,9 +85,41 @@ fn a_resync_empties_caches_and_remembers_old_templates() {
             lines(&segment).contains(&"HDEL walmirror:{s}:progress resync".to_owned()),
             resync
         );
+        assert_eq!(
+            lines(&segment).contains(&"HSET walmirror:{s}:progress healing 1".to_owned()),
+            resync
+        );
         let cursor = &planning.registry.get(OID).unwrap().cursor;
         assert_eq!(cursor.old_keys, ["old:{id}"]);
     }
+}
+
+/// A restart in the middle of a resync said that all was well, because only the process that had begun it knew.
+#[test]
+fn the_progress_says_that_a_resync_is_not_at_its_end() {
+    let mut stored = settled();
+    if let Some(progress) = &mut stored.progress {
+        progress.healing = true;
+        progress
+            .cursors
+            .insert(OID, fenced(Cursor::start(1, Vec::new())).to_json());
+    }
+    let mut planning = planning(stored, 1 << 20, 1 << 24);
+    let healed = "HDEL walmirror:{s}:progress healing".to_owned();
+    planning.backfill.note_reconciled(0);
+    planning.note_healed();
+    assert!(!flushed(&mut planning).contains(&healed));
+    let window = Arc::new(Window::default());
+    let last = chunk(&planning, 1, rows(&[]), Some(fenced(Cursor::done(1))), &window);
+    planning.chunk(last);
+    planning.chunks.release(1);
+    planning.piece().unwrap();
+    planning.note_healed();
+    let lines = flushed(&mut planning);
+    let at = |sign: &str| lines.iter().position(|line| line.contains(sign));
+    assert!(at("\"done\"") < at(&healed) && at(&healed).is_some(), "{lines:?}");
+    planning.note_healed();
+    assert!(flushed(&mut planning).is_empty());
 }
 
 /// Found by the simulator: the keys of a cached table stayed when its label changed in a transaction of which a part was on
