@@ -240,6 +240,21 @@ fn doctor_warns_of_a_gap_and_where_no_sink_streams() {
     );
 }
 
+/// The story: doctor printed FAIL, and below it that all was well, with exit code 0.
+#[test]
+fn doctor_fails_with_a_damaged_progress_key() {
+    let mirror = Mirror::with(TABLE);
+    mirror.sink(Sink::terminate);
+    let key = format!("walmirror:{{{}}}:progress", mirror.db.name);
+    let _: i64 = mirror.redis.command(&format!("HSET {key} lsn garbage"));
+    let (code, told) = mirror.run(&["doctor"]);
+    assert_eq!(code, Some(4), "{told}");
+    assert!(
+        told.contains("FAIL  ") && told.contains("UNLINK") && !told.contains("all is well"),
+        "{told}"
+    );
+}
+
 /// The story: doctor looked at nothing that the user's rights forbid, and failed with the rights that it had advised itself.
 #[test]
 fn doctor_asks_for_the_rights_of_the_user_and_passes_with_those_it_advises() {

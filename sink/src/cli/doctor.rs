@@ -20,12 +20,13 @@ pub fn run(options: &Options) -> Result<(), Error> {
         .as_ref()
         .map(|url| checks_redis::redis(url, &slot, &templates, conninfo, false));
     let redis = print("Redis", exit::REDIS, redis)?;
-    let mut warnings = postgres.warnings + redis.warnings;
-    if let (Some(conninfo), None, None) = (conninfo, &postgres.failure, &redis.failure) {
-        let mirror = checks_mirror::mirror(conninfo, url.as_ref(), &slot);
-        warnings += print("slot and Redis", exit::POSTGRES, Some(mirror))?.warnings;
-    }
-    match postgres.failure.or(redis.failure) {
+    let mirror = match (conninfo, &postgres.failure, &redis.failure) {
+        (Some(conninfo), None, None) => Some(checks_mirror::mirror(conninfo, url.as_ref(), &slot)),
+        _ => None,
+    };
+    let mirror = print("slot and Redis", exit::POSTGRES, mirror)?;
+    let warnings = postgres.warnings + redis.warnings + mirror.warnings;
+    match postgres.failure.or(redis.failure).or(mirror.failure) {
         Some(error) => Err(error),
         None if warnings == 0 => say("all is well"),
         None => say(format!(
