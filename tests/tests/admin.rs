@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use walmirror_tests::{DEADLINE, Mirror, Signal, Sink, free_port, wait_for};
+use walmirror_tests::{DEADLINE, Db, Dir, Mirror, Pg, Redis, Signal, Sink, free_port, wait_for};
 
 /// An address that nobody listens on now.
 fn free_address() -> String {
@@ -228,7 +228,7 @@ fn doctor_warns_of_a_gap_and_where_no_sink_streams() {
     mirror.sink(Sink::terminate);
     let told = doctor();
     assert!(
-        told.contains("WARN  sink                     no sink streams")
+        told.contains("WARN  sink                     nobody streams from the slot")
             && told.contains("ok    slot and Redis           they fit together"),
         "{told}"
     );
@@ -238,6 +238,38 @@ fn doctor_warns_of_a_gap_and_where_no_sink_streams() {
         told.contains("WARN  slot and Redis           they do not fit together: the slot exists, but Redis has no progress"),
         "{told}"
     );
+}
+
+/// The story: all was well with a Redis that took no more writes, and no sink ran, said doctor of one that tried and tried.
+#[test]
+fn doctor_fails_with_a_redis_that_takes_no_writes() {
+    let redis = Redis::start_with(&["--save", "3600 1000000", "--enable-protected-configs", "yes"]);
+    let mirror = Mirror::between(Db::create(Pg::shared()), redis);
+    mirror.sql(TABLE);
+    mirror.start();
+    mirror.settle();
+    let doctor = |says: &str| {
+        let (code, told) = mirror.run(&["doctor"]);
+        assert_eq!(code, Some(4), "{told}");
+        assert!(told.contains(says), "{told}");
+    };
+    let set = |name: &str, value: &str| {
+        let _: String = mirror.redis.command(&format!("CONFIG SET {name} {value}"));
+    };
+    set("maxmemory", "1kb");
+    doctor("FAIL  Redis memory             Redis refuses writes: it is full");
+    set("maxmemory", "0");
+    let dir = Dir::new("gone");
+    let path = dir.path().join("dump");
+    std::fs::create_dir_all(&path).unwrap();
+    set("dir", &path.display().to_string());
+    std::fs::remove_dir_all(&path).unwrap();
+    let _: String = mirror.redis.command("BGSAVE");
+    wait_for(DEADLINE, "the snapshot to fail", || {
+        let info: String = mirror.redis.command("INFO persistence");
+        info.contains("rdb_last_bgsave_status:err").then_some(())
+    });
+    doctor("FAIL  Redis persistence        Redis refuses writes: it could not save");
 }
 
 /// The story: doctor printed FAIL, and below it that all was well, with exit code 0.

@@ -376,7 +376,7 @@ fn what_cannot_be_told_is_exit_code_2() {
     let (code, output) = walmirror(&m, &["backfill"]);
     assert_eq!(code, 3, "{output}");
     assert!(
-        output.contains("no sink streams") && output.contains("next: walmirror run"),
+        output.contains("nobody streams") && output.contains("next: walmirror run"),
         "{output}"
     );
     m.sink(Sink::restart);

@@ -47,7 +47,7 @@ pub fn run(options: &Options, args: &BackfillArgs, shutdown: &Shutdown) -> Resul
     let info = slot_info(&mut sql, slot.as_str())?;
     if !info.is_some_and(|info| info.active) {
         return Err(Error::setup(format!(
-            "no sink streams from the slot {slot}: only a running one can fill a table"
+            "nobody streams from the slot {slot}: no sink runs, or it cannot go on (its log tells why); only a sink can fill a table"
         ))
         .next(format!(
             "walmirror run --slot {slot} …   # fills by itself what is missing"

@@ -32,7 +32,9 @@ fn sink(slot: &SlotName, info: &SlotInfo) -> Outcome {
     match info.active_pid {
         Some(pid) => Outcome::Ok(format!("one streams, served by process {pid}")),
         None => Outcome::Warn(
-            format!("no sink streams from the slot {slot}: nothing is mirrored, and the slot keeps WAL"),
+            format!(
+                "nobody streams from the slot {slot}, so that it keeps WAL: no sink runs, or it cannot go on (its log tells why)"
+            ),
             format!("walmirror run --slot {slot} …"),
         ),
     }

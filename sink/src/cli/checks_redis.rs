@@ -36,7 +36,12 @@ pub fn redis(
 ) -> Result<Vec<Check>, Error> {
     let mut connection = connect(url)?;
     let mut checks = match connection.call("read INFO", &[b"INFO"]) {
-        Ok(reply) => server(url, &info(&reply)),
+        Ok(reply) => {
+            let stops = redis::setting(&mut connection, "stop-writes-on-bgsave-error")?;
+            let saves = redis::setting(&mut connection, "save")?;
+            let stops = stops.map(|stops| stops == "yes" && saves.as_deref() != Some(""));
+            server(url, &info(&reply), stops)
+        }
         // The sink itself does not need it.
         Err(error) if error.to_string().contains("NOPERM") => vec![Check {
             name: "Redis",
@@ -61,10 +66,13 @@ pub fn redis(
     Ok(checks)
 }
 
-/// What INFO says of the server.
-fn server(url: &RedisUrl, info: &HashMap<String, String>) -> Vec<Check> {
+/// What INFO says of the server. `stops`: whether it takes no writes while it cannot save, where it tells.
+fn server(url: &RedisUrl, info: &HashMap<String, String>, stops: Option<bool>) -> Vec<Check> {
     let get = |name: &str| info.get(name).map(String::as_str).unwrap_or_default();
-    let mut checks = vec![
+    let number = |name: &str| get(name).parse::<u64>().unwrap_or(0);
+    // As Redis counts it: what waits for replicas and for the append-only file is not of the limit.
+    let used = number("used_memory").saturating_sub(number("mem_not_counted_for_evict"));
+    vec![
         Check {
             name: "Redis",
             outcome: version(url, get("redis_version")),
@@ -75,19 +83,18 @@ fn server(url: &RedisUrl, info: &HashMap<String, String>) -> Vec<Check> {
         },
         Check {
             name: "Redis memory",
-            outcome: memory(get("maxmemory"), get("maxmemory_policy")),
+            outcome: memory(get("maxmemory"), get("maxmemory_policy"), used),
         },
-    ];
-    let persistence = if get("aof_enabled") == "1" {
-        "append-only file"
-    } else {
-        "snapshots, or none"
-    };
-    checks.push(Check {
-        name: "Redis persistence",
-        outcome: Outcome::Ok(persistence.into()),
-    });
-    checks
+        Check {
+            name: "Redis persistence",
+            outcome: persistence(
+                get("aof_enabled") == "1",
+                get("aof_last_write_status"),
+                get("rdb_last_bgsave_status"),
+                stops,
+            ),
+        },
+    ]
 }
 
 /// Whose mirror it is, if it is another one's. What cannot be looked at has a check of its own.
@@ -140,14 +147,58 @@ fn role(role: &str, mode: &str) -> Outcome {
     }
 }
 
-fn memory(limit: &str, policy: &str) -> Outcome {
-    if !evicts(limit, policy) {
-        return Outcome::Ok(format!("maxmemory {limit}, policy {policy}"));
+fn memory(limit: &str, policy: &str, used: u64) -> Outcome {
+    if evicts(limit, policy) {
+        return Outcome::Fail(
+            format!("maxmemory-policy is {policy}: Redis would evict mirrored rows, or the progress key"),
+            "redis-cli CONFIG SET maxmemory-policy noeviction".into(),
+        );
     }
-    Outcome::Fail(
-        format!("maxmemory-policy is {policy}: Redis would evict mirrored rows, or the progress key"),
-        "redis-cli CONFIG SET maxmemory-policy noeviction".into(),
-    )
+    let next = "redis-cli CONFIG SET maxmemory 4gb   # what the machine can spare; 0: no limit";
+    let bytes = limit.parse().unwrap_or(0);
+    if bytes > 0 && used >= bytes {
+        return Outcome::Fail(
+            format!("Redis refuses writes: it is full, used_memory {used} of maxmemory {bytes}"),
+            next.into(),
+        );
+    }
+    if bytes > 0 && used >= bytes / 10 * 9 {
+        return Outcome::Warn(
+            format!("Redis is almost full, used_memory {used} of maxmemory {bytes}: then it refuses writes"),
+            next.into(),
+        );
+    }
+    Outcome::Ok(format!("maxmemory {limit}, policy {policy}"))
+}
+
+/// Whether Redis can write its files: where it cannot, it takes no more writes, or what it holds is gone when it ends.
+fn persistence(appends: bool, appended: &str, saved: &str, stops: Option<bool>) -> Outcome {
+    let next = "redis-cli CONFIG GET dir   # is there room, and may Redis write there? Its log tells";
+    if appends && appended == "err" {
+        return Outcome::Fail(
+            "Redis refuses writes: it cannot write its append-only file (aof_last_write_status err)".into(),
+            next.into(),
+        );
+    }
+    if saved == "err" {
+        let next = format!("{next}; then BGSAVE");
+        return match stops {
+            Some(true) => Outcome::Fail(
+                "Redis refuses writes: it could not save its last snapshot (rdb_last_bgsave_status err)".into(),
+                next,
+            ),
+            Some(false) => Outcome::Warn(
+                "Redis could not save its last snapshot (rdb_last_bgsave_status err)".into(),
+                next,
+            ),
+            None => Outcome::Warn(
+                "Redis could not save its last snapshot (rdb_last_bgsave_status err): it refuses writes where stop-writes-on-bgsave-error is yes"
+                    .into(),
+                next,
+            ),
+        };
+    }
+    Outcome::Ok(if appends { "append-only file" } else { "snapshots, or none" }.into())
 }
 
 fn bookkeeping(connection: &mut Connection, slot: &SlotName) -> Check {
@@ -194,9 +245,9 @@ mod tests {
     #[test]
     fn eviction_cluster_replica_and_old_versions_fail() {
         let failed = |outcome| matches!(outcome, Outcome::Fail(..));
-        assert!(failed(memory("1000", "allkeys-lru")));
-        assert!(!failed(memory("0", "allkeys-lru")));
-        assert!(!failed(memory("1000", "noeviction")));
+        assert!(failed(memory("1000", "allkeys-lru", 0)));
+        assert!(!failed(memory("0", "allkeys-lru", 5000)));
+        assert!(!failed(memory("1000", "noeviction", 899)));
         assert!(failed(role("master", "cluster")));
         assert!(failed(role("slave", "standalone")));
         assert!(!failed(role("master", "standalone")));
@@ -215,6 +266,25 @@ mod tests {
         ] {
             assert_eq!(failed(text), is_old, "{text}");
         }
+    }
+
+    #[test]
+    fn a_redis_that_takes_no_writes_fails() {
+        let full = |used| memory("1000", "noeviction", used);
+        assert!(matches!(full(1000), Outcome::Fail(text, _) if text.contains("refuses writes")));
+        assert!(matches!(full(900), Outcome::Warn(..)));
+        let fails = |outcome| matches!(outcome, Outcome::Fail(text, _) if text.contains("refuses writes"));
+        assert!(fails(persistence(true, "err", "ok", Some(true))));
+        assert!(!fails(persistence(false, "err", "ok", Some(true))));
+        assert!(fails(persistence(false, "ok", "err", Some(true))));
+        for stops in [Some(false), None] {
+            let outcome = persistence(true, "ok", "err", stops);
+            assert!(matches!(outcome, Outcome::Warn(..)), "{stops:?}");
+        }
+        assert_eq!(
+            persistence(true, "ok", "ok", None),
+            Outcome::Ok("append-only file".into())
+        );
     }
 
     #[test]

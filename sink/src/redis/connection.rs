@@ -125,7 +125,7 @@ pub fn value_limit(connection: &mut Connection) -> Result<usize, Error> {
 }
 
 /// What CONFIG GET says; None where it says nothing, as where the login may not ask.
-pub(super) fn setting(connection: &mut Connection, name: &str) -> Result<Option<String>, Error> {
+pub fn setting(connection: &mut Connection, name: &str) -> Result<Option<String>, Error> {
     let fields = pairs(connection.ask(&[b"CONFIG", b"GET", name.as_bytes()])?);
     Ok(fields.into_iter().next().and_then(|(_, value)| match value {
         Value::BulkString(text) => String::from_utf8(text).ok(),
