@@ -272,6 +272,38 @@ fn doctor_fails_with_a_redis_that_takes_no_writes() {
     doctor("FAIL  Redis persistence        Redis refuses writes: it could not save");
 }
 
+/// The story: a Redis that was busy with a script was a refusal to doctor, which advised its own help.
+#[test]
+fn doctor_ends_as_with_a_redis_that_is_away_where_it_is_busy() {
+    let redis = Redis::start_with(&["--lua-time-limit", "100"]);
+    let mirror = Mirror::between(Db::create(Pg::shared()), redis);
+    let client = mirror.redis.client();
+    let spinning = std::thread::spawn(move || {
+        let mut connection = client.get_connection().unwrap();
+        let _ = redis::cmd("EVAL")
+            .arg("while true do end")
+            .arg(0)
+            .exec(&mut connection);
+    });
+    wait_for(DEADLINE, "Redis to be busy", || {
+        redis::cmd("PING")
+            .exec(&mut mirror.redis.client().get_connection().ok()?)
+            .err()
+    });
+    let (code, told) = mirror.run(&["doctor"]);
+    assert_eq!(code, Some(5), "{told}");
+    let port = mirror.redis.port();
+    assert!(
+        told.contains(&format!("next: redis-cli -h 127.0.0.1 -p {port} SCRIPT KILL")),
+        "{told}"
+    );
+    redis::cmd("SCRIPT")
+        .arg("KILL")
+        .exec(&mut mirror.redis.connect())
+        .unwrap();
+    spinning.join().unwrap();
+}
+
 /// The story: doctor printed FAIL, and below it that all was well, with exit code 0.
 #[test]
 fn doctor_fails_with_a_damaged_progress_key() {
@@ -322,6 +354,12 @@ fn doctor_asks_for_the_rights_of_the_user_and_passes_with_those_it_advises() {
         .lines()
         .next()
         .unwrap();
+    // A shell would read it as a pipe, and give all of CONFIG.
+    assert!(
+        advice.contains("'~*'") && advice.ends_with("'+config|get'"),
+        "{advice}"
+    );
+    let advice = &advice.replace('\'', "");
     let (code, told) = doctor("~walmirror:* +@all");
     assert_eq!(code, Some(4), "{told}");
     assert!(told.contains("HSET t:1"), "{told}");

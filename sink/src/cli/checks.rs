@@ -6,7 +6,7 @@ use std::fmt;
 use super::checks_server as server;
 use super::checks_slot::{free, retained_outcome, slot_outcome};
 use super::checks_tables as tables;
-use crate::config::{Conninfo, SlotName};
+use crate::config::{Conninfo, RedisUrl, SlotName};
 use crate::error::Error;
 use crate::pq::{Connection, PqError, connect_failed, quote_identifier};
 use crate::replication;
@@ -41,6 +41,18 @@ impl Check {
     pub fn warned(&self) -> bool {
         matches!(self.outcome, Outcome::Warn(..))
     }
+
+    /// The same with a command that is for this Redis.
+    pub fn at(mut self, url: Option<&RedisUrl>) -> Self {
+        let next = match &mut self.outcome {
+            Outcome::Note(_, Some(next)) | Outcome::Warn(_, next) | Outcome::Fail(_, next) => Some(next),
+            Outcome::Ok(_) | Outcome::Note(_, None) => None,
+        };
+        if let Some((next, url)) = next.zip(url) {
+            *next = url.complete(next);
+        }
+        self
+    }
 }
 
 impl fmt::Display for Check {
@@ -63,7 +75,7 @@ impl fmt::Display for Check {
 pub fn from_error(name: &'static str, error: &Error) -> Check {
     let next = error
         .next_command()
-        .unwrap_or("walmirror doctor --help")
+        .unwrap_or("walmirror doctor --log-level debug")
         .to_owned();
     Check {
         name,

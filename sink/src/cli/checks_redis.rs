@@ -50,6 +50,10 @@ pub fn redis(
                 error.next_command().map(str::to_owned),
             ),
         }],
+        // It is busy, or reads its file.
+        Err(error) if error.class() == Class::Retry => {
+            return Err(error.next(format!("{} PING", url.redis_cli())));
+        }
         // A connection without a password may be made and yet not be allowed anything.
         Err(error) => return Ok(vec![from_error("Redis", &error)]),
     };
@@ -198,7 +202,14 @@ fn persistence(appends: bool, appended: &str, saved: &str, stops: Option<bool>) 
             ),
         };
     }
-    Outcome::Ok(if appends { "append-only file" } else { "snapshots, or none" }.into())
+    Outcome::Ok(
+        if appends {
+            "append-only file"
+        } else {
+            "snapshots, or none"
+        }
+        .into(),
+    )
 }
 
 fn bookkeeping(connection: &mut Connection, slot: &SlotName) -> Check {

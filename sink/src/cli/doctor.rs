@@ -2,7 +2,7 @@
 
 use super::checks::{self, Check};
 use super::{checks_mirror, checks_redis, checks_tables, say};
-use crate::config::Options;
+use crate::config::{Options, RedisUrl};
 use crate::error::{Error, exit};
 
 /// Prints the checks; the error sums up what failed.
@@ -14,17 +14,16 @@ pub fn run(options: &Options) -> Result<(), Error> {
     let url = options.redis_if_given()?;
     let conninfo = options.postgres.as_ref();
     let postgres = conninfo.map(|conninfo| checks::postgres(conninfo, &slot));
-    let postgres = print("server", exit::POSTGRES, postgres)?;
+    let url = url.as_ref();
+    let postgres = print("server", exit::POSTGRES, postgres, url)?;
     let templates = conninfo.map(checks_tables::templates).unwrap_or_default();
-    let redis = url
-        .as_ref()
-        .map(|url| checks_redis::redis(url, &slot, &templates, conninfo, false));
-    let redis = print("Redis", exit::REDIS, redis)?;
+    let redis = url.map(|url| checks_redis::redis(url, &slot, &templates, conninfo, false));
+    let redis = print("Redis", exit::REDIS, redis, url)?;
     let mirror = match (conninfo, &postgres.failure, &redis.failure) {
-        (Some(conninfo), None, None) => Some(checks_mirror::mirror(conninfo, url.as_ref(), &slot)),
+        (Some(conninfo), None, None) => Some(checks_mirror::mirror(conninfo, url, &slot)),
         _ => None,
     };
-    let mirror = print("slot and Redis", exit::POSTGRES, mirror)?;
+    let mirror = print("slot and Redis", exit::POSTGRES, mirror, url)?;
     let warnings = postgres.warnings + redis.warnings + mirror.warnings;
     match postgres.failure.or(redis.failure).or(mirror.failure) {
         Some(error) => Err(error),
@@ -44,18 +43,22 @@ pub struct Summary {
     pub warnings: usize,
 }
 
-/// Prints the checks of one server, an unreachable one as a check that failed.
+/// Prints the checks of one server, an unreachable one as a check that failed. Commands for Redis are for the one of `url`.
 pub fn print(
     name: &'static str,
     exit_code: u8,
     checks: Option<Result<Vec<Check>, Error>>,
+    url: Option<&RedisUrl>,
 ) -> Result<Summary, Error> {
-    let checks = match checks {
+    let checks: Vec<Check> = match checks {
         None => return Ok(Summary::default()),
-        Some(Ok(checks)) => checks,
+        Some(Ok(checks)) => checks.into_iter().map(|check| check.at(url)).collect(),
         Some(Err(error)) => {
-            say(checks::from_error(name, &error))?;
-            let failure = Error::checks("there is no connection to check through", error.exit_code());
+            say(checks::from_error(name, &error).at(url))?;
+            let failure = Error::checks(
+                format!("{name}: not everything could be looked at"),
+                error.exit_code(),
+            );
             return Ok(Summary {
                 failure: Some(failure),
                 warnings: 0,

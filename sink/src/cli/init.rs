@@ -19,10 +19,16 @@ use crate::shutdown::Shutdown;
 pub fn run(options: &Options, shutdown: &Shutdown) -> Result<(), Error> {
     let (conninfo, slot) = (options.postgres()?, options.slot());
     let redis = options.redis_if_given()?;
-    let postgres = print("server", exit::POSTGRES, Some(checks::postgres(&conninfo, &slot)))?;
+    let url = redis.as_ref();
+    let postgres = print(
+        "server",
+        exit::POSTGRES,
+        Some(checks::postgres(&conninfo, &slot)),
+        url,
+    )?;
     let templates = checks_tables::templates(&conninfo);
-    let redis_checks = redis.map(|url| checks_redis::redis(&url, &slot, &templates, Some(&conninfo), true));
-    let redis_checks = print("Redis", exit::REDIS, redis_checks)?;
+    let redis_checks = url.map(|url| checks_redis::redis(url, &slot, &templates, Some(&conninfo), true));
+    let redis_checks = print("Redis", exit::REDIS, redis_checks, url)?;
     if let Some(error) = postgres.failure.or(redis_checks.failure) {
         return Err(error);
     }

@@ -133,7 +133,10 @@ fn report(error: &Error, given: &Options) {
     let message = clean(error.to_string());
     let next = error
         .next_command()
-        .map(|next| clean(next.to_owned()))
+        .map(|next| {
+            let url = given.redis.as_ref();
+            url.map_or_else(|| clean(next.to_owned()), |url| clean(url.complete(next)))
+        })
         .or_else(|| next_command(error, given));
     let code = error.exit_code();
     if given.log_format == Some(LogFormat::Json) {

@@ -63,6 +63,34 @@ impl RedisUrl {
         }
     }
 
+    /// A command that begins with `redis-cli` as one for this server. The login is left to whoever types it: what has to be
+    /// done there is mostly not what the sink's own user may do. The user is filled in where the command is about it.
+    pub fn complete(&self, command: &str) -> String {
+        let info = redis::IntoConnectionInfo::into_connection_info(self.0.as_str());
+        let Some((command, info)) = command.strip_prefix("redis-cli ").zip(info.ok()) else {
+            return command.to_owned();
+        };
+        if command.starts_with('-') {
+            return format!("redis-cli {command}");
+        }
+        let at = match info.addr() {
+            redis::ConnectionAddr::Unix(path) => format!(" -s {}", word(&path.display().to_string())),
+            redis::ConnectionAddr::TcpTls { host, port, .. } => {
+                format!(" -h {} -p {port} --tls", word(host))
+            }
+            redis::ConnectionAddr::Tcp(host, port) => format!(" -h {} -p {port}", word(host)),
+            _ => String::new(),
+        };
+        let settings = info.redis_settings();
+        let database = match settings.db() {
+            0 => String::new(),
+            number => format!(" -n {number}"),
+        };
+        let user = word(settings.username().unwrap_or("default"));
+        let command = command.replace(&word(crate::redis::THE_USER), &user);
+        format!("redis-cli{at}{database} {command}")
+    }
+
     /// Says what is wrong with the URL, without repeating it.
     ///
     /// Not part of reading it, because clap repeats a value that cannot be read, password and all.
@@ -333,6 +361,7 @@ mod tests {
         }
         let url: RedisUrl = "redis+unix:///tmp/x.sock?pass=geheim".parse().unwrap();
         assert_eq!(url.redis_cli(), "redis-cli -s /tmp/x.sock");
+        assert_eq!(url.complete("redis-cli INFO"), "redis-cli -s /tmp/x.sock INFO");
         for wrong in [
             "localhost:6379",
             "http://localhost",
@@ -361,6 +390,36 @@ mod tests {
             "unix:///tmp/x.sock",
         ] {
             assert_eq!(right.parse::<RedisUrl>().unwrap().check(), Ok(()), "{right}");
+        }
+    }
+
+    #[test]
+    fn a_command_for_redis_cli_is_one_for_this_server() {
+        for (url, command, want) in [
+            ("redis://h", "redis-cli INFO", "redis-cli -h h -p 6379 INFO"),
+            (
+                "rediss://u:geheim@h:1/2",
+                "redis-cli UNLINK 'a b'",
+                "redis-cli -h h -p 1 --tls -n 2 UNLINK 'a b'",
+            ),
+            (
+                "redis://a%20b:geheim@h",
+                "redis-cli ACL SETUSER '<user>' '~*'",
+                "redis-cli -h h -p 6379 ACL SETUSER 'a b' '~*'",
+            ),
+            (
+                "redis://:geheim@h",
+                "redis-cli ACL SETUSER '<user>'",
+                "redis-cli -h h -p 6379 ACL SETUSER default",
+            ),
+            (
+                "redis://h",
+                "redis-cli -u redis://h PING",
+                "redis-cli -u redis://h PING",
+            ),
+            ("redis://h", "walmirror doctor", "walmirror doctor"),
+        ] {
+            assert_eq!(url.parse::<RedisUrl>().unwrap().complete(command), want);
         }
     }
 

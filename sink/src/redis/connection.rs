@@ -6,7 +6,7 @@ use std::time::Duration;
 use redis::io::tcp::TcpSettings;
 use redis::{IntoConnectionInfo, RedisResult, Value};
 
-use super::error::{client_error, reply_error};
+use super::error::{client_error, reply_error, wrong_type};
 use crate::config::RedisUrl;
 use crate::error::Error;
 use crate::resp::Commands;
@@ -86,7 +86,13 @@ impl Connection {
     /// Runs one command; an error reply is an error, which says `what` could not be done.
     pub fn call(&mut self, what: &str, args: &[&[u8]]) -> Result<Value, Error> {
         match self.ask(args)? {
-            Value::ServerError(reply) => Err(reply_error(format!("Redis refuses: cannot {what}"), &reply)),
+            Value::ServerError(reply) => {
+                let what = format!("Redis refuses: cannot {what}");
+                Err(match args.get(1).filter(|_| reply.code() == "WRONGTYPE") {
+                    Some(key) => wrong_type(what, &reply, key),
+                    None => reply_error(what, &reply),
+                })
+            }
             value => Ok(value),
         }
     }

@@ -6,6 +6,7 @@ use redis::{ErrorKind, RedisError, ServerError};
 
 use super::connection::REPLY_TIMEOUT;
 use crate::error::{Class, Error};
+use crate::shell::word;
 
 /// The class of an error reply.
 pub fn class_of(code: &str, detail: Option<&str>) -> Class {
@@ -61,24 +62,30 @@ fn next_command(code: &str) -> Option<String> {
         "NOAUTH" => Some("walmirror run --redis redis://user:password@host:6379/0 …"),
         "WRONGPASS" => Some("redis-cli ACL WHOAMI   # with the user and password of --redis"),
         "NOPERM" => {
-            return Some(rights_command("<user>"));
+            return Some(rights_command(THE_USER));
         }
-        "WRONGTYPE" => {
-            Some("redis-cli TYPE <key>   # if nobody needs it: UNLINK <key>, then start walmirror again")
-        }
+        "WRONGTYPE" => Some(
+            "walmirror status   # a key of a mirrored row, or of the sink's own, is of another type: who writes it?",
+        ),
         "MOVED" | "ASK" | "CROSSSLOT" => {
             Some("redis-cli INFO cluster   # a Redis Cluster is not supported yet: give a single Redis")
         }
+        "BUSY" => Some("redis-cli SCRIPT KILL   # a script runs for longer than busy-reply-threshold"),
+        "LOADING" => Some("redis-cli INFO persistence   # loading_eta_seconds: until it has read its file"),
         "DENIED" => Some("redis-cli CONFIG GET protected-mode"),
         _ => None,
     };
     command.map(str::to_owned)
 }
 
+/// Stands for a user that is not known where the command is made: [`crate::config::RedisUrl::complete`] knows it.
+pub const THE_USER: &str = "<user>";
+
 /// What gives a user the rights that the sink uses, and `doctor`, which reads INFO and settings.
 pub fn rights_command(user: &str) -> String {
+    let user = word(user);
     format!(
-        "redis-cli ACL SETUSER {user} ~* +@read +@write +@transaction +@scripting +@connection +info +config|get"
+        "redis-cli ACL SETUSER {user} '~*' +@read +@write +@transaction +@scripting +@connection +info '+config|get'"
     )
 }
 
@@ -94,6 +101,20 @@ pub fn reply_error(what: impl Into<String>, reply: &ServerError) -> Error {
         Some(command) => error.next(command),
         None => error,
     }
+}
+
+/// The same for a key of the sink's own, which somebody else has put there.
+pub(super) fn wrong_type(what: impl Into<String>, reply: &ServerError, key: &[u8]) -> Error {
+    let text = reply.details().unwrap_or_default();
+    let key = word(&String::from_utf8_lossy(key));
+    Error::redis(
+        what,
+        class_of(reply.code(), Some(text)),
+        format!("{} {text}", reply.code()),
+    )
+    .next(format!(
+        "redis-cli TYPE {key}   # if nobody needs it: UNLINK {key}, then start walmirror again"
+    ))
 }
 
 /// An answer that is none to this command: something on the way is not as it was sent. What was applied is in the progress, and a

@@ -6,7 +6,7 @@ use std::time::Duration;
 use walmirror_proto::Lsn;
 
 use super::decide::{Decision, Found, Server, decide, still_fits};
-use crate::config::{OnGap, RunConfig};
+use crate::config::{OnGap, RedisUrl, RunConfig};
 use crate::continuity::{Continuity, Last};
 use crate::error::{Class, Error};
 use crate::plan::RedisKeys;
@@ -57,7 +57,7 @@ pub(super) fn shake(
     let mut redis = Redis::connect(&config.redis)?;
     let stored = read_stored(&mut redis, keys)?;
     require_master(&mut redis)?;
-    warn_of_eviction(&mut redis)?;
+    warn_of_eviction(&mut redis, &config.redis)?;
     let extra = [("fallback_application_name", "walmirror")];
     let connect = |extra: &[(&str, &str)]| {
         Postgres::connect_interrupted_with(config.postgres.expose(), extra, interrupt.clone())
@@ -233,12 +233,12 @@ fn look_again(error: Error, slot: &str) -> Error {
 }
 
 /// Said once, as sessions may follow each other fast.
-fn warn_of_eviction(redis: &mut Redis) -> Result<(), Error> {
+fn warn_of_eviction(redis: &mut Redis, url: &RedisUrl) -> Result<(), Error> {
     static SAID: Once = Once::new();
     if let Some(policy) = eviction(redis)? {
         SAID.call_once(|| {
             tracing::warn!(
-                next = "redis-cli CONFIG SET maxmemory-policy noeviction",
+                next = url.complete("redis-cli CONFIG SET maxmemory-policy noeviction"),
                 "maxmemory-policy is {policy}: when it is full, Redis evicts mirrored rows, or the progress key"
             );
         });

@@ -107,7 +107,7 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
             tracing::warn!(next_attempt_in = ?pause, "{error}");
         } else {
             // Only a person can mend it, and this process need not be told when that is done.
-            tracing::error!(next_attempt_in = ?pause, next = error.next_command().unwrap_or_default(), "{error}");
+            tracing::error!(next_attempt_in = ?pause, next = config.redis.complete(error.next_command().unwrap_or_default()), "{error}");
         }
         if shutdown.sleep(pause) {
             return Ok(());

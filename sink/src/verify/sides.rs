@@ -96,7 +96,10 @@ impl Sides {
                 "the sink is busy or stuck",
                 format!("walmirror status --slot {slot}"),
             ),
-            None => ("no sink runs, or it cannot go on (its log tells why)", format!("walmirror run --slot {slot} …")),
+            None => (
+                "no sink runs, or it cannot go on (its log tells why)",
+                format!("walmirror run --slot {slot} …"),
+            ),
         };
         Ok(Error::timeout(format!(
             "gave up after {:?}: Redis is at {at} and does not get to {target}: {why}",
