@@ -5,7 +5,7 @@ use walmirror_proto::pb;
 
 use super::sql::{Sql, explain};
 use crate::error::Error;
-use crate::pq::{Connection, quote_literal};
+use crate::pq::{Connection, quote_identifier, quote_literal};
 
 /// All labelled tables.
 #[derive(Debug, Default)]
@@ -64,9 +64,10 @@ impl Catalog {
         let statement = "SELECT relation, oidsend(oid), (SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
                          WHERE c.oid = r.oid), problem, \
                          (SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = r.oid) FROM walmirror.relations() r";
-        let result = connection
-            .query_binary(statement, &[])
-            .map_err(|error| explain("cannot list the mirrored tables", error))?;
+        let result = connection.query_binary(statement, &[]).map_err(|error| {
+            let role = quote_identifier(&connection.target().user);
+            explain("cannot list the mirrored tables", &role, error)
+        })?;
         let mut catalog = Self::default();
         for row in result.rows() {
             if let Some(bytes) = row.get(0) {

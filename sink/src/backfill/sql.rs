@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::Error;
 use crate::gate::Snapshot;
-use crate::pq::{Connection, PqError, QueryResult, Waker};
+use crate::pq::{Connection, PqError, QueryResult, Waker, connect_failed, quote_identifier};
 
 /// What every worker session sets. Rows must not be hidden by policies (better an error), waits for standbys must not
 /// hold markers up, and values read as text must look as the value contract says. Keys are given in arrays of texts, where an
@@ -44,13 +44,13 @@ fn id(result: QueryResult) -> Result<u64, Error> {
     id.ok_or_else(|| Error::bug("a transaction id cannot be read"))
 }
 
-/// Gives an error of the server the command that helps.
-pub(crate) fn explain(what: impl Into<String>, error: PqError) -> Error {
+/// Gives an error of the server the command that helps this role, whose name is quoted.
+pub(crate) fn explain(what: impl Into<String>, role: &str, error: PqError) -> Error {
     let next = match error.sqlstate.as_deref() {
         Some("42501") if error.message.contains("row-level security") => {
-            Some("ALTER ROLE <the role of this connection> BYPASSRLS;")
+            Some(format!("ALTER ROLE {role} BYPASSRLS;"))
         }
-        Some("42501") => Some("GRANT SELECT ON <table> TO <the role of this connection>;"),
+        Some("42501") => Some(format!("GRANT SELECT ON <table> TO {role};")),
         _ => None,
     };
     let error = Error::postgres(what, error);
@@ -60,18 +60,29 @@ pub(crate) fn explain(what: impl Into<String>, error: PqError) -> Error {
     }
 }
 
+/// The schema of a name that is quoted where it has to be.
+fn schema_of(name: &str) -> &str {
+    let mut is_quoted = false;
+    let end = name.find(|sign| {
+        is_quoted ^= sign == '"';
+        sign == '.' && !is_quoted
+    });
+    end.and_then(|end| name.get(..end)).unwrap_or(name)
+}
+
 impl Sql {
     pub(crate) fn connect(conninfo: &str, interrupt: Waker) -> Result<Self, Error> {
         let extra = [("fallback_application_name", "walmirror backfill")];
-        let mut connection = Connection::connect_interrupted_with(conninfo, &extra, interrupt)
-            .map_err(|error| Error::postgres("cannot connect to Postgres for the backfill", error))?;
+        let mut connection =
+            Connection::connect_interrupted_with(conninfo, &extra, interrupt).map_err(connect_failed)?;
+        let role = quote_identifier(&connection.target().user);
         connection
             .simple(SETTINGS)
-            .map_err(|error| explain("cannot prepare the session of the backfill", error))?;
+            .map_err(|error| explain("cannot prepare a session that reads tables", &role, error))?;
         let mut sql = Self {
             connection,
             any_bytes: false,
-            role: String::new(),
+            role,
         };
         let role = sql.query(
             "cannot tell the role of the session",
@@ -95,12 +106,15 @@ impl Sql {
     /// Like [`explain`] for an error of a statement about a table, whose quoted name the command that helps has to have.
     pub(crate) fn explain_table(&self, what: impl Into<String>, name: &str, error: PqError) -> Error {
         let role = &self.role;
-        let next = (error.is("42501") && !error.message.contains("row-level security"))
-            .then(|| format!("GRANT SELECT ON {name} TO {role};"));
-        match next {
-            Some(next) => Error::postgres(what, error).next(next),
-            None => explain(what, error),
+        if !error.is("42501") || error.message.contains("row-level security") {
+            return explain(what, role, error);
         }
+        let next = if error.message.contains("for schema ") {
+            format!("GRANT USAGE ON SCHEMA {} TO {role};", schema_of(name))
+        } else {
+            format!("GRANT SELECT ON {name} TO {role};")
+        };
+        Error::postgres(what, error).next(next)
     }
 
     /// Begins a transaction whose one snapshot every statement of it reads in, and says which one that is.
@@ -109,7 +123,7 @@ impl Sql {
         let results = self
             .connection
             .simple(sql)
-            .map_err(|error| explain("cannot take a snapshot", error))?;
+            .map_err(|error| explain("cannot take a snapshot", &self.role, error))?;
         let text = results
             .last()
             .and_then(|result| result.text(0, 0))
@@ -122,7 +136,7 @@ impl Sql {
         self.connection
             .simple("ROLLBACK")
             .map(drop)
-            .map_err(|error| explain("cannot end a snapshot", error))
+            .map_err(|error| explain("cannot end a snapshot", &self.role, error))
     }
 
     /// Writes a marker into the WAL. The transaction id that it takes makes the commit flush the WAL, so that the marker
@@ -145,7 +159,7 @@ impl Sql {
     ) -> Result<QueryResult, Error> {
         self.connection
             .query(sql, params)
-            .map_err(|error| explain(what, error))
+            .map_err(|error| explain(what, &self.role, error))
     }
 
     /// Waits until every transaction that runs now is over. What such a transaction did before the table was labelled
@@ -188,5 +202,21 @@ impl Sql {
             &[Some(xid.to_string().as_bytes())],
         )?;
         Ok(result.text(0, 0).unwrap_or("it has just ended").to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_schema_stands_before_the_dot_that_is_not_quoted() {
+        for (name, schema) in [
+            ("public.t", "public"),
+            ("\"My.Shop\".\"t.u\"", "\"My.Shop\""),
+            ("\"a\"\".b\".t", "\"a\"\".b\""),
+        ] {
+            assert_eq!(schema_of(name), schema);
+        }
     }
 }

@@ -1,10 +1,14 @@
-//! The checks of `doctor` that concern both sides: does somebody stream, and do the slot and Redis fit together.
+//! The checks of `doctor` that concern both sides: does somebody stream, do the slot and Redis fit together, is everything filled.
 
 use super::checks::{Check, Outcome};
 use super::checks_redis::connect;
+use crate::backfill::Cursor;
 use crate::config::{Conninfo, RedisUrl, SlotName};
 use crate::error::Error;
+use crate::plan::RedisKeys;
 use crate::pq::{Connection, connect_failed};
+use crate::progress::Progress;
+use crate::redis::read_stored;
 use crate::replication::{SlotInfo, slot_info};
 use crate::run::{Outlook, outlook};
 
@@ -19,11 +23,21 @@ pub fn mirror(conninfo: &Conninfo, redis: Option<&RedisUrl>, slot: &SlotName) ->
         });
     }
     if let Some(url) = redis {
-        let outlook = outlook(conninfo, &mut connect(url)?, slot.as_str())?;
+        let mut redis = connect(url)?;
+        let outlook = outlook(conninfo, &mut redis, slot.as_str())?;
+        let goes_on = outlook == Outlook::GoesOn;
         checks.push(Check {
             name: "slot and Redis",
             outcome: fit(slot, outlook),
         });
+        // Else they are to be filled, all of them.
+        if goes_on {
+            let progress = read_stored(&mut redis, &RedisKeys::new(slot.as_str()))?.progress;
+            checks.push(Check {
+                name: "filled tables",
+                outcome: filled(slot, &mut sql, &progress.unwrap_or_default())?,
+            });
+        }
     }
     Ok(checks)
 }
@@ -38,6 +52,35 @@ fn sink(slot: &SlotName, info: &SlotInfo) -> Outcome {
             format!("walmirror run --slot {slot} …"),
         ),
     }
+}
+
+/// Whether Redis has every row that was there before its table was mirrored.
+fn filled(slot: &SlotName, sql: &mut Connection, progress: &Progress) -> Result<Outcome, Error> {
+    let result = sql
+        .query(
+            "SELECT oid, relation FROM walmirror.mirrors WHERE mode = 'mirror' ORDER BY relation::text",
+            &[],
+        )
+        .map_err(|error| Error::postgres("cannot list the mirrored tables", error))?;
+    let is_done = |oid| {
+        let cursor = progress.cursor(oid).and_then(Cursor::parse);
+        cursor.is_some_and(|cursor| cursor.is_done())
+    };
+    let due: Vec<&str> = result
+        .rows()
+        .filter(|row| row.parse(0).is_none_or(|oid| !is_done(oid)))
+        .filter_map(|row| row.text(1))
+        .collect();
+    Ok(if due.is_empty() {
+        Outcome::Ok("all of them".into())
+    } else {
+        Outcome::Warn(
+            format!("{} not filled yet: {}", due.len(), due.join(", ")),
+            format!(
+                "walmirror status --slot {slot}   # how far they are; the sink's log tells what stops it"
+            ),
+        )
+    })
 }
 
 fn fit(slot: &SlotName, outlook: Outlook) -> Outcome {

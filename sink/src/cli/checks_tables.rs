@@ -1,4 +1,6 @@
-//! Checks of the mirrored tables: may they be read, and whole.
+//! Checks of the mirrored tables: may they be read, and whole. `backfill` asks that, too, before it waits for one.
+
+use std::collections::BTreeSet;
 
 use super::checks::{Outcome, value};
 use crate::backfill::{Catalog, Misfit};
@@ -66,28 +68,95 @@ pub fn row_security(connection: &mut Connection) -> Result<Outcome, PqError> {
     })
 }
 
+/// What a role may not read of the mirrored tables: they, or their partitions.
+#[derive(Debug, Default)]
+pub struct Unreadable {
+    /// As SQL writes it.
+    role: String,
+    /// Mirrored table, table that cannot be read, its schema if that may not be used either, whether SELECT is missing.
+    tables: Vec<(u32, String, Option<String>, bool)>,
+}
+
+impl Unreadable {
+    /// Leaves out what belongs to other mirrored tables.
+    pub fn of(mut self, is_meant: impl Fn(u32) -> bool) -> Self {
+        self.tables.retain(|(mirrored, ..)| is_meant(*mirrored));
+        self
+    }
+
+    /// What is wrong and what helps, if something is wrong.
+    pub fn told(&self) -> Option<(String, String)> {
+        let role = &self.role;
+        let names: BTreeSet<&str> = self.tables.iter().map(|(_, name, ..)| name.as_str()).collect();
+        let schemas: BTreeSet<&str> = self
+            .tables
+            .iter()
+            .filter_map(|(_, _, schema, _)| schema.as_deref())
+            .collect();
+        let lacking = self.tables.iter().filter(|(.., lacks_select)| *lacks_select);
+        let lacking: BTreeSet<&str> = lacking.map(|(_, name, ..)| name.as_str()).collect();
+        let mut grants = Vec::new();
+        for (right, objects) in [("USAGE ON SCHEMA", schemas), ("SELECT ON", lacking)] {
+            if !objects.is_empty() {
+                let objects: Vec<&str> = objects.into_iter().collect();
+                grants.push(format!("GRANT {right} {} TO {role};", objects.join(", ")));
+            }
+        }
+        let list: Vec<&str> = names.into_iter().collect();
+        (!list.is_empty()).then(|| {
+            let what = format!(
+                "the role {role} may not read {}, so that what is mirrored of it cannot be filled",
+                list.join(", ")
+            );
+            (what, grants.join(" "))
+        })
+    }
+}
+
+/// Asks for this role, or for that of the connection. A row that is read again is looked for in the mirrored table itself, the others
+/// are read in its partitions.
+pub fn unreadable(connection: &mut Connection, role: Option<&str>) -> Result<Unreadable, PqError> {
+    let sql = "SELECT m.oid, pg_catalog.format('%I.%I', n.nspname, c.relname), \
+               CASE WHEN NOT pg_catalog.has_schema_privilege(r.role, n.oid, 'USAGE') THEN pg_catalog.quote_ident(n.nspname) END, \
+               NOT s.is_given, pg_catalog.quote_ident(r.role) \
+               FROM (SELECT coalesce($1::name, current_user)) r(role), walmirror.mirrors m, \
+               LATERAL (SELECT m.oid UNION SELECT walmirror.leaves(m.oid)) l(oid) \
+               JOIN pg_catalog.pg_class c ON c.oid = l.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace, \
+               LATERAL (SELECT pg_catalog.has_table_privilege(r.role, c.oid, 'SELECT') OR NOT EXISTS ( \
+                   SELECT FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
+                   AND NOT pg_catalog.has_column_privilege(r.role, c.oid, a.attnum, 'SELECT'))) s(is_given) \
+               WHERE NOT s.is_given OR NOT pg_catalog.has_schema_privilege(r.role, n.oid, 'USAGE')";
+    let result = connection.query(sql, &[role.map(str::as_bytes)])?;
+    let mut found = Unreadable::default();
+    for row in result.rows() {
+        found.role = row.text(4).unwrap_or_default().to_owned();
+        found.tables.push((
+            row.parse(0).unwrap_or(0),
+            row.text(1).unwrap_or_default().to_owned(),
+            row.text(2).map(str::to_owned),
+            row.text(3) == Some("t"),
+        ));
+    }
+    Ok(found)
+}
+
 /// Whether this role may read every mirrored table.
 pub fn tables(connection: &mut Connection) -> Result<Outcome, PqError> {
     if !has_extension(connection)? {
         return Ok(Outcome::Note(NO_EXTENSION.into(), None));
     }
-    let sql = "SELECT m.relation, m.mode, m.key, current_user, pg_catalog.has_table_privilege(m.oid, 'SELECT') \
-               FROM walmirror.mirrors m ORDER BY m.relation::text";
-    let result = connection.query(sql, &[])?;
-    if let Some(row) = result.rows().find(|row| row.text(4) != Some("t")) {
-        let (table, role) = (row.text(0).unwrap_or_default(), row.text(3).unwrap_or_default());
-        return Ok(Outcome::Fail(
-            format!("the role {role} may not read {table}, so that it cannot be backfilled"),
-            format!("GRANT SELECT ON {table} TO {};", quote_identifier(role)),
-        ));
+    if let Some((what, next)) = unreadable(connection, None)?.told() {
+        return Ok(Outcome::Fail(what, next));
     }
+    let sql = "SELECT m.relation, m.key FROM walmirror.mirrors m ORDER BY m.relation::text";
+    let result = connection.query(sql, &[])?;
     let list: Vec<String> = result
         .rows()
         .map(|row| {
             format!(
                 "{} ({})",
                 row.text(0).unwrap_or_default(),
-                row.text(2).unwrap_or_default()
+                row.text(1).unwrap_or_default()
             )
         })
         .collect();
@@ -99,4 +168,31 @@ pub fn tables(connection: &mut Connection) -> Result<Outcome, PqError> {
     } else {
         Outcome::Ok(format!("{}: {}", list.len(), list.join(", ")))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_that_is_missing_is_one_line() {
+        let found = Unreadable {
+            role: "w".into(),
+            tables: vec![
+                (1, "a.t".into(), Some("a".into()), false),
+                (1, "a.t_1".into(), Some("a".into()), true),
+                (2, "b.u".into(), None, true),
+            ],
+        };
+        let (what, next) = found.told().unwrap_or_default();
+        assert!(what.contains("may not read a.t, a.t_1, b.u,"), "{what}");
+        assert_eq!(
+            next,
+            "GRANT USAGE ON SCHEMA a TO w; GRANT SELECT ON a.t_1, b.u TO w;"
+        );
+        let (what, next) = found.of(|mirrored| mirrored == 2).told().unwrap_or_default();
+        assert!(what.contains("may not read b.u,"), "{what}");
+        assert_eq!(next, "GRANT SELECT ON b.u TO w;");
+        assert_eq!(Unreadable::default().told(), None);
+    }
 }
