@@ -223,8 +223,9 @@ fn doctor_warns_of_a_gap_and_where_no_sink_streams() {
         assert_eq!(code, Some(0), "{output}");
         output
     };
-    let told = doctor();
-    assert!(told.ends_with("all is well\n"), "{told}");
+    wait_for(DEADLINE, "all to be well", || {
+        doctor().ends_with("all is well\n").then_some(())
+    });
     mirror.sink(Sink::terminate);
     let told = doctor();
     assert!(
@@ -315,6 +316,124 @@ fn doctor_fails_with_a_damaged_progress_key() {
     assert_eq!(code, Some(4), "{told}");
     assert!(
         told.contains("FAIL  ") && told.contains("UNLINK") && !told.contains("all is well"),
+        "{told}"
+    );
+}
+
+/// The story: doctor asked for SELECT on the labelled table alone, and said that all was well while a partition or a schema could not
+/// be read; and `backfill` waited for such a table for ever.
+#[test]
+fn tables_that_the_sink_may_not_read_are_told_of_with_what_helps() {
+    let mirror = Mirror::new();
+    let role = format!("reader_{}", mirror.db.name);
+    mirror.sql(&format!(
+        "CREATE ROLE {role} LOGIN REPLICATION; CREATE SCHEMA \"My Shop\"; \
+         CREATE TABLE \"My Shop\".orders (id int PRIMARY KEY); INSERT INTO \"My Shop\".orders VALUES (1); \
+         CREATE TABLE p (id int PRIMARY KEY) PARTITION BY RANGE (id); \
+         CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (0) TO (10); INSERT INTO p VALUES (1); \
+         CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1); \
+         SELECT walmirror.mirror('\"My Shop\".orders'), walmirror.mirror('p'), walmirror.mirror('t'); \
+         GRANT SELECT ON \"My Shop\".orders, p, t TO {role}; GRANT pg_read_all_settings TO {role}"
+    ));
+    let conninfo = format!("{} user={role}", mirror.db.pg.conninfo(&mirror.db.name));
+    let url = mirror.redis.url();
+    mirror.start_at(&conninfo, &url, &[], &[]);
+    let walmirror = |args: &[&str]| {
+        let servers = [
+            "--postgres",
+            &conninfo,
+            "--redis",
+            &url,
+            "--slot",
+            &mirror.db.name,
+        ];
+        Sink::run(&[args, &servers].concat(), DEADLINE)
+    };
+    let next =
+        format!("next: GRANT USAGE ON SCHEMA \"My Shop\" TO {role}; GRANT SELECT ON public.p1 TO {role};\n");
+    let says = |(code, told): (Option<i32>, String), wanted: i32, words: &[&str]| {
+        assert_eq!(code, Some(wanted), "{told}");
+        assert!(words.iter().all(|word| told.contains(word)), "{words:?}: {told}");
+    };
+    let both = ["may not read \"My Shop\".orders, public.p1,", &next];
+    says(walmirror(&["doctor"]), 3, &both);
+    let log = || mirror.sink(|sink| sink.output());
+    wait_for(DEADLINE, "the log to say what helps", || {
+        let log = log();
+        let usage = format!("GRANT USAGE ON SCHEMA \"My Shop\" TO {role};");
+        let usage = [usage.clone(), usage.replace('"', "\\\"")];
+        let select = format!("GRANT SELECT ON public.p1 TO {role};");
+        (usage.iter().any(|usage| log.contains(usage)) && log.contains(&select)).then_some(())
+    });
+    // The role of the sink counts, not that of whoever asks.
+    says(mirror.run(&["backfill"]), 3, &both);
+    wait_for(DEADLINE, "t to be filled", || {
+        (mirror.redis.keys() == ["t:1"]).then_some(())
+    });
+    says(
+        walmirror(&["backfill", "--table", "t"]),
+        0,
+        &["public.t: filled again"],
+    );
+    mirror.sql(&format!("GRANT USAGE ON SCHEMA \"My Shop\" TO {role}"));
+    let p1 = format!("next: GRANT SELECT ON public.p1 TO {role};\n");
+    says(walmirror(&["doctor"]), 3, &["may not read public.p1,", &p1]);
+    mirror.sql(&format!("GRANT SELECT ON p1 TO {role}"));
+    wait_for(DEADLINE, "all to be well", || {
+        let (code, told) = walmirror(&["doctor"]);
+        assert_eq!(code, Some(0), "{told}");
+        told.ends_with("all is well\n").then_some(())
+    });
+    mirror.settle();
+}
+
+/// The story: all was well, said doctor, while nothing of a table was in Redis; and `backfill` did not say that nothing moved.
+#[test]
+fn a_table_that_is_not_filled_is_told_of() {
+    let mirror = Mirror::with(TABLE);
+    let mut blocker = mirror.db.connect();
+    let mut running = blocker.transaction().unwrap();
+    running.execute("SELECT pg_current_xact_id()", &[]).unwrap();
+    let mut backfill = Sink::start(&mirror.arguments(&["backfill"]));
+    wait_for(DEADLINE, "backfill to say that nothing moves", || {
+        backfill.assert_running();
+        backfill
+            .output()
+            .contains("public.t: the sink has not got further for 10 s")
+            .then_some(())
+    });
+    let (code, told) = mirror.run(&["doctor"]);
+    assert_eq!(code, Some(0), "{told}");
+    assert!(
+        told.contains("WARN  filled tables            1 not filled yet: t"),
+        "{told}"
+    );
+    running.rollback().unwrap();
+    assert!(backfill.wait(DEADLINE).success(), "{}", backfill.output());
+    let (_, told) = mirror.run(&["doctor"]);
+    assert!(told.contains("ok    filled tables"), "{told}");
+}
+
+/// The story: with another database of Redis, requests were sent before it was told that there is no mirror.
+#[test]
+fn a_backfill_with_another_redis_asks_for_nothing() {
+    let mirror = Mirror::with(TABLE);
+    let conninfo = mirror.db.pg.conninfo(&mirror.db.name);
+    let url = mirror.redis.url().replace("/0", "/1");
+    let slot = &mirror.db.name;
+    let args = [
+        "backfill",
+        "--postgres",
+        &conninfo,
+        "--redis",
+        &url,
+        "--slot",
+        slot,
+    ];
+    let (code, told) = Sink::run(&args, DEADLINE);
+    assert_eq!(code, Some(3), "{told}");
+    assert!(
+        told.contains("Redis has no progress of the slot") && told.contains(&format!("--slot {slot}")),
         "{told}"
     );
 }

@@ -8,6 +8,7 @@ use walmirror_proto::Lsn;
 
 use super::args::BackfillArgs;
 use super::checks_redis::connect;
+use super::checks_tables::unreadable;
 use super::say;
 use crate::backfill::{Cursor, Stage};
 use crate::config::{Conninfo, Options, SlotName};
@@ -16,7 +17,7 @@ use crate::plan::RedisKeys;
 use crate::pq::{Connection, connect_failed};
 use crate::progress::Progress;
 use crate::redis::{Connection as Redis, read_stored};
-use crate::replication::slot_info;
+use crate::replication::{SlotInfo, slot_info};
 use crate::request::Request;
 use crate::shell::word;
 use crate::shutdown::Shutdown;
@@ -28,6 +29,8 @@ const PAUSE: Duration = Duration::from_millis(250);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// A slot from which nobody has streamed for so long: the sink has stopped, or it cannot go on.
 const GONE_AFTER: Duration = Duration::from_secs(5);
+/// A table whose cursor has not moved for so long is worth a line.
+const QUIET: Duration = Duration::from_secs(10);
 
 /// A mirrored table.
 struct Table {
@@ -45,15 +48,18 @@ pub fn run(options: &Options, args: &BackfillArgs, shutdown: &Shutdown) -> Resul
     let mut redis = connect(&options.redis()?)?;
     let mut sql = Connection::connect(conninfo.expose(), &[]).map_err(connect_failed)?;
     let info = slot_info(&mut sql, slot.as_str())?;
-    if !info.is_some_and(|info| info.active) {
+    let Some(info) = info.filter(|info| info.active) else {
         return Err(Error::setup(format!(
             "nobody streams from the slot {slot}: no sink runs, or it cannot go on (its log tells why); only a sink can fill a table"
         ))
         .next(format!(
             "walmirror run --slot {slot} …   # fills by itself what is missing"
         )));
-    }
+    };
     let tables = choose(&mut sql, &args.table)?;
+    // What would have to be waited for without end is told before anything is asked for.
+    progress(&mut redis, &keys, &slot)?;
+    check_rights(&mut sql, &info, &tables)?;
     for table in &tables {
         Request::Backfill(table.oid).send(&mut sql, slot.as_str())?;
     }
@@ -166,6 +172,20 @@ fn choose(sql: &mut Connection, names: &[String]) -> Result<Vec<Table>, Error> {
     Ok(tables)
 }
 
+/// Whether the role of the sink may read the tables: it may be another one than that of this connection.
+fn check_rights(sql: &mut Connection, info: &SlotInfo, tables: &[Table]) -> Result<(), Error> {
+    let failed = |error| Error::postgres("cannot ask for the rights of the sink", error);
+    let pid = info.active_pid.unwrap_or_default().to_string();
+    let statement = "SELECT usename FROM pg_catalog.pg_stat_activity WHERE pid = $1::int";
+    let role = sql.query(statement, &[Some(pid.as_bytes())]).map_err(failed)?;
+    let found = unreadable(sql, role.text(0, 0)).map_err(failed)?;
+    let found = found.of(|oid| tables.iter().any(|table| table.oid == oid));
+    match found.told() {
+        Some((what, next)) => Err(Error::setup(what).next(next)),
+        None => Ok(()),
+    }
+}
+
 /// Once Redis has passed the request, the tables' cursors are those of the new backfill.
 fn await_begin(
     redis: &mut Redis,
@@ -175,13 +195,13 @@ fn await_begin(
     watch: &mut Watch<'_>,
 ) -> Result<(), Error> {
     let deadline = Instant::now() + args.timeout.0;
-    while progress(redis, keys)?.lsn < target {
+    while progress(redis, keys, &watch.slot)?.lsn < target {
         if Instant::now() >= deadline {
             let what = format!(
                 "gave up after {}: the sink has not taken the request up yet; it is not lost",
                 args.timeout
             );
-            return Err(Error::timeout(what).next("walmirror status"));
+            return Err(Error::timeout(what).next(format!("walmirror status --slot {}", watch.slot)));
         }
         watch.pause()?;
     }
@@ -197,6 +217,7 @@ fn follow(redis: &mut Redis, keys: &RedisKeys, table: &Table, watch: &mut Watch<
         bar.set_prefix(table.name.clone());
         bar
     });
+    let mut quiet = Quiet::new();
     loop {
         let stored = read_stored(redis, keys)?;
         if !stored.relations.contains_key(&table.oid) {
@@ -204,6 +225,13 @@ fn follow(redis: &mut Redis, keys: &RedisKeys, table: &Table, watch: &mut Watch<
             return Err(Error::setup(what));
         }
         let progress = stored.progress.unwrap_or_default();
+        if quiet.lasts(progress.cursor(table.oid)) {
+            say(format!(
+                "{}: the sink has not got further for {} s; if that lasts, its log tells why",
+                table.name,
+                QUIET.as_secs()
+            ))?;
+        }
         // None: everything is about to begin anew, this table too.
         let Some(cursor) = progress.cursor(table.oid).and_then(Cursor::parse) else {
             watch.pause()?;
@@ -228,8 +256,41 @@ fn follow(redis: &mut Redis, keys: &RedisKeys, table: &Table, watch: &mut Watch<
     say(format!("{}: filled again", table.name))
 }
 
-fn progress(redis: &mut Redis, keys: &RedisKeys) -> Result<Progress, Error> {
-    read_stored(redis, keys)?
-        .progress
-        .ok_or_else(|| Error::gap("Redis has no progress of this slot").next("walmirror status"))
+/// Whether a table's cursor stands still.
+struct Quiet {
+    cursor: Option<String>,
+    since: Instant,
+    told: bool,
+}
+
+impl Quiet {
+    fn new() -> Self {
+        Self {
+            cursor: None,
+            since: Instant::now(),
+            told: false,
+        }
+    }
+
+    /// True once, when it has stood still for long.
+    fn lasts(&mut self, cursor: Option<&str>) -> bool {
+        if self.cursor.as_deref() != cursor {
+            *self = Self {
+                cursor: cursor.map(str::to_owned),
+                ..Self::new()
+            };
+        }
+        let lasts = self.since.elapsed() >= QUIET && !self.told;
+        self.told |= lasts;
+        lasts
+    }
+}
+
+fn progress(redis: &mut Redis, keys: &RedisKeys, slot: &SlotName) -> Result<Progress, Error> {
+    read_stored(redis, keys)?.progress.ok_or_else(|| {
+        Error::setup(format!(
+            "Redis has no progress of the slot {slot}: is it the Redis, and the database of it, that the sink writes to?"
+        ))
+        .next(format!("walmirror status --slot {slot}"))
+    })
 }
