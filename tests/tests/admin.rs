@@ -65,6 +65,43 @@ fn ready_while_redis_is_there_and_not_while_it_is_away() {
     wait_status(&address, "/readyz", 200, Duration::from_secs(30));
 }
 
+/// The story: the figures that should wake somebody stood still, or were 0, as long as Redis or Postgres was away.
+#[test]
+fn the_lag_grows_while_redis_or_postgres_is_away() {
+    let address = free_address();
+    let mut mirror = Mirror::alone("");
+    mirror.sql("CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t')");
+    mirror.start_with(&["--admin", &address]);
+    mirror.settle();
+    wait_status(&address, "/readyz", 200, DEADLINE);
+    let grown = |than: f64| {
+        wait_for(DEADLINE, "the seconds to grow", || {
+            figure(&address, "walmirror_lag_seconds").filter(|now| *now > than)
+        })
+    };
+    mirror.redis.stop(Signal::TERM);
+    mirror.sql("INSERT INTO t VALUES (1, 'unseen')");
+    grown(grown(0.0));
+    let before = figure(&address, "walmirror_lag_bytes");
+    mirror.sql("INSERT INTO t SELECT g, 'unseen' FROM generate_series(3, 3000) g");
+    wait_for(DEADLINE, "the bytes to grow", || {
+        (figure(&address, "walmirror_lag_bytes") > before).then_some(())
+    });
+    mirror.redis.resume();
+    wait_status(&address, "/readyz", 200, Duration::from_secs(30));
+    mirror.settle();
+    wait_for(DEADLINE, "nothing to lag", || {
+        figure(&address, "walmirror_lag_seconds").filter(|lag| *lag == 0.0)
+    });
+    mirror.db.pg.stop(Signal::INT);
+    grown(grown(0.0));
+    mirror.db.pg.resume();
+    mirror.db.reconnect();
+    wait_for(DEADLINE, "nothing to lag", || {
+        figure(&address, "walmirror_lag_seconds").filter(|lag| *lag == 0.0)
+    });
+}
+
 #[test]
 fn not_ready_while_redis_says_nothing_and_while_a_gap_is_healed() {
     let address = free_address();

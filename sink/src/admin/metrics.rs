@@ -85,7 +85,7 @@ impl Figures {
             ),
             (
                 "walmirror_lag_seconds",
-                "Age of the last applied commit while there is more",
+                "How old Redis is while there is more, or no session streams",
                 health.lag_seconds(),
             ),
             (

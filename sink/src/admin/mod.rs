@@ -33,7 +33,7 @@ impl Admin {
             .map_err(|error| Error::config(format!("cannot listen on --admin {address}: {error}")))?;
         tracing::info!(address = %server.server_addr(), "the admin server listens");
         let stopped = Arc::new(AtomicBool::new(false));
-        let sampler = Arc::new(Sampler::new(config));
+        let sampler = Arc::new(Sampler::new(config, health));
         let mut admin = Self {
             stopped: Arc::clone(&stopped),
             threads: Vec::new(),

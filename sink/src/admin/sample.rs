@@ -1,8 +1,8 @@
-//! What only the servers know: the WAL that the slot keeps, and how many keys Redis has noted. Looked at every few seconds
+//! What only the servers know: where the WAL ends, how much of it the slot keeps, and how many keys Redis has noted. Looked at every few seconds
 //! on connections of its own, so that a scrape never waits.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use redis::Value;
@@ -12,7 +12,8 @@ use crate::error::Error;
 use crate::plan::RedisKeys;
 use crate::pq;
 use crate::redis::Connection;
-use crate::replication::{Retained, retained};
+use crate::replication::{Retained, flushed, retained};
+use crate::run::Health;
 
 /// How often the servers are asked.
 const EVERY: Duration = Duration::from_secs(5);
@@ -33,13 +34,15 @@ pub(super) struct Sample {
 pub(super) struct Sampler {
     config: RunConfig,
     keys: RedisKeys,
+    health: Arc<Health>,
     last: Mutex<(Option<Instant>, Sample)>,
     warned: Mutex<Option<Instant>>,
 }
 
 impl Sampler {
-    pub(super) fn new(config: &RunConfig) -> Self {
+    pub(super) fn new(config: &RunConfig, health: &Arc<Health>) -> Self {
         Self {
+            health: Arc::clone(health),
             config: config.clone(),
             keys: RedisKeys::new(config.slot.as_str()),
             last: Mutex::default(),
@@ -81,6 +84,9 @@ impl Sampler {
         let mut connection = pq::Connection::connect(self.config.postgres.expose(), &extra)
             .map_err(|error| Error::postgres("cannot connect to Postgres", error))?;
         connection.answer_within(Some(ANSWER));
+        if let Some(lsn) = flushed(&mut connection)? {
+            self.health.note_wal_end(lsn);
+        }
         retained(&mut connection, self.config.slot.as_str())
     }
 

@@ -15,7 +15,7 @@ mod stream;
 pub use history::{History, history};
 pub use making::make_slot;
 pub use message::{Message, MessageError, parse};
-pub use retained::{Retained, WAL_END, Warning, retained};
+pub use retained::{Retained, WAL_END, Warning, flushed, retained};
 pub use slot::{SlotInfo, SystemInfo, create_slot, drop_slot, identify_system, slot_info};
 pub use stream::{Event, Feedback, Stream};
 

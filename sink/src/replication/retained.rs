@@ -1,6 +1,8 @@
 //! How much WAL the slot keeps on the server's disk, and when that is too much: a slot that nobody confirms keeps WAL until the
 //! disk is full, or, where a limit is set, until the slot is lost.
 
+use walmirror_proto::Lsn;
+
 use crate::error::Error;
 use crate::pq::{Connection, quote_literal};
 
@@ -29,6 +31,16 @@ pub struct Warning {
     pub text: String,
     /// The next command.
     pub next: &'static str,
+}
+
+/// How far the WAL is that a stream can bring: what is not on the disk is not sent. None: a standby, on which nothing commits.
+pub fn flushed(connection: &mut Connection) -> Result<Option<Lsn>, Error> {
+    let sql = "SELECT pg_catalog.pg_current_wal_flush_lsn() WHERE NOT pg_catalog.pg_is_in_recovery()";
+    let results = connection
+        .simple(sql)
+        .map_err(|error| Error::postgres("cannot ask where the WAL ends", error))?;
+    let text = results.first().and_then(|result| result.text(0, 0));
+    Ok(text.and_then(|text| text.parse().ok()))
 }
 
 /// Asks what this slot keeps. None: there is no such slot, or it keeps nothing any more.

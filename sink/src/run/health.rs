@@ -2,7 +2,7 @@
 //! reads it; nobody waits for anybody.
 
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use walmirror_proto::Lsn;
@@ -45,6 +45,9 @@ pub struct Health {
     cannot_spool: AtomicBool,
     /// Of the last commit that is applied: microseconds since 2000-01-01 UTC; 0: none yet.
     commit_time: AtomicI64,
+    /// A look at the end of the WAL that Redis has not reached, as far as is known; and when Redis last had what such a look had found.
+    look: Mutex<Option<(Lsn, Instant)>>,
+    current: Mutex<Option<Instant>>,
     /// Milliseconds on the clock of [`since`].
     stream_heard: AtomicU64,
     redis_heard: AtomicU64,
@@ -61,6 +64,12 @@ pub(super) struct Began {
     pub(super) proved: bool,
     /// Everything before this is in Redis.
     pub(super) applied: Lsn,
+    /// When the last transaction of that committed, as in [`Health::note_applied`].
+    pub(super) commit_time: Option<i64>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Milliseconds since the process first asked.
@@ -79,13 +88,16 @@ impl Health {
         if began.fresh || began.healing {
             self.healing.store(true, Ordering::Release);
         }
-        self.applied.store(began.applied.0, Ordering::Release);
+        self.note_applied(began.applied, began.commit_time);
         self.note_stream(None);
         self.note_redis();
         self.streaming.store(true, Ordering::Release);
     }
 
     pub(super) fn ended(&self) {
+        if self.streaming.load(Ordering::Acquire) && self.lag_bytes() == 0 {
+            *lock(&self.current) = Some(Instant::now());
+        }
         self.streaming.store(false, Ordering::Release);
         self.note_spool(0);
     }
@@ -125,6 +137,25 @@ impl Health {
         }
     }
 
+    /// Somebody else asked the server where its WAL ends: that goes on where no session streams.
+    pub fn note_wal_end(&self, lsn: Lsn) {
+        self.server_end.fetch_max(lsn.0, Ordering::AcqRel);
+        let mut look = lock(&self.look);
+        if look.is_none_or(|look| self.has_reached(look)) {
+            *look = Some((lsn, Instant::now()));
+        }
+    }
+
+    /// Whether Redis has what was seen by a look: then it is as old as that at most.
+    fn has_reached(&self, (lsn, at): (Lsn, Instant)) -> bool {
+        let reached = self.applied() >= lsn;
+        if reached {
+            let mut current = lock(&self.current);
+            *current = (*current).max(Some(at));
+        }
+        reached
+    }
+
     pub(super) fn note_redis(&self) {
         self.redis_heard.store(since(), Ordering::Release);
     }
@@ -150,21 +181,32 @@ impl Health {
         Lsn(self.confirmed.load(Ordering::Acquire))
     }
 
-    /// Bytes of WAL that the server has and Redis has not.
+    /// Bytes of WAL that the server has and Redis has not; 0 before a session has told what Redis has.
     pub fn lag_bytes(&self) -> u64 {
-        let end = self.server_end.load(Ordering::Acquire);
-        end.saturating_sub(self.applied().0)
+        match self.applied() {
+            Lsn::INVALID => 0,
+            applied => self.server_end.load(Ordering::Acquire).saturating_sub(applied.0),
+        }
     }
 
-    /// How long ago the last applied transaction committed, while there is more to be applied; else 0.
+    /// How old Redis is at most: since the last applied commit, or since a look at the server that it has reached, whichever is later. 0
+    /// while a session streams and there is nothing more to be applied.
     pub fn lag_seconds(&self) -> f64 {
-        let committed = self.commit_time.load(Ordering::Acquire);
-        if self.lag_bytes() == 0 || committed == 0 {
+        if self.lag_bytes() == 0 && self.streaming.load(Ordering::Acquire) {
             return 0.0;
         }
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let committed = POSTGRES_EPOCH_SECONDS as f64 + committed as f64 / 1e6;
-        (now.as_secs_f64() - committed).max(0.0)
+        if let Some(look) = *lock(&self.look) {
+            self.has_reached(look);
+        }
+        let looked = lock(&self.current).map(|at| at.elapsed().as_secs_f64());
+        let committed = self.commit_time.load(Ordering::Acquire);
+        let committed = (committed != 0).then(|| {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let committed = POSTGRES_EPOCH_SECONDS as f64 + committed as f64 / 1e6;
+            (now.as_secs_f64() - committed).max(0.0)
+        });
+        let ages = looked.into_iter().chain(committed);
+        ages.reduce(f64::min).unwrap_or(0.0)
     }
 
     /// How many tables there are, how many of them are not complete, and whether keys wait to be read again.
@@ -261,5 +303,44 @@ mod tests {
         assert!(health.lag_seconds() > 1e8);
         health.note_applied(Lsn(105), None);
         assert_eq!((health.lag_bytes(), health.lag_seconds()), (0, 0.0));
+    }
+
+    /// The story: while nobody streamed, the lag stood still, or was 0.
+    #[test]
+    fn lag_grows_while_no_session_streams() {
+        let health = Health::default();
+        assert_eq!(health.lag_seconds(), 0.0);
+        health.note_wal_end(Lsn(50));
+        assert_eq!((health.lag_bytes(), health.lag_seconds()), (0, 0.0));
+        // What the progress says is known before anything is applied.
+        health.began(Began {
+            commit_time: Some(1),
+            ..proved(5)
+        });
+        assert!(health.lag_bytes() == 45 && health.lag_seconds() > 1e8);
+        health.note_applied(Lsn(60), None);
+        assert_eq!((health.lag_bytes(), health.lag_seconds()), (0, 0.0));
+        health.ended();
+        std::thread::sleep(Duration::from_millis(2));
+        let lag = health.lag_seconds();
+        assert!(lag > 0.001 && lag < 60.0, "{lag}");
+        health.note_wal_end(Lsn(100));
+        assert_eq!(health.lag_bytes(), 40);
+        assert!(health.lag_seconds() >= lag);
+    }
+
+    /// A database in which nothing is written, on a server where much is.
+    #[test]
+    fn the_age_of_an_old_commit_is_no_lag_where_redis_had_what_was_there_a_moment_ago() {
+        let health = Health::default();
+        health.began(Began {
+            commit_time: Some(1),
+            ..proved(5)
+        });
+        health.note_wal_end(Lsn(50));
+        health.note_applied(Lsn(50), None);
+        health.note_wal_end(Lsn(100));
+        health.note_stream(Some(Lsn(110)));
+        assert!(health.lag_bytes() == 60 && health.lag_seconds() < 60.0);
     }
 }

@@ -17,6 +17,7 @@ use super::shared::{Input, Phase, Shared};
 use super::{applier, receiver};
 use crate::backfill::{Backfill, Context, Role, work};
 use crate::config::{RunConfig, Streaming};
+use crate::continuity::Last;
 use crate::error::Error;
 use crate::gate::Gate;
 use crate::plan::RedisKeys;
@@ -112,6 +113,13 @@ pub(super) fn run(
     })?;
     let epoch = claim.epoch;
     let stored = claim.stored.progress.as_ref();
+    let last = stored
+        .filter(|_| fresh.is_none())
+        .and_then(|progress| progress.last);
+    let commit_time = match last {
+        Some(Last::Commit(commit)) => Some(commit.time),
+        _ => None,
+    };
     let healing = stored.is_some_and(|progress| progress.resync || progress.healing);
     let mut writer = Writer::new(claim, keys.clone())?;
     writer.set_on_bad_row(config.on_bad_row);
@@ -121,6 +129,7 @@ pub(super) fn run(
         healing,
         proved: is_proved,
         applied: start_lsn,
+        commit_time,
     });
 
     let (input_sender, input) = unbounded();
