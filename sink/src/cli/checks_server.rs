@@ -4,7 +4,6 @@ use super::checks::{Check, Outcome, from_error, value};
 use crate::config::Conninfo;
 use crate::pq::{Connection, PqError, connect_failed, quote_identifier};
 use crate::replication::{self, settings, slot::PLUGIN};
-use crate::shell::double_quoted;
 
 pub fn server(connection: &mut Connection) -> Check {
     let (version, target) = (connection.server_version(), connection.target());
@@ -71,10 +70,7 @@ pub fn extension(connection: &mut Connection) -> Result<Outcome, PqError> {
     } else {
         Outcome::Fail(
             format!("the database {database} has no extension walmirror"),
-            format!(
-                "psql {} -c 'CREATE EXTENSION walmirror'",
-                double_quoted(&connection.target().to_string())
-            ),
+            connection.target().create_extension(),
         )
     })
 }

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use crate::error::Class;
+use crate::shell::double_quoted;
 
 /// Where a [`PqError`] comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +54,18 @@ pub struct Target {
     pub user: String,
     /// Database.
     pub database: String,
+}
+
+impl Target {
+    /// What makes the extension there, which takes another role than the sink's.
+    pub fn create_extension(&self) -> String {
+        let target = Self {
+            user: String::new(),
+            ..self.clone()
+        };
+        let target = double_quoted(&target.to_string());
+        format!("psql {target} -c 'CREATE EXTENSION walmirror'   # as a superuser")
+    }
 }
 
 impl fmt::Display for Target {
@@ -372,6 +385,14 @@ mod tests {
         assert_eq!(
             target.to_string(),
             r"host=/run/pg user='o\'neil' dbname='my \\db'"
+        );
+        let target = Target {
+            database: "shop".into(),
+            ..target
+        };
+        assert_eq!(
+            target.create_extension(),
+            "psql \"host=/run/pg dbname=shop\" -c 'CREATE EXTENSION walmirror'   # as a superuser"
         );
     }
 

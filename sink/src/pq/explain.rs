@@ -46,6 +46,9 @@ pub fn next_after_connect(source: &PqError) -> Option<String> {
         (_, Some("28000")) if source.message.contains("does not exist") => {
             format!("createuser --replication{at} {}", word(&target.user))
         }
+        (_, Some("28000")) if source.message.contains("not permitted to log in") => {
+            format!("ALTER ROLE {} LOGIN;", quote_identifier(&target.user))
+        }
         (_, Some("28000")) => {
             "SELECT * FROM pg_hba_file_rules;   -- a rule for this role is missing; then SELECT pg_reload_conf();".into()
         }

@@ -19,7 +19,6 @@ use crate::replication::slot::PLUGIN;
 use crate::replication::{
     History, SlotInfo, Stream, drop_slot, history, identify_system, make_slot, slot_info,
 };
-use crate::shell::word;
 
 /// What a session begins with.
 pub(super) struct Handshake {
@@ -258,10 +257,7 @@ fn check_database(sql: &mut Postgres) -> Result<(), Error> {
         return Err(Error::setup(format!(
             "the database {database:?} does not have the extension walmirror"
         ))
-        .next(format!(
-            "psql -d {} -c 'CREATE EXTENSION walmirror'",
-            word(&database)
-        )));
+        .next(sql.target().create_extension()));
     }
     if result.text(0, 1) == Some("t") {
         // In the middle of a failover: nothing can be written there, markers neither, until it is promoted.
@@ -278,11 +274,10 @@ fn check_slot(slot: &str, info: Option<&SlotInfo>, sql: &Postgres) -> Result<(),
     if plugin != Some(PLUGIN) {
         let other = plugin.map_or_else(
             || "is a physical slot".to_owned(),
-            |plugin| format!("belongs to the plugin {plugin}"),
+            |plugin| format!("belongs to the plugin {plugin}, not to {PLUGIN}"),
         );
         return Err(
-            Error::setup(format!("the slot {slot:?} {other}, not to {PLUGIN}"))
-                .next("walmirror run --slot <another name> …"),
+            Error::setup(format!("the slot {slot:?} {other}")).next("walmirror run --slot <another name> …")
         );
     }
     if info.active && info.confirmed_flush_lsn.is_none() {
