@@ -10,7 +10,7 @@
 
 use std::time::Duration;
 
-use walmirror_tests::{Db, Mirror, Pg, Redis, Sink, wait_for};
+use walmirror_tests::{Db, Mirror, Pg, Redis, Signal, Sink, wait_for};
 
 const USAGE: i32 = 2;
 const POSTGRES: i32 = 3;
@@ -161,7 +161,24 @@ fn slots() {
     refused(
         &["run", "--postgres", &pg, "--redis", &url, "--slot", &name],
         POSTGRES,
-        &[&name, "pgoutput"],
+        &[&name, "pgoutput, not to walmirror"],
+    );
+    // The story: it was shown as one that nobody streams from.
+    let (code, output) = Sink::run(
+        &["status", "--postgres", &pg, "--slot", &name],
+        Duration::from_secs(40),
+    );
+    assert_eq!(code, Some(0), "{output}");
+    let says = format!("the slot {name} belongs to the plugin pgoutput");
+    assert!(
+        output.contains(&says) && !output.contains("confirmed"),
+        "{output}"
+    );
+    let args = ["status", "--json", "--postgres", &pg, "--slot", &name];
+    let (_, output) = Sink::run(&args, Duration::from_secs(40));
+    assert!(
+        output.contains(&format!("\"slot_problem\":\"{says}\"")),
+        "{output}"
     );
     let physical = format!("{}_physical", db.name);
     db.sql(&format!(
@@ -170,7 +187,7 @@ fn slots() {
     refused(
         &["run", "--postgres", &pg, "--redis", &url, "--slot", &physical],
         POSTGRES,
-        &[&physical],
+        &[&format!("the slot \"{physical}\" is a physical slot\n")],
     );
     // A slot of another database.
     let elsewhere = Db::create(Pg::shared());
@@ -201,11 +218,17 @@ fn databases() {
         &["no_such_database"],
     );
     let plain = format!("{}_plain", db.name);
+    let create = format!("dbname={plain}\" -c 'CREATE EXTENSION walmirror'   # as a superuser\n");
     db.sql(&format!("CREATE DATABASE {plain} TEMPLATE template0"));
     refused(
         &["run", "--postgres", &db.pg.conninfo(&plain), "--redis", &url],
         POSTGRES,
-        &["CREATE EXTENSION walmirror"],
+        &[&create],
+    );
+    refused(
+        &["doctor", "--postgres", &db.pg.conninfo(&plain)],
+        POSTGRES,
+        &[&create],
     );
 }
 
@@ -256,6 +279,61 @@ fn roles_and_passwords() {
         &["run", "--postgres", &conninfo("nobody", "x"), "--redis", &url],
         POSTGRES,
         &["nobody"],
+    );
+    db.sql("ALTER ROLE plain NOLOGIN");
+    refused(
+        &["doctor", "--postgres", &conninfo("plain", "right")],
+        POSTGRES,
+        &["next: ALTER ROLE \"plain\" LOGIN;"],
+    );
+}
+
+/// The story: what one server has to say was not shown where the other is down; and `wait` took a damaged key for a bug.
+#[test]
+fn status_shows_the_side_that_answers_and_a_damaged_key_is_told_of() {
+    let (db, mut redis, pg, url) = setup();
+    let run = |args: &[&str]| {
+        let servers = ["--postgres", &pg, "--redis", &url, "--slot", &db.name];
+        let (code, output) = Sink::run(&[args, &servers].concat(), Duration::from_secs(40));
+        sane(&output);
+        (code, output)
+    };
+    let key = format!("walmirror:{{{}}}:progress", db.name);
+    let _: i64 = redis.command(&format!("HSET {key} lsn garbage"));
+    let (code, output) = run(&["wait", "--lsn", "0/1"]);
+    assert_eq!(code, Some(REDIS), "{output}");
+    assert!(output.contains(&format!("UNLINK '{key}'")), "{output}");
+    let (code, output) = run(&["status"]);
+    assert_eq!(code, Some(REDIS), "{output}");
+    assert!(
+        output.contains("not there") && output.contains("UNLINK"),
+        "{output}"
+    );
+    let _: i64 = redis.command(&format!("DEL {key}"));
+    redis.stop(Signal::TERM);
+    for args in [&["status"][..], &["status", "--json"]] {
+        let (code, output) = run(args);
+        assert_eq!(code, Some(UNREACHABLE), "{output}");
+        assert!(
+            output.contains("slot") && output.contains("error: cannot connect to Redis"),
+            "{output}"
+        );
+    }
+    redis.resume();
+    let args = [
+        "status",
+        "--postgres",
+        "host=/nowhere",
+        "--redis",
+        &url,
+        "--slot",
+        &db.name,
+    ];
+    let (code, output) = Sink::run(&args, Duration::from_secs(40));
+    assert_eq!(code, Some(UNREACHABLE), "{output}");
+    assert!(
+        output.contains("pending      0 rows") && output.contains("error: cannot connect to Postgres"),
+        "{output}"
     );
 }
 

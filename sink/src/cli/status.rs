@@ -5,7 +5,9 @@ use serde_json::{Map, json};
 use walmirror_proto::Lsn;
 
 use super::args::StatusArgs;
+use super::checks::Outcome;
 use super::checks_redis::connect;
+use super::checks_slot::slot_outcome;
 use super::say;
 use crate::backfill::Catalog;
 use crate::config::{Options, RedisUrl, SlotName};
@@ -23,6 +25,8 @@ const REJECTED: u32 = 10;
 /// What Postgres says.
 struct Postgres {
     slot: Option<SlotInfo>,
+    /// Why the mirror cannot stream from it, and the next command.
+    unfit: Option<(String, String)>,
     wal: Option<Lsn>,
     tables: Vec<Table>,
 }
@@ -49,22 +53,32 @@ struct Redis {
 /// Prints it.
 pub fn run(options: &Options, args: &StatusArgs) -> Result<(), Error> {
     let slot = options.slot();
-    let postgres = options
-        .postgres
-        .as_ref()
-        .map(|conninfo| ask_postgres(conninfo.expose(), &slot))
-        .transpose()?;
-    let redis = options
-        .redis_if_given()?
-        .map(|url| ask_redis(&url, &slot))
-        .transpose()?;
-    if postgres.is_none() && redis.is_none() {
+    let url = options.redis_if_given()?;
+    if options.postgres.is_none() && url.is_none() {
         options.postgres()?;
     }
-    if args.json {
-        say(as_json(&slot, postgres.as_ref(), redis.as_ref()))
-    } else {
-        print(&slot, postgres.as_ref(), redis.as_ref())
+    let conninfo = options.postgres.as_ref();
+    let postgres = conninfo.map(|conninfo| ask_postgres(conninfo.expose(), &slot));
+    let redis = url.map(|url| ask_redis(&url, &slot));
+    // What one side says is worth showing where the other does not answer.
+    let (postgres, mut failure) = apart(postgres);
+    let (redis, of_redis) = apart(redis);
+    failure = failure.or(of_redis);
+    if postgres.is_some() || redis.is_some() {
+        if args.json {
+            say(as_json(&slot, postgres.as_ref(), redis.as_ref()))?;
+        } else {
+            print(&slot, postgres.as_ref(), redis.as_ref())?;
+        }
+    }
+    failure.map_or(Ok(()), Err)
+}
+
+fn apart<T>(answer: Option<Result<T, Error>>) -> (Option<T>, Option<Error>) {
+    match answer {
+        Some(Ok(answer)) => (Some(answer), None),
+        Some(Err(error)) => (None, Some(error)),
+        None => (None, None),
     }
 }
 
@@ -72,6 +86,10 @@ fn ask_postgres(conninfo: &str, slot: &SlotName) -> Result<Postgres, Error> {
     let failed = |error| Error::postgres("cannot ask Postgres for the state of the mirror", error);
     let mut connection = Connection::connect(conninfo, &[]).map_err(connect_failed)?;
     let info = replication::slot_info(&mut connection, slot)?;
+    let unfit = match slot_outcome(slot, info.as_ref(), &connection.target().database) {
+        Outcome::Fail(what, next) => Some((what, next)),
+        _ => None,
+    };
     let wal = connection
         .query(&format!("SELECT {}", replication::WAL_END), &[])
         .map_err(failed)?;
@@ -102,6 +120,7 @@ fn ask_postgres(conninfo: &str, slot: &SlotName) -> Result<Postgres, Error> {
     }
     Ok(Postgres {
         slot: info,
+        unfit,
         wal,
         tables,
     })
@@ -130,12 +149,13 @@ fn print(slot: &SlotName, postgres: Option<&Postgres>, redis: Option<&Redis>) ->
     let line = |name: &str, text: String| say(format!("{name:<12} {text}"));
     let wal = postgres.and_then(|postgres| postgres.wal);
     if let Some(postgres) = postgres {
-        match &postgres.slot {
-            None => line(
+        match (&postgres.slot, &postgres.unfit) {
+            (_, Some((what, next))) => line("slot", format!("{what}   ({next})"))?,
+            (None, None) => line(
                 "slot",
                 format!("{slot}: not there   (walmirror init --slot {slot})"),
             )?,
-            Some(info) => {
+            (Some(info), None) => {
                 let state = info.active_pid.map_or("nobody streams".to_owned(), |pid| {
                     format!("streaming, process {pid}")
                 });
@@ -256,6 +276,8 @@ fn as_json(slot: &SlotName, postgres: Option<&Postgres>, redis: Option<&Redis>) 
         let info = postgres.slot.as_ref();
         let confirmed = info.and_then(|info| info.confirmed_flush_lsn);
         out.insert("wal_lsn".into(), json!(lsn(postgres.wal)));
+        let problem = postgres.unfit.as_ref().map(|(what, _)| what);
+        out.insert("slot_problem".into(), json!(problem));
         out.insert("slot_active".into(), json!(info.map(|info| info.active)));
         out.insert(
             "wal_status".into(),

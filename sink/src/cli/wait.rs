@@ -11,7 +11,7 @@ use crate::config::Options;
 use crate::error::Error;
 use crate::plan::RedisKeys;
 use crate::pq::{Connection, connect_failed};
-use crate::redis::Connection as Redis;
+use crate::redis::{Connection as Redis, read_stored};
 use crate::shutdown::Shutdown;
 
 /// The first pause between two looks, and the longest one.
@@ -78,8 +78,11 @@ fn progress(redis: &mut Redis, keys: &RedisKeys) -> Result<Option<Lsn>, Error> {
             let lsn = std::str::from_utf8(&bytes)
                 .ok()
                 .and_then(|text| text.parse().ok());
-            lsn.map(Some)
-                .ok_or_else(|| Error::bug("the LSN in the progress key cannot be read"))
+            match lsn {
+                Some(lsn) => Ok(Some(lsn)),
+                // This says what is wrong with it, and what to do.
+                None => Ok(read_stored(redis, keys)?.progress.map(|progress| progress.lsn)),
+            }
         }
         _ => Ok(None),
     }
