@@ -1,4 +1,4 @@
-//! Stopping in good order: SIGTERM and SIGINT set a flag and wake whoever waits.
+//! Stopping in good order: SIGTERM, SIGINT and SIGHUP set a flag and wake whoever waits.
 //!
 //! `main` installs it; `run` looks at it between steps; `pq` and `replication` are woken by it in the middle of a wait.
 //! A second signal ends the process at once.
@@ -7,10 +7,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::error::Error;
 use crate::pq::Waker;
+
+/// Whether whoever started the process has it ignore a signal. Where the system does not tell, it is taken to: then the signal does what it
+/// did.
+fn ignores(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_none_or(|mask| (mask >> (signal - 1)) & 1 == 1)
+}
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -34,17 +43,19 @@ impl Shutdown {
         Self::default()
     }
 
-    /// One that SIGTERM and SIGINT raise. Starts a thread that waits for the signals.
+    /// One that SIGTERM, SIGINT and SIGHUP raise; the last one not where it is ignored, as under nohup. Starts a thread that waits for the signals.
     pub fn install() -> Result<Self, Error> {
         let failed = |error| Error::io("cannot install the signal handlers", error);
         let shutdown = Self::default();
-        for signal in [SIGTERM, SIGINT] {
+        let mut stopping = vec![SIGTERM, SIGINT];
+        stopping.extend(Some(SIGHUP).filter(|_| !ignores(SIGHUP)));
+        for signal in stopping.iter().copied() {
             // Acts only when the flag is up already: the second signal, for somebody who does not want to wait.
             let flag = Arc::clone(&shutdown.inner.signalled);
             signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, flag).map_err(failed)?;
             signal_hook::flag::register(signal, Arc::clone(&shutdown.inner.signalled)).map_err(failed)?;
         }
-        let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT]).map_err(failed)?;
+        let mut signals = signal_hook::iterator::Signals::new(&stopping).map_err(failed)?;
         let for_thread = shutdown.clone();
         std::thread::Builder::new()
             .name("signals".into())

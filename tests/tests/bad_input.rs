@@ -309,6 +309,14 @@ fn status_shows_the_side_that_answers_and_a_damaged_key_is_told_of() {
         output.contains("not there") && output.contains("UNLINK"),
         "{output}"
     );
+    let _: String = redis.command(&format!("SET {key} x"));
+    let (code, output) = run(&["status"]);
+    assert_eq!(code, Some(REDIS), "{output}");
+    let port = redis.port();
+    assert!(
+        output.contains(&format!("next: redis-cli -h 127.0.0.1 -p {port} TYPE '{key}'")),
+        "{output}"
+    );
     let _: i64 = redis.command(&format!("DEL {key}"));
     redis.stop(Signal::TERM);
     for args in [&["status"][..], &["status", "--json"]] {

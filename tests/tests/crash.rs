@@ -314,14 +314,14 @@ fn the_sum_of_all_accounts_is_constant() {
     m.check();
 }
 
-/// SIGTERM and SIGINT: exit 0, and the server was told of everything that Redis has.
+/// SIGTERM, SIGINT and SIGHUP: exit 0, and the server was told of everything that Redis has.
 #[test]
 fn a_clean_stop_acknowledges_what_was_applied() {
     let m = Mirror::new();
     counters(&m, 100);
     m.start();
     m.settle();
-    for signal in [Signal::TERM, Signal::INT] {
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
         m.sql("UPDATE t SET n = n + 1");
         m.check();
         let status = m.sink(|sink| {

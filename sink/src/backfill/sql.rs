@@ -210,6 +210,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_missing_right_is_told_with_the_role_that_needs_it() {
+        let next = |message: &str| {
+            let error = PqError {
+                sqlstate: Some("42501".into()),
+                ..PqError::new(crate::pq::ErrorKind::Server, message)
+            };
+            explain("x", "\"w\"", error).next_command().map(str::to_owned)
+        };
+        let policy = "query would be affected by row-level security policy for table \"t\"";
+        assert_eq!(next(policy).as_deref(), Some("ALTER ROLE \"w\" BYPASSRLS;"));
+        assert_eq!(
+            next("permission denied for table t").as_deref(),
+            Some("GRANT SELECT ON <table> TO \"w\";")
+        );
+    }
+
+    #[test]
     fn the_schema_stands_before_the_dot_that_is_not_quoted() {
         for (name, schema) in [
             ("public.t", "public"),

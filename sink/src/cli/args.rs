@@ -46,7 +46,7 @@ Example:
   walmirror run --postgres 'host=db1,db2 dbname=shop' --redis rediss://cache:6379/0
 
 Creates the slot and backfills the tables when they are missing, reconnects to either side,
-and goes on where it stopped. SIGTERM and SIGINT stop it in good order: exit code 0,
+and goes on where it stopped. SIGTERM, SIGINT and SIGHUP stop it in good order: exit code 0,
 everything acknowledged that was applied.")]
     Run(RunOptions),
 
