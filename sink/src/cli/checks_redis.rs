@@ -65,7 +65,7 @@ pub fn redis(
     let other = postgres.and_then(|conninfo| other(&mut connection, slot, conninfo));
     checks.extend(other.map(|other| Check {
         name: "Redis mirror",
-        outcome: of_another(&other, slot, begins),
+        outcome: of_another(&other, url, slot, begins),
     }));
     Ok(checks)
 }
@@ -109,9 +109,9 @@ fn other(connection: &mut Connection, slot: &SlotName, conninfo: &Conninfo) -> O
     redis::other_cluster(connection, slot.as_str(), &identity, &stored).ok()?
 }
 
-fn of_another(other: &Other, slot: &SlotName, begins: bool) -> Outcome {
+fn of_another(other: &Other, url: &RedisUrl, slot: &SlotName, begins: bool) -> Outcome {
     let key = RedisKeys::new(slot.as_str()).progress;
-    let unlink = format!("redis-cli UNLINK '{}'", String::from_utf8_lossy(&key));
+    let unlink = url.complete(&format!("redis-cli UNLINK '{}'", String::from_utf8_lossy(&key)));
     let name = &other.name;
     match (other.is_connected, begins) {
         (true, _) => Outcome::Fail(

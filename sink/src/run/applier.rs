@@ -10,7 +10,7 @@ use super::metrics::add;
 use super::shared::Shared;
 use super::stalled::Stalled;
 use crate::backfill::Backfill;
-use crate::config::Durability;
+use crate::config::{Durability, RedisUrl};
 use crate::error::Error;
 use crate::redis::{Applied, Segment, Writer};
 use crate::rejected::Rejected;
@@ -35,6 +35,7 @@ pub(super) fn apply(
     shared: &Arc<Shared>,
     backfill: &Arc<Backfill>,
     durability: Durability,
+    url: &RedisUrl,
 ) -> Result<(), Error> {
     let check_every = match durability {
         Durability::Memory { window } => (window / 2).clamp(CHECK_EVERY_MIN, CHECK_EVERY),
@@ -49,8 +50,8 @@ pub(super) fn apply(
         writer.wait_aof(1)?;
         if writer.never_syncs()? {
             tracing::warn!(
-                "--durability aof, and Redis' appendfsync is no: nothing is ever confirmed, and Postgres keeps its WAL; \
-                 next: redis-cli CONFIG SET appendfsync everysec"
+                next = url.complete("redis-cli CONFIG SET appendfsync everysec"),
+                "--durability aof, and Redis' appendfsync is no: nothing is ever confirmed, and Postgres keeps its WAL"
             );
         }
     }
@@ -116,7 +117,7 @@ pub(super) fn apply(
                     if let Some(time) = stalled.waits(waited) {
                         tracing::warn!(
                             lsn = %applied,
-                            next = "redis-cli INFO replication   # and INFO persistence; or --durability memory",
+                            next = url.complete("redis-cli INFO replication   # and INFO persistence; or --durability memory"),
                             "nothing has become durable in Redis for {} s: {answer}. The slot stands still, and Postgres keeps its WAL",
                             time.as_secs()
                         );

@@ -179,6 +179,7 @@ pub(super) fn run(
                 shared,
                 backfill,
                 config.durability,
+                &config.redis,
             )
         })?;
         let mut workers = Vec::new();
