@@ -107,6 +107,11 @@ impl KeyTemplate {
         &self.names
     }
 
+    /// What every key of it begins with.
+    pub fn prefix(&self) -> &str {
+        self.literals.first().map_or("", String::as_str)
+    }
+
     /// The template without its column names (`user:{}`), in template syntax: two tables whose skeletons are equal would
     /// write the same keys.
     pub fn skeleton(&self) -> String {

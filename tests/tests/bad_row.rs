@@ -121,6 +121,33 @@ fn rows_larger_than_redis_takes_are_left_out_and_the_rest_flows() {
     assert!(log(&m).contains("a row is not mirrored"));
 }
 
+/// It would overwrite what the sink knows of itself, and no sink could go on.
+#[test]
+fn a_row_with_a_bookkeeping_key_is_noted_and_the_rest_flows() {
+    let m = mirror(
+        "CREATE TABLE t (token text PRIMARY KEY, lsn text, epoch text); SELECT walmirror.mirror('t', key => '{token}')",
+        &[],
+    );
+    filled(&m);
+    let own = format!("walmirror:{{{}}}", m.db.name);
+    m.sql(&format!("INSERT INTO t VALUES ('{own}:progress', '0/1', '99'), ('{own}:pending', 'x', 'y'), ('free', 'x', 'y')"));
+    m.sync();
+    assert_eq!(notes(&m), 2);
+    // Read again, it is refused again.
+    m.sql("UPDATE t SET epoch = '98'; DELETE FROM t WHERE token LIKE '%:pending'; ALTER TABLE t ADD n int DEFAULT 1");
+    filled(&m);
+    m.sync();
+    assert_eq!(notes(&m), 5);
+    let (code, output) = walmirror(&m, "verify");
+    assert_eq!(code, 0, "{output}");
+    m.sql("UPDATE t SET token = 'mended' WHERE token LIKE '%:progress'");
+    m.sync();
+    let mut keys = m.redis.keys();
+    keys.retain(|key| !key.starts_with("walmirror:"));
+    assert_eq!(keys, ["free", "mended"]);
+    m.settle();
+}
+
 #[test]
 fn a_row_that_cannot_be_encoded_is_noted() {
     let m = mirror(

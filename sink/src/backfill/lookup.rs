@@ -8,7 +8,7 @@ use walmirror_proto::key::Readings;
 use super::sql::{Snapshots, Sql};
 use crate::error::Error;
 use crate::gate::Snapshot;
-use crate::plan::{Mapping, is_text};
+use crate::plan::{Keyed, Mapping, is_text};
 use crate::pq::{ErrorKind, PqError, QueryResult, quote_identifier, quote_literal};
 
 /// How to find the rows of a table by the values of its key template.
@@ -431,7 +431,7 @@ pub(crate) fn key_of(mapping: &Mapping, packed: &[u8]) -> Option<Vec<u8>> {
     let tuple = walmirror_proto::row::TupleRef::parse(packed.get(8..)?).ok()?;
     let mut key = Vec::new();
     let row = mapping.datums(&tuple).ok()?;
-    mapping.key(&row, &mut key).ok()?.then_some(key)
+    (mapping.key(&row, &mut key).ok()? == Keyed::Yes).then_some(key)
 }
 
 /// A text[] literal.

@@ -1,5 +1,8 @@
 //! The names of the keys that a sink keeps for itself. The braces make them one hash slot in a Redis Cluster.
 
+/// What the bookkeeping keys of all slots begin with.
+const RESERVED: &[u8] = b"walmirror:{";
+
 /// The bookkeeping keys of one slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RedisKeys {
@@ -25,9 +28,14 @@ impl RedisKeys {
         }
     }
 
-    /// Whether this is a bookkeeping key of any sink: no purge may take it, whatever its template matches.
+    /// Whether this is a bookkeeping key of any sink: no row may have it and no purge take it, whatever the template matches.
     pub fn is_reserved(key: &[u8]) -> bool {
-        key.starts_with(b"walmirror:{")
+        key.starts_with(RESERVED)
+    }
+
+    /// Whether keys that begin with this may be such keys.
+    pub fn may_be_reserved(prefix: &[u8]) -> bool {
+        prefix.starts_with(RESERVED) || RESERVED.starts_with(prefix)
     }
 }
 

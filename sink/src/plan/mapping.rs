@@ -6,6 +6,7 @@ use walmirror_proto::pb::{Encoding, Mode, OnWrite, Relation, ValueKind};
 use walmirror_proto::row::{Datum, TupleRef, WireError, encodings};
 use walmirror_proto::value::JsonShape;
 
+use super::RedisKeys;
 use crate::resp::bulk;
 
 /// A relation definition that cannot be used. The extension checks labels, so this is a bug of the decoder.
@@ -70,12 +71,25 @@ pub struct Mapping {
     pub template: KeyTemplate,
     /// For each placeholder of the template its column.
     pub key_columns: Vec<usize>,
+    /// Whether the template can make bookkeeping keys, as `{id}` can.
+    may_be_reserved: bool,
     /// The columns of the value.
     pub fields: Vec<Field>,
     /// How a row looks as JSON.
     pub json: JsonShape,
     /// The JSON members in the order of jsonb, for patches.
     pub members: Vec<Field>,
+}
+
+/// Whether a row has a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keyed {
+    /// It has, and this is rendered.
+    Yes,
+    /// No: a key column is NULL.
+    Null,
+    /// No: what is rendered is a bookkeeping key.
+    Reserved,
 }
 
 /// A column of the value.
@@ -155,6 +169,7 @@ impl Mapping {
                     .collect(),
             ),
             table,
+            may_be_reserved: RedisKeys::may_be_reserved(template.prefix().as_bytes()),
             template,
             key_columns,
             fields,
@@ -171,8 +186,8 @@ impl Mapping {
         Ok(row)
     }
 
-    /// Replaces `out` by the row's key. False: a key column is NULL, so the row has no key.
-    pub fn key(&self, row: &[Datum<'_>], out: &mut Vec<u8>) -> Result<bool, MappingError> {
+    /// Replaces `out` by the row's key.
+    pub fn key(&self, row: &[Datum<'_>], out: &mut Vec<u8>) -> Result<Keyed, MappingError> {
         out.clear();
         let column = |placeholder: usize| {
             self.key_columns
@@ -181,7 +196,7 @@ impl Mapping {
         };
         for placeholder in 0..self.key_columns.len() {
             match column(placeholder) {
-                None | Some(Datum::Null) => return Ok(false),
+                None | Some(Datum::Null) => return Ok(Keyed::Null),
                 // The decoder fills key columns in from the old tuple, so this would be a row that it did not finish.
                 Some(Datum::Unchanged) => {
                     let name = self
@@ -209,7 +224,16 @@ impl Mapping {
                 table: self.table.clone(),
                 reason: error.to_string(),
             })?;
-        Ok(true)
+        Ok(self.keyed(out))
+    }
+
+    /// Whether a row may have this key, which the template made.
+    pub fn keyed(&self, key: &[u8]) -> Keyed {
+        if self.may_be_reserved && RedisKeys::is_reserved(key) {
+            Keyed::Reserved
+        } else {
+            Keyed::Yes
+        }
     }
 
     /// The type that Redis' TYPE names for this value kind.

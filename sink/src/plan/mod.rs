@@ -21,7 +21,7 @@ use walmirror_proto::row::{Datum, TupleRef, WireError};
 
 pub use batch::{Batch, Op, OpKind};
 pub use keys::RedisKeys;
-pub use mapping::{Field, Mapping, MappingError};
+pub use mapping::{Field, Keyed, Mapping, MappingError};
 pub(crate) use owned::is_text;
 pub use owned::{Belongs, Owned};
 pub use purge::Purge;
@@ -56,6 +56,8 @@ pub enum Planned {
     Done,
     /// A key column is NULL, so the row has no key; a key that it had before is removed.
     NoKey,
+    /// Its key would be a bookkeeping key, so it is not written; a key that it had before is removed.
+    Reserved,
     /// Redis takes no value as large as one of the row's; the key is removed.
     TooLarge,
 }
@@ -137,26 +139,33 @@ impl Planner {
         };
         let row = mapping.datums(&change.tuple).map_err(broken)?;
         let has_old_key = match &change.old_key {
-            Some(tuple) => mapping.key(&mapping.datums(tuple).map_err(broken)?, &mut self.old_key)?,
+            Some(tuple) => {
+                mapping.key(&mapping.datums(tuple).map_err(broken)?, &mut self.old_key)? == Keyed::Yes
+            }
             None => false,
         };
-        let has_key = mapping.key(&row, &mut self.key)?;
+        let keyed = mapping.key(&row, &mut self.key)?;
+        let has_key = keyed == Keyed::Yes;
         let old_hash = gate.hash(&self.old_key);
         let moved = has_old_key && (!has_key || self.old_key != self.key);
         if moved {
             gate.record(old_hash, xid);
         }
+        let removes = change.kind == Kind::Delete
+            || trust == Trust::Outlived
+            || mapping.mode == Mode::Cache && mapping.on_write == OnWrite::Invalidate;
         if !has_key {
             if moved {
                 unlink(batch, mapping.oid, old_hash, &self.old_key);
             }
-            return Ok(Planned::NoKey);
+            return Ok(match keyed {
+                Keyed::Reserved if !removes => Planned::Reserved,
+                _ => Planned::NoKey,
+            });
         }
         let hash = gate.hash(&self.key);
         gate.record(hash, xid);
-        let invalidates = trust == Trust::Outlived
-            || mapping.mode == Mode::Cache && mapping.on_write == OnWrite::Invalidate;
-        if change.kind == Kind::Delete || invalidates {
+        if removes {
             if moved {
                 unlink(batch, mapping.oid, old_hash, &self.old_key);
             }
@@ -183,14 +192,9 @@ impl Planner {
         Ok(Planned::Done)
     }
 
-    /// Renders the key of a row that SQL read, and its hash for the gate. None: a key column is NULL.
-    pub fn read_key(
-        &mut self,
-        gate: &Gate,
-        mapping: &Mapping,
-        row: &[Datum<'_>],
-    ) -> Result<Option<u64>, PlanError> {
-        Ok(mapping.key(row, &mut self.key)?.then(|| gate.hash(&self.key)))
+    /// Renders the key of a row that SQL read.
+    pub fn read_key(&mut self, mapping: &Mapping, row: &[Datum<'_>]) -> Result<Keyed, PlanError> {
+        Ok(mapping.key(row, &mut self.key)?)
     }
 
     /// Plans a row that SQL read and the gate has admitted, after [`Self::read_key`] has rendered its key: the row

@@ -13,7 +13,7 @@ use crate::backfill::catalog::Misfit;
 use crate::backfill::lookup::Lookup;
 use crate::backfill::sql::Sql;
 use crate::error::Error;
-use crate::plan::{Mapping, Purge, RedisKeys};
+use crate::plan::{Keyed, Mapping, Purge, RedisKeys};
 use crate::redis::{Connection, read_stored};
 use crate::shell::word;
 
@@ -109,7 +109,7 @@ impl Table {
         &self.shape
     }
 
-    /// The key of a row in the form of `walmirror.pack`, and what it should hold. None: a key column is NULL.
+    /// The key of a row in the form of `walmirror.pack`, and what it should hold. None: it has no key.
     pub(super) fn row(&self, packed: &[u8], text: &mut Vec<u8>) -> Result<Option<(Vec<u8>, Content)>, Error> {
         let unreadable = |why: String| Error::bug(format!("a row of {} cannot be read: {why}", self.name));
         let Some((fingerprint, tuple)) = packed.split_first_chunk::<8>() else {
@@ -124,11 +124,11 @@ impl Table {
             .datums(&tuple)
             .map_err(|error| unreadable(error.to_string()))?;
         let mut key = Vec::new();
-        let has_key = self
+        let keyed = self
             .mapping
             .key(&row, &mut key)
             .map_err(|error| unreadable(error.to_string()))?;
-        if !has_key {
+        if keyed != Keyed::Yes {
             return Ok(None);
         }
         // A row that cannot be encoded has no key in Redis.

@@ -11,7 +11,7 @@ use super::super::metrics::add;
 use super::Planning;
 use crate::error::Error;
 use crate::gate::{Snapshot, Verdict};
-use crate::plan::Trust;
+use crate::plan::{Keyed, Trust};
 
 /// Whether SELECTs of a table fill Redis.
 fn is_captured(relation: &pb::Relation) -> bool {
@@ -50,14 +50,15 @@ impl Planning {
                 add(&dropped.not_encoded, 1);
                 continue;
             };
-            let Ok(hash) = self.planner.read_key(&self.gate, &mapping, &row) else {
+            let Ok(keyed) = self.planner.read_key(&mapping, &row) else {
                 add(&dropped.not_encoded, 1);
                 continue;
             };
-            let Some(hash) = hash else {
+            if keyed != Keyed::Yes {
                 add(&dropped.no_key, 1);
                 continue;
-            };
+            }
+            let hash = self.gate.hash(self.planner.key());
             if tuple.has_unchanged() {
                 add(&dropped.not_encoded, 1);
                 continue;

@@ -10,7 +10,7 @@ use super::Planning;
 use crate::backfill::{Chunk, Content, Life};
 use crate::error::Error;
 use crate::gate::Verdict;
-use crate::plan::{Belongs, Owned, Trust};
+use crate::plan::{Belongs, Keyed, Owned, Trust};
 use crate::rejected::Rejected;
 
 /// Bytes of commands that one piece adds to a batch, about.
@@ -178,14 +178,19 @@ impl Planning {
         };
         let tuple = TupleRef::parse(tuple).map_err(unreadable)?;
         let row = mapping.datums(&tuple).map_err(unreadable)?;
-        let hash = self
+        let keyed = self
             .planner
-            .read_key(&self.gate, &mapping, &row)
+            .read_key(&mapping, &row)
             .map_err(|error| Error::bug(error.to_string()))?;
-        let Some(hash) = hash else {
-            add(&self.shared.metrics.rows_without_key, 1);
-            return Ok(true);
-        };
+        match keyed {
+            Keyed::Yes => {}
+            Keyed::Null => {
+                add(&self.shared.metrics.rows_without_key, 1);
+                return Ok(true);
+            }
+            Keyed::Reserved => return self.reject_reserved(mapping.table.clone()).map(|()| true),
+        }
+        let hash = self.gate.hash(self.planner.key());
         match self.gate.admit(chunk.relation, hash, &chunk.snapshot) {
             Verdict::Admit => {
                 add(&self.shared.metrics.read_admitted, 1);

@@ -156,6 +156,10 @@ impl Planning {
                 let table = definition.mapping.table.clone();
                 self.reject_too_large(table)
             }
+            Ok(Planned::Reserved) => {
+                let table = definition.mapping.table.clone();
+                self.reject_reserved(table)
+            }
             Ok(Planned::NoKey) => {
                 add(&self.shared.metrics.rows_without_key, 1);
                 Ok(())

@@ -65,6 +65,16 @@ impl Planning {
         };
         self.reject(rejected)
     }
+
+    /// The row whose key was rendered last would have a bookkeeping key.
+    pub(super) fn reject_reserved(&mut self, table: String) -> Result<(), Error> {
+        self.reject(Rejected {
+            key: self.planner.key().to_vec(),
+            table,
+            lsn: self.lsn,
+            reason: "keys that start with walmirror:{ are walmirror's own".to_owned(),
+        })
+    }
 }
 
 #[cfg(test)]

@@ -257,3 +257,88 @@ fn a_broken_stream_is_an_error_that_says_where() {
             .contains("relation 9")
     );
 }
+
+/// The text of a key column could be the name of a key that the sink keeps for itself.
+#[test]
+fn a_row_never_has_a_bookkeeping_key() {
+    let own = "walmirror:{s}:progress";
+    let whole = || pb::Relation {
+        capture: true,
+        ..relation(1, "{id}")
+    };
+    let mut stored = settled();
+    stored.relations.insert(OID, whole());
+    let mut planning = planning(stored, 1 << 20, 1 << 24);
+    let noted = |lines: &[String]| {
+        let is_touched = |line: &&String| {
+            line.contains(own) && !line.starts_with("XADD") && !line.starts_with(&format!("HSET {own} lsn "))
+        };
+        assert_eq!(lines.iter().find(is_touched), None);
+        lines.iter().filter(|line| line.starts_with("XADD")).count()
+    };
+    Frame::default()
+        .relation(whole())
+        .begin(100, 10)
+        .row(Kind::Insert, own, Some("a"))
+        .row(Kind::Insert, "walmirror:own", Some("b"))
+        .commit(20)
+        .feed(&mut planning);
+    let lines = flushed(&mut planning);
+    assert!(lines.contains(&"HSET walmirror:own id walmirror:own v b".to_owned()));
+    assert_eq!(noted(&lines), 1, "{lines:?}");
+    // Whatever becomes of the row.
+    let moved = |from: &str, to: &str| {
+        let mut frame = Frame::default().begin(101, 20);
+        frame
+            .0
+            .row(Kind::Update, 1, &tuple(to, Some("c")), Some(&tuple(from, None)));
+        frame
+            .row(Kind::Delete, "walmirror:{other}:pending", None)
+            .commit(30)
+    };
+    moved(own, "1").feed(&mut planning);
+    let lines = flushed(&mut planning);
+    assert!(lines.contains(&"HSET 1 id 1 v c".to_owned()), "{lines:?}");
+    assert_eq!(noted(&lines), 0, "{lines:?}");
+    let mut frame = Frame::default().begin(102, 30);
+    frame
+        .0
+        .row(Kind::Update, 1, &tuple(own, Some("d")), Some(&tuple("1", None)));
+    frame.commit(40).feed(&mut planning);
+    let lines = flushed(&mut planning);
+    assert!(lines.contains(&"UNLINK 1".to_owned()), "{lines:?}");
+    assert_eq!(noted(&lines), 1, "{lines:?}");
+    // What SQL read.
+    let window = Arc::new(Window::default());
+    planning.chunk(chunk(
+        &planning,
+        7,
+        rows(&[packed(1, own, "read")]),
+        None,
+        &window,
+    ));
+    let capture = pb::Capture {
+        oid: OID,
+        fingerprint: 1,
+        snapshot: Some(pb::Snapshot {
+            xmin: 105,
+            xmax: 105,
+            xip: Vec::new(),
+        }),
+        rows: vec![pb::Tuple {
+            texts: vec![own.into(), "read".into()],
+            ..pb::Tuple::default()
+        }],
+    };
+    let marker = pb::Marker {
+        content: b"m:7".to_vec(),
+        lsn: 41,
+    };
+    Frame::default()
+        .record(capture)
+        .record(marker)
+        .feed(&mut planning);
+    planning.piece().unwrap();
+    let lines = flushed(&mut planning);
+    assert_eq!(noted(&lines), 1, "{lines:?}");
+}
