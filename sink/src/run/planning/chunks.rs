@@ -3,6 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
+use walmirror_proto::pb::Mode;
 use walmirror_proto::row::TupleRef;
 
 use super::super::metrics::add;
@@ -158,6 +159,8 @@ impl Planning {
         };
         let mapping = std::sync::Arc::clone(&registered.mapping);
         let on_nothing = registered.cursor.on_nothing && pending.is_none();
+        // As for a capture; the rows of a mirror are read once more when those that it may miss have ended.
+        let may_be_stale = mapping.mode == Mode::Cache && chunk.snapshot.may_miss_below(registered.horizon());
         let Some((fingerprint, tuple)) = packed.split_first_chunk::<8>() else {
             return Err(Error::bug(format!(
                 "walmirror.pack gave too few bytes for a row of {}",
@@ -192,6 +195,13 @@ impl Planning {
         }
         let hash = self.gate.hash(self.planner.key());
         match self.gate.admit(chunk.relation, hash, &chunk.snapshot) {
+            Verdict::Admit if may_be_stale => {
+                let key = self.planner.key().to_vec();
+                self.remove(chunk.relation, &key);
+                if pending.is_some() {
+                    self.settle(&key, hash);
+                }
+            }
             Verdict::Admit => {
                 add(&self.shared.metrics.read_admitted, 1);
                 if tuple.has_unchanged() {

@@ -235,3 +235,45 @@ fn a_horizon_is_stored_unless_the_server_was_put_back_behind_it() {
         assert!(lines[0].starts_with(lines_of_98), "{lines:?}");
     }
 }
+
+/// What is written when the pending key of a row was read again in a snapshot.
+fn reread(planning: &mut Planning, xmax: u64, xip: &[u64]) -> Vec<String> {
+    let window = Arc::new(Window::default());
+    let keys = Content::Keys(vec![(b"t:1".to_vec(), Some(packed(1, "1", "read")))]);
+    let read = Chunk {
+        snapshot: Snapshot::new(xip.first().copied().unwrap_or(xmax), xmax, xip.to_vec()),
+        ..chunk(planning, 7, keys, None, &window)
+    };
+    planning.chunk(read);
+    Frame::default()
+        .record(pb::Marker {
+            content: b"m:7".to_vec(),
+            lsn: 50,
+        })
+        .feed(planning);
+    planning.piece().unwrap();
+    flushed(planning)
+}
+
+/// Its key was noted while the table was a mirror, or by `verify --repair`. An old transaction that has changed the row is not in the
+/// stream, so what was read without it stayed for good.
+#[test]
+fn a_pending_key_of_a_cache_is_read_when_all_that_wrote_before_the_label_are_seen() {
+    let mut planning = planning(empty(), 1 << 20, 1 << 24);
+    announce(&mut planning, refreshed());
+    let removed = ["UNLINK t:1", "HDEL walmirror:{s}:pending t:1"];
+    assert_eq!(reread(&mut planning, 115, &[])[..2], removed);
+    let generation = generation(&planning);
+    take(&mut planning, 112, generation, 30);
+    assert_eq!(reread(&mut planning, 115, &[105])[..2], removed);
+    let lines = reread(&mut planning, 115, &[113]);
+    assert!(lines.contains(&"HSET t:1 id 1 v read".to_owned()), "{lines:?}");
+}
+
+#[test]
+fn a_pending_key_of_a_mirror_is_read_whoever_is_writing() {
+    let mut planning = planning(empty(), 1 << 20, 1 << 24);
+    announce(&mut planning, relation(1, "t:{id}"));
+    let lines = reread(&mut planning, 115, &[105]);
+    assert!(lines.contains(&"HSET t:1 id 1 v read".to_owned()), "{lines:?}");
+}

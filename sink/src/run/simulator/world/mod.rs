@@ -16,6 +16,7 @@ use super::sink::{Session, Setting, Starting, at};
 use super::table::Id;
 use crate::config::Durability;
 use crate::plan::RedisKeys;
+use crate::request::Request;
 use crate::run::decide::Found;
 use crate::run::planning::Limits;
 
@@ -145,6 +146,7 @@ impl World {
             38 if self.dice.once_in(4) => self.end_of_session()?,
             39 if self.dice.once_in(5) => self.lose()?,
             40 if self.put_backs => self.copy_or_put_back(),
+            40 => self.repair(),
             _ => {}
         }
         self.look()
@@ -245,6 +247,31 @@ impl World {
                 snapshot,
                 rows,
             });
+        }
+    }
+
+    /// `verify --repair`: the keys of the cached table are to be read again. It may have been labelled just then, while somebody was
+    /// writing. (In a mirror what is read then may be stale until it is filled.)
+    fn repair(&mut self) {
+        let oid = 103;
+        if self.postgres.open.len() < 4 && self.dice.once_in(2) {
+            let writer = self.postgres.begin();
+            for id in 0..IDS {
+                self.postgres.write(writer, oid, id, 7, 0);
+            }
+            let (labeller, choice) = (self.postgres.begin(), self.dice.roll(24));
+            self.postgres
+                .relabel(labeller, oid, |fingerprint| definition(oid, fingerprint, choice));
+            self.postgres.commit(labeller);
+            self.postgres.finish(labeller);
+        }
+        if let Some(label) = self.postgres.label(oid, &self.postgres.snapshot()) {
+            let reread = Request::Reread {
+                relation: oid,
+                keys: (0..IDS).map(|id| label.key(id)).collect(),
+            };
+            let content = reread.encode("s");
+            self.postgres.message(|lsn| Wal::Marker { lsn, content });
         }
     }
 
