@@ -257,6 +257,36 @@ fn a_change_without_its_key_has_the_table_compared_anew() {
     assert_eq!(notes(&m), 2);
 }
 
+/// The keys of a cache go with such a change, not only when the table has been compared, which waits for whoever is writing.
+#[test]
+fn a_change_without_its_key_empties_a_cache() {
+    let m = mirror(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT i, 'v' FROM generate_series(1, 100) i; \
+         SELECT walmirror.cache('t', on_write => 'populate')",
+        &[],
+    );
+    filled(&m);
+    m.sync();
+    m.outlast_announced();
+    m.sql("UPDATE t SET v = 'w' WHERE id <= 10");
+    m.sync();
+    assert_eq!(m.redis.keys().len(), 10);
+    let mut writer = m.db.connect();
+    writer
+        .batch_execute("BEGIN; SELECT pg_current_xact_id()")
+        .unwrap();
+    m.sql(
+        "ALTER EVENT TRIGGER walmirror_ddl_command_end DISABLE; ALTER TABLE t REPLICA IDENTITY NOTHING; \
+         DELETE FROM t WHERE id = 5",
+    );
+    m.sync();
+    assert_eq!(m.redis.keys(), Vec::<String>::new());
+    assert_eq!(notes(&m), 1);
+    writer.batch_execute("COMMIT").unwrap();
+    m.sql("ALTER TABLE t REPLICA IDENTITY DEFAULT; ALTER EVENT TRIGGER walmirror_ddl_command_end ENABLE");
+    m.settle();
+}
+
 #[test]
 fn a_key_of_another_type_stays_and_is_noted() {
     let m = mirror(

@@ -358,6 +358,9 @@ impl Planning {
     }
 
     fn error(&mut self, error: &pb::Error) -> Result<(), Error> {
+        if self.registry.is_kept_cache(error.oid) {
+            self.cut_before_purge();
+        }
         let open = self
             .transactions
             .note("ERROR")
@@ -377,12 +380,18 @@ impl Planning {
     }
 
     /// What was done to a table is not told, as its label does not fit it or a key is not in the WAL: whatever it is next, it is made
-    /// anew.
+    /// anew. Of a cache any key may be stale from here on, so they go at once.
     fn outdate_misfit(&mut self, oid: u32) -> Result<(), Error> {
         match self.registry.get(oid) {
             Some(registered) if !registered.is_outdated() => {
                 let relation = registered.relation.clone();
-                self.stray(&relation)
+                let is_cache = self.registry.is_kept_cache(oid);
+                self.stray(&relation)?;
+                if is_cache {
+                    let purges = self.registry.purges(oid);
+                    self.purge(purges);
+                }
+                Ok(())
             }
             _ => Ok(()),
         }

@@ -96,8 +96,13 @@ impl Registry {
     /// The horizon for rows of the stream; 0: they count whoever wrote them, because a backfill that waits for all writers corrects
     /// what is not as it should be.
     pub(super) fn cache_horizon(&self, oid: u32) -> u64 {
-        let cache = self.get(oid).filter(|registered| is_cache(&registered.relation));
-        cache.map_or(0, Registered::horizon)
+        match self.get(oid) {
+            Some(registered) if !is_cache(&registered.relation) => 0,
+            // Nothing is written to it until it is made anew.
+            Some(registered) if registered.is_outdated() => u64::MAX,
+            Some(registered) => registered.horizon(),
+            None => 0,
+        }
     }
 
     pub(super) fn oids(&self) -> Vec<u32> {
@@ -185,7 +190,8 @@ impl Registry {
 
     /// The table is no longer mirrored. Returns what removes its keys.
     pub(super) fn forget(&mut self, batch: &mut Batch, oid: u32) -> Option<Vec<Purge>> {
-        let registered = self.relations.remove(&oid)?;
+        let purges = self.purges(oid);
+        self.relations.remove(&oid)?;
         // Its keys may be kept, and another table may get their template.
         self.nothing_else = false;
         self.backfill.remove(oid);
@@ -194,8 +200,6 @@ impl Registry {
             .bookkeeping()
             .command(&[b"HDEL", &self.keys.relations, field.as_bytes()]);
         write_cursor(batch.bookkeeping(), &self.keys, oid, None);
-        let mut purges = vec![self.purge(oid, &registered.mapping.template)];
-        purges.extend(self.retired(oid, &registered.cursor.old_keys));
         Some(purges)
     }
 
@@ -221,6 +225,22 @@ impl Registry {
         self.store(batch, &relation);
         write_cursor(batch.bookkeeping(), &self.keys, oid, Some(&cursor.to_json()));
         self.insert(relation, cursor)
+    }
+
+    /// Whether this is a cache, and Redis is kept by a version of it.
+    pub(super) fn is_kept_cache(&self, oid: u32) -> bool {
+        let registered = self.get(oid);
+        registered.is_some_and(|registered| is_cache(&registered.relation) && !registered.is_outdated())
+    }
+
+    /// What removes all keys of a table.
+    pub(super) fn purges(&self, oid: u32) -> Vec<Purge> {
+        let Some(registered) = self.get(oid) else {
+            return Vec::new();
+        };
+        let mut purges = vec![self.purge(oid, &registered.mapping.template)];
+        purges.extend(self.retired(oid, &registered.cursor.old_keys));
+        purges
     }
 
     /// What removes the keys of a table.

@@ -151,3 +151,84 @@ fn a_new_label_of_a_cache_behind_what_redis_has_begun_already_cuts_the_transacti
     let purging = segments.iter().find(|segment| !segment.purges.is_empty());
     assert!(purging.unwrap().opens);
 }
+
+/// A DELETE that did not tell its key left the key of a cache until the catalog had been compared, which waits for whoever is writing.
+#[test]
+fn a_change_that_does_not_tell_its_key_empties_a_cache_at_its_place() {
+    let error = || pb::Error {
+        table: "public.t".into(),
+        oid: OID,
+        ..pb::Error::default()
+    };
+    for relation in [cache(1, "t:{id}"), relation(1, "t:{id}")] {
+        let mut stored = settled();
+        stored.relations.insert(OID, relation.clone());
+        let mut planning = planning(stored, 1 << 20, 1 << 24);
+        Frame::default()
+            .relation(relation.clone())
+            .begin(110, 10)
+            .row(Kind::Insert, "1", Some("a"))
+            .record(error())
+            .row(Kind::Insert, "2", Some("b"))
+            .record(error())
+            .commit(20)
+            .feed(&mut planning);
+        planning.flush();
+        let segment = planning.next_segment().unwrap();
+        let is_cache = relation.mode() == pb::Mode::Cache;
+        let purged: Vec<_> = segment
+            .purges
+            .iter()
+            .map(|purge| purge.prefix().to_vec())
+            .collect();
+        assert_eq!(purged, vec![b"t:".to_vec(); usize::from(is_cache)]);
+        // Until the table is made anew nothing is written to a cache, so that nothing more has to go.
+        let lines = lines(&segment);
+        assert_eq!(
+            lines.contains(&"HSET t:2 id 2 v b".to_owned()),
+            !is_cache,
+            "{lines:?}"
+        );
+        assert!(planning.registry.get(OID).unwrap().is_outdated());
+    }
+}
+
+/// The cut is only where a purge needs it.
+#[test]
+fn a_change_that_does_not_tell_its_key_cuts_what_redis_has_begun() {
+    for relation in [cache(1, "t:{id}"), relation(1, "t:{id}")] {
+        let is_cache = relation.mode() == pb::Mode::Cache;
+        let mut stored = settled();
+        stored.relations.insert(OID, relation.clone());
+        let mut planning = planning(stored, 500, 1 << 24);
+        Frame::default()
+            .relation(relation)
+            .begin(110, 10)
+            .feed(&mut planning);
+        for row in 0..100 {
+            Frame::default()
+                .row(Kind::Insert, &row.to_string(), None)
+                .feed(&mut planning);
+        }
+        let error = pb::Error {
+            oid: OID,
+            ..pb::Error::default()
+        };
+        Frame::default().record(error).commit(20).feed(&mut planning);
+        planning.flush();
+        let mut segments = Vec::new();
+        while let Some(segment) = planning.next_segment() {
+            segments.push(segment);
+        }
+        let is_cut = segments
+            .iter()
+            .any(|segment| segment.step.is_some_and(|step| step.part.is_some()));
+        assert_eq!(is_cut, is_cache);
+        assert_eq!(
+            segments
+                .iter()
+                .any(|segment| segment.opens && !segment.purges.is_empty()),
+            is_cache
+        );
+    }
+}
