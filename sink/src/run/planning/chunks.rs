@@ -11,7 +11,7 @@ use super::Planning;
 use crate::backfill::{Chunk, Content, Life};
 use crate::error::Error;
 use crate::gate::Verdict;
-use crate::plan::{Belongs, Keyed, Owned, Trust};
+use crate::plan::{Belongs, Keyed, Owned, RedisKeys, Trust};
 use crate::rejected::Rejected;
 
 /// Bytes of commands that one piece adds to a batch, about.
@@ -261,9 +261,21 @@ impl Planning {
         }
     }
 
-    /// A key whose row is there and cannot be read.
+    /// A key whose row is there and cannot be read. Where it was written since, it is another one.
     fn left_out(&mut self, chunk: &Chunk, key: &[u8]) -> Result<(), Error> {
-        self.absent(chunk, key, true);
+        let hash = self.gate.hash(key);
+        match self.gate.admit(chunk.relation, hash, &chunk.snapshot) {
+            Verdict::Admit if RedisKeys::is_reserved(key) => {}
+            Verdict::Admit => {
+                self.remove(chunk.relation, key);
+                self.settle(key, hash);
+            }
+            Verdict::Changed => return Ok(()),
+            Verdict::Forgotten => {
+                self.pend(chunk.relation, key);
+                return Ok(());
+            }
+        }
         let table = self.registry.get(chunk.relation);
         let table = table.map(|registered| registered.mapping.table.clone());
         self.reject(Rejected {

@@ -242,3 +242,31 @@ fn a_pending_key_of_another_table_is_noted_for_that_one() {
         [noted.as_str(), "HDEL walmirror:{s}:pending nobody:1"]
     );
 }
+
+/// A row that could not be read and was written since is another one, and noted by whoever wrote it if that cannot be read either.
+#[test]
+fn a_row_that_cannot_be_read_is_noted_unless_something_newer_wrote_it() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    // The snapshot of the chunk does not see this one.
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(110, 10)
+        .row(Kind::Update, "1", Some("new"))
+        .commit(11)
+        .feed(&mut planning);
+    flushed(&mut planning);
+    let own = "walmirror:{s}:progress";
+    let keys = ["t:1", "t:2", own].map(|key| key.as_bytes().to_vec());
+    let written = plan(&mut planning, Content::LeftOut(keys.to_vec()));
+    assert_eq!(
+        written[..2],
+        ["UNLINK t:2", "HDEL walmirror:{s}:pending t:2"],
+        "{written:?}"
+    );
+    let noted = |key: &str| {
+        written
+            .iter()
+            .any(|line| line.starts_with("XADD") && line.contains(key))
+    };
+    assert!(!noted("t:1") && noted("t:2") && noted(own), "{written:?}");
+}
