@@ -198,6 +198,37 @@ fn a_damaged_row_is_left_out_and_noted_and_the_rest_is_mirrored() {
     assert_eq!(notes, 1);
 }
 
+/// The other one was read instead, and the rest of the first never came.
+#[test]
+fn partitions_whose_schemas_are_swapped_while_they_are_filled() {
+    let m = Mirror::new();
+    m.sql(
+        "CREATE SCHEMA a; CREATE SCHEMA b; CREATE TABLE t (id int, v text, PRIMARY KEY (id)) PARTITION BY RANGE (id); \
+         CREATE TABLE a.p PARTITION OF t FOR VALUES FROM (1) TO (20001); \
+         CREATE TABLE b.p PARTITION OF t FOR VALUES FROM (20001) TO (40001); \
+         INSERT INTO t SELECT i, repeat('x', 1000) FROM generate_series(1, 40000) i; SELECT walmirror.mirror('t')",
+    );
+    m.start();
+    let progress = format!("walmirror:{{{}}}:progress", m.db.name);
+    wait_for(DEADLINE, "the first chunks", || {
+        let progress = m.redis.hash(&progress);
+        let mut cursors = progress
+            .iter()
+            .filter(|(field, _)| field.starts_with("backfill:"));
+        cursors
+            .any(|(_, cursor)| cursor.contains("\"rows\":") && !cursor.contains("\"rows\":0,"))
+            .then_some(())
+    });
+    // What is planned waits for Redis, and the backfill for that.
+    let _: String = m.redis.command("CLIENT PAUSE 60000 WRITE");
+    m.sql(
+        "BEGIN; ALTER SCHEMA a RENAME TO c; ALTER SCHEMA b RENAME TO a; ALTER SCHEMA c RENAME TO b; COMMIT",
+    );
+    let _: String = m.redis.command("CLIENT UNPAUSE");
+    complete(&m, 1);
+    assert_equal(&m);
+}
+
 /// The key of a row holds what its type prints, whatever somebody casts it to: the sweep removed the keys of all rows.
 #[test]
 fn a_cast_to_text_that_somebody_wrote_is_no_part_of_a_key() {

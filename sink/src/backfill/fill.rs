@@ -158,11 +158,10 @@ impl Pace {
         }
     }
 
-    /// Less is read at once; false: it is one row already.
-    fn narrow(&mut self) -> bool {
-        let was_by_row = std::mem::replace(&mut self.is_by_row, self.blocks == 1);
+    /// Less is read at once.
+    fn narrow(&mut self) {
+        self.is_by_row = self.blocks == 1;
         self.blocks = 1;
-        !was_by_row
     }
 
     fn adapt(&mut self, start: (u32, u16), read: &Read) {
@@ -188,40 +187,20 @@ pub(crate) fn read_next(
     start: (u32, u16),
     pace: &mut Pace,
 ) -> Result<Option<Read>, Error> {
-    let table = &mapping.table;
     loop {
-        let end = pace.end(start);
-        let read = match read_chunk(snapshots, sql, table, leaf, start, end)? {
-            Chunk::Read(read) => read,
-            Chunk::Changed => return Ok(None),
-            Chunk::Unreadable(_) if pace.narrow() => continue,
-            Chunk::Unreadable(why) => {
-                let (name, block, offset) = (&leaf.name, start.0, start.1);
-                tracing::error!(
-                    table,
-                    next = format!("SELECT pg_column_size(…) FROM {name} WHERE ctid = '({block},{offset})'"),
-                    "a row is not mirrored: {why}"
-                );
-                let Some(snapshot) = snapshots.begin(sql, table)? else {
-                    return Ok(None);
-                };
-                let left_out = key_at(sql, mapping, leaf, start);
-                sql.end()?;
-                let rows = PackedRows::default();
-                Read {
-                    rows,
-                    left_out: left_out?,
-                    snapshot,
-                    end,
-                }
+        let stretch = (start, pace.end(start), pace.is_by_row);
+        match read_chunk(snapshots, sql, mapping, leaf, stretch)? {
+            Chunk::Read(read) => {
+                pace.adapt(start, &read);
+                return Ok(Some(read));
             }
-        };
-        pace.adapt(start, &read);
-        return Ok(Some(read));
+            Chunk::Changed => return Ok(None),
+            Chunk::Unreadable => pace.narrow(),
+        }
     }
 }
 
-/// The key of one row, which may be too large to be read whole. None: it is gone, or a column of its key is NULL.
+/// The key of one row, which may be too large to be read whole. None: a column of its key is NULL.
 fn key_at(sql: &mut Sql, mapping: &Mapping, leaf: &Leaf, at: (u32, u16)) -> Result<Option<Vec<u8>>, Error> {
     let columns = mapping.template.placeholders().iter();
     let columns: Vec<String> = columns
@@ -245,58 +224,72 @@ enum Chunk {
     Read(Read),
     /// The table is not what it was when its definition was announced, or the session ends.
     Changed,
-    /// Postgres cannot put one of its rows together, for this reason.
-    Unreadable(&'static str),
+    /// Postgres cannot put one of its rows together: which one is found by reading less.
+    Unreadable,
 }
 
-/// One chunk: the rows from one place up to another, or fewer.
+/// One chunk: the rows from one place up to another, or fewer; or one row, and the key of one that cannot be read.
 fn read_chunk(
     snapshots: &dyn Snapshots,
     sql: &mut Sql,
-    table: &str,
+    mapping: &Mapping,
     leaf: &Leaf,
-    start: (u32, u16),
-    end: (u32, u16),
+    (start, end, is_by_row): ((u32, u16), (u32, u16), bool),
 ) -> Result<Chunk, Error> {
+    let (table, name) = (&mapping.table, &leaf.name);
     let Some(snapshot) = snapshots.begin(sql, table)? else {
         return Ok(Chunk::Changed);
     };
-    let read = copy_rows(sql, &leaf.name, start, end);
-    let ended = sql.end();
-    match read {
-        Ok(None) => {
-            ended?;
-            Ok(Chunk::Changed)
-        }
-        Ok(Some((rows, end))) => {
-            ended?;
-            // A file is never that of the table again once it is another one, so this is the one that was read.
-            let file = look_at_leaf(sql, leaf.oid)?.map(|leaf| leaf.file);
-            Ok(match file {
-                Some(file) if file == leaf.file => Chunk::Read(Read {
-                    rows,
-                    left_out: None,
-                    snapshot,
-                    end,
-                }),
-                _ => Chunk::Changed,
-            })
-        }
-        Err(error) if is_too_large(&error) => Ok(Chunk::Unreadable(
-            "it has more than 1 GB, which PostgreSQL does not put together",
-        )),
-        // A whole page that is damaged is the table's trouble: which rows it had cannot be told.
-        Err(error) if is_damaged(&error) && !error.message.contains("page") => {
-            Ok(Chunk::Unreadable("what is stored of it is damaged"))
-        }
-        // The stream will say so.
-        Err(error) if has_changed(&error) => {
-            tracing::debug!(table, "the table changed while it was read: {error}");
-            std::thread::sleep(Duration::from_millis(100));
-            Ok(Chunk::Changed)
-        }
-        Err(error) => Err(sql.explain_table(format!("cannot read the table {table}"), &leaf.name, error)),
+    if is_by_row {
+        sql.query("cannot set a savepoint", "SAVEPOINT row", &[])?;
     }
+    let (copied, left_out) = match copy_rows(sql, name, start, end) {
+        Ok(copied) => (copied, None),
+        Err(error) => match why_unreadable(&error) {
+            Some(why) if is_by_row => {
+                let (block, offset) = start;
+                tracing::error!(
+                    table,
+                    next = format!("SELECT pg_column_size(…) FROM {name} WHERE ctid = '({block},{offset})'"),
+                    "a row is not mirrored: {why}"
+                );
+                // In the snapshot that has seen it: in a later one there may be another row in its place.
+                sql.query("cannot go on behind a row", "ROLLBACK TO row", &[])?;
+                let key = key_at(sql, mapping, leaf, start)?;
+                (Some((PackedRows::default(), end)), key)
+            }
+            Some(_) => return sql.end().map(|()| Chunk::Unreadable),
+            // The stream will say so.
+            None if has_changed(&error) => {
+                tracing::debug!(table, "the table changed while it was read: {error}");
+                std::thread::sleep(Duration::from_millis(100));
+                return sql.end().map(|()| Chunk::Changed);
+            }
+            None => return Err(sql.explain_table(format!("cannot read the table {table}"), name, error)),
+        },
+    };
+    let is_named = is_named(sql, leaf)?;
+    sql.end()?;
+    // A file is never that of the table again once it is another one, so this is the one that was read.
+    let file = look_at_leaf(sql, leaf.oid)?.map(|leaf| leaf.file);
+    Ok(match copied {
+        Some((rows, end)) if is_named && file == Some(leaf.file) => Chunk::Read(Read {
+            rows,
+            left_out,
+            snapshot,
+            end,
+        }),
+        _ => Chunk::Changed,
+    })
+}
+
+/// Whether a table has the name that it was read by. It keeps it until the transaction that read it ends, but its schema may not.
+fn is_named(sql: &mut Sql, leaf: &Leaf) -> Result<bool, Error> {
+    let statement = "SELECT to_regclass($2) = c.oid FROM pg_class c WHERE c.oid = $1::oid";
+    let (oid, name) = (leaf.oid.to_string(), leaf.name.as_bytes());
+    let what = "cannot look at the name of a table";
+    let result = sql.query(what, statement, &[Some(oid.as_bytes()), Some(name)])?;
+    Ok(result.text(0, 0) == Some("t"))
 }
 
 /// Packed rows, and block and offset to go on from.
@@ -366,6 +359,15 @@ fn has_changed(error: &PqError) -> bool {
     ["42P01", "3F000", "42703", "XX000", "55000"]
         .iter()
         .any(|state| error.is(state))
+}
+
+/// Why Postgres cannot put a row together, if that is what the error says.
+fn why_unreadable(error: &PqError) -> Option<&'static str> {
+    if is_too_large(error) {
+        return Some("it has more than 1 GB, which PostgreSQL does not put together");
+    }
+    // A whole page that is damaged is the table's trouble: which rows it had cannot be told.
+    (is_damaged(error) && !error.message.contains("page")).then_some("what is stored of it is damaged")
 }
 
 /// Whether a row could not be put together: the executor makes one tuple of it, with the values that are stored apart, for a function
