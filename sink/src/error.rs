@@ -233,6 +233,11 @@ impl Error {
         matches!(self, Self::Postgres(_, source) if states.iter().any(|state| source.is(state)))
     }
 
+    /// Whether a table was not to be had in time, because somebody holds it for himself.
+    pub fn is_of_a_lock(&self) -> bool {
+        matches!(self, Self::Postgres(_, source) if source.is("55P03"))
+    }
+
     /// Whether an error of a statement about a table is that table's own: neither the connection, nor the server or the machine has
     /// failed, nor who may log in.
     pub fn is_of_one_table(&self) -> bool {

@@ -250,3 +250,38 @@ fn a_cast_to_text_that_somebody_wrote_is_no_part_of_a_key() {
     keys.sort_unstable();
     assert_eq!(keys, ["paint:g", "paint:r"]);
 }
+
+/// The story: the worker waited for the lock, whoever held it and for how long, with all that was to be read of other tables behind it.
+#[test]
+fn a_locked_table_holds_up_no_other() {
+    let m = Mirror::with(
+        "CREATE TABLE a (id int PRIMARY KEY, n int, v text); CREATE TABLE z (LIKE a INCLUDING ALL); \
+         ALTER TABLE z ALTER v SET STORAGE EXTERNAL; INSERT INTO a VALUES (1, 0, 'x'); INSERT INTO z VALUES (1, 0, repeat('x', 5000)); \
+         SELECT walmirror.mirror('a'), walmirror.mirror('z')",
+    );
+    m.settle();
+    let seen = m.sink(|sink| sink.output()).len();
+    let oid = m.db.value("SELECT oid FROM pg_class WHERE relname = 'a'");
+    let mut holder = m.db.connect();
+    holder
+        .batch_execute("BEGIN; LOCK TABLE a IN ACCESS EXCLUSIVE MODE")
+        .unwrap();
+    // A row of each is to be read again.
+    let _: i64 = m
+        .redis
+        .command(&format!("HSET walmirror:{{{}}}:pending a:1 {oid}", m.db.name));
+    let _: i64 = m.redis.command("DEL z:1");
+    m.sql("UPDATE z SET n = 1");
+    wait_for(DEADLINE, "the row of the other table", || {
+        m.sink(walmirror_tests::Sink::assert_running);
+        m.redis.keys().contains(&"z:1".to_owned()).then_some(())
+    });
+    let log = || m.sink(|sink| sink.output()).split_off(seen);
+    wait_for(DEADLINE, "a line that says who has the lock", || {
+        log().contains("the table is locked").then_some(())
+    });
+    holder.batch_execute("COMMIT").unwrap();
+    m.settle();
+    assert!(log().contains("state idle in transaction"), "{}", log());
+    assert!(!log().contains("ERROR") && !log().contains("WARN"), "{}", log());
+}

@@ -5,21 +5,23 @@
 use std::sync::Arc;
 
 use super::sql::transaction_id;
-use super::worker::Context;
+use super::worker::{Context, Role};
 use super::{Content, Window};
 use crate::error::Error;
 use crate::gate::Snapshot;
 
-/// Takes a transaction id for the tables that need one, and hands it to the planner. Nothing is waited for but the stream.
+/// Takes a transaction id for the tables that need one, and hands it to the planner. Nothing is waited for; while an id is on its way,
+/// no other one is taken.
 pub(super) fn take(context: &Context, window: &Arc<Window>) -> Result<(), Error> {
+    if window.outstanding() > 0 {
+        return Ok(());
+    }
     // Before the id: whatever is announced behind this list needs another one.
     let tables = context.backfill.without_horizon();
     if tables.is_empty() {
         return Ok(());
     }
-    let mut sql = context.connect()?;
+    let mut sql = context.connect(Role::Pending)?;
     let content = Content::Horizon(transaction_id(&mut sql)?, tables);
-    context.submit_for(&mut sql, window, 0, 0, Snapshot::default(), content, None)?;
-    window.wait(0, || context.stopped());
-    Ok(())
+    context.submit_for(&mut sql, window, 0, 0, Snapshot::default(), content, None)
 }

@@ -11,7 +11,7 @@ use super::lookup::{Lookup, ParsedKey};
 use super::sql::{Snapshots, Sql};
 use super::troubles::Troubles;
 use super::worker::Context;
-use super::{Content, Task, Window};
+use super::{Content, Task, Window, horizon};
 use crate::error::Error;
 use crate::gate::Snapshot;
 use crate::plan::{Belongs, Owned};
@@ -23,12 +23,19 @@ const ROWS_MAX: usize = 512;
 /// Rows that are read at once should be about so many bytes.
 const ROWS_BYTES: usize = 1024 * 1024;
 
+/// What the worker has on its way.
+#[derive(Default)]
+pub(super) struct Windows {
+    keys: Arc<Window>,
+    pub(super) horizons: Arc<Window>,
+}
+
 /// Goes over the pending hash once. True: it was empty.
 pub(super) fn pass(
     context: &Context,
     sql: &mut Sql,
     redis: &mut Connection,
-    window: &Arc<Window>,
+    windows: &Windows,
     troubles: &mut Troubles,
 ) -> Result<bool, Error> {
     let mut cursor = b"0".to_vec();
@@ -41,12 +48,14 @@ pub(super) fn pass(
             if troubles.is_paused(relation) {
                 continue;
             }
-            match reread(context, sql, window, relation, keys) {
+            // Each table may take its time.
+            horizon::take(context, &windows.horizons)?;
+            match reread(context, sql, &windows.keys, relation, keys) {
                 Ok(()) => troubles.clear(relation),
                 // The keys stay noted.
                 Err(error) => {
                     let table = context.backfill.table(relation).unwrap_or_default();
-                    troubles.take(relation, &table, error)?;
+                    troubles.take(relation, &table, error, || sql.whoever_locks(relation))?;
                 }
             }
             if context.stopped() {
@@ -58,7 +67,7 @@ pub(super) fn pass(
         }
         cursor = next;
     }
-    window.reset(|| context.stopped());
+    windows.keys.reset(|| context.stopped());
     Ok(empty)
 }
 

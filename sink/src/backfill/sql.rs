@@ -6,10 +6,10 @@ use crate::error::Error;
 use crate::gate::Snapshot;
 use crate::pq::{Connection, PqError, QueryResult, Waker, connect_failed, quote_identifier};
 
-/// What every worker session sets. Rows must not be hidden by policies (better an error), waits for standbys must not
+/// What every session sets. Rows must not be hidden by policies (better an error), waits for standbys must not
 /// hold markers up, and values read as text must look as the value contract says. Keys are given in arrays of texts, where an
 /// unquoted NULL must be one. Rows must come in the order of their ctids: a chunk that ends early goes on behind its last one, so no
-/// plan may begin in the middle of the table or read it with several processes.
+/// plan may begin in the middle of the table or read it with several processes. For how long it waits for locks is set by who connects.
 const SETTINGS: &str = "SET row_security = off; SET synchronous_commit = local; SET statement_timeout = 0; \
     SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0; SET idle_session_timeout = 0; SET client_encoding = 'UTF8'; \
     SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; SET TimeZone = 'UTC'; SET bytea_output = 'hex'; \
@@ -101,6 +101,12 @@ impl Sql {
             )?;
         }
         Ok(sql)
+    }
+
+    /// A table that somebody holds for himself is waited for so long: what waits holds up the other tables.
+    pub(crate) fn set_lock_timeout(&mut self, time: Duration) -> Result<(), Error> {
+        let statement = format!("SET lock_timeout = '{}ms'", time.as_millis().clamp(1, 1 << 30));
+        self.query("cannot set lock_timeout", &statement, &[]).map(drop)
     }
 
     /// Like [`explain`] for an error of a statement about a table, whose quoted name the command that helps has to have.
@@ -202,6 +208,26 @@ impl Sql {
             &[Some(xid.to_string().as_bytes())],
         )?;
         Ok(result.text(0, 0).unwrap_or("it has just ended").to_owned())
+    }
+
+    /// Who holds a mirrored table (0: any of them), or an index, a partition or the TOAST table of it, for himself; for a log line.
+    pub(super) fn whoever_locks(&mut self, relation: u32) -> String {
+        let sql = "WITH RECURSIVE tree (oid) AS (SELECT m.oid FROM walmirror.mirrors m WHERE $1::oid IN (0, m.oid) \
+                       UNION SELECT i.inhrelid FROM tree t JOIN pg_inherits i ON i.inhparent = t.oid), \
+                   parts (oid) AS (SELECT oid FROM tree UNION ALL SELECT i.indexrelid FROM tree t JOIN pg_index i ON i.indrelid = t.oid \
+                       UNION ALL SELECT c.reltoastrelid FROM tree t JOIN pg_class c ON c.oid = t.oid) \
+                   SELECT coalesce(format('pid %s (%s, state %s, since %s)', a.pid, coalesce(a.application_name, ''), a.state, a.xact_start), \
+                       'a prepared transaction') \
+                   FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid \
+                   WHERE l.locktype = 'relation' AND l.granted AND l.mode = 'AccessExclusiveLock' AND l.relation IN (SELECT oid FROM parts) \
+                   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) LIMIT 1";
+        let oid = relation.to_string();
+        let result = self.query("cannot look for a lock", sql, &[Some(oid.as_bytes())]);
+        // Nothing hangs on it; should the connection have failed, whoever uses it next finds out.
+        let who = result
+            .ok()
+            .and_then(|result| result.text(0, 0).map(str::to_owned));
+        who.unwrap_or_else(|| "whoever held it has just let it go".to_owned())
     }
 }
 

@@ -52,7 +52,7 @@ pub(super) fn sweep(
         let name = task.mapping.table.clone();
         match Swept::new(context, sql, relation, task) {
             Ok(table) => tables.extend(table),
-            Err(error) => troubles.take(relation, &name, error)?,
+            Err(error) => troubles.take(relation, &name, error, || sql.whoever_locks(relation))?,
         }
     }
     let places = tables.iter().enumerate();
@@ -78,13 +78,13 @@ pub(super) fn sweep(
         for table in &mut tables {
             if table.held.len() >= KEYS || table.absent.len() >= KEYS {
                 let removed = table.remove_absent(context, sql);
-                table.go_on_after(removed, troubles)?;
+                table.go_on_after(removed, sql, troubles)?;
             }
         }
     }
     for table in &mut tables {
         let finished = table.finish(context, sql);
-        table.go_on_after(finished, troubles)?;
+        table.go_on_after(finished, sql, troubles)?;
     }
     for table in &tables {
         if !table.is_broken_off && table.window.wait(0, || context.stopped()) && !context.stopped() {
@@ -173,14 +173,22 @@ impl Swept {
     }
 
     /// A table that fails is left for another time; the others go on.
-    fn go_on_after(&mut self, result: Result<(), Error>, troubles: &mut Troubles) -> Result<(), Error> {
+    fn go_on_after(
+        &mut self,
+        result: Result<(), Error>,
+        sql: &mut Sql,
+        troubles: &mut Troubles,
+    ) -> Result<(), Error> {
         let Err(error) = result else { return Ok(()) };
         self.is_broken_off = true;
         if error.is_of_a_changed_table() {
             // The stream will say so.
             return Ok(());
         }
-        troubles.take(self.relation, &self.task.mapping.table, error)
+        let relation = self.relation;
+        troubles.take(relation, &self.task.mapping.table, error, || {
+            sql.whoever_locks(relation)
+        })
     }
 
     fn is_alive(&self, context: &Context) -> bool {

@@ -1,5 +1,5 @@
-//! Tables that could not be read: a right is lacking, a file is damaged, a function raises an error. Each of them is told of and
-//! tried again after a while; the others and the stream go on. Every worker has a list of its own.
+//! Tables that could not be read: a right is lacking, a file is damaged, a function raises an error, somebody has locked it. Each of
+//! them is told of and tried again after a while; the others and the stream go on. Every worker has a list of its own.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -9,6 +9,10 @@ use crate::error::Error;
 /// The pause after the first failure; twice as long after each further one.
 const PAUSE_MIN: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
+/// A lock is ordinary, and gone some time.
+const LOCKED_PAUSE_MAX: Duration = Duration::from_secs(4);
+/// How often it is told of.
+const LOCKED_TOLD_EVERY: Duration = Duration::from_secs(60);
 
 /// The list.
 #[derive(Debug, Default)]
@@ -20,15 +24,34 @@ pub(super) struct Troubles {
 struct Trouble {
     until: Instant,
     pause: Duration,
+    /// When a lock was told of.
+    told: Option<Instant>,
 }
 
 impl Troubles {
     /// Tells of an error that belongs to one table, and has the table left alone for a while. Any other error comes back.
-    pub(super) fn take(&mut self, relation: u32, table: &str, error: Error) -> Result<(), Error> {
+    /// `who` has the table locked, if that is what the error says.
+    pub(super) fn take(
+        &mut self,
+        relation: u32,
+        table: &str,
+        error: Error,
+        who: impl FnOnce() -> String,
+    ) -> Result<(), Error> {
         if !error.is_of_one_table() {
             return Err(error);
         }
-        let pause = self.note(relation, Instant::now());
+        if error.is_of_a_lock() {
+            if self.note_lock(relation, Instant::now()) {
+                tracing::info!(
+                    table,
+                    "the table is locked, and read when it is not; the other tables go on: {}",
+                    who()
+                );
+            }
+            return Ok(());
+        }
+        let pause = self.note(relation, Instant::now(), PAUSE_MAX);
         tracing::error!(
             table,
             next = error.next_command(),
@@ -38,12 +61,31 @@ impl Troubles {
         Ok(())
     }
 
-    fn note(&mut self, relation: u32, now: Instant) -> Duration {
-        let before = self.tables.get(&relation).map(|trouble| trouble.pause);
-        let pause = before.map_or(PAUSE_MIN, |pause| (pause * 2).min(PAUSE_MAX));
-        let until = now + pause;
-        self.tables.insert(relation, Trouble { until, pause });
+    fn note(&mut self, relation: u32, now: Instant, pause_max: Duration) -> Duration {
+        let before = self.tables.get(&relation);
+        let pause = before.map_or(PAUSE_MIN, |before| (before.pause * 2).min(pause_max));
+        let trouble = Trouble {
+            until: now + pause,
+            pause,
+            told: before.and_then(|before| before.told),
+        };
+        self.tables.insert(relation, trouble);
         pause
+    }
+
+    /// True: it is to be told of.
+    fn note_lock(&mut self, relation: u32, now: Instant) -> bool {
+        self.note(relation, now, LOCKED_PAUSE_MAX);
+        let Some(trouble) = self.tables.get_mut(&relation) else {
+            return true;
+        };
+        let is_due = trouble
+            .told
+            .is_none_or(|told| now.saturating_duration_since(told) >= LOCKED_TOLD_EVERY);
+        if is_due {
+            trouble.told = Some(now);
+        }
+        is_due
     }
 
     /// It could be read.
@@ -72,16 +114,31 @@ mod tests {
     fn a_table_is_tried_again_after_a_growing_pause() {
         let mut troubles = Troubles::default();
         let now = Instant::now();
-        assert_eq!(troubles.note(7, now), PAUSE_MIN);
+        assert_eq!(troubles.note(7, now, PAUSE_MAX), PAUSE_MIN);
         assert!(troubles.is_paused_at(7, now) && !troubles.is_paused_at(8, now));
         assert!(!troubles.is_paused_at(7, now + PAUSE_MIN));
         for _ in 0..9 {
-            troubles.note(7, now);
+            troubles.note(7, now, PAUSE_MAX);
         }
-        assert_eq!(troubles.note(7, now), PAUSE_MAX);
+        assert_eq!(troubles.note(7, now, PAUSE_MAX), PAUSE_MAX);
         troubles.clear(7);
         assert!(!troubles.is_paused_at(7, now));
-        assert_eq!(troubles.note(7, now), PAUSE_MIN);
+        assert_eq!(troubles.note(7, now, PAUSE_MAX), PAUSE_MIN);
+    }
+
+    #[test]
+    fn a_lock_is_tried_soon_and_told_of_once_a_minute() {
+        let mut troubles = Troubles::default();
+        let mut now = Instant::now();
+        assert!(troubles.note_lock(7, now));
+        for _ in 0..9 {
+            assert!(!troubles.note_lock(7, now));
+            assert!(!troubles.is_paused_at(7, now + LOCKED_PAUSE_MAX));
+            now += LOCKED_PAUSE_MAX;
+        }
+        assert!(troubles.note_lock(7, now + LOCKED_TOLD_EVERY));
+        troubles.clear(7);
+        assert!(troubles.note_lock(7, now));
     }
 
     #[test]
@@ -91,14 +148,18 @@ mod tests {
                 sqlstate: Some(state.to_owned()),
                 ..PqError::new(ErrorKind::Server, "x")
             };
-            Troubles::default().take(7, "t", Error::postgres("x", error))
+            Troubles::default().take(7, "t", Error::postgres("x", error), String::new)
         };
-        for state in ["42501", "XX001", "42883", "22P02", "XX000"] {
+        for state in ["42501", "XX001", "42883", "22P02", "XX000", "55P03"] {
             assert!(take(state).is_ok(), "{state}");
         }
         for state in ["08006", "40001", "53200", "57P01", "28000", "58030"] {
             assert!(take(state).is_err(), "{state}");
         }
-        assert!(Troubles::default().take(7, "t", Error::bug("x")).is_err());
+        assert!(
+            Troubles::default()
+                .take(7, "t", Error::bug("x"), String::new)
+                .is_err()
+        );
     }
 }

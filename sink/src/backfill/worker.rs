@@ -31,6 +31,11 @@ const RETRY_MAX: Duration = Duration::from_secs(2);
 const PENDING_MIN: Duration = Duration::from_millis(20);
 const PENDING_MAX: Duration = Duration::from_millis(500);
 
+/// So long a worker waits for a table that somebody has locked. A pass over the pending keys takes the tables in turn, and who reads
+/// again what it could not read loses nothing.
+const LOCK_TABLES: Duration = Duration::from_secs(5);
+const LOCK_PENDING: Duration = Duration::from_secs(1);
+
 /// What a worker needs.
 #[derive(Clone)]
 pub struct Context {
@@ -98,12 +103,18 @@ fn tables(context: &Context) -> Result<(), Error> {
         }
         let sql = match &mut connection {
             Some(sql) => sql,
-            none => none.insert(context.connect()?),
+            none => none.insert(context.connect(Role::Tables)?),
         };
         window.reset(|| context.stopped());
         let Some((relation, task)) = task.filter(|_| is_reconciled) else {
-            reconcile(context, sql, &window)?;
-            window.wait(0, || context.stopped());
+            match reconcile(context, sql, &window) {
+                Ok(()) => _ = window.wait(0, || context.stopped()),
+                // It is of all of them.
+                Err(error) if error.is_of_a_lock() => {
+                    troubles.take(0, "(the list of mirrored tables)", error, || sql.whoever_locks(0))?;
+                }
+                Err(error) => return Err(error),
+            }
             continue;
         };
         // One walk over the keyspace serves all tables that are due, so more of them are waited for, but not for long.
@@ -139,7 +150,9 @@ fn tables(context: &Context) -> Result<(), Error> {
                 pause = RETRY_MIN;
             }
             Err(error) => {
-                troubles.take(relation, &task.mapping.table, error)?;
+                troubles.take(relation, &task.mapping.table, error, || {
+                    sql.whoever_locks(relation)
+                })?;
                 // Whatever the session was in the middle of.
                 connection = None;
                 last = relation;
@@ -150,11 +163,11 @@ fn tables(context: &Context) -> Result<(), Error> {
 }
 
 fn pending_keys(context: &Context) -> Result<(), Error> {
-    let (window, horizons) = (Arc::new(Window::default()), Arc::new(Window::default()));
+    let windows = pending::Windows::default();
     // Whatever an earlier session left.
     context.backfill.note_pending();
     while !context.stopped() {
-        horizon::take(context, &horizons)?;
+        horizon::take(context, &windows.horizons)?;
         if !context.backfill.has_pending() {
             context.backfill.wait(IDLE);
             continue;
@@ -164,14 +177,14 @@ fn pending_keys(context: &Context) -> Result<(), Error> {
             clear(context, &mut redis)?;
             continue;
         }
-        let mut sql = context.connect()?;
+        let mut sql = context.connect(Role::Pending)?;
         let (mut pause, mut troubles) = (PENDING_MIN, Troubles::default());
-        while !context.stopped() && !pending::pass(context, &mut sql, &mut redis, &window, &mut troubles)? {
+        while !context.stopped() && !pending::pass(context, &mut sql, &mut redis, &windows, &mut troubles)? {
             // What was read is being applied; what the gate refused has to become visible first, and a table that changes has to come
             // down the stream.
             context.backfill.wait(pause);
             pause = (pause * 2).min(PENDING_MAX);
-            horizon::take(context, &horizons)?;
+            horizon::take(context, &windows.horizons)?;
         }
     }
     Ok(())
@@ -213,8 +226,12 @@ fn reconcile(context: &Context, sql: &mut Sql, window: &Arc<Window>) -> Result<(
 }
 
 impl Context {
-    pub(super) fn connect(&self) -> Result<Sql, Error> {
-        let sql = Sql::connect(self.postgres.expose(), self.interrupt.clone())?;
+    pub(super) fn connect(&self, role: Role) -> Result<Sql, Error> {
+        let mut sql = Sql::connect(self.postgres.expose(), self.interrupt.clone())?;
+        sql.set_lock_timeout(match role {
+            Role::Tables => LOCK_TABLES,
+            Role::Pending => LOCK_PENDING,
+        })?;
         if sql.any_bytes {
             self.backfill.note_any_bytes();
         }

@@ -65,11 +65,7 @@ pub struct Outcome {
 pub fn run(job: &Job, shutdown: &Shutdown) -> Result<Outcome, Error> {
     let mut sql = Sql::connect(job.postgres.expose(), shutdown.waker()?)?;
     // Somebody may hold a table for himself for hours.
-    let wait = format!(
-        "SET lock_timeout = '{}ms'",
-        job.timeout.as_millis().clamp(1, 1 << 30)
-    );
-    sql.query("cannot set lock_timeout", &wait, &[])?;
+    sql.set_lock_timeout(job.timeout)?;
     let mut redis = Connection::connect(&job.redis)?;
     let tables = Table::all(&mut sql, &mut redis, &job.slot, &job.tables)?;
     let mut sides = Sides::new(sql, redis, &job.slot, job.timeout, shutdown.clone());
