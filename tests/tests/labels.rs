@@ -121,6 +121,43 @@ fn a_table_mirrored_under_load() {
     m.settle();
 }
 
+/// The story: each table waited anew for all transactions that ran when its turn came, so beside long ones that overlap, thousands of
+/// tables took hours.
+#[test]
+fn a_table_waits_only_for_who_was_writing_when_it_was_announced() {
+    let m = Mirror::with("CREATE TABLE other (id int PRIMARY KEY)");
+    let mut before = m.db.connect();
+    before
+        .batch_execute("BEGIN; INSERT INTO other VALUES (1)")
+        .unwrap();
+    for table in ["a", "b", "c"] {
+        m.sql(&format!("CREATE TABLE {table} (id int PRIMARY KEY); INSERT INTO {table} VALUES (1); SELECT walmirror.mirror('{table}')"));
+    }
+    m.outlast_announced();
+    let mut behind = m.db.connect();
+    behind
+        .batch_execute("BEGIN; INSERT INTO other VALUES (2)")
+        .unwrap();
+    assert!(m.redis.keys().is_empty());
+    before.batch_execute("COMMIT").unwrap();
+    wait_for(DEADLINE, "the tables", || {
+        m.sink(Sink::assert_running);
+        (m.redis.keys().len() == 3).then_some(())
+    });
+    // This one waits, and nobody else does.
+    m.sql("CREATE TABLE d (id int PRIMARY KEY); INSERT INTO d VALUES (1); SELECT walmirror.mirror('d')");
+    m.outlast_announced();
+    let mut last = m.db.connect();
+    last.batch_execute("BEGIN; INSERT INTO other VALUES (3)").unwrap();
+    assert_eq!(m.redis.keys().len(), 3);
+    behind.batch_execute("COMMIT").unwrap();
+    wait_for(DEADLINE, "the last table", || {
+        (m.redis.keys().len() == 4).then_some(())
+    });
+    last.batch_execute("COMMIT").unwrap();
+    m.settle();
+}
+
 #[test]
 fn unmirror_and_drop_remove_the_keys() {
     let m = Mirror::new();

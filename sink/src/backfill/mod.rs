@@ -18,6 +18,7 @@ pub(crate) mod sql;
 mod sweep;
 mod troubles;
 mod worker;
+mod writers;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -228,13 +229,13 @@ impl Backfill {
 
     /// The first table behind `last` that is to be filled, or one before, or else the first of those whose keys are to be checked.
     /// One that cannot be read does not hold up the others; those that `is_paused` says have to wait.
-    pub(crate) fn next_task(&self, last: u32, is_paused: impl Fn(u32) -> bool) -> Option<(u32, Task)> {
+    pub(crate) fn next_task(&self, last: u32, is_paused: impl Fn(u32, &Task) -> bool) -> Option<(u32, Task)> {
         let tasks = self.lock();
         let is_paused = &is_paused;
         let of_stage = |stage: Stage| {
             tasks
                 .iter()
-                .filter(move |(relation, task)| task.cursor.stage == stage && !is_paused(**relation))
+                .filter(move |(relation, task)| task.cursor.stage == stage && !is_paused(**relation, task))
         };
         let behind = of_stage(Stage::Fill).find(|(relation, _)| **relation > last);
         let next = behind
@@ -244,12 +245,23 @@ impl Backfill {
     }
 
     /// The tables whose keys are to be checked.
-    fn sweeps(&self, is_paused: impl Fn(u32) -> bool) -> Vec<(u32, Task)> {
+    fn sweeps(&self, is_paused: impl Fn(u32, &Task) -> bool) -> Vec<(u32, Task)> {
         let tasks = self.lock();
         let due = tasks
             .iter()
-            .filter(|(relation, task)| task.cursor.stage == Stage::Sweep && !is_paused(**relation));
+            .filter(|(relation, task)| task.cursor.stage == Stage::Sweep && !is_paused(**relation, task));
         due.map(|(relation, task)| (*relation, task.clone())).collect()
+    }
+
+    /// The first of the tables that are due and whose horizon is above `oldest`, and how many there are.
+    fn behind_writers(&self, oldest: u64) -> Option<(String, usize)> {
+        let tasks = self.lock();
+        let is_behind = |task: &&Task| {
+            !task.cursor.is_done() && task.cursor.horizon.is_some_and(|horizon| horizon > oldest)
+        };
+        let mut behind = tasks.values().filter(is_behind);
+        let first = behind.next()?.mapping.table.clone();
+        Some((first, behind.count() + 1))
     }
 
     /// The key templates of all other tables.

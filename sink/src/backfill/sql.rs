@@ -168,18 +168,18 @@ impl Sql {
             .map_err(|error| explain(what, &self.role, error))
     }
 
-    /// Waits until every transaction that runs now is over. What such a transaction did before the table was labelled
-    /// is not in the stream, so a snapshot that does not see it would bring rows that nothing corrects; and what the
-    /// gate has forgotten at the start of a session is older than this as well.
-    pub(super) fn outlast_running(&mut self, table: &str, stopped: impl Fn() -> bool) -> Result<(), Error> {
+    /// The oldest transaction id that is still running; all below it are over, for snapshots too.
+    pub(super) fn oldest_running(&mut self) -> Result<u64, Error> {
+        let statement = "SELECT pg_snapshot_xmin(pg_current_snapshot())";
+        id(self.query("cannot take a snapshot", statement, &[])?)
+    }
+
+    /// Waits until every transaction that runs now is over.
+    pub(super) fn outlast_running(&mut self, what: &str, stopped: impl Fn() -> bool) -> Result<(), Error> {
         let newest = transaction_id(self)?;
         let (started, mut told) = (Instant::now(), false);
         loop {
-            let oldest = id(self.query(
-                "cannot take a snapshot",
-                "SELECT pg_snapshot_xmin(pg_current_snapshot())",
-                &[],
-            )?)?;
+            let oldest = self.oldest_running()?;
             if oldest > newest || stopped() {
                 return Ok(());
             }
@@ -187,7 +187,7 @@ impl Sql {
                 told = true;
                 let who = self.whoever_runs(oldest)?;
                 tracing::info!(
-                    table,
+                    table = what,
                     xid = oldest,
                     "the backfill waits for a transaction that is older than it: {who}"
                 );

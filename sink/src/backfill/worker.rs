@@ -9,6 +9,7 @@ use crossbeam_channel::Sender;
 use super::catalog::Catalog;
 use super::sql::{Snapshots, Sql};
 use super::troubles::Troubles;
+use super::writers::Writers;
 use super::{Backfill, Chunk, Content, Cursor, Stage, Task, Window, fill, horizon, pending, sweep};
 use crate::config::{Conninfo, RedisUrl};
 use crate::error::Error;
@@ -89,16 +90,25 @@ fn tables(context: &Context) -> Result<(), Error> {
     let mut connection = None;
     let mut waiting: Option<Instant> = None;
     let (mut last, mut pause) = (0, RETRY_MIN);
-    let mut troubles = Troubles::default();
+    let (mut troubles, mut writers) = (Troubles::default(), Writers::default());
     while !context.stopped() {
         let is_reconciled = context.backfill.is_reconciled();
-        let task = context
-            .backfill
-            .next_task(last, |relation| troubles.is_paused(relation));
+        let is_held_up = writers.hold_up_any(&context.backfill);
+        if is_held_up && let Some(sql) = &mut connection {
+            writers.look(&context.backfill, sql)?;
+        }
+        let is_paused = |relation: u32, task: &Task| troubles.is_paused(relation) || !writers.are_over(task);
+        let task = context.backfill.next_task(last, is_paused);
         if is_reconciled && task.is_none() {
-            // An idle session is one that somebody else could use.
-            connection = None;
-            context.backfill.wait(IDLE);
+            if !is_held_up {
+                // An idle session is one that somebody else could use.
+                connection = None;
+                context.backfill.wait(IDLE);
+            } else if connection.is_none() {
+                connection = Some(context.connect(Role::Tables)?);
+            } else {
+                context.backfill.wait(writers.pause());
+            }
             continue;
         }
         let sql = match &mut connection {
@@ -119,16 +129,14 @@ fn tables(context: &Context) -> Result<(), Error> {
         };
         // One walk over the keyspace serves all tables that are due, so more of them are waited for, but not for long.
         let due = task.cursor.stage == Stage::Sweep;
-        let sweeps = context.backfill.sweeps(|relation| troubles.is_paused(relation));
+        let sweeps = context.backfill.sweeps(is_paused);
         waiting = waiting.or_else(|| sweeps.first().map(|_| Instant::now()));
         if due || waiting.is_some_and(|since| since.elapsed() > SWEEP_AFTER) {
             waiting = None;
-            // Those that change from here on are left for another time.
-            sql.outlast_running("(tables whose keys are checked)", || context.stopped())?;
             context.outlast_planned(sql)?;
             let mut redis = Connection::connect(&context.redis)?;
             sweep::sweep(context, sql, &mut redis, sweeps, &mut troubles)?;
-            if context.backfill.sweeps(|_| false).is_empty() {
+            if context.backfill.sweeps(|_, _| false).is_empty() {
                 pause = RETRY_MIN;
             } else {
                 context.backfill.wait(pause);
@@ -142,7 +150,6 @@ fn tables(context: &Context) -> Result<(), Error> {
             (last, pause) = (0, (pause * 2).min(RETRY_MAX));
             continue;
         }
-        sql.outlast_running(&task.mapping.table, || context.stopped())?;
         match fill::fill(context, sql, &window, relation, &task) {
             Ok(Flow::Restart) => last = relation,
             Ok(Flow::Go | Flow::Stopped) => {

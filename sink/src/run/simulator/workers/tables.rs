@@ -16,8 +16,8 @@ use crate::run::planning::Planning;
 
 enum State {
     Idle,
-    /// Until every transaction up to this one is over.
-    Outlast(u64, Next),
+    /// Until every transaction below this one is over; then the catalog is read, for so many wishes.
+    Outlast(u64, u64),
     /// Until this question is answered.
     Ask(u64, u32, Task),
     Fill(u32, Task, Cursor),
@@ -25,13 +25,6 @@ enum State {
     Read(u32, Task, Snapshot, Content, Cursor),
     Sweep(u32, Task, VecDeque<Vec<u8>>),
     Absent(u32, Task, VecDeque<Vec<u8>>, Snapshot, Vec<Vec<u8>>),
-}
-
-enum Next {
-    /// The catalog, for so many wishes.
-    Reconcile(u64),
-    Fill(u32, Task),
-    Sweep(u32, Task),
 }
 
 /// The worker that reads tables and looks for keys without rows.
@@ -64,18 +57,28 @@ impl Tables {
             State::Idle if window.outstanding() > 0 => State::Idle,
             State::Idle => {
                 window.reset(|| true);
-                let next = match backfill.next_task(0, |_| false) {
-                    _ if !backfill.is_reconciled() => Next::Reconcile(backfill.wishes()),
-                    Some((relation, task)) if task.cursor.stage == Stage::Fill => Next::Fill(relation, task),
-                    Some((relation, task)) => Next::Sweep(relation, task),
-                    None => return Ok(()),
+                if !backfill.is_reconciled() {
+                    let newest = postgres.burn_xid();
+                    self.state = State::Outlast(newest + 1, backfill.wishes());
+                    return Ok(());
+                }
+                let is_held_up = |_: u32, task: &Task| {
+                    let horizon = task.cursor.horizon;
+                    horizon.is_none_or(|horizon| postgres.oldest_running() < horizon)
                 };
-                State::Outlast(postgres.burn_xid(), next)
+                match backfill.next_task(0, is_held_up) {
+                    Some((relation, task)) if task.cursor.stage == Stage::Fill => {
+                        let cursor = task.cursor.clone();
+                        State::Fill(relation, task, cursor)
+                    }
+                    Some((relation, task)) => self.ask(planning, backfill, postgres, relation, task)?,
+                    None => State::Idle,
+                }
             }
-            State::Outlast(newest, next) if postgres.oldest_running() <= newest => {
-                State::Outlast(newest, next)
+            State::Outlast(until, wishes) if postgres.oldest_running() < until => {
+                State::Outlast(until, wishes)
             }
-            State::Outlast(_, Next::Reconcile(wishes)) => {
+            State::Outlast(_, wishes) => {
                 let snapshot = postgres.snapshot();
                 let labels = OIDS.iter().filter_map(|oid| postgres.label(*oid, &snapshot));
                 let content = Content::Catalog(Catalog {
@@ -93,27 +96,6 @@ impl Tables {
                     None,
                 )?;
                 State::Idle
-            }
-            State::Outlast(_, Next::Fill(relation, task)) => {
-                let cursor = task.cursor.clone();
-                State::Fill(relation, task, cursor)
-            }
-            State::Outlast(_, Next::Sweep(relation, task)) => {
-                let asked = match self.courier.broken {
-                    Broken::SweepAhead => 0,
-                    _ => backfill.ask(),
-                };
-                let nothing = Content::Orphans(vec![]);
-                self.courier.submit(
-                    planning,
-                    backfill,
-                    postgres,
-                    (0, 0),
-                    Snapshot::default(),
-                    nothing,
-                    None,
-                )?;
-                State::Ask(asked, relation, task)
             }
             State::Ask(asked, relation, task) if !backfill.is_answered(asked) => {
                 State::Ask(asked, relation, task)
@@ -195,6 +177,25 @@ impl Tables {
             }
         };
         Ok(())
+    }
+
+    /// A sweep begins.
+    fn ask(
+        &self,
+        planning: &mut Planning,
+        backfill: &Backfill,
+        postgres: &mut Postgres,
+        relation: u32,
+        task: Task,
+    ) -> Result<State, Error> {
+        let asked = match self.courier.broken {
+            Broken::SweepAhead => 0,
+            _ => backfill.ask(),
+        };
+        let (nowhere, nothing) = (Snapshot::default(), Content::Orphans(vec![]));
+        self.courier
+            .submit(planning, backfill, postgres, (0, 0), nowhere, nothing, None)?;
+        Ok(State::Ask(asked, relation, task))
     }
 
     #[allow(clippy::too_many_arguments)]
