@@ -120,9 +120,9 @@ impl Load {
                         if !rests {
                             let (kind, sql) = transaction(&mut rng);
                             if kind == PREPARED {
-                                // Also where nobody says that it worked.
+                                // Also where nobody says that it worked. The name is the whole server's, which tests share.
                                 let (name, end) = (
-                                    format!("writer {writer}"),
+                                    format!("{} writer {writer}", config.get_dbname().unwrap_or_default()),
                                     ["COMMIT", "ROLLBACK"][rng.random_range(0..2)],
                                 );
                                 prepared = Some(format!("{end} PREPARED '{name}'"));
