@@ -33,10 +33,15 @@ CREATE FUNCTION walmirror.relation(tbl oid) RETURNS bytea
 COMMENT ON FUNCTION walmirror.relation(oid) IS
     'the definition of a mirrored table as the stream carries it: a Relation message; NULL if it is not mirrored';
 
-CREATE FUNCTION walmirror.check_label(tbl oid, restoring boolean DEFAULT false) RETURNS void
+CREATE FUNCTION walmirror.check_label(tbl oid, added boolean) RETURNS void
     LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'check_label_wrapper';
 COMMENT ON FUNCTION walmirror.check_label(oid, boolean) IS
-    'raises an error if the label of a table no longer fits it; restoring: a table without any index passes';
+    'raises an error if the label of a table no longer fits it; a table without any index passes, as it may be being restored; added: so does one that lacks the right one';
+
+CREATE FUNCTION walmirror.check_at_commit(tbl oid) RETURNS void
+    LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'check_at_commit_wrapper';
+COMMENT ON FUNCTION walmirror.check_at_commit(oid) IS
+    'has the transaction fail at its end if the label of a table no longer fits it then; it needs its index again';
 
 CREATE FUNCTION walmirror.set_label(tbl oid, label bytea) RETURNS void
     LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'set_label_wrapper';
@@ -221,6 +226,11 @@ CREATE FUNCTION walmirror.adds_value(command pg_ddl_command) RETURNS boolean
 COMMENT ON FUNCTION walmirror.adds_value(pg_ddl_command) IS
     'whether a command is ALTER TYPE … ADD VALUE, with which no value that is stored changes';
 
+CREATE FUNCTION walmirror.only_adds(command pg_ddl_command) RETURNS boolean
+    LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'walmirror_only_adds';
+COMMENT ON FUNCTION walmirror.only_adds(pg_ddl_command) IS
+    'whether a command is an ALTER TABLE that takes nothing away from its table, as one that adds a constraint';
+
 -- The functions of event triggers run as the extension's owner: DDL may change the mirror of a table that whoever does it does not
 -- own (its partition, a type of its columns), and announce() asks for its owner. Only event triggers can call them.
 CREATE FUNCTION walmirror.on_ddl_command_end() RETURNS event_trigger
@@ -230,7 +240,8 @@ DECLARE
     command record;
     root oid;
 BEGIN
-    FOR command IN SELECT DISTINCT c.classid, c.objid, c.command_tag, c.object_type, walmirror.adds_value(c.command) AS adds_value
+    FOR command IN SELECT DISTINCT c.classid, c.objid, c.command_tag, c.object_type, walmirror.adds_value(c.command) AS adds_value,
+                       walmirror.only_adds(c.command) AS only_adds
                    FROM pg_event_trigger_ddl_commands() c
                    WHERE c.classid IN ('pg_class'::regclass, 'pg_type'::regclass, 'pg_namespace'::regclass)
     LOOP
@@ -242,8 +253,8 @@ BEGIN
                         ORDER BY r IS DISTINCT FROM walmirror.root(command.objid)
             LOOP
                 IF root IS NOT NULL THEN
-                    -- pg_restore alters tables before it creates their primary keys; on_sql_drop refuses to drop them.
-                    PERFORM walmirror.check_label(root, restoring => true);
+                    -- pg_restore alters tables before it has created their indexes; on_sql_drop sees to those that are dropped.
+                    PERFORM walmirror.check_label(root, added => command.only_adds);
                     -- An ALTER of a partitioned table may attach or detach a partition with its rows.
                     PERFORM walmirror.announce(root, refresh => command.command_tag = 'ALTER TABLE' AND
                         (SELECT c.relkind = 'p' FROM pg_class c WHERE c.oid = root), keep_keys => false);
@@ -260,7 +271,7 @@ BEGIN
                 WHERE command.command_tag LIKE 'ALTER %' AND command.classid = 'pg_class'::regclass
             ) changed, walmirror.tables_of_type(changed.typ) t
         LOOP
-            PERFORM walmirror.check_label(root, restoring => true);
+            PERFORM walmirror.check_label(root, added => false);
             PERFORM walmirror.announce(root, refresh => true, keep_keys => false);
         END LOOP;
         -- The primary key of a partitioned table becomes valid with the last of its partitions', and no relation cache is told.
@@ -316,7 +327,7 @@ BEGIN
                           AND l.mode IN ('AccessExclusiveLock', 'ExclusiveLock', 'ShareRowExclusiveLock', 'ShareUpdateExclusiveLock'));
         FOR mirrored IN SELECT l FROM unnest(locked) l WHERE l IS NOT NULL
         LOOP
-            PERFORM walmirror.check_label(mirrored, restoring => false);
+            PERFORM walmirror.check_at_commit(mirrored);
         END LOOP;
     END IF;
     -- Columns can also go with their type, which is no ALTER TABLE of their table. And one that is made anew in the command that drops

@@ -5,13 +5,15 @@ use pgrx::pg_sys;
 
 use crate::decode::ddl_message::DdlMessage;
 use crate::error::Refusal;
+use crate::ffi::at_commit;
 use crate::ffi::hooks;
 use crate::ffi::relation::{self, Rel};
 use crate::label::Label;
 
 mod validate;
 
-pub use validate::{Check, check_table, claim, validate};
+pub use validate::{Check, check_table};
+use validate::{claim, validate};
 
 /// The label provider's check of `SECURITY LABEL FOR walmirror`, before the label is stored; `None` removes it. `table` is
 /// `None` for objects that are no tables.
@@ -48,8 +50,52 @@ pub fn index_dropped_concurrently(index: pg_sys::Oid) -> Result<(), Refusal> {
     would_break(Label::parse(&label).and_then(|label| validate(labelled, &label, Check::Without(index))))
 }
 
+/// The table was changed, and has a label. One that lost something before that is looked at when the transaction ends.
+pub fn changed(table: pg_sys::Oid, check: Check) -> Result<(), Refusal> {
+    match relation::label_of(table) {
+        Some(label) if !at_commit::will_look_at(table) => {
+            would_break(Label::parse(&label).and_then(|label| validate(table, &label, check)))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A table lost an index, a constraint or a column, and may get another, or go itself, before its transaction ends: as when
+/// `pg_restore --clean --single-transaction` takes apart what it makes anew. So what does not fit now is looked at again then.
+pub fn part_dropped(table: pg_sys::Oid) {
+    let Some(label) = relation::label_of(table) else {
+        return;
+    };
+    if Label::parse(&label)
+        .and_then(|label| validate(table, &label, Check::Strict))
+        .is_err()
+    {
+        at_commit::look_at(table);
+    }
+}
+
+/// The transaction ends in which [`part_dropped`] found that a label does not fit. What the table's rows went through without a unique
+/// key, or without their old rows in the WAL, is not for a stream to tell, so that the table is compared anew.
+pub fn transaction_ends(table: pg_sys::Oid) -> Result<(), Refusal> {
+    // It may have gone in this transaction.
+    if !relation::has_extension() {
+        return Ok(());
+    }
+    let Some(label) = relation::label_of(table) else {
+        return Ok(());
+    };
+    would_break(Label::parse(&label).and_then(|label| validate(table, &label, Check::Strict)))?;
+    hooks::write_ddl_message(&DdlMessage {
+        oid: u32::from(table),
+        refresh: true,
+        dropped: false,
+        keep_keys: false,
+    });
+    Ok(())
+}
+
 /// Says that a refusal is about a label that was set before.
-pub fn would_break(checked: Result<(), Refusal>) -> Result<(), Refusal> {
+fn would_break(checked: Result<(), Refusal>) -> Result<(), Refusal> {
     checked.map_err(|refusal| Refusal {
         message: format!(
             "this would break the table's walmirror label: {}",

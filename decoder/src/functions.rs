@@ -88,22 +88,21 @@ fn require_preload() -> Result<(), Refusal> {
     ))
 }
 
-/// `walmirror.check_label(oid, boolean)`: raises an error if the table has a label that no longer fits it. The event triggers call
-/// it after DDL.
+/// `walmirror.check_label(oid, boolean)`: raises an error if the table has a label that no longer fits it. The event triggers call it
+/// after DDL.
 #[pg_extern]
-fn check_label(table: pg_sys::Oid, restoring: bool) {
-    let check = if restoring {
-        Check::Restoring
-    } else {
-        Check::Strict
-    };
-    let Some(label) = relation::label_of(table) else {
-        return;
-    };
-    let checked = Label::parse(&label).and_then(|label| ddl::validate(table, &label, check));
-    if let Err(refusal) = ddl::would_break(checked) {
+fn check_label(table: pg_sys::Oid, added: bool) {
+    let check = if added { Check::Adding } else { Check::Restoring };
+    if let Err(refusal) = ddl::changed(table, check) {
         refusal.raise();
     }
+    invalidate(table);
+}
+
+/// `walmirror.check_at_commit(oid)`: the same for a table that lost something, which may come again before the transaction ends.
+#[pg_extern]
+fn check_at_commit(table: pg_sys::Oid) {
+    ddl::part_dropped(table);
     invalidate(table);
 }
 

@@ -10,7 +10,7 @@
 use std::sync::Arc;
 
 use postgres::Client;
-use walmirror_tests::{DEADLINE, Db, Pg, wait_for};
+use walmirror_tests::{DEADLINE, Db, Mirror, Pg, wait_for};
 
 /// Runs statements that have to wait for another session, ends that with COMMIT, and returns what became of them.
 fn after(db: &Db, mut other: Client, mut client: Client, statements: &'static str) -> Result<(), String> {
@@ -169,8 +169,57 @@ fn the_extension_is_not_put_into_somebody_elses_schema() {
          CREATE FUNCTION walmirror.set_label(regclass, bytea) RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE 'hijacked'; END $$; \
          CREATE FUNCTION walmirror.announce(tbl oid, refresh bool) RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE 'hijacked'; END $$; \
          CREATE FUNCTION walmirror.announce(tbl regclass, keep_keys bool) RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE 'hijacked'; END $$; \
-         CREATE FUNCTION walmirror.check_label(oid) RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE 'hijacked'; END $$; \
+         CREATE FUNCTION walmirror.check_label(regclass) RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE 'hijacked'; END $$; \
          CREATE TABLE t (id int PRIMARY KEY, v text UNIQUE); SELECT walmirror.mirror('t'); ALTER TABLE t ADD w text; \
          ALTER TABLE t DROP v; ALTER TABLE t ALTER w TYPE varchar; SELECT walmirror.cache('t'); SELECT walmirror.unmirror('t', keep_keys => true)",
     );
+}
+
+/// What a label rests on may go as long as it is there again at the end, or the table is gone. Until then keys may be given twice, and
+/// the WAL may not tell them.
+#[test]
+fn a_key_may_be_replaced_within_a_transaction() {
+    let m = Mirror::on(Arc::new(Pg::start("max_prepared_transactions = 2")));
+    m.sql(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t VALUES (1, 'a'), (2, 'a'); ALTER TABLE t REPLICA IDENTITY FULL; \
+         CREATE TABLE u (id int PRIMARY KEY, v text); INSERT INTO u VALUES (1, 'a'), (2, 'a'); CREATE TABLE w (id int PRIMARY KEY); \
+         SELECT walmirror.mirror('t'), walmirror.mirror('u'), walmirror.mirror('w')",
+    );
+    m.start();
+    m.settle();
+    // The row that is deleted last has the key of one that stays.
+    m.sql("BEGIN; ALTER TABLE t DROP CONSTRAINT t_pkey");
+    m.sql("INSERT INTO t VALUES (1, 'b'); DELETE FROM t WHERE v = 'a'; ALTER TABLE t ADD PRIMARY KEY (id); COMMIT");
+    m.settle();
+    assert_eq!(m.redis.keys().len(), 3);
+    m.sql("BEGIN; ALTER TABLE u DROP CONSTRAINT u_pkey");
+    m.sql(
+        "UPDATE u SET id = id + 10; DELETE FROM u WHERE id = 12; ALTER TABLE u ADD PRIMARY KEY (id); COMMIT",
+    );
+    m.settle();
+    assert_eq!(m.redis.keys().len(), 2);
+    for end in ["COMMIT", "PREPARE TRANSACTION 'p'"] {
+        for between in [
+            "INSERT INTO u VALUES (3)",
+            "SAVEPOINT s; ALTER TABLE u ADD PRIMARY KEY (id); ROLLBACK TO s",
+        ] {
+            m.sql("BEGIN; ALTER TABLE u DROP CONSTRAINT u_pkey");
+            m.sql(between);
+            let error = m.db.error(end);
+            assert!(error.message().contains("would break"), "{end}: {error:?}");
+            assert!(
+                error.hint().is_some_and(|hint| hint.contains("unmirror")),
+                "{error:?}"
+            );
+        }
+    }
+    m.check();
+    m.sql("BEGIN; SAVEPOINT s; ALTER TABLE u DROP CONSTRAINT u_pkey; ROLLBACK TO s; COMMIT");
+    m.sql("BEGIN; ALTER TABLE u DROP CONSTRAINT u_pkey; SELECT walmirror.unmirror('u'); COMMIT");
+    m.sql("BEGIN; ALTER TABLE w DROP CONSTRAINT w_pkey; DROP TABLE w; COMMIT");
+    m.sql("BEGIN; ALTER TABLE t DROP CONSTRAINT t_pkey; ALTER TABLE t ADD PRIMARY KEY (id); PREPARE TRANSACTION 'p'");
+    m.sql("INSERT INTO u VALUES (4)");
+    m.sql("COMMIT PREPARED 'p'");
+    m.settle();
+    assert_eq!(m.redis.keys(), ["t:1"]);
 }

@@ -672,7 +672,7 @@ fn one_template_is_given_out_once() {
 
 /// The labels travel with a dump, also one that leaves the key to the primary key, which is restored after it, and one whose table
 /// has a unique constraint that is restored before its primary key, and those of partitioned tables, whose primary key is valid only
-/// when each partition has its own.
+/// when each partition has its own, and one whose key and replica identity are a unique constraint that is restored after its primary key.
 #[test]
 fn pg_dump_carries_the_labels() {
     let m = Mirror::new();
@@ -685,7 +685,9 @@ fn pg_dump_carries_the_labels() {
          CREATE TABLE p2 PARTITION OF p FOR VALUES IN (2) PARTITION BY LIST (id); CREATE TABLE p3 PARTITION OF p2 FOR VALUES IN (2); \
          CREATE TABLE q (id int PRIMARY KEY, v text) PARTITION BY LIST (id); CREATE TABLE q1 PARTITION OF q FOR VALUES IN (1); \
          CREATE TABLE empty (id int PRIMARY KEY) PARTITION BY LIST (id); SELECT walmirror.mirror('p'), walmirror.mirror('empty'); \
-         SECURITY LABEL FOR walmirror ON TABLE q IS '{\"mode\":\"mirror\"}'; INSERT INTO p VALUES (1), (2); INSERT INTO q VALUES (1)",
+         SECURITY LABEL FOR walmirror ON TABLE q IS '{\"mode\":\"mirror\"}'; INSERT INTO p VALUES (1), (2); INSERT INTO q VALUES (1); \
+         CREATE TABLE tags (id int PRIMARY KEY, tag text NOT NULL UNIQUE); ALTER TABLE tags REPLICA IDENTITY USING INDEX tags_tag_key; \
+         ALTER TABLE tags CLUSTER ON tags_pkey; SELECT walmirror.mirror('tags', key => 'tags:{tag}')",
     );
     let copy = format!("{}_copy", m.db.name);
     m.sql(&format!("CREATE DATABASE {copy} TEMPLATE template0"));
@@ -735,7 +737,39 @@ fn has_labels(client: &mut postgres::Client) {
             &[],
         )
         .unwrap();
-    assert_eq!((mirrored.get::<_, i64>(0), mirrored.get::<_, i64>(1)), (7, 7));
+    assert_eq!((mirrored.get::<_, i64>(0), mirrored.get::<_, i64>(1)), (8, 8));
+}
+
+/// A restore drops constraints and tables, and makes them anew, all in one transaction.
+#[test]
+fn labelled_tables_are_restored_in_place() {
+    let m = Mirror::with(
+        "CREATE TABLE t (id int PRIMARY KEY, v text UNIQUE); INSERT INTO t VALUES (1, 'a'); SELECT walmirror.mirror('t'); \
+         CREATE TABLE u (id int PRIMARY KEY, v text NOT NULL UNIQUE); ALTER TABLE u REPLICA IDENTITY USING INDEX u_v_key; \
+         INSERT INTO u VALUES (1, 'a'); SELECT walmirror.mirror('u', key => 'u:{v}')",
+    );
+    let file = std::env::temp_dir().join(format!("wm-dump-{}-{}", std::process::id(), m.db.name));
+    let mut dump = m.db.pg.program("pg_dump", &m.db.name);
+    assert!(dump.args(["-Fc", "-f"]).arg(&file).status().unwrap().success());
+    m.sql("INSERT INTO t VALUES (2, 'b'); INSERT INTO u VALUES (2, 'b')");
+    m.settle();
+    // Without the extension: its slot is in use, and labels need it.
+    let mut restore = m.db.pg.program("pg_restore", &m.db.name);
+    let restored = restore
+        .args([
+            "--clean",
+            "--single-transaction",
+            "-n",
+            "public",
+            "-d",
+            &m.db.name,
+        ])
+        .arg(&file)
+        .status();
+    std::fs::remove_file(&file).unwrap();
+    assert!(restored.unwrap().success());
+    m.settle();
+    assert_eq!(m.redis.keys(), ["t:1", "u:a"]);
 }
 
 /// The primary key that a label leaves its key to comes as from a dump, while the stream is read: it is valid when the last partition

@@ -20,6 +20,8 @@ pub enum Check {
     /// A table that has no primary key and no unique index for its key yet passes for now: pg_restore sets labels first, then
     /// creates unique constraints and the primary key, by name.
     Restoring,
+    /// What comes with indexes may still be missing: something was added to the table, as pg_restore does one by one.
+    Adding,
     /// Everything, when this index is gone.
     Without(pg_sys::Oid),
 }
@@ -29,7 +31,7 @@ impl Check {
     fn gone(self) -> pg_sys::Oid {
         match self {
             Check::Without(index) => index,
-            Check::Strict | Check::Restoring => pg_sys::InvalidOid,
+            Check::Strict | Check::Restoring | Check::Adding => pg_sys::InvalidOid,
         }
     }
 }
@@ -71,7 +73,8 @@ pub fn check_table(
         )
     })?;
     let name = relation.name();
-    if check == Check::Restoring && label.key.is_none() && relation.primary_key().is_empty() {
+    let may_lack_key = matches!(check, Check::Restoring | Check::Adding);
+    if may_lack_key && label.key.is_none() && relation.primary_key().is_empty() {
         check_partitions(table, &relation)?;
         return Ok(None);
     }
@@ -84,7 +87,12 @@ pub fn check_table(
     check_options(label, &template)?;
     check_partitions(table, &relation)?;
     let unique = check_unique(table, &name, template.placeholders(), check.gone());
-    if unique.is_ok() || check != Check::Restoring || !relation.primary_key().is_empty() {
+    let passes = match check {
+        Check::Adding => true,
+        Check::Restoring => unique.is_err() && relation.primary_key().is_empty(),
+        Check::Strict | Check::Without(_) => false,
+    };
+    if !passes {
         unique?;
         check_replica_identity(table, &relation, template.placeholders(), check.gone())?;
     }

@@ -1,4 +1,4 @@
-//! `walmirror.adds_value(pg_ddl_command)`: what the command tag of an ALTER TYPE does not tell.
+//! `walmirror.adds_value(pg_ddl_command)` and `walmirror.only_adds(pg_ddl_command)`: what the tag of a command does not tell.
 
 use pgrx::pg_sys;
 use pgrx::prelude::*;
@@ -6,9 +6,16 @@ use pgrx::prelude::*;
 /// The version-1 calling convention's record (PG_FUNCTION_INFO_V1).
 #[unsafe(no_mangle)]
 pub extern "C" fn pg_finfo_walmirror_adds_value() -> &'static pg_sys::Pg_finfo_record {
-    const V1: pg_sys::Pg_finfo_record = pg_sys::Pg_finfo_record { api_version: 1 };
     &V1
 }
+
+/// The same.
+#[unsafe(no_mangle)]
+pub extern "C" fn pg_finfo_walmirror_only_adds() -> &'static pg_sys::Pg_finfo_record {
+    &V1
+}
+
+const V1: pg_sys::Pg_finfo_record = pg_sys::Pg_finfo_record { api_version: 1 };
 
 /// `adds_value(pg_ddl_command) RETURNS boolean`, strict: whether a command of `pg_event_trigger_ddl_commands()` is ALTER TYPE … ADD
 /// VALUE, with which no value that is stored can change, as it does with RENAME VALUE.
@@ -18,18 +25,66 @@ pub extern "C" fn pg_finfo_walmirror_adds_value() -> &'static pg_sys::Pg_finfo_r
 #[unsafe(no_mangle)]
 #[pg_guard]
 pub unsafe extern "C-unwind" fn walmirror_adds_value(call: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    // SAFETY: a strict function of one argument. A pg_ddl_command is a pointer to a CollectedCommand, and comes from
-    // pg_event_trigger_ddl_commands() alone, while that command ends; a statement that was collected by itself is in its tree.
+    // SAFETY: by the caller's promise. A statement that was collected by itself is in the command's tree.
     let adds = unsafe {
-        let argument = (*call).args.as_slice(1).first().map(|argument| argument.value);
-        let command: *mut pg_sys::CollectedCommand =
-            argument.map_or(std::ptr::null_mut(), |argument| argument.cast_mut_ptr());
-        !command.is_null()
-            && (*command).type_ == pg_sys::CollectedCommandType::SCT_Simple
-            && pgrx::is_a((*command).parsetree, pg_sys::NodeTag::T_AlterEnumStmt)
-            && (*(*command).parsetree.cast::<pg_sys::AlterEnumStmt>())
-                .oldVal
-                .is_null()
+        command(call).is_some_and(|command| {
+            command.type_ == pg_sys::CollectedCommandType::SCT_Simple
+                && pgrx::is_a(command.parsetree, pg_sys::NodeTag::T_AlterEnumStmt)
+                && (*command.parsetree.cast::<pg_sys::AlterEnumStmt>())
+                    .oldVal
+                    .is_null()
+        })
     };
     pg_sys::Datum::from(adds)
+}
+
+/// `only_adds(pg_ddl_command) RETURNS boolean`, strict: whether such a command is an ALTER TABLE that takes nothing away that a label
+/// may rest on, as what a restore does to a table before its indexes are complete.
+///
+/// # Safety
+/// As for `adds_value`.
+#[unsafe(no_mangle)]
+#[pg_guard]
+pub unsafe extern "C-unwind" fn walmirror_only_adds(call: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    // SAFETY: by the caller's promise. The subcommands of an ALTER TABLE are a list of CollectedATSubcmd, each with its tree.
+    let adds = unsafe {
+        command(call).is_some_and(|command| {
+            if command.type_ != pg_sys::CollectedCommandType::SCT_AlterTable {
+                return false;
+            }
+            let Some(parts) = command.d.alterTable.subcmds.as_ref() else {
+                return false;
+            };
+            let count = usize::try_from(parts.length).unwrap_or(0);
+            let cells = std::slice::from_raw_parts(parts.elements, count);
+            cells.iter().all(|cell| {
+                let tree = (*cell.ptr_value.cast::<pg_sys::CollectedATSubcmd>()).parsetree;
+                pgrx::is_a(tree, pg_sys::NodeTag::T_AlterTableCmd)
+                    && ADD.contains(&(*tree.cast::<pg_sys::AlterTableCmd>()).subtype)
+            })
+        })
+    };
+    pg_sys::Datum::from(adds)
+}
+
+/// Parts of an ALTER TABLE, as they stand between the indexes of a dump.
+const ADD: [pg_sys::AlterTableType::Type; 5] = [
+    pg_sys::AlterTableType::AT_AddConstraint,
+    pg_sys::AlterTableType::AT_AddIndex,
+    pg_sys::AlterTableType::AT_AddIndexConstraint,
+    pg_sys::AlterTableType::AT_SetNotNull,
+    pg_sys::AlterTableType::AT_ClusterOn,
+];
+
+/// The one argument. A pg_ddl_command is a pointer to a CollectedCommand, and comes from pg_event_trigger_ddl_commands() alone, while
+/// that command ends.
+///
+/// # Safety
+/// The call has one non-NULL argument of that type.
+unsafe fn command<'a>(call: pg_sys::FunctionCallInfo) -> Option<&'a pg_sys::CollectedCommand> {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        let argument = (*call).args.as_slice(1).first()?.value;
+        argument.cast_mut_ptr::<pg_sys::CollectedCommand>().as_ref()
+    }
 }

@@ -5,6 +5,7 @@
 //! a moment (memory contexts) is never freed by a destructor.
 
 mod ahead;
+pub mod at_commit;
 pub mod catalog_query;
 pub mod catalog_types;
 pub mod datum;
