@@ -268,12 +268,13 @@ fn read_chunk(
             None => return Err(sql.explain_table(format!("cannot read the table {table}"), name, error)),
         },
     };
-    let is_named = is_named(sql, leaf)?;
     sql.end()?;
-    // A file is never that of the table again once it is another one, so this is the one that was read.
-    let file = look_at_leaf(sql, leaf.oid)?.map(|leaf| leaf.file);
+    // A file is never that of the table again once it is another one, so this is the one that was read. Where schemas are swapped, the
+    // name may be another table's.
+    let is_same = |now: Leaf| now.file == leaf.file && now.name == leaf.name;
+    let is_same = look_at_leaf(sql, leaf.oid)?.is_some_and(is_same);
     Ok(match copied {
-        Some((rows, end)) if is_named && file == Some(leaf.file) => Chunk::Read(Read {
+        Some((rows, end)) if is_same => Chunk::Read(Read {
             rows,
             left_out,
             snapshot,
@@ -281,15 +282,6 @@ fn read_chunk(
         }),
         _ => Chunk::Changed,
     })
-}
-
-/// Whether a table has the name that it was read by. It keeps it until the transaction that read it ends, but its schema may not.
-fn is_named(sql: &mut Sql, leaf: &Leaf) -> Result<bool, Error> {
-    let statement = "SELECT to_regclass($2) = c.oid FROM pg_class c WHERE c.oid = $1::oid";
-    let (oid, name) = (leaf.oid.to_string(), leaf.name.as_bytes());
-    let what = "cannot look at the name of a table";
-    let result = sql.query(what, statement, &[Some(oid.as_bytes()), Some(name)])?;
-    Ok(result.text(0, 0) == Some("t"))
 }
 
 /// Packed rows, and block and offset to go on from.
