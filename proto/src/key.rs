@@ -7,6 +7,7 @@
 //! two rows share a key; reading such a key back takes the leftmost placeholder as short as possible.
 
 mod matching;
+mod overlap;
 
 pub use matching::Readings;
 
@@ -125,6 +126,26 @@ impl KeyTemplate {
             );
         }
         out
+    }
+
+    /// How much of it is literal text, in bytes: what stands before the first placeholder, and all of it.
+    pub fn specificity(&self) -> (usize, usize) {
+        let all = self.literals.iter().map(String::len).sum();
+        (self.prefix().len(), all)
+    }
+
+    /// Whether some key can be of both templates. A column that one of them names twice counts as two.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        overlap::overlaps(self, other)
+    }
+
+    /// Whether some key can be of both, and neither is more specific: nobody can tell whose it is, as for `x:{a}-{b}` and
+    /// `x:{a}_{b}`. Templates that are the same but for the names of their columns are not meant: those are known by their skeletons.
+    pub fn ties_with(&self, other: &Self) -> bool {
+        self.specificity() == other.specificity()
+            && self.prefix() == other.prefix()
+            && self.skeleton() != other.skeleton()
+            && self.overlaps(other)
     }
 
     /// Whether `%` and `:` in values are escaped.

@@ -670,6 +670,26 @@ fn one_template_is_given_out_once() {
     m.settle();
 }
 
+/// Two tables may not have keys of which nobody can tell whose they are: a TRUNCATE of one removed rows of the other.
+#[test]
+fn templates_that_tie_are_refused() {
+    let m = Mirror::with(
+        "CREATE TABLE one (a text, b text, PRIMARY KEY (a, b)); CREATE TABLE other (LIKE one INCLUDING ALL); \
+         SELECT walmirror.mirror('one', key => 'x:{a}-{b}')",
+    );
+    let error = m.db.error("SELECT walmirror.mirror('other', key => 'x:{a}_{b}')");
+    for part in ["public.one", "public.other", "x:{a}-{b}", "x:{a}_{b}"] {
+        assert!(error.message().contains(part), "{part}: {}", error.message());
+    }
+    assert!(error.hint().unwrap().contains("Choose another key"));
+    // No key is of both, or it is that of the more specific one.
+    for key in ["x:{a}:{b}", "x:{a}-{b}:more", "y:{a}_{b}"] {
+        m.sql(&format!("SELECT walmirror.mirror('other', key => '{key}')"));
+    }
+    m.sql("INSERT INTO one VALUES ('1', '2'); INSERT INTO other VALUES ('1', '2')");
+    m.settle();
+}
+
 /// The labels travel with a dump, also one that leaves the key to the primary key, which is restored after it, and one whose table
 /// has a unique constraint that is restored before its primary key, and those of partitioned tables, whose primary key is valid only
 /// when each partition has its own, and one whose key and replica identity are a unique constraint that is restored after its primary key.

@@ -45,7 +45,8 @@ pub fn claim(table: pg_sys::Oid, label: &Label, check: Check) -> Result<(), Refu
     let Some((key, template)) = check_table(table, label, check)? else {
         return Ok(());
     };
-    labels::lock_keys(&template.skeleton());
+    // Equal skeletons have it in common, and so have templates that tie.
+    labels::lock_keys(&format!("{} {:?}", template.prefix(), template.specificity()));
     check_other_templates(table, &key, &template)
 }
 
@@ -342,7 +343,13 @@ fn check_other_templates(table: pg_sys::Oid, key: &str, template: &KeyTemplate) 
             Some(key) => key,
             None => single(query("SELECT walmirror.default_key($1) AS key", &[other])?).unwrap_or_default(),
         };
-        if KeyTemplate::parse(&theirs).is_ok_and(|theirs| theirs.skeleton() == template.skeleton()) {
+        let Ok(parsed) = KeyTemplate::parse(&theirs) else {
+            continue;
+        };
+        if parsed.ties_with(template) {
+            return Err(tie(table, key, other, &theirs)?);
+        }
+        if parsed.skeleton() == template.skeleton() {
             let name = single(query("SELECT $1::oid::regclass::text AS name", &[other])?).unwrap_or_default();
             return Err(Refusal::new(
                 PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT,
@@ -354,6 +361,19 @@ fn check_other_templates(table: pg_sys::Oid, key: &str, template: &KeyTemplate) 
         }
     }
     Ok(())
+}
+
+/// The error for two templates that some rows could have the same key by.
+fn tie(table: pg_sys::Oid, key: &str, other: pg_sys::Oid, theirs: &str) -> Result<Refusal, Refusal> {
+    let name = |table| query("SELECT $1::oid::regclass::text AS name", &[table]).map(single);
+    let (own, other) = (name(table)?.unwrap_or_default(), name(other)?.unwrap_or_default());
+    Ok(Refusal::new(
+        PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT,
+        format!(
+            "key template \"{key}\" of table \"{own}\" could make a key that \"{theirs}\" of table \"{other}\" makes too"
+        ),
+        "Choose another key, with another prefix: key => 'schema.table:{id}'.",
+    ))
 }
 
 /// The one value that a query returned.

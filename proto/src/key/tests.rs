@@ -224,7 +224,82 @@ fn scan_patterns_escape_what_globs_mean() {
     assert_eq!(pattern(r"{{a*b}}?[c]\:{id}*"), r"{a\*b}\?\[c\]\\:*\*");
 }
 
+#[test]
+fn templates_that_can_make_one_key() {
+    let overlap = |one: &str, other: &str| {
+        let (one, other) = (
+            KeyTemplate::parse(one).unwrap(),
+            KeyTemplate::parse(other).unwrap(),
+        );
+        assert_eq!(one.overlaps(&other), other.overlaps(&one));
+        (one.overlaps(&other), one.ties_with(&other))
+    };
+    for (one, other) in [
+        ("x:{a}-{b}", "x:{a}_{b}"),
+        ("x:{a}-", "x:{a}{b}-"),
+        ("{a}a{b}", "{a}b{b}"),
+        // A single placeholder takes colons.
+        ("x:{a}", "x:{b}{c}"),
+        // What is escaped may be another's literal.
+        ("x:{a}%25{b}", "x:{a}-{b}--"),
+    ] {
+        assert_eq!(overlap(one, other), (true, true), "{one} {other}");
+    }
+    for (one, other) in [
+        ("x:{a}", "y:{a}"),
+        ("{t}:users:{id}", "{t}:items:{id}"),
+        ("x:{a}-a", "x:{a}-b"),
+    ] {
+        assert_eq!(overlap(one, other), (false, false), "{one} {other}");
+    }
+    // No value has a percent sign by itself.
+    for (one, other) in [("x:{a}%2{b}", "x:{a}%{b}:"), ("x:{a}:{b}:", "x:{a}-{b}-")] {
+        assert!(!overlap(one, other).0, "{one} {other}");
+    }
+    // The more specific one has it, or it is the same template.
+    for (one, other) in [
+        ("user:{id}", "user:{id}:profile"),
+        ("user:{id}", "user:a{id}"),
+        ("x:{a}", "x:{b}"),
+    ] {
+        assert_eq!(overlap(one, other), (true, false), "{one} {other}");
+    }
+    let long = |end: &str| format!("{}{end}", "{a}-".repeat(3_000));
+    let started = std::time::Instant::now();
+    assert!(overlap(&long("a"), &long("b")).0, "nobody knows");
+    assert!(started.elapsed().as_secs() < 5);
+}
+
 proptest! {
+    /// A key that both templates match is found by trying all short ones.
+    #[test]
+    fn templates_overlap_if_there_is_a_key_of_both(
+        one in "[-a:]{0,2}\\{x\\}([-a:]{0,2}\\{y\\})?[-a:]{0,1}",
+        other in "[-a:]{0,2}\\{x\\}([-a:]{0,2}\\{y\\})?[-a:]{0,1}",
+    ) {
+        let (one, other) = (KeyTemplate::parse(&one).unwrap(), KeyTemplate::parse(&other).unwrap());
+        let is_of_both = |key: &Vec<u8>| one.match_key(key).is_some() && other.match_key(key).is_some();
+        let (mut keys, mut found) = (vec![Vec::new()], false);
+        // Each byte of the shortest is one of a literal, of one or the other.
+        for _ in 0..=one.specificity().1 + other.specificity().1 {
+            found |= keys.iter().any(is_of_both);
+            if found {
+                break;
+            }
+            let longer = |key: &Vec<u8>| {
+                let key = key.clone();
+                b"-a:".iter().map(move |byte| [key.as_slice(), &[*byte]].concat())
+            };
+            keys = keys.iter().flat_map(longer).collect();
+            if keys.len() > 20_000 {
+                break;
+            }
+        }
+        if keys.len() <= 20_000 || found {
+            prop_assert_eq!(one.overlaps(&other), found);
+        }
+    }
+
     #[test]
     fn a_key_gives_back_its_values(
         first in "[a-z:%*{}]{0,4}",

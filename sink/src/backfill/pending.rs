@@ -127,7 +127,7 @@ fn reread(
     let mut parsed: Vec<ParsedKey> = Vec::new();
     let (mut foreign, mut rowless) = (Vec::new(), Vec::new());
     for key in keys {
-        match owned.belongs(&key) {
+        match owned.noted(&key) {
             Belongs::ToRow(values) => parsed.push((key, values)),
             Belongs::ToNoRow => rowless.push((key, None)),
             Belongs::Elsewhere => foreign.push(key),

@@ -49,7 +49,16 @@ impl Owned {
 
     /// What a key is to the table. The template of today comes first.
     pub fn belongs(&self, key: &[u8]) -> Belongs {
-        match self.own.match_key(key) {
+        self.of(self.own.match_key(key), key)
+    }
+
+    /// The same for a key that was noted as pending for the table.
+    pub fn noted(&self, key: &[u8]) -> Belongs {
+        self.of(self.own.match_row(key), key)
+    }
+
+    fn of(&self, values: Option<Vec<Vec<u8>>>, key: &[u8]) -> Belongs {
+        match values {
             Some(values) if is_text(&values, self.any_bytes) => Belongs::ToRow(values),
             Some(_) => Belongs::ToNoRow,
             None if self.retired.iter().any(|purge| purge.match_key(key).is_some()) => Belongs::ToNoRow,

@@ -11,25 +11,37 @@ pub struct Purge {
     /// pg_class.oid of the relation, for messages.
     pub relation: u32,
     template: KeyTemplate,
-    /// What all its keys begin with.
-    prefix: Vec<u8>,
     /// Templates of other relations: a key that one of them matches is theirs.
     others: Vec<KeyTemplate>,
+    /// As specific as this one: a key that one of them matches may be of either, and is left alone.
+    rivals: Vec<KeyTemplate>,
 }
 
 impl Purge {
     /// The keys of `template` that none of `others` (the templates of the other relations) claims by beginning with more
     /// literal text, or with as much and having more of it in all: `user:{id}:profile` claims keys that `user:{id}` could
-    /// render too.
+    /// render too. What another one matches that is as specific is left alone; new labels make no such templates.
     pub fn new<'t>(
         relation: u32,
         template: &KeyTemplate,
         others: impl IntoIterator<Item = &'t KeyTemplate>,
     ) -> Self {
-        Self::without(relation, template, others, |own, other| {
-            other.prefix.starts_with(&own.prefix)
-                && (other.prefix.len(), other.length) > (own.prefix.len(), own.length)
-        })
+        let may_match = |other: &&KeyTemplate| other.prefix().starts_with(template.prefix());
+        let (mut claims, mut rivals) = (Vec::new(), Vec::new());
+        // Only those that could match a key of this template at all: there may be thousands of tables.
+        for other in others.into_iter().filter(may_match) {
+            if other.specificity() > template.specificity() {
+                claims.push(other.clone());
+            } else if other.ties_with(template) {
+                rivals.push(other.clone());
+            }
+        }
+        Self {
+            relation,
+            template: template.clone(),
+            others: claims,
+            rivals,
+        }
     }
 
     /// The keys of a template that its relation no longer has. Another relation may have taken it over, so every key that
@@ -39,29 +51,14 @@ impl Purge {
         template: &KeyTemplate,
         others: impl IntoIterator<Item = &'t KeyTemplate>,
     ) -> Self {
-        Self::without(relation, template, others, |own, other| {
-            other.prefix.starts_with(&own.prefix) || own.prefix.starts_with(&other.prefix)
-        })
-    }
-
-    /// Keeps only those of the others that could match a key of this template at all: there may be thousands of tables.
-    fn without<'t>(
-        relation: u32,
-        template: &KeyTemplate,
-        others: impl IntoIterator<Item = &'t KeyTemplate>,
-        matters: impl Fn(&Literals, &Literals) -> bool,
-    ) -> Self {
-        let own = Literals::of(template);
-        let others = others
-            .into_iter()
-            .filter(|other| matters(&own, &Literals::of(other)))
-            .cloned()
-            .collect();
+        let own = template.prefix();
+        let may_match =
+            |other: &&KeyTemplate| other.prefix().starts_with(own) || own.starts_with(other.prefix());
         Self {
             relation,
             template: template.clone(),
-            prefix: own.prefix,
-            others,
+            others: others.into_iter().filter(may_match).cloned().collect(),
+            rivals: Vec::new(),
         }
     }
 
@@ -77,41 +74,23 @@ impl Purge {
 
     /// What every key of it begins with.
     pub fn prefix(&self) -> &[u8] {
-        &self.prefix
+        self.template.prefix().as_bytes()
     }
 
     /// The values of the template's placeholders, if the key is one of those that this is about.
     pub fn match_key(&self, key: &[u8]) -> Option<Vec<Vec<u8>>> {
+        if self.rivals.iter().any(|rival| rival.match_key(key).is_some()) {
+            return None;
+        }
+        self.match_row(key)
+    }
+
+    /// The same for a key that a row of the relation is known to have had: it may be a rival's as well.
+    pub fn match_row(&self, key: &[u8]) -> Option<Vec<Vec<u8>>> {
         if RedisKeys::is_reserved(key) || self.others.iter().any(|other| other.match_key(key).is_some()) {
             return None;
         }
         self.template.match_key(key)
-    }
-}
-
-/// The literal text of a template.
-struct Literals {
-    /// What stands before the first placeholder.
-    prefix: Vec<u8>,
-    /// How long all of it is, in bytes.
-    length: usize,
-}
-
-impl Literals {
-    fn of(template: &KeyTemplate) -> Self {
-        let (mut prefix, mut length, mut is_prefix) = (Vec::new(), 0, true);
-        let mut bytes = template.scan_pattern().into_iter();
-        while let Some(byte) = bytes.next() {
-            let literal = match byte {
-                b'*' => None,
-                b'\\' => bytes.next(),
-                _ => Some(byte),
-            };
-            is_prefix &= literal.is_some();
-            length += usize::from(literal.is_some());
-            prefix.extend(literal.filter(|_| is_prefix));
-        }
-        Self { prefix, length }
     }
 }
 
@@ -143,6 +122,24 @@ mod tests {
         let purge = Purge::new(2, &profiles, [&users]);
         assert!(purge.match_key(b"user:7:profile").is_some());
         assert!(purge.match_key(b"user:7").is_none());
+    }
+
+    /// A TRUNCATE of one table removed rows of the other.
+    #[test]
+    fn keys_that_may_be_of_a_template_that_is_as_specific_are_left_alone() {
+        let (one, other) = (template("x:{a}-{b}"), template("x:{a}_{b}"));
+        for (own, rival, key) in [(&one, &other, "x:1-2"), (&other, &one, "x:1_2")] {
+            let purge = Purge::new(1, own, [rival]);
+            assert!(purge.match_key(key.as_bytes()).is_some());
+            assert!(purge.match_key(b"x:1-2_3").is_none());
+            assert!(purge.match_row(b"x:1-2_3").is_some());
+        }
+        // Two tables have one template only where one of them is of the past.
+        assert!(
+            Purge::new(1, &one, [&template("x:{c}-{d}")])
+                .match_key(b"x:1-2")
+                .is_some()
+        );
     }
 
     #[test]

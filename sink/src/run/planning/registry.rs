@@ -297,7 +297,7 @@ impl Registry {
             .filter(|(_, registered)| matches(registered));
         let is_owner = |oid: u32| {
             self.owned(oid)
-                .is_some_and(|owned| matches!(owned.belongs(key), Belongs::ToRow(_)))
+                .is_some_and(|owned| matches!(owned.noted(key), Belongs::ToRow(_)))
         };
         candidates.find(|(oid, _)| is_owner(**oid)).map(|(oid, _)| *oid)
     }
