@@ -167,7 +167,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION walmirror.unmirror(regclass, boolean) IS
-    'takes a table out of Redis; its keys go too, unless keep_keys';
+    'takes a table out of Redis; its keys go too, unless keep_keys (which a sink that loses its slot before it has read of this does not know)';
 
 -- What SELECT capture does ------------------------------------------------------------------------------------------
 
