@@ -158,6 +158,52 @@ fn a_table_waits_only_for_who_was_writing_when_it_was_announced() {
     m.settle();
 }
 
+/// The story: the stream was a minute behind, and a backfill moved two chunks, or one table, in each minute. And a table that took hours to
+/// be read had all others wait for its end.
+#[test]
+fn tables_are_read_in_turns_also_where_the_stream_is_behind() {
+    let m = Mirror::with("CREATE TABLE other (id int PRIMARY KEY)");
+    let mut before = m.db.connect();
+    before
+        .batch_execute("BEGIN; INSERT INTO other VALUES (1)")
+        .unwrap();
+    for (table, rows) in [("a", 4_000), ("b", 40_000), ("c", 1)] {
+        m.sql(&format!(
+            "CREATE TABLE {table} (id int PRIMARY KEY, v text); SELECT walmirror.mirror('{table}'); \
+             INSERT INTO {table} SELECT i, repeat(md5(i::text), 32) FROM generate_series(1, {rows}) i"
+        ));
+    }
+    m.outlast_announced();
+    m.sync();
+    // Those were written by the stream. What they are filled with is more than the sink holds.
+    let slot = "FROM pg_replication_slots WHERE slot_name = current_database()";
+    let walsender = m.db.value(&format!("SELECT active_pid {slot}"));
+    let signal = |signal: &str| {
+        let status = std::process::Command::new("kill")
+            .args([signal, &walsender])
+            .status();
+        assert!(status.unwrap().success());
+    };
+    signal("-STOP");
+    before.batch_execute("COMMIT").unwrap();
+    for table in ["a", "b", "c"] {
+        wait_for(DEADLINE, format!("the table {table} to be begun"), || {
+            m.sink(Sink::assert_running);
+            let begun = format!("backfill begins table=\"public.{table}\"");
+            m.sink(|sink| sink.output()).contains(&begun).then_some(())
+        });
+    }
+    signal("-CONT");
+    wait_for(DEADLINE, "the tables to be complete", || {
+        let log = m.sink(|sink| sink.output());
+        (log.matches("the keys of the table are complete").count() == 3).then_some(())
+    });
+    m.check();
+    let memory = m.sink(Sink::memory_max);
+    assert!(memory < 64 << 20, "the sink took {memory} bytes");
+    println!("the sink took {} MiB", memory >> 20);
+}
+
 #[test]
 fn unmirror_and_drop_remove_the_keys() {
     let m = Mirror::new();

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{Catalog, Cursor};
 use crate::gate::Snapshot;
@@ -42,6 +42,12 @@ impl PackedRows {
     /// Their length.
     pub fn byte_len(&self) -> usize {
         self.bytes.len()
+    }
+
+    /// No more memory than they need: they may be held for long.
+    pub fn shrink(&mut self) {
+        self.bytes.shrink_to_fit();
+        self.ends.shrink_to_fit();
     }
 
     /// A row.
@@ -92,6 +98,24 @@ impl Content {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// How much memory it takes, about.
+    pub fn byte_len(&self) -> usize {
+        let keys = |keys: &[Vec<u8>]| keys.iter().map(|key| size_of::<Vec<u8>>() + key.len()).sum();
+        match self {
+            Self::Rows(rows) => rows.bytes.len() + rows.ends.len() * size_of::<usize>(),
+            Self::Keys(pairs) => {
+                let row = |row: &Option<Vec<u8>>| row.as_ref().map_or(0, Vec::len);
+                let pair = size_of::<(Vec<u8>, Option<Vec<u8>>)>();
+                pairs
+                    .iter()
+                    .map(|(key, value)| pair + key.len() + row(value))
+                    .sum()
+            }
+            Self::Absent(all) | Self::LeftOut(all) | Self::Orphans(all) => keys(all),
+            Self::Catalog(_) | Self::Horizon(..) => 0,
+        }
+    }
 }
 
 /// Rows or keys, and the snapshot that they were read in.
@@ -111,13 +135,83 @@ pub struct Chunk {
     pub cursor: Option<Cursor>,
     /// Where to tell what became of it.
     pub window: Arc<Window>,
+    /// What it takes of the worker's room.
+    pub permit: Option<Permit>,
 }
 
-/// How many chunks of one worker are on their way, so that it reads ahead a little but not more (INVARIANT I7).
+/// How much a worker may have on its way, in bytes (INVARIANT I7). Where the stream is behind, chunks wait for their markers for as long as
+/// it is: what fits in here is what a backfill moves in that time.
+#[derive(Debug)]
+pub struct Room {
+    most: usize,
+    taken: Mutex<usize>,
+    changed: Condvar,
+}
+
+/// A part of a room, until it is dropped.
+#[derive(Debug)]
+pub struct Permit {
+    room: Arc<Room>,
+    bytes: usize,
+}
+
+/// What a chunk takes besides its content, about.
+const CHUNK_OVERHEAD: usize = 1024;
+
+impl Room {
+    /// For so many bytes.
+    pub fn of(most: usize) -> Arc<Self> {
+        Arc::new(Self {
+            most,
+            taken: Mutex::default(),
+            changed: Condvar::new(),
+        })
+    }
+
+    /// Waits until there is some. False: the time is up before that.
+    pub fn wait(&self, until: Instant, stopped: impl Fn() -> bool) -> bool {
+        let mut taken = self.lock();
+        while *taken >= self.most && !stopped() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let waited = self
+                .changed
+                .wait_timeout(taken, left.min(Duration::from_millis(100)));
+            taken = waited.map_or_else(|error| error.into_inner().0, |(taken, _)| taken);
+        }
+        true
+    }
+
+    /// Takes a part, which may be more than there is: the next one waits.
+    fn take(self: &Arc<Self>, bytes: usize) -> Permit {
+        *self.lock() += bytes;
+        Permit {
+            room: Arc::clone(self),
+            bytes,
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, usize> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let mut taken = self.room.lock();
+        *taken = taken.saturating_sub(self.bytes);
+        self.room.changed.notify_all();
+    }
+}
+
+/// The chunks of one table that are on their way. Those behind one that was dropped are dropped too.
 #[derive(Debug, Default)]
 pub struct Window {
     state: Mutex<WindowState>,
     changed: Condvar,
+    room: Option<Arc<Room>>,
 }
 
 #[derive(Debug, Default)]
@@ -127,6 +221,20 @@ struct WindowState {
 }
 
 impl Window {
+    /// One whose chunks take of this room.
+    pub fn in_room(room: &Arc<Room>) -> Arc<Self> {
+        Arc::new(Self {
+            room: Some(Arc::clone(room)),
+            ..Self::default()
+        })
+    }
+
+    /// The part of the room that a chunk takes.
+    pub fn permit(&self, content: &Content) -> Option<Permit> {
+        let room = self.room.as_ref()?;
+        Some(room.take(CHUNK_OVERHEAD + content.byte_len()))
+    }
+
     /// A chunk is on its way.
     pub fn sent(&self) {
         self.lock().outstanding += 1;
@@ -192,6 +300,22 @@ mod tests {
             [Some(b"abc".as_slice()), Some(b""), Some(b"de"), None]
         );
         assert!(!format!("{rows:?}").contains("abc"));
+    }
+
+    #[test]
+    fn a_room_is_bounded_in_bytes() {
+        let room = Room::of(3000);
+        let window = Window::in_room(&room);
+        let keys = Content::Absent(vec![vec![0; 1000]]);
+        let first = window.permit(&keys);
+        assert!(room.wait(Instant::now(), || false));
+        let second = window.permit(&keys);
+        assert!(!room.wait(Instant::now(), || false));
+        drop(first);
+        assert!(room.wait(Instant::now(), || false));
+        drop(second);
+        assert_eq!(*room.lock(), 0);
+        assert!(Window::default().permit(&keys).is_none());
     }
 
     #[test]

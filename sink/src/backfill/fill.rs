@@ -3,123 +3,152 @@
 
 use super::report::Report;
 use super::sql::{Snapshots, Sql};
-use super::worker::{Context, Flow};
-use super::{Content, Cursor, PackedRows, Task, Window};
+use super::worker::Context;
+use super::{Content, Cursor, PackedRows, Room, Task, Window};
 use crate::error::Error;
 use crate::plan::Mapping;
 use crate::pq::{PqError, binary_fields, quote_identifier};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A chunk is read up to about so many bytes of rows.
 const CHUNK_BYTES: usize = 1024 * 1024;
 /// And over at most so many blocks, so that an empty stretch does not hold a snapshot for long either.
 const BLOCKS_MAX: u32 = 4096;
-/// Chunks that are on their way to the planner while the next one is read.
-const READ_AHEAD: usize = 2;
+/// The first chunk of a table is over so many.
+const PACE_START: u32 = 64;
 
-/// Reads the table from its cursor on, and hands the chunks to the planner.
-pub(super) fn fill(
-    context: &Context,
-    sql: &mut Sql,
-    window: &Arc<Window>,
-    relation: u32,
-    task: &Task,
-) -> Result<Flow, Error> {
-    let mut cursor = task.cursor.clone();
-    let leaves = leaves(sql, relation)?;
-    let mut report = Report::start(
-        "backfill",
-        &task.mapping.table,
-        total_blocks(sql, &leaves)?,
-        cursor.rows,
-    );
-    for leaf in leaves.into_iter().filter(|leaf| *leaf >= task.cursor.leaf) {
-        if leaf != cursor.leaf {
-            cursor = Cursor {
-                leaf,
-                block: 0,
-                offset: 0,
-                file: 0,
-                ..cursor
-            };
+/// How far a table is read. What was read need not be planned yet: the cursor of its task says how far that is.
+pub(super) struct Filling {
+    pub(super) generation: u64,
+    pub(super) window: Arc<Window>,
+    cursor: Cursor,
+    /// The one that is being read.
+    leaf: Option<Leaf>,
+    pace: Pace,
+    report: Report,
+    /// All of it is.
+    pub(super) is_read: bool,
+}
+
+/// How it goes on with a table.
+pub(super) enum Flow {
+    /// All of it is read, and on its way.
+    Read,
+    /// When other tables had their turn.
+    Later,
+    /// From the cursor of its task: a chunk was dropped, or the table is another one now, as Postgres may have said.
+    Restart(Option<Error>),
+    /// Not at all: the session ends.
+    Stopped,
+}
+
+impl Filling {
+    /// From the cursor of its task.
+    pub(super) fn start(sql: &mut Sql, relation: u32, task: &Task, room: &Arc<Room>) -> Result<Self, Error> {
+        let leaves = leaves(sql, relation)?;
+        let (table, cursor) = (&task.mapping.table, task.cursor.clone());
+        let report = Report::start("backfill", table, total_blocks(sql, &leaves)?, cursor.rows);
+        Ok(Self {
+            generation: task.generation,
+            window: Window::in_room(room),
+            cursor,
+            leaf: None,
+            pace: Pace::new(PACE_START),
+            report,
+            is_read: false,
+        })
+    }
+
+    /// Reads on until then, and hands the chunks to the planner.
+    pub(super) fn read_on(
+        &mut self,
+        context: &Context,
+        sql: &mut Sql,
+        room: &Room,
+        relation: u32,
+        task: &Task,
+        until: Instant,
+    ) -> Result<Flow, Error> {
+        let leaves = leaves(sql, relation)?;
+        let first = self.cursor.leaf;
+        for oid in leaves.into_iter().filter(|oid| *oid >= first) {
+            if !self.begin_leaf(sql, oid)? {
+                continue;
+            }
+            while let Some(leaf) = self.leaf.as_ref().filter(|leaf| self.cursor.block < leaf.blocks) {
+                if context.stopped() {
+                    return Ok(Flow::Stopped);
+                }
+                if self.window.is_stale() || !context.is_current(relation, task.generation) {
+                    return Ok(Flow::Restart(None));
+                }
+                if Instant::now() >= until || !room.wait(until, || context.stopped()) {
+                    return Ok(Flow::Later);
+                }
+                let (at, blocks) = ((self.cursor.block, self.cursor.offset), leaf.blocks);
+                let mut read = match read_next(context, sql, &task.mapping, leaf, at, &mut self.pace)? {
+                    Next::Read(read) => read,
+                    Next::Changed(why) => return Ok(Flow::Restart(why)),
+                };
+                let (start, rows) = (self.cursor.block, read.rows.len() as u64);
+                self.report
+                    .add(read.end.0.min(blocks).saturating_sub(start), rows);
+                if let Some(key) = read.left_out.take() {
+                    // What Redis holds of it is what it was before.
+                    let (key, snapshot) = (Content::LeftOut(vec![key]), read.snapshot.clone());
+                    context.submit(sql, &self.window, relation, task, snapshot, key, None)?;
+                }
+                (self.cursor.block, self.cursor.offset) = read.end;
+                self.cursor.rows += rows;
+                read.rows.shrink();
+                let (rows, cursor) = (Content::Rows(read.rows), Some(self.cursor.clone()));
+                context.submit(sql, &self.window, relation, task, read.snapshot, rows, cursor)?;
+            }
         }
-        let Some(leaf) = look_at_leaf(sql, leaf)? else {
-            continue;
+        let snapshot = sql.begin()?;
+        sql.end()?;
+        let (nothing, end) = (Content::Rows(PackedRows::default()), self.cursor.clone().filled());
+        context.submit(sql, &self.window, relation, task, snapshot, nothing, Some(end))?;
+        self.is_read = true;
+        Ok(Flow::Read)
+    }
+
+    /// Goes on with a leaf, or begins it. False: it is gone.
+    fn begin_leaf(&mut self, sql: &mut Sql, oid: u32) -> Result<bool, Error> {
+        if self.leaf.as_ref().is_some_and(|leaf| leaf.oid == oid) {
+            return Ok(true);
+        }
+        if oid != self.cursor.leaf {
+            let cursor = &mut self.cursor;
+            (cursor.leaf, cursor.block, cursor.offset, cursor.file) = (oid, 0, 0, 0);
+        }
+        self.leaf = look_at_leaf(sql, oid)?;
+        let Some(leaf) = &self.leaf else {
+            return Ok(false);
         };
-        let blocks = leaf.blocks;
-        if ![0, leaf.file].contains(&cursor.file) {
+        if ![0, leaf.file].contains(&self.cursor.file) {
             tracing::info!(
                 table = leaf.name,
                 "its rows were moved to another file: it is read from its beginning"
             );
-            (cursor.block, cursor.offset) = (0, 0);
+            (self.cursor.block, self.cursor.offset) = (0, 0);
         }
-        cursor.file = leaf.file;
-        let mut pace = Pace::new(64);
-        while cursor.block < blocks {
-            if !window.wait(READ_AHEAD - 1, || context.stopped())
-                || !context.is_current(relation, task.generation)
-            {
-                return Ok(Flow::Restart);
-            }
-            if context.stopped() {
-                return Ok(Flow::Stopped);
-            }
-            let at = (cursor.block, cursor.offset);
-            let Some(read) = read_next(context, sql, &task.mapping, &leaf, at, &mut pace)? else {
-                return Ok(Flow::Restart);
-            };
-            report.add(
-                read.end.0.min(blocks).saturating_sub(cursor.block),
-                read.rows.len() as u64,
+        self.cursor.file = leaf.file;
+        self.pace = Pace::new(PACE_START);
+        Ok(true)
+    }
+
+    /// What was read is planned.
+    pub(super) fn finish(self, table: &str, is_done: bool) {
+        self.report.finish("backfill has read the table");
+        if is_done {
+            tracing::info!(
+                table,
+                "the keys of the table are complete; Redis held none before"
             );
-            if let Some(key) = read.left_out {
-                // What Redis holds of it is what it was before.
-                let key = Content::LeftOut(vec![key]);
-                context.submit(sql, window, relation, task, read.snapshot.clone(), key, None)?;
-            }
-            cursor = Cursor {
-                block: read.end.0,
-                offset: read.end.1,
-                rows: cursor.rows + read.rows.len() as u64,
-                ..cursor
-            };
-            context.submit(
-                sql,
-                window,
-                relation,
-                task,
-                read.snapshot,
-                Content::Rows(read.rows),
-                Some(cursor.clone()),
-            )?;
         }
     }
-    cursor = cursor.filled();
-    let is_done = cursor.is_done();
-    let snapshot = sql.begin()?;
-    sql.end()?;
-    context.submit(
-        sql,
-        window,
-        relation,
-        task,
-        snapshot,
-        Content::Rows(PackedRows::default()),
-        Some(cursor),
-    )?;
-    if !window.wait(0, || context.stopped()) {
-        return Ok(Flow::Restart);
-    }
-    report.finish("backfill has read the table");
-    if is_done {
-        tracing::info!(
-            table = task.mapping.table,
-            "the keys of the table are complete; Redis held none before"
-        );
-    }
-    Ok(Flow::Go)
 }
 
 /// What was read of a table.
@@ -130,6 +159,13 @@ pub(crate) struct Read {
     pub(crate) snapshot: crate::gate::Snapshot,
     /// Block and offset to go on from.
     pub(crate) end: (u32, u16),
+}
+
+/// What comes of reading on.
+pub(crate) enum Next {
+    Read(Read),
+    /// The table is not what it was when its definition was announced (as Postgres says, if it is from an error), or the session ends.
+    Changed(Option<Error>),
 }
 
 /// How much is read at once.
@@ -177,8 +213,7 @@ impl Pace {
 /// More rows than a block has (MaxHeapTuplesPerPage, for blocks of 32 kB).
 const ROWS_PER_BLOCK: u16 = 1200;
 
-/// The rows from a place on. None: the table is not what it was when its definition was announced, or the session ends. A row that
-/// Postgres cannot put together is left out, and said so; it is found by reading less and less.
+/// The rows from a place on. A row that Postgres cannot put together is left out, and said so; it is found by reading less and less.
 pub(crate) fn read_next(
     snapshots: &dyn Snapshots,
     sql: &mut Sql,
@@ -186,15 +221,15 @@ pub(crate) fn read_next(
     leaf: &Leaf,
     start: (u32, u16),
     pace: &mut Pace,
-) -> Result<Option<Read>, Error> {
+) -> Result<Next, Error> {
     loop {
         let stretch = (start, pace.end(start), pace.is_by_row);
         match read_chunk(snapshots, sql, mapping, leaf, stretch)? {
             Chunk::Read(read) => {
                 pace.adapt(start, &read);
-                return Ok(Some(read));
+                return Ok(Next::Read(read));
             }
-            Chunk::Changed => return Ok(None),
+            Chunk::Changed(why) => return Ok(Next::Changed(why)),
             Chunk::Unreadable => pace.narrow(),
         }
     }
@@ -222,8 +257,8 @@ fn key_at(sql: &mut Sql, mapping: &Mapping, leaf: &Leaf, at: (u32, u16)) -> Resu
 /// What came of reading a stretch of a table.
 enum Chunk {
     Read(Read),
-    /// The table is not what it was when its definition was announced, or the session ends.
-    Changed,
+    /// As [`Next::Changed`].
+    Changed(Option<Error>),
     /// Postgres cannot put one of its rows together: which one is found by reading less.
     Unreadable,
 }
@@ -238,7 +273,7 @@ fn read_chunk(
 ) -> Result<Chunk, Error> {
     let (table, name) = (&mapping.table, &leaf.name);
     let Some(snapshot) = snapshots.begin(sql, table)? else {
-        return Ok(Chunk::Changed);
+        return Ok(Chunk::Changed(None));
     };
     if is_by_row {
         sql.query("cannot set a savepoint", "SAVEPOINT row", &[])?;
@@ -263,9 +298,10 @@ fn read_chunk(
             None if has_changed(&error) => {
                 tracing::debug!(table, "the table changed while it was read: {error}");
                 std::thread::sleep(Duration::from_millis(100));
-                return sql.end().map(|()| Chunk::Changed);
+                let error = cannot_read(sql, table, leaf, error);
+                return sql.end().map(|()| Chunk::Changed(Some(error)));
             }
-            None => return Err(sql.explain_table(format!("cannot read the table {table}"), name, error)),
+            None => return Err(cannot_read(sql, table, leaf, error)),
         },
     };
     sql.end()?;
@@ -280,8 +316,12 @@ fn read_chunk(
             snapshot,
             end,
         }),
-        _ => Chunk::Changed,
+        _ => Chunk::Changed(None),
     })
+}
+
+fn cannot_read(sql: &Sql, table: &str, leaf: &Leaf, error: PqError) -> Error {
+    sql.explain_table(format!("cannot read the table {table}"), &leaf.name, error)
 }
 
 /// Packed rows, and block and offset to go on from.

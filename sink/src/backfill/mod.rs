@@ -16,6 +16,7 @@ mod pending;
 pub(crate) mod report;
 pub(crate) mod sql;
 mod sweep;
+mod tables;
 mod troubles;
 mod worker;
 mod writers;
@@ -28,7 +29,7 @@ use std::time::Duration;
 use walmirror_proto::key::KeyTemplate;
 
 pub use catalog::{Catalog, Misfit};
-pub use chunk::{Chunk, Content, Life, PackedRows, Window};
+pub use chunk::{Chunk, Content, Life, PackedRows, Permit, Room, Window};
 pub use cursor::{Cursor, Stage};
 pub use worker::{Context, Role, work};
 

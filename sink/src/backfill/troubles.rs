@@ -51,7 +51,7 @@ impl Troubles {
             }
             return Ok(());
         }
-        let pause = self.note(relation, Instant::now(), PAUSE_MAX);
+        let pause = self.note(relation, Instant::now(), PAUSE_MIN, PAUSE_MAX);
         tracing::error!(
             table,
             next = error.next_command(),
@@ -61,9 +61,14 @@ impl Troubles {
         Ok(())
     }
 
-    fn note(&mut self, relation: u32, now: Instant, pause_max: Duration) -> Duration {
+    /// Has a table left alone for a while that is not in trouble.
+    pub(super) fn put_off(&mut self, relation: u32, min: Duration, max: Duration) {
+        self.note(relation, Instant::now(), min, max);
+    }
+
+    fn note(&mut self, relation: u32, now: Instant, min: Duration, max: Duration) -> Duration {
         let before = self.tables.get(&relation);
-        let pause = before.map_or(PAUSE_MIN, |before| (before.pause * 2).min(pause_max));
+        let pause = before.map_or(min, |before| (before.pause * 2).clamp(min, max));
         let trouble = Trouble {
             until: now + pause,
             pause,
@@ -75,7 +80,7 @@ impl Troubles {
 
     /// True: it is to be told of.
     fn note_lock(&mut self, relation: u32, now: Instant) -> bool {
-        self.note(relation, now, LOCKED_PAUSE_MAX);
+        self.note(relation, now, PAUSE_MIN, LOCKED_PAUSE_MAX);
         let Some(trouble) = self.tables.get_mut(&relation) else {
             return true;
         };
@@ -91,6 +96,14 @@ impl Troubles {
     /// It could be read.
     pub(super) fn clear(&mut self, relation: u32) {
         self.tables.remove(&relation);
+    }
+
+    /// When the next one has its turn, if one waits.
+    pub(super) fn until_due(&self) -> Duration {
+        let now = Instant::now();
+        let waiting = self.tables.values().map(|trouble| trouble.until);
+        let due = waiting.filter(|until| *until > now).min();
+        due.map_or(Duration::MAX, |until| until - now)
     }
 
     /// Whether it is not its turn yet.
@@ -114,16 +127,16 @@ mod tests {
     fn a_table_is_tried_again_after_a_growing_pause() {
         let mut troubles = Troubles::default();
         let now = Instant::now();
-        assert_eq!(troubles.note(7, now, PAUSE_MAX), PAUSE_MIN);
+        assert_eq!(troubles.note(7, now, PAUSE_MIN, PAUSE_MAX), PAUSE_MIN);
         assert!(troubles.is_paused_at(7, now) && !troubles.is_paused_at(8, now));
         assert!(!troubles.is_paused_at(7, now + PAUSE_MIN));
         for _ in 0..9 {
-            troubles.note(7, now, PAUSE_MAX);
+            troubles.note(7, now, PAUSE_MIN, PAUSE_MAX);
         }
-        assert_eq!(troubles.note(7, now, PAUSE_MAX), PAUSE_MAX);
+        assert_eq!(troubles.note(7, now, PAUSE_MIN, PAUSE_MAX), PAUSE_MAX);
         troubles.clear(7);
         assert!(!troubles.is_paused_at(7, now));
-        assert_eq!(troubles.note(7, now, PAUSE_MAX), PAUSE_MIN);
+        assert_eq!(troubles.note(7, now, PAUSE_MIN, PAUSE_MAX), PAUSE_MIN);
     }
 
     #[test]

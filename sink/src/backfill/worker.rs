@@ -6,11 +6,10 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
-use super::catalog::Catalog;
 use super::sql::{Snapshots, Sql};
+use super::tables::Tables;
 use super::troubles::Troubles;
-use super::writers::Writers;
-use super::{Backfill, Chunk, Content, Cursor, Stage, Task, Window, fill, horizon, pending, sweep};
+use super::{Backfill, Chunk, Content, Cursor, Task, Window, horizon, pending};
 use crate::config::{Conninfo, RedisUrl};
 use crate::error::Error;
 use crate::gate::Snapshot;
@@ -20,15 +19,9 @@ use crate::redis::Connection;
 use crate::run::Input;
 
 /// How often a sleeping worker looks whether there is something to do, should a notice get lost.
-const IDLE: Duration = Duration::from_millis(500);
+pub(super) const IDLE: Duration = Duration::from_millis(500);
 
-/// How long a table that is filled waits for others before its keys are checked.
-const SWEEP_AFTER: Duration = Duration::from_secs(5);
-
-/// A table that is another one than it was told to be is tried again after so long; twice as long after each attempt.
-const RETRY_MIN: Duration = Duration::from_millis(50);
-const RETRY_MAX: Duration = Duration::from_secs(2);
-/// The same for keys that could not be read again.
+/// Keys that could not be read again are tried again after so long; twice as long after each attempt.
 const PENDING_MIN: Duration = Duration::from_millis(20);
 const PENDING_MAX: Duration = Duration::from_millis(500);
 
@@ -65,108 +58,13 @@ pub enum Role {
     Pending,
 }
 
-/// How to go on with a table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Flow {
-    /// With the next stage.
-    Go,
-    /// From its cursor: a chunk was dropped, or the table is another one now.
-    Restart,
-    /// Not at all: the session ends.
-    Stopped,
-}
-
 /// The life of a worker thread. An error that comes from being interrupted is none.
 pub fn work(context: &Context, role: Role) -> Result<(), Error> {
     let result = match role {
-        Role::Tables => tables(context),
+        Role::Tables => Tables::new(context).work(),
         Role::Pending => pending_keys(context),
     };
     if context.stopped() { Ok(()) } else { result }
-}
-
-fn tables(context: &Context) -> Result<(), Error> {
-    let window = Arc::new(Window::default());
-    let mut connection = None;
-    let mut waiting: Option<Instant> = None;
-    let (mut last, mut pause) = (0, RETRY_MIN);
-    let (mut troubles, mut writers) = (Troubles::default(), Writers::default());
-    while !context.stopped() {
-        let is_reconciled = context.backfill.is_reconciled();
-        let is_held_up = writers.hold_up_any(&context.backfill);
-        if is_held_up && let Some(sql) = &mut connection {
-            writers.look(&context.backfill, sql)?;
-        }
-        let is_paused = |relation: u32, task: &Task| troubles.is_paused(relation) || !writers.are_over(task);
-        let task = context.backfill.next_task(last, is_paused);
-        if is_reconciled && task.is_none() {
-            if !is_held_up {
-                // An idle session is one that somebody else could use.
-                connection = None;
-                context.backfill.wait(IDLE);
-            } else if connection.is_none() {
-                connection = Some(context.connect(Role::Tables)?);
-            } else {
-                context.backfill.wait(writers.pause());
-            }
-            continue;
-        }
-        let sql = match &mut connection {
-            Some(sql) => sql,
-            none => none.insert(context.connect(Role::Tables)?),
-        };
-        window.reset(|| context.stopped());
-        let Some((relation, task)) = task.filter(|_| is_reconciled) else {
-            match reconcile(context, sql, &window) {
-                Ok(()) => _ = window.wait(0, || context.stopped()),
-                // It is of all of them.
-                Err(error) if error.is_of_a_lock() => {
-                    troubles.take(0, "(the list of mirrored tables)", error, || sql.whoever_locks(0))?;
-                }
-                Err(error) => return Err(error),
-            }
-            continue;
-        };
-        // One walk over the keyspace serves all tables that are due, so more of them are waited for, but not for long.
-        let due = task.cursor.stage == Stage::Sweep;
-        let sweeps = context.backfill.sweeps(is_paused);
-        waiting = waiting.or_else(|| sweeps.first().map(|_| Instant::now()));
-        if due || waiting.is_some_and(|since| since.elapsed() > SWEEP_AFTER) {
-            waiting = None;
-            context.outlast_planned(sql)?;
-            let mut redis = Connection::connect(&context.redis)?;
-            sweep::sweep(context, sql, &mut redis, sweeps, &mut troubles)?;
-            if context.backfill.sweeps(|_, _| false).is_empty() {
-                pause = RETRY_MIN;
-            } else {
-                context.backfill.wait(pause);
-                pause = (pause * 2).min(RETRY_MAX);
-            }
-            continue;
-        }
-        if relation <= last {
-            // Each has had its turn, and not all could be read.
-            context.backfill.wait(pause);
-            (last, pause) = (0, (pause * 2).min(RETRY_MAX));
-            continue;
-        }
-        match fill::fill(context, sql, &window, relation, &task) {
-            Ok(Flow::Restart) => last = relation,
-            Ok(Flow::Go | Flow::Stopped) => {
-                troubles.clear(relation);
-                pause = RETRY_MIN;
-            }
-            Err(error) => {
-                troubles.take(relation, &task.mapping.table, error, || {
-                    sql.whoever_locks(relation)
-                })?;
-                // Whatever the session was in the middle of.
-                connection = None;
-                last = relation;
-            }
-        }
-    }
-    Ok(())
 }
 
 fn pending_keys(context: &Context) -> Result<(), Error> {
@@ -208,28 +106,6 @@ fn clear(context: &Context, redis: &mut Connection) -> Result<(), Error> {
         context.backfill.note_pending();
     }
     Ok(())
-}
-
-/// Hands the catalog to the planner, which compares it with the registry at this place of the stream: labels that the
-/// stream has not told of (set before the slot was made, or while it did not exist) are found this way.
-fn reconcile(context: &Context, sql: &mut Sql, window: &Arc<Window>) -> Result<(), Error> {
-    let wishes = context.backfill.wishes();
-    // A label whose transaction is in the stream already may still be invisible, while its COMMIT waits for a standby.
-    sql.outlast_running("(the list of mirrored tables)", || context.stopped())?;
-    let catalog = Catalog::read(sql, wishes)?;
-    for misfit in &catalog.misfits {
-        let error = misfit.error();
-        tracing::error!(next = error.next_command(), "{error}");
-    }
-    context.submit_for(
-        sql,
-        window,
-        0,
-        0,
-        Snapshot::default(),
-        Content::Catalog(catalog),
-        None,
-    )
 }
 
 impl Context {
@@ -294,6 +170,7 @@ impl Context {
     ) -> Result<(), Error> {
         let id = self.backfill.marker();
         window.sent();
+        let permit = window.permit(&content);
         let chunk = Chunk {
             id,
             relation,
@@ -302,12 +179,16 @@ impl Context {
             content,
             cursor,
             window: Arc::clone(window),
+            permit,
         };
         // The planner is gone only when the session ends.
         let _ = self.chunks.send(Input::Chunk(chunk));
         sql.marker(&format!("{}{id}", self.marker_prefix))
-            // Without a marker it is never planned, so nobody must wait for it.
-            .inspect_err(|_| window.done(true))
+            // Without a marker it is never planned, so nobody must wait for it, nor keep it.
+            .inspect_err(|_| {
+                window.done(true);
+                let _ = self.chunks.send(Input::Forget(id));
+            })
     }
 }
 

@@ -24,6 +24,8 @@ pub enum Input {
     Keepalive(Lsn),
     /// A worker read something; its marker follows in the stream.
     Chunk(Chunk),
+    /// The marker of this chunk could not be written.
+    Forget(u64),
     /// The session ends.
     Stop,
 }

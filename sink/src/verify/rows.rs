@@ -7,7 +7,7 @@ use super::sides::{AnySnapshot, Origin, Sides};
 use super::table::Table;
 use super::{Finding, Job, judge, sample};
 use crate::backfill::PackedRows;
-use crate::backfill::fill::{Pace, leaves, look_at_leaf, read_next, total_blocks};
+use crate::backfill::fill::{Next, Pace, leaves, look_at_leaf, read_next, total_blocks};
 use crate::backfill::report::Report;
 use crate::error::Error;
 
@@ -32,7 +32,7 @@ pub(super) fn compare_rows(sides: &mut Sides, table: &mut Table, job: &Job) -> R
         let (mut at, mut pace) = ((0, 0), Pace::new(64));
         while at.0 < leaf.blocks {
             let read = read_next(&AnySnapshot, &mut sides.sql, &table.mapping, &leaf, at, &mut pace)?;
-            let Some(read) = read else {
+            let Next::Read(read) = read else {
                 return Err(table.changed());
             };
             report.add(

@@ -6,7 +6,7 @@ use super::Job;
 use super::rows::compare_chunk;
 use super::sides::{AnySnapshot, Sides};
 use super::table::Table;
-use crate::backfill::fill::{Pace, look_at_leaf, read_next};
+use crate::backfill::fill::{Next, Pace, look_at_leaf, read_next};
 use crate::error::Error;
 use crate::redis::reply_error;
 use crate::resp::Commands;
@@ -56,7 +56,7 @@ pub(super) fn rows(
             at,
             &mut Pace::new(1),
         )?;
-        let Some(read) = read else {
+        let Next::Read(read) = read else {
             return Err(table.changed());
         };
         compare_chunk(sides, table, &read.rows, job)?;

@@ -32,6 +32,10 @@ impl Chunks {
         self.held.insert(chunk.id, chunk);
     }
 
+    pub(super) fn forget(&mut self, id: u64) {
+        self.held.remove(&id);
+    }
+
     /// The marker with this number came down the stream.
     pub(super) fn release(&mut self, id: u64) {
         self.ready.extend(self.held.remove(&id));

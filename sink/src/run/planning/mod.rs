@@ -217,6 +217,11 @@ impl Planning {
         self.chunks.hold(chunk);
     }
 
+    /// It has no marker, or nobody knows of one.
+    pub(super) fn forget_chunk(&mut self, id: u64) {
+        self.chunks.forget(id);
+    }
+
     /// Whether a chunk could be planned now.
     pub(super) fn wants_piece(&self) -> bool {
         self.chunks.is_ready() && !self.transactions.is_open()

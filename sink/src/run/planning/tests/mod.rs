@@ -210,6 +210,7 @@ pub(super) fn chunk(
         content,
         cursor,
         window: Arc::clone(window),
+        permit: None,
     }
 }
 

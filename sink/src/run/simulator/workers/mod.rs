@@ -35,6 +35,11 @@ impl Courier {
         }
     }
 
+    /// One with a window of its own.
+    fn another(&self) -> Self {
+        Self::new(self.marker_prefix.clone(), self.broken)
+    }
+
     /// A snapshot that the gate will not refuse as a whole.
     fn snapshot(&self, postgres: &Postgres, backfill: &Backfill) -> Option<Snapshot> {
         let snapshot = postgres.snapshot();
@@ -63,6 +68,7 @@ impl Courier {
             content,
             cursor,
             window,
+            permit: None,
         });
         let content = format!("{}{id}", self.marker_prefix).into_bytes();
         if self.broken == Broken::NoMarker {

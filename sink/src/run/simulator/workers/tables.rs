@@ -1,6 +1,6 @@
 //! The worker that reads tables and looks for keys without rows.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use super::super::dice::Dice;
@@ -20,16 +20,31 @@ enum State {
     Outlast(u64, u64),
     /// Until this question is answered.
     Ask(u64, u32, Task),
-    Fill(u32, Task, Cursor),
+    Fill(u32, Task),
     /// Read, and its marker not yet written.
     Read(u32, Task, Snapshot, Content, Cursor),
     Sweep(u32, Task, VecDeque<Vec<u8>>),
     Absent(u32, Task, VecDeque<Vec<u8>>, Snapshot, Vec<Vec<u8>>),
 }
 
+/// A table that is being filled; others have their turns meanwhile.
+struct Filling {
+    generation: u64,
+    cursor: Cursor,
+    courier: Courier,
+    is_read: bool,
+}
+
+impl Filling {
+    fn is_of(&self, task: &Task) -> bool {
+        self.generation == task.generation && !self.courier.window.is_stale()
+    }
+}
+
 /// The worker that reads tables and looks for keys without rows.
 pub(in crate::run::simulator) struct Tables {
     courier: Courier,
+    fillings: BTreeMap<u32, Filling>,
     state: State,
 }
 
@@ -37,6 +52,7 @@ impl Tables {
     pub(in crate::run::simulator) fn new(marker_prefix: String, broken: Broken) -> Self {
         Self {
             courier: Courier::new(marker_prefix, broken),
+            fillings: BTreeMap::new(),
             state: State::Idle,
         }
     }
@@ -62,15 +78,19 @@ impl Tables {
                     self.state = State::Outlast(newest + 1, backfill.wishes());
                     return Ok(());
                 }
-                let is_held_up = |_: u32, task: &Task| {
+                self.fillings.retain(|relation, filling| {
+                    let task = backfill.task(*relation).filter(|task| filling.is_of(task));
+                    task.is_some_and(|task| !filling.is_read || task.cursor.stage == Stage::Fill)
+                });
+                let is_paused = |relation: u32, task: &Task| {
                     let horizon = task.cursor.horizon;
+                    let filling = self.fillings.get(&relation);
                     horizon.is_none_or(|horizon| postgres.oldest_running() < horizon)
+                        || filling.is_some_and(|filling| filling.is_read && task.cursor.stage == Stage::Fill)
                 };
-                match backfill.next_task(0, is_held_up) {
-                    Some((relation, task)) if task.cursor.stage == Stage::Fill => {
-                        let cursor = task.cursor.clone();
-                        State::Fill(relation, task, cursor)
-                    }
+                let last = OIDS.get(dice.roll(OIDS.len() as u64) as usize).copied();
+                match backfill.next_task(last.unwrap_or(0), is_paused) {
+                    Some((relation, task)) if task.cursor.stage == Stage::Fill => State::Fill(relation, task),
                     Some((relation, task)) => self.ask(planning, backfill, postgres, relation, task)?,
                     None => State::Idle,
                 }
@@ -103,34 +123,41 @@ impl Tables {
             State::Ask(_, relation, task) => {
                 State::Sweep(relation, task, redis.data.keys().cloned().collect())
             }
-            State::Fill(relation, task, _) if is_over(relation, &task) => State::Idle,
-            State::Fill(relation, task, cursor)
-                if window.outstanding() > 1 || postgres.is_locked(relation) =>
-            {
-                State::Fill(relation, task, cursor)
-            }
-            State::Fill(relation, task, cursor) => match self.courier.snapshot(postgres, backfill) {
-                None => State::Fill(relation, task, cursor),
-                Some(snapshot) => match postgres.label(relation, &snapshot) {
+            State::Fill(relation, task) => {
+                let filling = self.fillings.entry(relation).or_insert_with(|| Filling {
+                    generation: task.generation,
+                    cursor: task.cursor.clone(),
+                    courier: self.courier.another(),
+                    is_read: false,
+                });
+                let is_current = filling.is_of(&task) && backfill.is_current(relation, task.generation);
+                if !is_current || filling.courier.window.outstanding() > 4 || postgres.is_locked(relation) {
+                    // It is not its turn, or begins anew.
+                    return Ok(());
+                }
+                let cursor = filling.cursor.clone();
+                match self.courier.snapshot(postgres, backfill) {
                     None => State::Idle,
-                    Some(label) => self.read(postgres, relation, task, cursor, snapshot, &label, dice),
-                },
-            },
+                    Some(snapshot) => match postgres.label(relation, &snapshot) {
+                        None => State::Idle,
+                        Some(label) => self.read(postgres, relation, task, cursor, snapshot, &label, dice),
+                    },
+                }
+            }
             State::Read(relation, task, snapshot, content, cursor) => {
-                let (target, next) = ((relation, task.generation), cursor.clone());
-                self.courier.submit(
-                    planning,
-                    backfill,
-                    postgres,
-                    target,
-                    snapshot,
-                    content,
-                    Some(cursor),
-                )?;
-                if next.stage != Stage::Fill {
+                let Some(filling) = self.fillings.get_mut(&relation) else {
+                    return Ok(());
+                };
+                let (target, next) = ((relation, task.generation), Some(cursor.clone()));
+                filling
+                    .courier
+                    .submit(planning, backfill, postgres, target, snapshot, content, next)?;
+                filling.is_read = cursor.stage != Stage::Fill;
+                filling.cursor = cursor;
+                if filling.is_read || dice.roll(3) == 0 {
                     State::Idle
                 } else {
-                    State::Fill(relation, task, next)
+                    State::Fill(relation, task)
                 }
             }
             State::Sweep(relation, task, _) if is_over(relation, &task) => State::Idle,
