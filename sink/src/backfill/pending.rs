@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use redis::Value;
 
@@ -11,7 +11,7 @@ use super::lookup::{Lookup, ParsedKey};
 use super::sql::{Snapshots, Sql};
 use super::troubles::Troubles;
 use super::worker::Context;
-use super::{Content, Task, Window, horizon};
+use super::{Content, Room, Task, Window, horizon};
 use crate::error::Error;
 use crate::gate::Snapshot;
 use crate::plan::{Belongs, Owned};
@@ -23,11 +23,27 @@ const ROWS_MAX: usize = 512;
 /// Rows that are read at once should be about so many bytes.
 const ROWS_BYTES: usize = 1024 * 1024;
 
-/// What the worker has on its way.
-#[derive(Default)]
+/// What was read and is not planned yet takes at most about so much memory.
+const ROOM_BYTES: usize = 4 * 1024 * 1024;
+/// How long it waits for the stream at once: horizons are taken meanwhile.
+const LOOK: Duration = Duration::from_secs(1);
+/// A table that is another one than the stream has announced is looked at again after so long; twice as long after each look.
+const CHANGED_MIN: Duration = Duration::from_millis(50);
+const CHANGED_MAX: Duration = Duration::from_secs(2);
+
+/// What the worker has on its way. Each table has a window of its own: what is dropped of one is no matter of the others.
 pub(super) struct Windows {
-    keys: Arc<Window>,
+    room: Arc<Room>,
     pub(super) horizons: Arc<Window>,
+}
+
+impl Default for Windows {
+    fn default() -> Self {
+        Self {
+            room: Room::of(ROOM_BYTES),
+            horizons: Arc::default(),
+        }
+    }
 }
 
 /// Goes over the pending hash once. True: it was empty.
@@ -40,6 +56,7 @@ pub(super) fn pass(
 ) -> Result<bool, Error> {
     let mut cursor = b"0".to_vec();
     let mut empty = true;
+    let mut tables: BTreeMap<u32, Arc<Window>> = BTreeMap::new();
     loop {
         let command: [&[u8]; 5] = [b"HSCAN", &context.keys.pending, &cursor, b"COUNT", b"500"];
         let (next, page) = page(redis.call("read the pending keys", &command)?)?;
@@ -50,10 +67,18 @@ pub(super) fn pass(
             }
             // Each table may take its time.
             horizon::take(context, &windows.horizons)?;
-            match reread(context, sql, &windows.keys, relation, keys) {
-                Ok(()) => troubles.clear(relation),
-                // The keys stay noted.
+            let window = tables
+                .entry(relation)
+                .or_insert_with(|| Window::in_room(&windows.room));
+            // Where it is not read, the keys stay noted.
+            match reread(context, sql, windows, window, relation, keys) {
+                Ok(true) => {}
+                Ok(false) => {
+                    tables.remove(&relation);
+                    troubles.put_off(relation, CHANGED_MIN, CHANGED_MAX);
+                }
                 Err(error) => {
+                    tables.remove(&relation);
                     let table = context.backfill.table(relation).unwrap_or_default();
                     troubles.take(relation, &table, error, || sql.whoever_locks(relation))?;
                 }
@@ -67,7 +92,18 @@ pub(super) fn pass(
         }
         cursor = next;
     }
-    windows.keys.reset(|| context.stopped());
+    for (relation, window) in tables {
+        while window.outstanding() > 0 && !window.is_stale() && !context.stopped() {
+            let until = Instant::now() + LOOK;
+            window.wait(0, || context.stopped() || Instant::now() > until);
+            horizon::take(context, &windows.horizons)?;
+        }
+        if !window.is_stale() {
+            troubles.clear(relation);
+        } else {
+            troubles.put_off(relation, CHANGED_MIN, CHANGED_MAX);
+        }
+    }
     Ok(empty)
 }
 
@@ -95,13 +131,15 @@ fn page(reply: Value) -> Result<(Vec<u8>, Page), Error> {
     Ok((next, page))
 }
 
+/// Reads keys of one table. False: it is another one than the stream has announced.
 fn reread(
     context: &Context,
     sql: &mut Sql,
+    windows: &Windows,
     window: &Arc<Window>,
     relation: u32,
     keys: Vec<Vec<u8>>,
-) -> Result<(), Error> {
+) -> Result<bool, Error> {
     let orphans = |sql: &mut Sql, keys: Vec<Vec<u8>>, task: Option<&Task>| {
         context.submit_for(
             sql,
@@ -114,11 +152,10 @@ fn reread(
         )
     };
     let Some(task) = context.backfill.task(relation) else {
-        return orphans(sql, keys, None);
+        return orphans(sql, keys, None).map(|()| true);
     };
     let Some(lookup) = Lookup::new(sql, &task.mapping)? else {
-        std::thread::sleep(Duration::from_millis(100));
-        return Ok(());
+        return Ok(false);
     };
     // A key that is no longer one of this table's is somebody else's business: the sweep of the table removes it.
     let others = context.backfill.other_templates(relation);
@@ -135,7 +172,7 @@ fn reread(
     }
     if !rowless.is_empty() {
         let Some(snapshot) = context.begin(sql, &task.mapping.table)? else {
-            return Ok(());
+            return Ok(true);
         };
         sql.end()?;
         context.submit(
@@ -155,10 +192,15 @@ fn reread(
     while !parsed.is_empty() && !context.stopped() {
         let rest = parsed.split_off(count.min(parsed.len()));
         let keys = std::mem::replace(&mut parsed, rest);
-        window.wait(1, || context.stopped());
+        while !windows.room.wait(Instant::now() + LOOK, || context.stopped()) {
+            horizon::take(context, &windows.horizons)?;
+        }
+        if window.is_stale() {
+            return Ok(false);
+        }
         let found = match lookup.rows(context, sql, &task.mapping, keys) {
-            // The keys stay noted, for a look under its new name.
-            Err(error) if error.is_of_a_changed_table() => return Ok(()),
+            // They are looked at under its new name.
+            Err(error) if error.is_of_a_changed_table() => return Ok(false),
             found => found?,
         };
         for found in found {
@@ -184,5 +226,5 @@ fn reread(
             )?;
         }
     }
-    Ok(())
+    Ok(true)
 }
