@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rand::Rng;
-use walmirror_tests::{DEADLINE, Db, Lsn, Mirror, Raise, Redis, Signal, Sink, rng, wait_for};
+use walmirror_tests::{DEADLINE, Db, Lsn, Mirror, Mode, Proxy, Raise, Redis, Signal, Sink, rng, wait_for};
 
 /// Small transactions, each of which counts `n` up in a few rows, until `done`.
 fn count_up(db: &Db, worker: u32, workers: u32, rows: u32, done: &AtomicBool) {
@@ -441,4 +441,44 @@ fn redis_restarts() {
         m.redis.resume();
         m.check();
     }
+}
+
+/// The story: each session began the walk over the keyspace anew, so where sessions were shorter than the walk, tables were never complete.
+#[test]
+fn a_sweep_goes_on_where_the_last_session_left_it() {
+    let m = Mirror::new();
+    m.sql("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1); SELECT walmirror.mirror('t')");
+    let mut redis = m.redis.connect();
+    let script = "for i = 1, 60000 do redis.call('SET', 'o:' .. i, 'x') redis.call('SET', 't:' .. (i % 10 + 5), 'x') end";
+    redis::cmd("EVAL").arg(script).arg(0).exec(&mut redis).unwrap();
+    // A page of the walk takes its time. With several templates it is over all keys.
+    m.sql("CREATE TABLE u (id int PRIMARY KEY); SELECT walmirror.mirror('u')");
+    let link = Proxy::to_port(m.redis.port());
+    link.set_both(Mode::Delay(30, 1));
+    let url = format!("redis://127.0.0.1:{}/0", link.port());
+    m.start_at(&m.db.pg.conninfo(&m.db.name), &url, &[], &[]);
+    let noted = || {
+        let progress = m.redis.hash(&format!("walmirror:{{{}}}:progress", m.db.name));
+        progress.iter().any(|(_, value)| value.contains("\"walk\""))
+    };
+    wait_for(DEADLINE, "the place of the walk", || {
+        m.sink(Sink::assert_running);
+        noted().then_some(())
+    });
+    m.sink(Sink::kill);
+    assert!(noted());
+    link.heal();
+    m.sink(Sink::restart);
+    wait_for(DEADLINE, "the tables to be complete", || {
+        let log = m.sink(|sink| sink.output());
+        (log.matches("the keys of the table are complete").count() == 2).then_some(())
+    });
+    assert!(
+        m.sink(|sink| sink.output())
+            .contains("where an earlier walk over them came to")
+    );
+    assert!(!noted());
+    let mut keys = m.redis.keys();
+    keys.retain(|key| !key.starts_with("o:"));
+    assert_eq!(keys, ["t:1"]);
 }

@@ -15,6 +15,15 @@ pub enum Stage {
     Done,
 }
 
+/// A place in a walk over the keyspace. SCAN keeps its promise also where another connection goes on, as long as it is the same process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Walk {
+    /// The process that serves it.
+    pub run_id: String,
+    /// The cursor of SCAN.
+    pub at: String,
+}
+
 /// The place of a backfill.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cursor {
@@ -34,6 +43,9 @@ pub struct Cursor {
     pub file: u32,
     /// Rows read so far.
     pub rows: u64,
+    /// Sweep: all keys before this place are checked, and those without a row removed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub walk: Option<Walk>,
     /// Key templates that the table had before; their keys go at the end.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub old_keys: Vec<String>,
@@ -63,6 +75,7 @@ impl Cursor {
             offset: 0,
             file: 0,
             rows: 0,
+            walk: None,
             old_keys,
             on_nothing: false,
             horizon: None,
@@ -123,6 +136,10 @@ mod tests {
         cursor.stage = Stage::Sweep;
         assert_eq!(Cursor::parse(&cursor.to_json()), Some(cursor.clone()));
         assert!(cursor.to_json().contains("\"stage\":\"sweep\""));
+        assert!(!cursor.to_json().contains("walk"));
+        let (run_id, at) = ("5f0c".to_owned(), "17".to_owned());
+        cursor.walk = Some(Walk { run_id, at });
+        assert_eq!(Cursor::parse(&cursor.to_json()), Some(cursor.clone()));
         cursor.on_nothing = true;
         assert!(!cursor.to_json().contains("horizon"));
         cursor.horizon = Some(7);

@@ -30,7 +30,7 @@ use walmirror_proto::key::KeyTemplate;
 
 pub use catalog::{Catalog, Misfit};
 pub use chunk::{Chunk, Content, Life, PackedRows, Permit, Room, Window};
-pub use cursor::{Cursor, Stage};
+pub use cursor::{Cursor, Stage, Walk};
 pub use worker::{Context, Role, work};
 
 use crate::gate::{Gate, Snapshot};
@@ -263,6 +263,14 @@ impl Backfill {
         let mut behind = tasks.values().filter(is_behind);
         let first = behind.next()?.mapping.table.clone();
         Some((first, behind.count() + 1))
+    }
+
+    /// Whether a table is to be filled that does not have to wait.
+    fn wants_fill(&self, is_paused: impl Fn(u32, &Task) -> bool) -> bool {
+        let is_due =
+            |relation: u32, task: &Task| task.cursor.stage == Stage::Fill && !is_paused(relation, task);
+        let tasks = self.lock();
+        tasks.iter().any(|(relation, task)| is_due(*relation, task))
     }
 
     /// The key templates of all other tables.

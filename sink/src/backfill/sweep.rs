@@ -1,6 +1,7 @@
 //! Removes keys that have no row: left over from an earlier life of Redis, from a table's old key template, or written by
 //! somebody else under a name that belongs to the table. All tables that are due share one walk over the keyspace, which
-//! may be large and hold the keys of thousands of tables.
+//! may be large and hold the keys of thousands of tables. Now and then each table notes how far the walk is, so that no later session
+//! begins it anew.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,10 +10,10 @@ use super::lookup::{Lookup, ParsedKey};
 use super::sql::{Snapshots, Sql};
 use super::troubles::Troubles;
 use super::worker::Context;
-use super::{Content, Cursor, Task, Window};
+use super::{Content, Cursor, Task, Walk, Window};
 use crate::error::Error;
 use crate::plan::{Belongs, Owned};
-use crate::redis::{Connection, Prefixes};
+use crate::redis::{Connection, Prefixes, run_id};
 
 /// Keys that are looked up at once.
 const KEYS: usize = 500;
@@ -20,6 +21,9 @@ const KEYS: usize = 500;
 const PAUSE_MAX: Duration = Duration::from_millis(10);
 /// Chunks of a table on their way to the planner.
 const AHEAD: usize = 2;
+
+/// How often the place of the walk is noted; with many tables, less often: a tenth of the time goes there at most.
+const NOTE_EVERY: Duration = Duration::from_secs(5);
 
 /// A table that is swept.
 struct Swept {
@@ -39,14 +43,17 @@ struct Swept {
 }
 
 /// Looks at every key of the tables' templates, old ones included. A table that changes meanwhile is left for another
-/// time.
+/// time. So is the rest of the walk where `is_enough` says so, once its place is noted.
 pub(super) fn sweep(
     context: &Context,
     sql: &mut Sql,
     redis: &mut Connection,
     tasks: Vec<(u32, Task)>,
     troubles: &mut Troubles,
+    is_enough: impl Fn(&Troubles) -> bool,
 ) -> Result<(), Error> {
+    let run_id = run_id(redis)?;
+    let (place, tasks) = together(tasks, run_id.as_deref());
     let mut tables = Vec::new();
     for (relation, task) in tasks {
         let name = task.mapping.table.clone();
@@ -60,6 +67,14 @@ pub(super) fn sweep(
         places.flat_map(|(place, table)| table.owned.purges().map(move |purge| (place, purge))),
     );
     let mut scan = index.scan();
+    if let Some(place) = place {
+        tracing::info!(
+            tables = tables.len(),
+            "the keys are checked from where an earlier walk over them came to"
+        );
+        scan = scan.from(place.as_bytes());
+    }
+    let (mut noted, mut pause) = (Instant::now(), NOTE_EVERY);
     loop {
         let started = Instant::now();
         let Some(page) = scan.page(redis)? else { break };
@@ -75,10 +90,29 @@ pub(super) fn sweep(
                 }
             }
         }
+        let walk = run_id.clone().zip(scan.place()).map(|(run_id, at)| Walk {
+            run_id,
+            at: String::from_utf8_lossy(at).into_owned(),
+        });
+        let walk = walk.filter(|_| noted.elapsed() >= pause);
+        let started = Instant::now();
         for table in &mut tables {
-            if table.held.len() >= KEYS || table.absent.len() >= KEYS {
+            if table.held.len() >= KEYS || table.absent.len() >= KEYS || walk.is_some() {
                 let removed = table.remove_absent(context, sql);
                 table.go_on_after(removed, sql, troubles)?;
+            }
+            if let Some(walk) = &walk {
+                let done = table.note(context, sql, walk.clone());
+                table.go_on_after(done, sql, troubles)?;
+            }
+        }
+        if walk.is_some() {
+            (noted, pause) = (Instant::now(), NOTE_EVERY.max(started.elapsed() * 10));
+            if is_enough(troubles) {
+                for table in &tables {
+                    table.window.wait(0, || context.stopped());
+                }
+                return Ok(());
             }
         }
     }
@@ -98,6 +132,20 @@ pub(super) fn sweep(
         }
     }
     Ok(())
+}
+
+/// Those of the tables that can share a walk, and where it begins: places cannot be compared, so it is those that are at the same one, if
+/// it is one of this process, or else all that have to begin. The others have their turn behind them.
+fn together(tasks: Vec<(u32, Task)>, run_id: Option<&str>) -> (Option<String>, Vec<(u32, Task)>) {
+    let place = |task: &Task| {
+        let walk = task.cursor.walk.as_ref();
+        let walk = walk.filter(|walk| Some(walk.run_id.as_str()) == run_id);
+        walk.map(|walk| walk.at.clone())
+    };
+    let first = tasks.iter().find_map(|(_, task)| place(task));
+    let mut together = tasks;
+    together.retain(|(_, task)| place(task) == first);
+    (first, together)
 }
 
 impl Swept {
@@ -158,6 +206,20 @@ impl Swept {
             }
         }
         Ok(())
+    }
+
+    /// All that was found so far is on its way: the walk need not come here again.
+    fn note(&mut self, context: &Context, sql: &mut Sql, walk: Walk) -> Result<(), Error> {
+        if !self.is_alive(context) {
+            return Ok(());
+        }
+        let snapshot = sql.begin()?;
+        sql.end()?;
+        let cursor = Cursor {
+            walk: Some(walk),
+            ..self.task.cursor.clone()
+        };
+        self.submit(context, sql, snapshot, Vec::new(), Some(cursor))
     }
 
     /// The rest, and the word that the table is done.

@@ -202,7 +202,16 @@ impl<'c> Tables<'c> {
     fn sweep(&mut self, sql: &mut Sql, sweeps: Vec<(u32, Task)>) -> Result<(), Error> {
         self.context.outlast_planned(sql)?;
         let mut redis = Connection::connect(&self.context.redis)?;
-        sweep::sweep(self.context, sql, &mut redis, sweeps, &mut self.troubles)?;
+        let mut troubles = std::mem::take(&mut self.troubles);
+        // Where a table is to be filled, the walk goes on behind it.
+        let is_enough = |troubles: &Troubles| {
+            let is_paused =
+                |relation: u32, task: &Task| troubles.is_paused(relation) || self.is_paused(relation, task);
+            self.context.backfill.wants_fill(is_paused)
+        };
+        let swept = sweep::sweep(self.context, sql, &mut redis, sweeps, &mut troubles, is_enough);
+        self.troubles = troubles;
+        swept?;
         if self.context.backfill.sweeps(|_, _| false).is_empty() {
             self.retry = RETRY_MIN;
         } else {

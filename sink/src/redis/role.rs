@@ -36,6 +36,16 @@ pub fn require_master(connection: &mut Connection) -> Result<(), Error> {
     Ok(())
 }
 
+/// What names this process among all servers that are or were at its address. None where the login may not ask.
+pub fn run_id(connection: &mut Connection) -> Result<Option<String>, Error> {
+    let Value::BulkString(text) = connection.ask(&[b"INFO", b"server"])? else {
+        return Ok(None);
+    };
+    let text = String::from_utf8_lossy(&text);
+    let mut lines = text.lines();
+    Ok(lines.find_map(|line| line.strip_prefix("run_id:").map(str::to_owned)))
+}
+
 /// The policy by which Redis removes keys when it is full, if it does. None also where the login may not ask.
 pub fn eviction(connection: &mut Connection) -> Result<Option<String>, Error> {
     let limit = setting(connection, "maxmemory")?;

@@ -28,6 +28,19 @@ impl Scan {
         }
     }
 
+    /// The same walk from this place on, which another one of the same process came to.
+    pub fn from(self, place: &[u8]) -> Self {
+        Self {
+            cursor: self.cursor.map(|_| place.to_vec()),
+            ..self
+        }
+    }
+
+    /// Where it goes on. None: it is over.
+    pub fn place(&self) -> Option<&[u8]> {
+        self.cursor.as_deref()
+    }
+
     /// A walk that is over.
     pub fn empty() -> Self {
         Self {

@@ -219,6 +219,7 @@ impl Registry {
         relation.fingerprint = OUTDATED;
         cursor.fingerprint = OUTDATED;
         cursor.on_nothing = false;
+        cursor.walk = None;
         if met.key != relation.key && !cursor.old_keys.contains(&met.key) {
             cursor.old_keys.push(met.key.clone());
         }
