@@ -298,7 +298,7 @@ fn a_table_that_changed_unannounced_holds_up_no_other() {
     m.settle();
     let oid = m.db.value("SELECT oid FROM pg_class WHERE relname = 'a'");
     m.sql(
-        "ALTER EVENT TRIGGER walmirror_ddl_command_end DISABLE; ALTER TABLE a ADD n int DEFAULT 7; \
+        "ALTER EVENT TRIGGER walmirror_ddl_command_end DISABLE; ALTER TABLE a RENAME v TO w; \
          ALTER EVENT TRIGGER walmirror_ddl_command_end ENABLE ALWAYS",
     );
     let _: i64 = m
@@ -311,6 +311,6 @@ fn a_table_that_changed_unannounced_holds_up_no_other() {
         m.redis.keys().contains(&"z:1".to_owned()).then_some(())
     });
     // A row of the table tells of the change.
-    m.sql("UPDATE a SET v = 'y'");
+    m.sql("UPDATE a SET w = 'y'");
     m.settle();
 }

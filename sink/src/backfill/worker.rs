@@ -182,7 +182,7 @@ impl Context {
             permit,
         };
         // The planner is gone only when the session ends.
-        let _ = self.chunks.send(Input::Chunk(chunk));
+        let _ = self.chunks.send(Input::Chunk(Box::new(chunk)));
         sql.marker(&format!("{}{id}", self.marker_prefix))
             // Without a marker it is never planned, so nobody must wait for it, nor keep it.
             .inspect_err(|_| {

@@ -23,7 +23,7 @@ pub enum Input {
     /// The server has sent everything before this.
     Keepalive(Lsn),
     /// A worker read something; its marker follows in the stream.
-    Chunk(Chunk),
+    Chunk(Box<Chunk>),
     /// The marker of this chunk could not be written.
     Forget(u64),
     /// The session ends.
