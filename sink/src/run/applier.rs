@@ -1,5 +1,6 @@
 //! The thread that writes to Redis: takes segments, has them applied, and says how far Redis is.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,8 @@ const WAIT_MS: u64 = 100;
 /// How often they are asked.
 const WAIT_EVERY: Duration = Duration::from_millis(50);
 
+/// A purge may take so long at an end in good order. Given up, it leaves what was applied before it unconfirmed.
+const PURGE_AT_END: Duration = Duration::from_secs(2);
 /// So many of the rows that one step could not write are named in the log.
 const LOGGED: usize = 10;
 
@@ -56,6 +59,8 @@ pub(super) fn apply(
         }
     }
     let mut next: Option<Segment> = None;
+    // When a purge was first told that the session ends.
+    let ending = Cell::new(None);
     loop {
         match next.take().map_or_else(|| segments.recv_timeout(WAIT_EVERY), Ok) {
             Ok(segment) => {
@@ -65,7 +70,12 @@ pub(super) fn apply(
                 let stopped = || {
                     // Asked after each page of a purge, which may take long.
                     shared.health.note_redis();
-                    !shared.is_running()
+                    if shared.is_running() {
+                        return false;
+                    }
+                    let since = ending.get().unwrap_or_else(Instant::now);
+                    ending.set(Some(since));
+                    shared.has_failed() || since.elapsed() > PURGE_AT_END
                 };
                 let applied = writer.apply(segment, next.as_ref(), &stopped)?;
                 shared.health.note_redis();
