@@ -251,6 +251,19 @@ fn a_cast_to_text_that_somebody_wrote_is_no_part_of_a_key() {
     assert_eq!(keys, ["paint:g", "paint:r"]);
 }
 
+/// A row of `a`, whose oid this is, and one of `z` are to be read again; waits until that of `z` was.
+fn reread_both(m: &Mirror, oid: &str) {
+    let _: i64 = m
+        .redis
+        .command(&format!("HSET walmirror:{{{}}}:pending a:1 {oid}", m.db.name));
+    let _: i64 = m.redis.command("DEL z:1");
+    m.sql("UPDATE z SET n = 1");
+    wait_for(DEADLINE, "the row of the other table", || {
+        m.sink(walmirror_tests::Sink::assert_running);
+        m.redis.keys().contains(&"z:1".to_owned()).then_some(())
+    });
+}
+
 /// The story: the worker waited for the lock, whoever held it and for how long, with all that was to be read of other tables behind it.
 #[test]
 fn a_locked_table_holds_up_no_other() {
@@ -266,16 +279,7 @@ fn a_locked_table_holds_up_no_other() {
     holder
         .batch_execute("BEGIN; LOCK TABLE a IN ACCESS EXCLUSIVE MODE")
         .unwrap();
-    // A row of each is to be read again.
-    let _: i64 = m
-        .redis
-        .command(&format!("HSET walmirror:{{{}}}:pending a:1 {oid}", m.db.name));
-    let _: i64 = m.redis.command("DEL z:1");
-    m.sql("UPDATE z SET n = 1");
-    wait_for(DEADLINE, "the row of the other table", || {
-        m.sink(walmirror_tests::Sink::assert_running);
-        m.redis.keys().contains(&"z:1".to_owned()).then_some(())
-    });
+    reread_both(&m, &oid);
     let log = || m.sink(|sink| sink.output()).split_off(seen);
     wait_for(DEADLINE, "a line that says who has the lock", || {
         log().contains("the table is locked").then_some(())
@@ -301,15 +305,7 @@ fn a_table_that_changed_unannounced_holds_up_no_other() {
         "ALTER EVENT TRIGGER walmirror_ddl_command_end DISABLE; ALTER TABLE a RENAME v TO w; \
          ALTER EVENT TRIGGER walmirror_ddl_command_end ENABLE ALWAYS",
     );
-    let _: i64 = m
-        .redis
-        .command(&format!("HSET walmirror:{{{}}}:pending a:1 {oid}", m.db.name));
-    let _: i64 = m.redis.command("DEL z:1");
-    m.sql("UPDATE z SET n = 1");
-    wait_for(DEADLINE, "the row of the other table", || {
-        m.sink(walmirror_tests::Sink::assert_running);
-        m.redis.keys().contains(&"z:1".to_owned()).then_some(())
-    });
+    reread_both(&m, &oid);
     // A row of the table tells of the change.
     m.sql("UPDATE a SET w = 'y'");
     m.settle();

@@ -1,0 +1,174 @@
+//! Tables that are filled while others write, read, rename, lock and compact them.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use walmirror_tests::{DEADLINE, Mirror, Raise, Sink, wait_for};
+
+#[test]
+fn a_table_mirrored_under_load() {
+    let m = Mirror::new();
+    m.sql("CREATE TABLE first (id int PRIMARY KEY); SELECT walmirror.mirror('first')");
+    m.sql("CREATE TABLE t (id int PRIMARY KEY, n int, note text); INSERT INTO t SELECT i, 0, 'x' FROM generate_series(1, 30000) i");
+    m.start();
+    m.settle();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let _end = Raise(&done);
+        for worker in 0..2u32 {
+            let (m, done) = (&m, &done);
+            scope.spawn(move || {
+                let mut client = m.db.connect();
+                let mut i = worker;
+                while !done.load(Ordering::Relaxed) {
+                    i += 2;
+                    let id = i * 37 % 30_000 + 1;
+                    let sql = match i % 5 {
+                        0 => format!("DELETE FROM t WHERE id = {id}"),
+                        1 => format!(
+                            "INSERT INTO t VALUES ({id}, {i}) ON CONFLICT (id) DO UPDATE SET n = excluded.n"
+                        ),
+                        2 => format!("UPDATE t SET id = id + 50000 WHERE id = {id}"),
+                        _ => format!("UPDATE t SET n = n + 1 WHERE id = {id}"),
+                    };
+                    let _ = client.batch_execute(&sql);
+                }
+            });
+        }
+        for label in ["", ", value => 'json'", ", key => 'u:{id}', columns => '{n}'"] {
+            m.sql(&format!("SELECT walmirror.mirror('t'{label})"));
+            m.sync();
+        }
+    });
+    m.settle();
+}
+
+/// The story: each table waited anew for all transactions that ran when its turn came, so beside long ones that overlap, thousands of
+/// tables took hours.
+#[test]
+fn a_table_waits_only_for_who_was_writing_when_it_was_announced() {
+    let m = Mirror::with("CREATE TABLE other (id int PRIMARY KEY)");
+    let mut before = m.db.connect();
+    before
+        .batch_execute("BEGIN; INSERT INTO other VALUES (1)")
+        .unwrap();
+    for table in ["a", "b", "c"] {
+        m.sql(&format!("CREATE TABLE {table} (id int PRIMARY KEY); INSERT INTO {table} VALUES (1); SELECT walmirror.mirror('{table}')"));
+    }
+    m.outlast_announced();
+    let mut behind = m.db.connect();
+    behind
+        .batch_execute("BEGIN; INSERT INTO other VALUES (2)")
+        .unwrap();
+    assert!(m.redis.keys().is_empty());
+    before.batch_execute("COMMIT").unwrap();
+    wait_for(DEADLINE, "the tables", || {
+        m.sink(Sink::assert_running);
+        (m.redis.keys().len() == 3).then_some(())
+    });
+    // This one waits, and nobody else does.
+    m.sql("CREATE TABLE d (id int PRIMARY KEY); INSERT INTO d VALUES (1); SELECT walmirror.mirror('d')");
+    m.outlast_announced();
+    let mut last = m.db.connect();
+    last.batch_execute("BEGIN; INSERT INTO other VALUES (3)").unwrap();
+    assert_eq!(m.redis.keys().len(), 3);
+    behind.batch_execute("COMMIT").unwrap();
+    wait_for(DEADLINE, "the last table", || {
+        (m.redis.keys().len() == 4).then_some(())
+    });
+    last.batch_execute("COMMIT").unwrap();
+    m.settle();
+}
+
+/// The story: the stream was a minute behind, and a backfill moved two chunks, or one table, in each minute. And a table that took hours to
+/// be read had all others wait for its end.
+#[test]
+fn tables_are_read_in_turns_also_where_the_stream_is_behind() {
+    let m = Mirror::with("CREATE TABLE other (id int PRIMARY KEY)");
+    let mut before = m.db.connect();
+    before
+        .batch_execute("BEGIN; INSERT INTO other VALUES (1)")
+        .unwrap();
+    for (table, rows) in [("a", 4_000), ("b", 40_000), ("c", 1)] {
+        m.sql(&format!(
+            "CREATE TABLE {table} (id int PRIMARY KEY, v text); SELECT walmirror.mirror('{table}'); \
+             INSERT INTO {table} SELECT i, repeat(md5(i::text), 32) FROM generate_series(1, {rows}) i"
+        ));
+    }
+    m.outlast_announced();
+    m.sync();
+    // Those were written by the stream. What they are filled with is more than the sink holds.
+    let slot = "FROM pg_replication_slots WHERE slot_name = current_database()";
+    let walsender = m.db.value(&format!("SELECT active_pid {slot}"));
+    let signal = |signal: &str| {
+        let status = std::process::Command::new("kill")
+            .args([signal, &walsender])
+            .status();
+        assert!(status.unwrap().success());
+    };
+    signal("-STOP");
+    before.batch_execute("COMMIT").unwrap();
+    for table in ["a", "b", "c"] {
+        wait_for(DEADLINE, format!("the table {table} to be begun"), || {
+            m.sink(Sink::assert_running);
+            let begun = format!("backfill begins table=\"public.{table}\"");
+            m.sink(|sink| sink.output()).contains(&begun).then_some(())
+        });
+    }
+    signal("-CONT");
+    wait_for(DEADLINE, "the tables to be complete", || {
+        let log = m.sink(|sink| sink.output());
+        (log.matches("the keys of the table are complete").count() == 3).then_some(())
+    });
+    m.check();
+    let memory = m.sink(Sink::memory_max);
+    assert!(memory < 64 << 20, "the sink took {memory} bytes");
+    println!("the sink took {} MiB", memory >> 20);
+}
+
+/// A table has another name, another table has its name, or there is none any more, and the backfill reads on by the name that it had.
+#[test]
+fn tables_are_renamed_and_dropped_while_they_are_filled() {
+    let m = Mirror::with("");
+    let fill = |name: &str| {
+        m.sql(&format!(
+            "CREATE TABLE {name} (id int PRIMARY KEY, v text); \
+             INSERT INTO {name} SELECT i, repeat(md5(i::text), 4) FROM generate_series(1, 150000) i; SELECT walmirror.mirror('{name}')"
+        ));
+    };
+    fill("big");
+    for _ in 0..20 {
+        m.sql("ALTER TABLE big RENAME TO other");
+        m.sql("ALTER TABLE other RENAME TO big");
+    }
+    fill("gone");
+    m.sql("DROP TABLE gone");
+    fill("swapped");
+    m.sql("BEGIN; ALTER TABLE swapped RENAME TO old; CREATE TABLE swapped (LIKE old INCLUDING ALL); COMMIT");
+    m.settle();
+    m.check();
+    assert_eq!(m.redis.keys().len(), 300_000);
+}
+
+/// VACUUM FULL and CLUSTER move rows to blocks that were read already, and say so nowhere.
+#[test]
+fn a_table_is_compacted_while_it_is_filled() {
+    let m = Mirror::with("");
+    m.sql(
+        "CREATE TABLE big (id int PRIMARY KEY, v text); \
+         INSERT INTO big SELECT i, repeat(md5(i::text), 4) FROM generate_series(1, 300000) i; DELETE FROM big WHERE id <= 200000",
+    );
+    m.sql("SELECT walmirror.mirror('big')");
+    for _ in 0..3 {
+        m.sql("VACUUM FULL big");
+    }
+    m.settle();
+    m.check();
+    assert_eq!(m.redis.keys().len(), 100_000);
+}
