@@ -34,6 +34,7 @@ pub mod cli;
 pub mod config;
 pub mod error;
 pub mod logging;
+pub mod memory;
 pub mod shell;
 pub mod shutdown;
 pub mod tail;

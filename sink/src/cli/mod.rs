@@ -29,6 +29,7 @@ use args::{Cli, Command};
 
 /// What the binary does.
 pub fn main() -> ! {
+    crate::memory::give_back_large_blocks();
     std::panic::set_hook(Box::new(report_panic));
     // A panic of this thread ends like every internal error; those of other threads are noticed by who joins them.
     let code = std::panic::catch_unwind(run_command).unwrap_or(exit::INTERNAL);
