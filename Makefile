@@ -27,7 +27,7 @@ packages = postgresql-15:/usr/lib/postgresql/15/bin/postgres \
 	python3-pip:/usr/lib/python3/dist-packages/pip libfaketime:/usr/share/doc/libfaketime openssl:/usr/bin/openssl
 missing = $(strip $(foreach p,$(packages),$(if $(wildcard $(lastword $(subst :, ,$(p)))),,$(firstword $(subst :, ,$(p))))))
 
-.PHONY: help deps build extension install demo dev test faults faults-valkey test-matrix fuzz check-pg lint bench clean
+.PHONY: help deps build extension install demo dev test faults soak faults-valkey test-matrix fuzz check-pg lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -81,6 +81,11 @@ test: build ## unit tests, SQL regression and end-to-end tests, on private serve
 faults: build ## break everything there is, on private servers; then SECONDS=60 of several faults at once, by SEED=…
 	$(private) && FAULT_SECONDS=$(SECONDS) cargo test -p walmirror-tests --features faults --no-fail-fast --test 'faults_*' $(ARGS) \
 		-- --test-threads 3
+
+soak: SECONDS = 43200
+soak: build ## several faults at once for half a day, or SECONDS=3600: what leaks shows; SEED=1 repeats a run
+	$(private) && FAULT_SECONDS=$$((2 * $(SECONDS))) cargo test -p walmirror-tests --features faults --test faults_random $(ARGS) \
+		-- --nocapture
 
 faults-valkey: build ## the tests of --durability on Valkey 9.1 (downloaded once), which tells what its disk holds
 	$(private) && WALMIRROR_REDIS_SERVER=$$(scripts/valkey.sh) && export WALMIRROR_REDIS_SERVER && \

@@ -114,6 +114,11 @@ impl Process {
         };
         (kib("VmRSS:") * 1024, kib("VmHWM:") * 1024)
     }
+
+    /// How many files and sockets it has open.
+    pub fn open_files(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid())).map_or(0, Iterator::count)
+    }
 }
 
 impl Drop for Process {

@@ -17,6 +17,8 @@ use crate::{DEADLINE, Db, Lsn, Mirror, Pg, Proxy, Redis, Signal, Sink, rng, wait
 
 /// Each process of the sink stays below this, whatever waits on either side. Peaks of 16 to 53 MB were seen.
 const MEMORY_MAX: u64 = 64 << 20;
+/// So many files and sockets a sink has open where all is well, whatever it has been through. 20 were seen.
+const OPEN_FILES_MAX: usize = 40;
 /// How soon a marker that is written when all is well again must be in Redis: pauses between attempts are at most 6.25 s, who asks
 /// nobody may wait 15 s for the answer, and a busy machine takes its time.
 const RECOVERY: Duration = Duration::from_secs(45);
@@ -104,6 +106,8 @@ pub struct Scenario {
     memory_max: u64,
     /// Rows that caches held when they were compared.
     pub cached: usize,
+    /// The most files that a sink had open when all was well.
+    open_files: usize,
 }
 
 impl Scenario {
@@ -150,6 +154,7 @@ impl Scenario {
             refreshes: false,
             memory_max: setup.memory_max,
             cached: 0,
+            open_files: 0,
         };
         scenario.flow();
         scenario
@@ -361,6 +366,9 @@ impl Scenario {
         }
         self.refreshes = false;
         self.is_ready(true);
+        let open_files = self.m.sink(|sink| sink.open_files());
+        assert!(open_files < OPEN_FILES_MAX, "the sink has {open_files} files open");
+        self.open_files = self.open_files.max(open_files);
         let key = format!("marker:{marker}");
         assert_eq!(self.m.redis.hash(&key).len(), 2, "{key}");
         self.watch.assert_looks();
@@ -379,11 +387,12 @@ impl Scenario {
         let memory = self.m.sink(|sink| sink.memory_max());
         println!(
             "recovered in {took:?}; {committed} transactions, {} rows of caches compared, {samples} looks, {slot_samples} at the slot too, {} connections to Redis, {} to Postgres, \
-             {} MB at most",
+             {} MB and {} files at most",
             self.cached,
             self.redis_link.accepted(),
             self.pg_link.accepted(),
-            memory >> 20
+            memory >> 20,
+            self.open_files
         );
         assert!(
             memory > 0 && memory < self.memory_max,

@@ -103,6 +103,11 @@ impl Sink {
         self.process.memory()
     }
 
+    /// How many files and sockets it has open.
+    pub fn open_files(&self) -> usize {
+        self.process.open_files()
+    }
+
     /// The most memory that any of its processes was seen to take, in bytes. Every look at the process and whatever ends it
     /// counts, because a process that has ended tells no more.
     pub fn memory_max(&mut self) -> u64 {
