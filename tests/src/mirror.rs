@@ -130,22 +130,40 @@ impl Mirror {
         });
     }
 
-    /// Waits until the sink knows of all its tables who was writing to them when they were announced: what is captured before that is left
-    /// out, and a write removes a cached key.
+    /// Waits until the sink knows of all its tables who was writing to them when they were announced.
+    #[track_caller]
+    pub fn know_announced(&self) {
+        wait_for(DEADLINE, "the horizons of the tables", || self.horizons());
+    }
+
+    /// Waits until those have ended, too: what is captured before that is left out, and a write removes a cached key. Whoever writes on the
+    /// server counts, also in other tests.
     #[track_caller]
     pub fn outlast_announced(&self) {
-        let labelled = self.db.value("SELECT count(*) FROM walmirror.mirrors");
-        wait_for(DEADLINE, "the horizons of the tables", || {
-            let progress = self
-                .redis
-                .hash(&format!("walmirror:{{{}}}:progress", self.db.name));
-            let cursors = progress
-                .iter()
-                .filter(|(field, _)| field.starts_with("backfill:"));
-            let (known, unknown): (Vec<_>, Vec<_>) =
-                cursors.partition(|(_, cursor)| cursor.contains("\"horizon\""));
-            (unknown.is_empty() && known.len().to_string() == labelled).then_some(())
+        wait_for(DEADLINE, "who was writing when tables were announced", || {
+            let horizons = self.horizons()?;
+            let oldest = self.db.value("SELECT pg_snapshot_xmin(pg_current_snapshot())");
+            let oldest: u64 = oldest.parse().unwrap();
+            horizons.iter().all(|horizon| *horizon <= oldest).then_some(())
         });
+    }
+
+    /// The horizon of each table, once all are known.
+    fn horizons(&self) -> Option<Vec<u64>> {
+        let labelled = self.db.value("SELECT count(*) FROM walmirror.mirrors");
+        let progress = self
+            .redis
+            .hash(&format!("walmirror:{{{}}}:progress", self.db.name));
+        let cursors = progress
+            .iter()
+            .filter(|(field, _)| field.starts_with("backfill:"));
+        let horizons: Option<Vec<u64>> = cursors
+            .map(|(_, cursor)| {
+                let cursor: serde_json::Value = serde_json::from_str(cursor).unwrap();
+                cursor["horizon"].as_u64()
+            })
+            .collect();
+        horizons.filter(|horizons| horizons.len().to_string() == labelled)
     }
 
     /// Waits until everything committed was applied; from then on Redis must equal Postgres.

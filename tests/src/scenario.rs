@@ -367,7 +367,10 @@ impl Scenario {
         self.refreshes = false;
         self.is_ready(true);
         let open_files = self.m.sink(|sink| sink.open_files());
-        assert!(open_files < OPEN_FILES_MAX, "the sink has {open_files} files open");
+        assert!(
+            open_files < OPEN_FILES_MAX,
+            "the sink has {open_files} files open"
+        );
         self.open_files = self.open_files.max(open_files);
         let key = format!("marker:{marker}");
         assert_eq!(self.m.redis.hash(&key).len(), 2, "{key}");

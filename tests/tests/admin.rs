@@ -59,10 +59,10 @@ fn ready_while_redis_is_there_and_not_while_it_is_away() {
     assert_eq!(get(&address, "/healthz").map(|(status, _)| status), Some(200));
     assert_eq!(get(&address, "/else").map(|(status, _)| status), Some(404));
     mirror.redis.stop(Signal::TERM);
-    wait_status(&address, "/readyz", 503, Duration::from_secs(3));
+    wait_status(&address, "/readyz", 503, Duration::from_secs(10));
     assert_eq!(get(&address, "/healthz").map(|(status, _)| status), Some(200));
     mirror.redis.resume();
-    wait_status(&address, "/readyz", 200, Duration::from_secs(30));
+    wait_status(&address, "/readyz", 200, DEADLINE);
 }
 
 /// The story: the figures that should wake somebody stood still, or were 0, as long as Redis or Postgres was away.
@@ -88,7 +88,7 @@ fn the_lag_grows_while_redis_or_postgres_is_away() {
         (figure(&address, "walmirror_lag_bytes") > before).then_some(())
     });
     mirror.redis.resume();
-    wait_status(&address, "/readyz", 200, Duration::from_secs(30));
+    wait_status(&address, "/readyz", 200, DEADLINE);
     mirror.settle();
     wait_for(DEADLINE, "nothing to lag", || {
         figure(&address, "walmirror_lag_seconds").filter(|lag| *lag == 0.0)
@@ -108,9 +108,9 @@ fn not_ready_while_redis_says_nothing_and_while_a_gap_is_healed() {
     let mut mirror = mirror(&address);
     wait_status(&address, "/readyz", 200, DEADLINE);
     mirror.redis.signal(Signal::STOP);
-    wait_status(&address, "/readyz", 503, Duration::from_secs(7));
+    wait_status(&address, "/readyz", 503, Duration::from_secs(12));
     mirror.redis.signal(Signal::CONT);
-    wait_status(&address, "/readyz", 200, Duration::from_secs(30));
+    wait_status(&address, "/readyz", 200, DEADLINE);
     // A transaction that runs keeps the backfill from its end.
     let mut blocker = mirror.db.connect();
     let mut running = blocker.transaction().unwrap();
@@ -130,7 +130,7 @@ fn not_ready_while_redis_says_nothing_and_while_a_gap_is_healed() {
     });
     assert_eq!(figure(&address, "walmirror_gaps_total"), Some(0.0));
     running.rollback().unwrap();
-    wait_status(&address, "/readyz", 200, Duration::from_secs(30));
+    wait_status(&address, "/readyz", 200, DEADLINE);
     let progress = format!("HEXISTS walmirror:{{{}}}:progress healing", mirror.db.name);
     wait_for(DEADLINE, "the note to be gone".to_owned(), || {
         (mirror.redis.command::<i64>(&progress) == 0).then_some(())

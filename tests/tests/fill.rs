@@ -61,7 +61,7 @@ fn a_table_waits_only_for_who_was_writing_when_it_was_announced() {
     for table in ["a", "b", "c"] {
         m.sql(&format!("CREATE TABLE {table} (id int PRIMARY KEY); INSERT INTO {table} VALUES (1); SELECT walmirror.mirror('{table}')"));
     }
-    m.outlast_announced();
+    m.know_announced();
     let mut behind = m.db.connect();
     behind
         .batch_execute("BEGIN; INSERT INTO other VALUES (2)")
@@ -74,7 +74,7 @@ fn a_table_waits_only_for_who_was_writing_when_it_was_announced() {
     });
     // This one waits, and nobody else does.
     m.sql("CREATE TABLE d (id int PRIMARY KEY); INSERT INTO d VALUES (1); SELECT walmirror.mirror('d')");
-    m.outlast_announced();
+    m.know_announced();
     let mut last = m.db.connect();
     last.batch_execute("BEGIN; INSERT INTO other VALUES (3)").unwrap();
     assert_eq!(m.redis.keys().len(), 3);
@@ -101,7 +101,7 @@ fn tables_are_read_in_turns_also_where_the_stream_is_behind() {
              INSERT INTO {table} SELECT i, repeat(md5(i::text), 32) FROM generate_series(1, {rows}) i"
         ));
     }
-    m.outlast_announced();
+    m.know_announced();
     m.sync();
     // Those were written by the stream. What they are filled with is more than the sink holds.
     let slot = "FROM pg_replication_slots WHERE slot_name = current_database()";

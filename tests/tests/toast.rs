@@ -8,10 +8,10 @@
 )]
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use redis::Connection;
-use walmirror_tests::{Mirror, Raise, wait_for};
+use walmirror_tests::{DEADLINE, Mirror, Raise, wait_for};
 
 const TABLES: [&str; 3] = ["h", "j", "s"];
 
@@ -132,7 +132,7 @@ fn an_expired_row_comes_back_whole() {
     for id in 1..=10 {
         let _: i64 = m.redis.command(&format!("PEXPIRE h:{id} 1"));
     }
-    wait_for(Duration::from_secs(5), "keys to expire", || {
+    wait_for(DEADLINE, "keys to expire", || {
         m.redis.keys().is_empty().then_some(())
     });
     m.sql("UPDATE h SET n = 1");
@@ -167,7 +167,7 @@ fn updates_meet_a_running_backfill() {
             let start = Instant::now();
             // As long as it takes for all keys to be there, and a little load after that.
             let all = || (m.redis.keys().len() == 4_500).then_some(());
-            wait_for(Duration::from_secs(60), "the backfill", all);
+            wait_for(DEADLINE, "the backfill", all);
             println!("backfilled in {:?}", start.elapsed());
             m.sync();
         });

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use walmirror_tests::{DEADLINE, Mirror, Sink, wait_for};
 
-use crate::{keys, session, start, sync};
+use crate::{apply, keys, session, start, sync};
 
 /// The value of a field of a hash.
 fn field(m: &Mirror, key: &str, field: &str) -> Option<String> {
@@ -29,10 +29,10 @@ fn a_row_that_is_being_written_when_its_table_is_labelled_is_not_captured_as_it_
         .batch_execute("BEGIN; UPDATE c SET v = 'new' WHERE id = 1; UPDATE w SET v = 'new' WHERE id = 1")
         .unwrap();
     m.sql("SELECT walmirror.cache('c'), walmirror.mirror('w', ttl => '10 min', capture => true)");
-    sync(&m);
+    apply(&m);
     let mut s = session(&m);
     s.batch_execute("SELECT * FROM c; SELECT * FROM w").unwrap();
-    sync(&m);
+    apply(&m);
     assert_eq!(keys(&m), BTreeSet::new(), "who was writing is not over");
     writer.batch_execute("COMMIT").unwrap();
     sync(&m);
@@ -63,10 +63,10 @@ fn a_row_that_is_being_written_when_its_type_changes_does_not_come_back_as_it_wa
             .batch_execute("BEGIN; UPDATE c SET n = 1 WHERE id = 1; UPDATE d SET n = 1")
             .unwrap();
         m.sql("ALTER TYPE er RENAME VALUE 'a' TO 'renamed'; ALTER TYPE pair RENAME ATTRIBUTE x TO z");
-        sync(&m);
+        apply(&m);
         let mut s = session(&m);
         s.batch_execute("SELECT * FROM c; SELECT * FROM d").unwrap();
-        sync(&m);
+        apply(&m);
         if restarts {
             m.sink(Sink::kill);
             m.sink(Sink::restart);

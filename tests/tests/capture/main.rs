@@ -56,11 +56,18 @@ pub fn start(m: &Mirror) {
     m.outlast_announced();
 }
 
-/// Everything that was captured so far is in Redis afterwards: the commit of something written flushes what stands before.
+/// Everything that was captured so far is in Redis afterwards (the commit of something written flushes what stands before), and what is
+/// captured from now on will be.
 pub fn sync(m: &Mirror) {
+    apply(m);
+    m.outlast_announced();
+}
+
+/// [`sync`] while somebody is writing since before a table was announced: what is captured is left out.
+pub fn apply(m: &Mirror) {
     m.sql("SELECT pg_logical_emit_message(true, 'test', '')");
     m.sync();
-    m.outlast_announced();
+    m.know_announced();
 }
 
 /// The keys that are not walmirror's own.
