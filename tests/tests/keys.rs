@@ -17,6 +17,40 @@ fn run(m: &Mirror, statements: &[&str]) {
     }
 }
 
+/// The story: a key that could be of two tables went with the more specific one, or stayed as its row was, and the other table's row was
+/// missing, or wrong, until it was written again.
+#[test]
+fn what_a_more_specific_table_leaves_is_the_other_tables_again() {
+    let m = Mirror::with(
+        "CREATE TABLE wide (id text PRIMARY KEY, v text); INSERT INTO wide VALUES ('b1', 'w'), ('c1', 'w'); \
+         CREATE TABLE cache (id text PRIMARY KEY, v text); \
+         SELECT walmirror.mirror('wide', key => 'x:{id}'), walmirror.cache('cache', key => 'y:{id}')",
+    );
+    m.settle();
+    let left = [
+        "SELECT walmirror.unmirror('narrow'), walmirror.unmirror('other')",
+        "SELECT walmirror.mirror('narrow', key => 'n:{id}'), walmirror.mirror('other', key => 'o:{id}')",
+        "DROP TABLE narrow, other",
+    ];
+    for leave in left {
+        m.sql(
+            "CREATE TABLE IF NOT EXISTS narrow (id int PRIMARY KEY, v text); CREATE TABLE IF NOT EXISTS other (LIKE narrow INCLUDING ALL); \
+             INSERT INTO narrow VALUES (1, 'n'), (2, 'n') ON CONFLICT DO NOTHING; INSERT INTO other VALUES (1, 'o') ON CONFLICT DO NOTHING; \
+             SELECT walmirror.mirror('narrow', key => 'x:b{id}'), walmirror.mirror('other', key => 'y:b{id}')",
+        );
+        wait_for(DEADLINE, "the more specific ones", || {
+            let keys = m.redis.keys();
+            ["x:b1", "x:b2", "y:b1"]
+                .iter()
+                .all(|key| keys.contains(&(*key).to_owned()))
+                .then_some(())
+        });
+        m.sql(leave);
+        m.settle();
+    }
+    assert_eq!(m.redis.keys(), ["x:b1", "x:c1"]);
+}
+
 /// Other tools leave the old key behind, or write a placeholder for the large column.
 #[test]
 fn a_changed_key_moves_the_row_with_its_large_unchanged_column() {

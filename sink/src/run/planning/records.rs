@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use walmirror_proto::Lsn;
 use walmirror_proto::frame::{FrameReader, RecordRef};
+use walmirror_proto::key::KeyTemplate;
 use walmirror_proto::pb;
 
 use super::super::metrics::add;
@@ -269,13 +270,35 @@ impl Planning {
         if known.any(|known| known.oid == relation.oid && known.fingerprint != relation.fingerprint) {
             self.registry.doubt();
         }
+        let oid = relation.oid;
+        let left = self.registry.leaves(oid, Some(&relation));
         let purges = self
             .registry
             .register(self.assembly.batch(), relation)
             .map_err(|error| self.broken("RELATION", error))?;
         self.purge(purges);
+        self.hand_on(oid, &left)?;
         self.dirty = true;
         self.restate();
+        Ok(())
+    }
+
+    /// A table no longer has these templates. Where another one is less specific, keys that were taken from it are its own again: it is
+    /// read anew, or, if it is a cache, emptied.
+    fn hand_on(&mut self, oid: u32, left: &[KeyTemplate]) -> Result<(), Error> {
+        for heir in self.registry.heirs(oid, left) {
+            let table = format!("{}.{}", heir.schema, heir.name);
+            tracing::info!(
+                table,
+                key = heir.key,
+                "keys of the table are its own again, so it is made anew"
+            );
+            let purges = self
+                .registry
+                .register(self.assembly.batch(), heir)
+                .map_err(|error| self.broken("RELATION", error))?;
+            self.purge(purges);
+        }
         Ok(())
     }
 
@@ -309,12 +332,13 @@ impl Planning {
         self.cut_before_purge();
         if self.counted("FORGET")? {
             self.announced.insert(forget.oid);
-            self.forget_relation(forget.oid, forget.keep_keys);
+            self.forget_relation(forget.oid, forget.keep_keys)?;
         }
         Ok(())
     }
 
-    fn forget_relation(&mut self, oid: u32, keep_keys: bool) {
+    fn forget_relation(&mut self, oid: u32, keep_keys: bool) -> Result<(), Error> {
+        let left = self.registry.leaves(oid, None);
         let table = self
             .registry
             .get(oid)
@@ -323,15 +347,17 @@ impl Planning {
         let Some(purges) = self.registry.forget(self.assembly.batch(), oid) else {
             // Nobody had told of it yet, but a row of an older transaction may come.
             self.restate();
-            return;
+            return Ok(());
         };
         tracing::info!(table, keep_keys, "a table is no longer mirrored");
         if !keep_keys {
             self.purge(purges);
         }
+        self.hand_on(oid, &left)?;
         self.gate.forget_relation(oid);
         self.dirty = true;
         self.restate();
+        Ok(())
     }
 
     pub(super) fn purge(&mut self, purges: Vec<Purge>) {
@@ -450,7 +476,7 @@ impl Planning {
             let is_labelled = catalog.relations.iter().any(|relation| relation.oid == oid)
                 || catalog.misfits.iter().any(|misfit| misfit.oid == oid);
             if !self.announced.contains(&oid) && !is_labelled {
-                self.forget_relation(oid, false);
+                self.forget_relation(oid, false)?;
             }
         }
         // What is labelled from now on finds in Redis what somebody has put there since the session began.

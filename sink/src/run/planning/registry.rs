@@ -164,6 +164,32 @@ impl Registry {
         Ok(purges)
     }
 
+    /// The templates of a table, as of now, that it has no longer once it is `next`, or is no longer mirrored.
+    pub(super) fn leaves(&self, oid: u32, next: Option<&pb::Relation>) -> Vec<KeyTemplate> {
+        let Some(registered) = self.get(oid) else {
+            return Vec::new();
+        };
+        let keys = std::iter::once(&registered.relation.key).chain(&registered.cursor.old_keys);
+        keys.filter(|key| next.is_none_or(|next| next.key != **key))
+            .filter_map(|key| KeyTemplate::parse(key).ok())
+            .collect()
+    }
+
+    /// The other tables that these templates took keys from, by being more specific. What those keys hold now is of neither.
+    pub(super) fn heirs(&self, oid: u32, left: &[KeyTemplate]) -> Vec<pb::Relation> {
+        let inherits = |heir: &KeyTemplate| {
+            left.iter().any(|left| {
+                left.prefix().starts_with(heir.prefix())
+                    && left.specificity() > heir.specificity()
+                    && left.overlaps(heir)
+            })
+        };
+        let heirs = self.relations.values().filter(|other| {
+            other.relation.oid != oid && !other.is_outdated() && inherits(&other.mapping.template)
+        });
+        heirs.map(|heir| heir.relation.clone()).collect()
+    }
+
     /// The definition changed in a way that changes no key and no value.
     pub(super) fn amend(&mut self, batch: &mut Batch, relation: pb::Relation) -> Result<(), MappingError> {
         self.store(batch, &relation);
