@@ -103,8 +103,9 @@ check-pg: ## check that the extension compiles for PG=… (14 and 17 need PG_CON
 	config=$$($(server) config $(PG)) && $(call decoder,$(PG),check)
 
 lint: ## formatting and clippy, warnings are errors
-	cargo fmt --all --check
+	cargo fmt --all --check && cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
 	cargo clippy --workspace --exclude walmirror-decoder --all-targets --features walmirror-tests/faults -- -D warnings
+	cargo clippy --manifest-path tests/fuzz/Cargo.toml -- -D warnings
 	config=$$($(server) config $(PG)) && $(call decoder,$(PG),clippy --release) -- -D warnings
 
 # The plugins and client libraries of the peers are looked for when the benchmark runs; what is missing is skipped.

@@ -1,5 +1,8 @@
 //! Words of a command that is printed for a person to copy into a shell.
 
+/// Stands for a user that is not known where a command is made: whoever prints it knows.
+pub const THE_USER: &str = "<user>";
+
 /// As it is where a shell leaves it alone, else in single quotes.
 pub fn word(text: &str) -> String {
     // The asterisks of a hidden password have to be replaced anyway.

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::shell::word;
+use crate::shell::{THE_USER, word};
 
 const MASK: &str = "***";
 
@@ -87,7 +87,7 @@ impl RedisUrl {
             number => format!(" -n {number}"),
         };
         let user = word(settings.username().unwrap_or("default"));
-        let command = command.replace(&word(crate::redis::THE_USER), &user);
+        let command = command.replace(&word(THE_USER), &user);
         format!("redis-cli{at}{database} {command}")
     }
 

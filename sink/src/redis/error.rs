@@ -6,7 +6,7 @@ use redis::{ErrorKind, RedisError, ServerError};
 
 use super::connection::REPLY_TIMEOUT;
 use crate::error::{Class, Error};
-use crate::shell::word;
+use crate::shell::{THE_USER, word};
 
 /// The class of an error reply.
 pub fn class_of(code: &str, detail: Option<&str>) -> Class {
@@ -77,9 +77,6 @@ fn next_command(code: &str) -> Option<String> {
     };
     command.map(str::to_owned)
 }
-
-/// Stands for a user that is not known where the command is made: [`crate::config::RedisUrl::complete`] knows it.
-pub const THE_USER: &str = "<user>";
 
 /// What gives a user the rights that the sink uses, and `doctor`, which reads INFO and settings.
 pub fn rights_command(user: &str) -> String {

@@ -19,7 +19,7 @@ pub use clients::{Other, other_cluster, require_own};
 #[cfg(test)]
 pub(crate) use connection::Wire;
 pub use connection::{Connection, setting, value_limit};
-pub use error::{THE_USER, class_of, reply_error, rights_command, unreadable};
+pub use error::{class_of, reply_error, rights_command, unreadable};
 pub(crate) use prefixes::Prefixes;
 pub use role::{CLUSTER, eviction, evicts, require_master, run_id};
 pub use scan::{Pages, Scan};

@@ -29,7 +29,11 @@ fuzz_target!(|input: (&str, &str, &str, u8)| {
         0 => format!("host={} password={} dbname=x", quoted(around), quoted(&password)),
         1 => format!("user={}  password = {}", escaped(around), escaped(&password)),
         // As URLs hold it.
-        2 => format!("postgresql://{}:{}@host:5432/x?application_name={0}", percent(around), percent(&password)),
+        2 => format!(
+            "postgresql://{}:{}@host:5432/x?application_name={0}",
+            percent(around),
+            percent(&password)
+        ),
         _ => format!("redis://{}:{}@host:6379/0", percent(around), percent(&password)),
     };
     // No password can hold a NUL, and a text that is escaped cannot be empty.

@@ -10,7 +10,9 @@ use walmirror_proto::row::{TupleRef, encodings};
 use walmirror_proto::value::JsonShape;
 
 fuzz_target!(|bytes: &[u8]| {
-    let all: Vec<_> = (0..=12).filter_map(|number| Encoding::try_from(number).ok()).collect();
+    let all: Vec<_> = (0..=12)
+        .filter_map(|number| Encoding::try_from(number).ok())
+        .collect();
     let mut columns = all.clone();
     let mut shape = JsonShape::default();
     for record in FrameReader::new(bytes).map_while(Result::ok) {
@@ -21,17 +23,19 @@ fuzz_target!(|bytes: &[u8]| {
             }
             RecordRef::Row { tuple, old_key, .. } => {
                 print(tuple, &columns, &shape);
-                old_key.into_iter().for_each(|tuple| print(tuple, &columns, &shape));
+                old_key
+                    .into_iter()
+                    .for_each(|tuple| print(tuple, &columns, &shape));
             }
             RecordRef::Capture(capture) => capture.rows().for_each(|tuple| print(tuple, &columns, &shape)),
             _ => {}
         }
     }
     // A frame that is read to its end has as many records as for prost, which reads it in its own way.
-    if let Ok(records) = FrameReader::new(bytes).collect::<Result<Vec<_>, _>>() {
-        if let Ok(frame) = <pb::Frame as prost::Message>::decode(bytes) {
-            assert_eq!(frame.records.len(), records.len());
-        }
+    if let Ok(records) = FrameReader::new(bytes).collect::<Result<Vec<_>, _>>()
+        && let Ok(frame) = <pb::Frame as prost::Message>::decode(bytes)
+    {
+        assert_eq!(frame.records.len(), records.len());
     }
     if let Ok(tuple) = TupleRef::parse(bytes) {
         print(tuple, &all, &JsonShape::default());

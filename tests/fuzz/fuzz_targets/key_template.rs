@@ -8,7 +8,9 @@ use walmirror_proto::key::KeyTemplate;
 
 fuzz_target!(|input: (&str, &[u8])| {
     let (template, key) = input;
-    let Ok(template) = KeyTemplate::parse(template) else { return };
+    let Ok(template) = KeyTemplate::parse(template) else {
+        return;
+    };
     let _ = (template.skeleton(), template.scan_pattern());
     if let Some(values) = template.match_key(key) {
         let mut rendered = Vec::new();
@@ -18,7 +20,11 @@ fuzz_target!(|input: (&str, &[u8])| {
         assert_eq!(rendered, key);
     }
     let mut values = key.split(|byte| *byte == 0).cycle();
-    let values: Vec<&[u8]> = template.placeholders().iter().filter_map(|_| values.next()).collect();
+    let values: Vec<&[u8]> = template
+        .placeholders()
+        .iter()
+        .filter_map(|_| values.next())
+        .collect();
     let mut rendered = Vec::new();
     if template
         .render(|i, out| out.extend_from_slice(values[i]), &mut rendered)
@@ -26,6 +32,9 @@ fuzz_target!(|input: (&str, &[u8])| {
         // With more, the search may give up.
         && (values.len() <= 2 && rendered.len() <= 128)
     {
-        assert!(template.match_key(&rendered).is_some(), "what was rendered does not match");
+        assert!(
+            template.match_key(&rendered).is_some(),
+            "what was rendered does not match"
+        );
     }
 });
