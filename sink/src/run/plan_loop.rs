@@ -113,11 +113,12 @@ fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) ->
             planning.replay()?;
             continue;
         }
+        // Also where the stream never pauses.
+        planning.note_healed();
         let input = match channels.input.try_recv() {
             Ok(input) => Some(input),
             Err(TryRecvError::Disconnected) => return Ok(()),
             Err(TryRecvError::Empty) => {
-                planning.note_healed();
                 let due = planning.is_advanced() && until_due(positioned).is_zero();
                 // While an EXEC is under way, what is complete waits for the next one: it would only stand in line.
                 if turns.outstanding == 0 && (planning.is_dirty() || due) {
