@@ -67,7 +67,7 @@ pub fn run(conninfo: &Conninfo, args: &TailArgs, shutdown: &Shutdown) -> Result<
     let printed = print_all(&mut stream, args, shutdown, &mut out);
     out.flush().map_err(output_failed)?;
     printed?;
-    stream.close(CLOSE_TIMEOUT)
+    stream.close(CLOSE_TIMEOUT).map(drop)
 }
 
 /// Connects, makes or checks the slot, and starts to stream.

@@ -11,7 +11,7 @@
 )]
 
 use std::os::unix::process::ExitStatusExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rand::Rng;
 use walmirror_tests::{Cgroup, DEADLINE, Dir, Resource, Scenario, Setup, Signal, skipped, wait_for};
@@ -77,6 +77,35 @@ fn stopped_when_redis_has_just_died() {
         confirmed < updated,
         "{confirmed} is confirmed, and Redis has nothing of {updated}"
     );
+}
+
+/// The story: for 14 seconds nothing happened, and then the log said that all was acknowledged, which what was in flight was not.
+#[test]
+fn stopped_while_redis_is_frozen() {
+    let mut s = Scenario::start("stopped_while_redis_is_frozen", Setup::default());
+    s.flow();
+    s.m.redis.signal(Signal::STOP);
+    // Without this the sink may have nothing in flight.
+    let before = s.m.db.lsn();
+    wait_for(DEADLINE, "the load to go on", || {
+        (s.m.db.lsn().0 > before.0 + 100_000).then_some(())
+    });
+    let asked = Instant::now();
+    let status = s.m.sink(|sink| {
+        sink.signal(Signal::TERM);
+        sink.wait(DEADLINE)
+    });
+    let took = asked.elapsed();
+    let log = s.log();
+    assert_eq!(status.code(), Some(0), "{log}");
+    assert!(took < Duration::from_secs(8), "{took:?}: {log}");
+    assert!(!log.contains("everything that was applied"), "{log}");
+    assert!(log.contains("comes again at the next start"), "{log}");
+    s.m.redis.signal(Signal::CONT);
+    assert!(Some(s.m.db.confirmed()) <= s.progress());
+    s.restart_sink();
+    s.recovers();
+    s.finish(&["comes again at the next start"]);
 }
 
 /// A sink that is frozen for longer than the server waits for it goes on when it wakes up.

@@ -1,6 +1,7 @@
 //! A connection to Redis: the redis crate for URLs, TLS, greeting and reply parsing; commands are RESP made by `resp`.
 
-use std::sync::Once;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Once};
 use std::time::Duration;
 
 use redis::io::tcp::TcpSettings;
@@ -37,6 +38,23 @@ impl Wire for redis::Connection {
 pub struct Connection {
     wire: Box<dyn Wire>,
     url: RedisUrl,
+    answers: Answers,
+}
+
+/// How many replies a connection has read, for somebody else who wants to know whether Redis says anything.
+#[derive(Clone, Debug, Default)]
+pub struct Answers(Arc<AtomicU64>);
+
+impl Answers {
+    /// So many.
+    pub fn count(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Only the thread of the connection counts, so it need not be one step; it is done for each command of a batch.
+    fn add(&self) {
+        self.0.store(self.count().wrapping_add(1), Ordering::Relaxed);
+    }
 }
 
 impl std::fmt::Debug for Connection {
@@ -64,13 +82,18 @@ impl Connection {
         Ok(Self {
             wire: Box::new(inner),
             url: url.clone(),
+            answers: Answers::default(),
         })
     }
 
     /// A connection over something else than a socket.
     #[cfg(test)]
     pub(crate) fn over(wire: Box<dyn Wire>, url: RedisUrl) -> Self {
-        Self { wire, url }
+        Self {
+            wire,
+            url,
+            answers: Answers::default(),
+        }
     }
 
     /// Sends commands without reading replies.
@@ -80,7 +103,14 @@ impl Connection {
 
     /// Reads the next reply; an error reply is a value here.
     pub fn receive(&mut self) -> Result<Value, Error> {
-        self.wire.receive().map_err(|error| self.broken(error))
+        let reply = self.wire.receive().map_err(|error| self.broken(error))?;
+        self.answers.add();
+        Ok(reply)
+    }
+
+    /// Counts its replies.
+    pub fn answers(&self) -> Answers {
+        self.answers.clone()
     }
 
     /// Runs one command; an error reply is an error, which says `what` could not be done.

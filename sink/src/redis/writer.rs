@@ -11,7 +11,7 @@ mod refused;
 
 use redis::{ServerError, Value};
 
-use super::connection::setting;
+use super::connection::{Answers, setting};
 use super::error::{class_of, reply_error, unreadable};
 use super::{Claim, Connection};
 use crate::config::OnBadRow;
@@ -203,6 +203,11 @@ impl Writer {
         let _ = self
             .connection
             .call("rename", &[b"CLIENT", b"SETNAME", b"nobody"]);
+    }
+
+    /// Counts the replies of its connection.
+    pub fn answers(&self) -> Answers {
+        self.connection.answers()
     }
 
     /// Whether a MULTI is open.

@@ -200,8 +200,9 @@ impl Stream {
     }
 
     /// Sends the last feedback and ends the stream in good order, so that the slot is free when this returns. What the
-    /// server was still sending is read and forgotten, for at most `timeout`.
-    pub fn close(mut self, timeout: Duration) -> Result<(), Error> {
+    /// server was still sending is read and forgotten, for at most `timeout`. False: it has not ended the stream by then, and may not have
+    /// the feedback.
+    pub fn close(mut self, timeout: Duration) -> Result<bool, Error> {
         let deadline = Instant::now() + timeout;
         self.send_status(false)?;
         self.connection
@@ -210,12 +211,12 @@ impl Stream {
         while Instant::now() < deadline {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.connection.poll_copy_data(left, None) {
-                Ok(Copied::Done) => break,
+                Ok(Copied::Done) => return Ok(true),
                 Ok(_) => {}
                 Err(error) => return Err(self.broken(error)),
             }
         }
-        Ok(())
+        Ok(false)
     }
 
     fn send_status_if_due(&mut self) -> Result<Instant, Error> {

@@ -9,11 +9,12 @@ use super::decide::{Decision, Found, Server, decide, still_fits};
 use crate::config::{OnGap, RedisUrl, RunConfig};
 use crate::continuity::{Continuity, Last};
 use crate::error::{Class, Error};
-use crate::plan::RedisKeys;
+use crate::plan::{RedisKeys, Scripts};
 use crate::pq::{Connection as Postgres, ErrorKind, PqError, Waker};
 use crate::progress::Progress;
 use crate::redis::{
-    Claim, Connection as Redis, Identity, begin_first, eviction, read_stored, require_master, require_own,
+    Claim, Connection as Redis, Identity, Stored, Writer, begin_first, eviction, read_stored, require_master,
+    require_own, value_limit,
 };
 use crate::replication::slot::PLUGIN;
 use crate::replication::{
@@ -23,7 +24,14 @@ use crate::replication::{
 /// What a session begins with.
 pub(super) struct Handshake {
     pub(super) stream: Stream,
-    pub(super) claim: Claim,
+    /// The connection that has the right to write, and its epoch.
+    pub(super) writer: Writer,
+    pub(super) epoch: u64,
+    pub(super) scripts: Scripts,
+    /// What Redis held when the right was taken.
+    pub(super) stored: Stored,
+    /// The longest value that Redis takes.
+    pub(super) value_bytes: usize,
     /// Where the progress begins anew, if it does.
     pub(super) fresh: Option<Lsn>,
     /// Whether the stream is of the history that Redis mirrors.
@@ -175,7 +183,7 @@ pub(super) fn shake(
         slot: info.as_ref(),
         ..server
     };
-    let claim = Claim::take(redis, keys, slot, &identity, fresh, |stored| match fresh {
+    let mut claim = Claim::take(redis, keys, slot, &identity, fresh, |stored| match fresh {
         Some(_) => Ok(()),
         None => still_fits(stored, start, &server),
     })?;
@@ -195,9 +203,17 @@ pub(super) fn shake(
     let horizon = horizon(&mut sql)?;
     let silence = silence(&mut sql)?;
     let confirmed = fresh.or(held).unwrap_or_default();
+    let value_bytes = value_limit(&mut claim.connection)?;
+    let (epoch, scripts, stored) = (claim.epoch, claim.scripts.clone(), claim.stored.clone());
+    let mut writer = Writer::new(claim, keys.clone())?;
+    writer.set_on_bad_row(config.on_bad_row);
     Ok(Handshake {
         stream,
-        claim,
+        writer,
+        epoch,
+        scripts,
+        stored,
+        value_bytes,
         fresh,
         continuity,
         confirmed,

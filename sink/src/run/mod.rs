@@ -9,6 +9,7 @@
 mod applier;
 mod decide;
 mod durability;
+mod ending;
 mod handshake;
 mod health;
 mod metrics;
@@ -44,6 +45,9 @@ const STEADY: Duration = Duration::from_secs(10);
 /// The longest silence is so many doublings of the first one.
 const SILENCES_MAX: u32 = 6;
 
+/// What may be said of an end outside of a session.
+const BETWEEN: &str = "What is not acknowledged comes again at the next start, and nothing is lost";
+
 /// Mirrors until somebody asks to stop, `--until-lsn` is reached, or an error needs a person.
 pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
     let health = Arc::new(Health::default());
@@ -68,12 +72,15 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
             failures = 0;
         }
         let error = match result {
-            Ok(ended) => {
-                tracing::info!(reason = ?ended, "the mirror has stopped; everything that was applied is acknowledged");
+            Ok(end) => {
+                end.log();
                 return Ok(());
             }
             // What fails while the process is told to stop fails because of that.
-            Err(_) if shutdown.requested() => return Ok(()),
+            Err(error) if shutdown.requested() => {
+                tracing::info!("the mirror has stopped, in the middle of this: {error}. {BETWEEN}");
+                return Ok(());
+            }
             Err(error) => error,
         };
         if found.is_some() {
@@ -110,6 +117,7 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
             tracing::error!(next_attempt_in = ?pause, next = config.redis.complete(error.next_command().unwrap_or_default()), "{error}");
         }
         if shutdown.sleep(pause) {
+            tracing::info!("the mirror has stopped between two attempts. {BETWEEN}");
             return Ok(());
         }
     }

@@ -59,7 +59,10 @@ pub(super) fn receive(
                     trail.last(seen)
                 };
                 stream.feedback(feedback, false)?;
-                return stream.close(CLOSE_TIMEOUT);
+                if stream.close(CLOSE_TIMEOUT)? {
+                    shared.set_acknowledged(feedback.flushed);
+                }
+                return Ok(());
             }
         }
         let now = Instant::now();

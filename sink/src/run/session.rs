@@ -3,12 +3,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::{Scope, ScopedJoinHandle};
+use std::thread::{JoinHandle, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::unbounded;
 
 use super::decide::Found;
+use super::ending::{End, Ended, SILENCE, WORKERS, have_ended, unless_stopped};
 use super::handshake::{Handshake, shake};
 use super::health::{Began, Health};
 use super::plan_loop::{self, Channels};
@@ -22,7 +23,6 @@ use crate::error::Error;
 use crate::gate::Gate;
 use crate::plan::RedisKeys;
 use crate::pq::Waker;
-use crate::redis::{Writer, value_limit};
 use crate::shutdown::Shutdown;
 use crate::spool::Spool;
 
@@ -32,15 +32,6 @@ const GATE_BYTES: usize = 4 * 1024 * 1024;
 const TICK: Duration = Duration::from_millis(20);
 /// How often a line says how far the mirror is.
 const LOG_EVERY: Duration = Duration::from_secs(30);
-
-/// How a session ended without an error.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Ended {
-    /// Somebody asked to stop.
-    Stopped,
-    /// Everything up to `--until-lsn` is applied.
-    Reached,
-}
 
 /// Runs a session to its end. `began` is called once streaming has begun.
 /// `patience`: how many times longer than usual the server may be silent.
@@ -52,27 +43,29 @@ pub(super) fn run(
     patience: u32,
     found: &mut Option<Found>,
     began: impl FnOnce(),
-) -> Result<Ended, Error> {
+) -> Result<End, Error> {
     let keys = RedisKeys::new(config.slot.as_str());
     let interrupt = shutdown.waker()?;
+    let begin = {
+        let (config, keys, found) = (config.clone(), keys.clone(), found.take());
+        let streaming = config.streaming == Streaming::On && health.can_spool();
+        move || shake(&config, &keys, found.as_ref(), &interrupt, streaming)
+    };
     let Handshake {
         stream,
-        mut claim,
+        writer,
+        epoch,
+        scripts,
+        stored,
+        value_bytes,
         fresh,
         continuity,
         confirmed,
         silence,
         horizon,
-    } = shake(
-        config,
-        &keys,
-        found.take().as_ref(),
-        &interrupt,
-        config.streaming == Streaming::On && health.can_spool(),
-    )?;
+    } = unless_stopped(shutdown, "handshake", begin)?;
     let start_lsn = fresh.unwrap_or_else(|| {
-        claim
-            .stored
+        stored
             .progress
             .as_ref()
             .map(|progress| progress.lsn)
@@ -87,11 +80,11 @@ pub(super) fn run(
     // A transaction id is used once: markers of earlier sessions, which may come again, are told apart. The epoch would
     // not do, because it begins anew in an emptied Redis.
     let marker_prefix = format!("{}:{horizon}:", config.slot.as_str());
-    tracing::info!(slot = config.slot.as_str(), lsn = %start_lsn, epoch = claim.epoch, "streaming");
+    tracing::info!(slot = config.slot.as_str(), lsn = %start_lsn, epoch, "streaming");
     let planning = Planning::new(Start {
         keys: keys.clone(),
-        scripts: claim.scripts.clone(),
-        stored: claim.stored.clone(),
+        scripts,
+        stored: stored.clone(),
         fresh,
         continuity,
         gate: Gate::new(
@@ -104,15 +97,14 @@ pub(super) fn run(
         limits: Limits {
             batch_bytes: config.batch_bytes,
             transaction_bytes: config.transaction_bytes,
-            value_bytes: value_limit(&mut claim.connection)?,
+            value_bytes,
         },
         on_bad_row: config.on_bad_row,
         spool: Spool::new(config.spool_dir.clone()),
         backfill: Arc::clone(&backfill),
         shared: Arc::clone(&shared),
     })?;
-    let epoch = claim.epoch;
-    let stored = claim.stored.progress.as_ref();
+    let stored = stored.progress.as_ref();
     let last = stored
         .filter(|_| fresh.is_none())
         .and_then(|progress| progress.last);
@@ -121,8 +113,6 @@ pub(super) fn run(
         _ => None,
     };
     let healing = stored.is_some_and(|progress| progress.resync || progress.healing);
-    let mut writer = Writer::new(claim, keys.clone())?;
-    writer.set_on_bad_row(config.on_bad_row);
     began();
     health.began(Began {
         fresh: fresh.is_some(),
@@ -150,6 +140,7 @@ pub(super) fn run(
         .into_iter()
         .zip(interrupts.iter().map(context))
         .collect();
+    let answers = writer.answers();
     let (shared, backfill) = (&shared, &backfill);
     let ended = std::thread::scope(|scope| {
         let sender = input_sender.clone();
@@ -171,15 +162,17 @@ pub(super) fn run(
         let planner = guard(scope, shared, "planner", move || {
             plan_loop::plan(planning, &channels, shared)
         })?;
-        let applier = guard(scope, shared, "applier", move || {
+        let (durability, url) = (config.durability, config.redis.clone());
+        let (of_applier, tables) = (Arc::clone(shared), Arc::clone(backfill));
+        let applier = guard_apart(shared, "applier", move || {
             applier::apply(
                 writer,
                 &segments,
                 &room_sender,
-                shared,
-                backfill,
-                config.durability,
-                &config.redis,
+                &of_applier,
+                &tables,
+                durability,
+                &url,
             )
         })?;
         let mut workers = Vec::new();
@@ -189,7 +182,7 @@ pub(super) fn run(
             } else {
                 "pending"
             };
-            workers.push(guard(scope, shared, name, move || work(&context, role))?);
+            workers.push(guard_apart(shared, name, move || work(&context, role))?);
         }
         let ended = watch(config, shutdown, shared, backfill);
         // In the order in which data flows, so that what is complete still gets through.
@@ -197,10 +190,17 @@ pub(super) fn run(
         backfill.stop();
         let _ = input_sender.send(Input::Stop);
         let mut panicked = planner.join().is_err();
-        panicked |= applier.join().is_err();
+        let mut patience = SILENCE;
+        if have_ended(&[&applier], shutdown, patience, || answers.count()) {
+            panicked |= applier.join().is_err();
+        } else {
+            patience = WORKERS;
+        }
         interrupts.iter().for_each(Waker::wake);
-        for worker in workers {
-            panicked |= worker.join().is_err();
+        if have_ended(&workers.iter().collect::<Vec<_>>(), shutdown, patience, || 0) {
+            for worker in workers {
+                panicked |= worker.join().is_err();
+            }
         }
         shared.enter(Phase::Closing);
         panicked |= receiver.join().is_err();
@@ -224,7 +224,7 @@ pub(super) fn run(
             });
             Err(error)
         }
-        None => Ok(ended),
+        None => Ok(End::of(ended, shared)),
     }
 }
 
@@ -236,19 +236,35 @@ fn guard<'scope>(
     name: &str,
     work: impl FnOnce() -> Result<(), Error> + Send + 'scope,
 ) -> Result<ScopedJoinHandle<'scope, ()>, Error> {
-    let run = move || {
-        if let Err(error) = work() {
-            shared.fail(error);
-        }
-    };
     std::thread::Builder::new()
         .name(name.to_owned())
-        .spawn_scoped(scope, run)
-        .map_err(|error| {
-            // Those that run already must not wait for this one.
-            shared.enter(Phase::Closing);
-            Error::io(format!("cannot start the thread {name}"), error)
-        })
+        .spawn_scoped(scope, move || run_in(shared, work))
+        .map_err(|error| not_started(shared, name, error))
+}
+
+/// The same for one that waits for Redis: where that is silent, a process that is to stop leaves the thread behind.
+fn guard_apart(
+    shared: &Arc<Shared>,
+    name: &str,
+    work: impl FnOnce() -> Result<(), Error> + Send + 'static,
+) -> Result<JoinHandle<()>, Error> {
+    let of_thread = Arc::clone(shared);
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || run_in(&of_thread, work))
+        .map_err(|error| not_started(shared, name, error))
+}
+
+fn run_in(shared: &Shared, work: impl FnOnce() -> Result<(), Error>) {
+    if let Err(error) = work() {
+        shared.fail(error);
+    }
+}
+
+/// Those that run already must not wait for this one.
+fn not_started(shared: &Shared, name: &str, error: std::io::Error) -> Error {
+    shared.enter(Phase::Closing);
+    Error::io(format!("cannot start the thread {name}"), error)
 }
 
 fn waker() -> Result<Waker, Error> {

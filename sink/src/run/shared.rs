@@ -53,6 +53,8 @@ pub(super) struct Shared {
     heard: Mutex<Option<Instant>>,
     /// At the end the applier has asked Redis once more, and it was there.
     is_clean: AtomicBool,
+    /// What the last feedback confirmed, once the server has taken it.
+    acknowledged: OnceLock<Lsn>,
     phase: AtomicU8,
     stream_waker: OnceLock<Waker>,
     failure: Mutex<Option<Error>>,
@@ -120,6 +122,14 @@ impl Shared {
 
     pub(super) fn is_clean(&self) -> bool {
         self.is_clean.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_acknowledged(&self, lsn: Lsn) {
+        let _ = self.acknowledged.set(lsn);
+    }
+
+    pub(super) fn acknowledged(&self) -> Option<Lsn> {
+        self.acknowledged.get().copied()
     }
 
     pub(super) fn heard(&self) -> Option<Instant> {
