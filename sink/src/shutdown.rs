@@ -1,9 +1,9 @@
 //! Stopping in good order: SIGTERM, SIGINT and SIGHUP set a flag and wake whoever waits.
 //!
 //! `main` installs it; `run` looks at it between steps; `pq` and `replication` are woken by it in the middle of a wait.
-//! A second signal ends the process at once.
+//! A second signal ends the process at once. A command that leaves nothing behind ends at the first one, wherever it is.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,12 +21,21 @@ fn ignores(signal: i32) -> bool {
     mask.is_none_or(|mask| (mask >> (signal - 1)) & 1 == 1)
 }
 
+/// As a shell tells that a signal ended a process.
+fn exit_code(signal: i32) -> u8 {
+    u8::try_from(128 + signal).unwrap_or(u8::MAX)
+}
+
 #[derive(Debug, Default)]
 struct Inner {
     requested: AtomicBool,
     // Apart from `requested`, so that the first signal is never taken for a second one when the process is stopping
     // already, for a reason of its own.
     signalled: Arc<AtomicBool>,
+    /// The signal that came.
+    signal: AtomicI32,
+    /// There is something to be put in order first: a signal only asks to stop.
+    in_order: AtomicBool,
     wakers: Mutex<Vec<Waker>>,
     changed: Condvar,
 }
@@ -45,8 +54,35 @@ impl Shutdown {
 
     /// One that SIGTERM, SIGINT and SIGHUP raise; the last one not where it is ignored, as under nohup. Starts a thread that waits for the signals.
     pub fn install() -> Result<Self, Error> {
-        let failed = |error| Error::io("cannot install the signal handlers", error);
         let shutdown = Self::default();
+        shutdown.inner.in_order.store(true, Ordering::Release);
+        shutdown.listen(|_| ())
+    }
+
+    /// The same for a command that leaves nothing behind, but within [`Self::in_order`]: `report` tells of the exit code, and the process
+    /// ends with that. A server that says nothing is not waited for.
+    pub fn install_at_once(report: impl Fn(u8) + Send + 'static) -> Result<Self, Error> {
+        Self::default().listen(report)
+    }
+
+    /// Does what has to be put in order if a signal comes: until it is done, that only asks to stop.
+    pub fn in_order<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.inner.in_order.store(true, Ordering::Release);
+        let done = work();
+        self.inner.in_order.store(false, Ordering::Release);
+        done
+    }
+
+    /// The exit code of a process that the signal which came has ended.
+    pub fn exit_code(&self) -> Option<u8> {
+        Some(self.inner.signal.load(Ordering::Acquire))
+            .filter(|signal| *signal != 0)
+            .map(exit_code)
+    }
+
+    fn listen(self, report: impl Fn(u8) + Send + 'static) -> Result<Self, Error> {
+        let failed = |error| Error::io("cannot install the signal handlers", error);
+        let shutdown = self;
         let mut stopping = vec![SIGTERM, SIGINT];
         stopping.extend(Some(SIGHUP).filter(|_| !ignores(SIGHUP)));
         for signal in stopping.iter().copied() {
@@ -61,6 +97,12 @@ impl Shutdown {
             .name("signals".into())
             .spawn(move || {
                 for signal in signals.forever() {
+                    for_thread.inner.signal.store(signal, Ordering::Release);
+                    if !for_thread.inner.in_order.load(Ordering::Acquire) {
+                        let code = exit_code(signal);
+                        report(code);
+                        signal_hook::low_level::exit(code.into());
+                    }
                     tracing::info!(signal, "stopping: a second signal ends the process at once");
                     for_thread.request();
                 }

@@ -72,9 +72,10 @@ pub fn run(conninfo: &Conninfo, args: &TailArgs, shutdown: &Shutdown) -> Result<
 
 /// Connects, makes or checks the slot, and starts to stream.
 fn open(conninfo: &Conninfo, args: &TailArgs, shutdown: &Shutdown) -> Result<Stream, Error> {
+    let replication = [("replication", "database")];
     let mut connection =
-        Connection::connect(conninfo.expose(), &[("replication", "database")]).map_err(connect_failed)?;
-    connection.interrupt_with(shutdown.waker()?);
+        Connection::connect_interrupted_with(conninfo.expose(), &replication, shutdown.waker()?)
+            .map_err(connect_failed)?;
     let slot = match &args.slot {
         Some(slot) => check_slot(&mut connection, slot, args.start)?.to_owned(),
         None => {

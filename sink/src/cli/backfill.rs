@@ -20,7 +20,6 @@ use crate::redis::{Connection as Redis, read_stored};
 use crate::replication::{SlotInfo, slot_info};
 use crate::request::Request;
 use crate::shell::word;
-use crate::shutdown::Shutdown;
 use crate::verify::resolve;
 
 /// Between two looks at Redis.
@@ -42,7 +41,7 @@ struct Table {
 }
 
 /// Asks, and waits until it is done.
-pub fn run(options: &Options, args: &BackfillArgs, shutdown: &Shutdown) -> Result<(), Error> {
+pub fn run(options: &Options, args: &BackfillArgs) -> Result<(), Error> {
     let (conninfo, slot) = (options.postgres()?, options.slot());
     let keys = RedisKeys::new(slot.as_str());
     let mut redis = connect(&options.redis()?)?;
@@ -71,7 +70,6 @@ pub fn run(options: &Options, args: &BackfillArgs, shutdown: &Shutdown) -> Resul
         sql,
         conninfo,
         slot,
-        shutdown,
         looked: Instant::now(),
         seen: Instant::now(),
     };
@@ -83,24 +81,19 @@ pub fn run(options: &Options, args: &BackfillArgs, shutdown: &Shutdown) -> Resul
 }
 
 /// Whether there is still a sink to wait for.
-struct Watch<'a> {
+struct Watch {
     sql: Connection,
     conninfo: Conninfo,
     slot: SlotName,
-    shutdown: &'a Shutdown,
     looked: Instant,
     /// When somebody streamed from the slot.
     seen: Instant,
 }
 
-impl Watch<'_> {
-    /// Waits a moment. An error where nobody streams any more, or where a signal has come.
+impl Watch {
+    /// Waits a moment. An error where nobody streams any more.
     fn pause(&mut self) -> Result<(), Error> {
-        if self.shutdown.sleep(PAUSE) {
-            return Err(Error::timeout(
-                "stopped by a signal; the sink goes on with the backfill",
-            ));
-        }
+        std::thread::sleep(PAUSE);
         if self.looked.elapsed() < LOOK_EVERY {
             return Ok(());
         }
@@ -192,7 +185,7 @@ fn await_begin(
     keys: &RedisKeys,
     target: Lsn,
     args: &BackfillArgs,
-    watch: &mut Watch<'_>,
+    watch: &mut Watch,
 ) -> Result<(), Error> {
     let deadline = Instant::now() + args.timeout.0;
     while progress(redis, keys, &watch.slot)?.lsn < target {
@@ -208,7 +201,7 @@ fn await_begin(
     Ok(())
 }
 
-fn follow(redis: &mut Redis, keys: &RedisKeys, table: &Table, watch: &mut Watch<'_>) -> Result<(), Error> {
+fn follow(redis: &mut Redis, keys: &RedisKeys, table: &Table, watch: &mut Watch) -> Result<(), Error> {
     let bar = std::io::stderr().is_terminal().then(|| {
         let bar = ProgressBar::new(table.rows);
         if let Ok(style) = ProgressStyle::with_template("{prefix} {bar:32} {percent:>3}% {msg} {eta}") {

@@ -52,7 +52,14 @@ pub fn run(options: &Options, shutdown: &Shutdown) -> Result<(), Error> {
             if let Some(url) = options.redis_if_given()? {
                 redis::begin_first(&mut redis::Connection::connect(&url)?, &keys, &identity)?;
             }
-            let lsn = replication::create_slot(&mut connection, &slot, PLUGIN, false)?;
+            let made = shutdown.in_order(|| replication::create_slot(&mut connection, &slot, PLUGIN, false));
+            let lsn = match (made, shutdown.exit_code()) {
+                (Err(_), Some(code)) => {
+                    let what = format!("stopped by a signal before the slot {slot} was made");
+                    return Err(Error::checks(what, code).next(format!("walmirror init --slot {slot}")));
+                }
+                (made, _) => made?,
+            };
             say(format!(
                 "created the slot {slot}: it streams what commits after {lsn}"
             ))?;

@@ -84,18 +84,33 @@ fn start(command: Command, matches: &ArgMatches, options: &mut Options) -> Resul
             tail.slot = options.slot.clone().filter(|_| is_flag(matches, "slot"));
             tail::run(&options.postgres()?, &tail, &Shutdown::install()?)
         }
-        Some(Command::Init) => init::run(options, &Shutdown::install()?),
-        Some(Command::Doctor) => doctor::run(options),
-        Some(Command::Status(status)) => status::run(options, &status),
-        Some(Command::Wait(wait)) => wait::run(options, &wait, &Shutdown::install()?),
-        Some(Command::Verify(verify)) => verify::run(options, &verify, &Shutdown::install()?),
-        Some(Command::Backfill(backfill)) => backfill::run(options, &backfill, &Shutdown::install()?),
         Some(Command::Completions { shell }) => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "walmirror", &mut script);
             std::io::stdout().write_all(&script).map_err(output_failed)
         }
-        Some(Command::Run(_)) => Err(Error::bug("`run` was taken out before")),
+        Some(command) => ask(command, options),
+    }
+}
+
+/// Runs a command that somebody waits for, and that the first signal ends.
+fn ask(command: Command, options: &Options) -> Result<(), Error> {
+    let what = match command {
+        Command::Backfill(_) => "stopped by a signal; the sink goes on with what it was asked for",
+        _ => "stopped by a signal",
+    };
+    let given = options.clone();
+    let shutdown = Shutdown::install_at_once(move |code| report(&Error::checks(what, code), &given))?;
+    match command {
+        Command::Init => init::run(options, &shutdown),
+        Command::Doctor => doctor::run(options),
+        Command::Status(status) => status::run(options, &status),
+        Command::Wait(wait) => wait::run(options, &wait),
+        Command::Verify(verify) => verify::run(options, &verify, &shutdown),
+        Command::Backfill(backfill) => backfill::run(options, &backfill),
+        Command::Run(_) | Command::Tail(_) | Command::Completions { .. } => {
+            Err(Error::bug("this command has a way of its own"))
+        }
     }
 }
 

@@ -12,14 +12,13 @@ use crate::error::Error;
 use crate::plan::RedisKeys;
 use crate::pq::{Connection, connect_failed};
 use crate::redis::{Connection as Redis, read_stored};
-use crate::shutdown::Shutdown;
 
 /// The first pause between two looks, and the longest one.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_millis(50);
 
 /// Waits; exit code 7 when the time is over.
-pub fn run(options: &Options, args: &WaitArgs, shutdown: &Shutdown) -> Result<(), Error> {
+pub fn run(options: &Options, args: &WaitArgs) -> Result<(), Error> {
     let deadline = Some(args.timeout.0)
         .filter(|time| !time.is_zero())
         .map(|time| Instant::now() + time);
@@ -43,11 +42,7 @@ pub fn run(options: &Options, args: &WaitArgs, shutdown: &Shutdown) -> Result<()
             );
             return Err(Error::timeout(what).next(format!("walmirror status --slot {slot}")));
         }
-        if shutdown.sleep(pause) {
-            return Err(Error::timeout(format!(
-                "stopped by a signal before Redis was at {target}"
-            )));
-        }
+        std::thread::sleep(pause);
         pause = (pause * 2).min(PAUSE_MAX);
     }
 }

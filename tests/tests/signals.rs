@@ -1,0 +1,141 @@
+//! The first signal ends each command, also while a server that it needs is silent: it takes the connection, and says nothing.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use walmirror_tests::{DEADLINE, Db, Pg, Redis, Signal, Sink, wait_for};
+
+/// A command may take so long to end: that is far less than the five seconds or more for which it would wait for an answer.
+const SOON: Duration = Duration::from_secs(4);
+
+/// Takes connections, reads nothing, and never answers.
+struct Silent(TcpListener);
+
+impl Silent {
+    fn new() -> Silent {
+        Silent(TcpListener::bind("127.0.0.1:0").unwrap())
+    }
+
+    fn port(&self) -> u16 {
+        self.0.local_addr().unwrap().port()
+    }
+
+    fn postgres(&self) -> String {
+        format!("host=127.0.0.1 port={} dbname=x user=x", self.port())
+    }
+
+    fn redis(&self) -> String {
+        format!("redis://127.0.0.1:{}", self.port())
+    }
+}
+
+/// Starts the command, has it connect, sends the signal: the exit code, and what was printed.
+fn ended_by(signal: Signal, silent: &Silent, args: &[&str]) -> (Option<i32>, String) {
+    let mut sink = Sink::start(args);
+    let _connection: (TcpStream, _) = silent.0.accept().unwrap();
+    let asked = Instant::now();
+    sink.signal(signal);
+    let status = sink.wait(DEADLINE);
+    let (took, output) = (asked.elapsed(), sink.output());
+    assert!(took < SOON, "{args:?} took {took:?}: {output}");
+    (status.code(), output)
+}
+
+/// The commands that somebody waits for, and what each is called with.
+const COMMANDS: [&[&str]; 6] = [
+    &["doctor"],
+    &["status"],
+    &["init"],
+    &["verify"],
+    &["backfill"],
+    &["wait"],
+];
+
+#[test]
+fn while_postgres_is_silent() {
+    let (silent, redis) = (Silent::new(), Redis::start());
+    let servers = ["--postgres", &silent.postgres(), "--redis", &redis.url()];
+    for command in COMMANDS {
+        for (signal, code) in [(Signal::TERM, 143), (Signal::INT, 130)] {
+            let args = [command, &servers].concat();
+            let (ended, output) = ended_by(signal, &silent, &args);
+            assert_eq!(ended, Some(code), "{args:?}: {output}");
+            assert!(output.contains("stopped by a signal"), "{args:?}: {output}");
+        }
+    }
+    // Both are meant to be ended by a signal.
+    for args in [
+        &[&["tail"], &servers[..2]].concat(),
+        &[&["run"], &servers[..]].concat(),
+    ] {
+        let (ended, output) = ended_by(Signal::TERM, &silent, args);
+        assert_eq!(ended, Some(0), "{args:?}: {output}");
+    }
+}
+
+#[test]
+fn while_redis_is_silent() {
+    let silent = Silent::new();
+    let db = Db::create(Pg::shared());
+    let postgres = db.pg.conninfo(&db.name);
+    let servers = [
+        "--postgres",
+        &postgres,
+        "--redis",
+        &silent.redis(),
+        "--slot",
+        &db.name,
+    ];
+    for command in COMMANDS {
+        let args = [command, &servers].concat();
+        let (ended, output) = ended_by(Signal::TERM, &silent, &args);
+        assert_eq!(ended, Some(143), "{args:?}: {output}");
+    }
+    let (ended, output) = ended_by(Signal::TERM, &silent, &[&["run"], &servers[..]].concat());
+    assert_eq!(ended, Some(0), "{output}");
+}
+
+/// The server goes on making a slot that nobody waits for, so this is put in order first.
+#[test]
+fn while_the_slot_is_being_made() {
+    let (db, redis) = (Db::create(Pg::shared()), Redis::start());
+    let mut other = db.connect();
+    let mut open = other.transaction().unwrap();
+    open.execute("SELECT pg_current_xact_id()", &[]).unwrap();
+    let postgres = db.pg.conninfo(&db.name);
+    let args = [
+        "init",
+        "--postgres",
+        &postgres,
+        "--redis",
+        &redis.url(),
+        "--slot",
+        &db.name,
+    ];
+    let mut sink = Sink::start(&args);
+    let making = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'CREATE_REPLICATION_SLOT%'";
+    let count = || db.rows(making).len();
+    wait_for(DEADLINE, "the slot to be waited for", || {
+        (count() == 1).then_some(())
+    });
+    sink.signal(Signal::TERM);
+    let status = sink.wait(SOON);
+    let output = sink.output();
+    assert_eq!(status.code(), Some(143), "{output}");
+    assert!(
+        output.contains("before the slot") && output.contains("next: walmirror init"),
+        "{output}"
+    );
+    wait_for(SOON, "the server to give it up", || (count() == 0).then_some(()));
+    assert!(
+        db.rows("SELECT FROM pg_replication_slots WHERE slot_name = current_database()")
+            .is_empty()
+    );
+}
