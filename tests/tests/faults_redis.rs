@@ -234,6 +234,23 @@ fn read_only() {
     refused("read_only", Setup::default(), "READONLY", follow, lead);
 }
 
+/// The story: a replica that takes writes was written to as if it were a master, and what it was about to lose counted as safe.
+#[test]
+fn a_replica_that_takes_writes() {
+    let follow = |s: &Scenario| {
+        set(s, "CONFIG SET replica-read-only no");
+        set(s, "REPLICAOF 127.0.0.1 1");
+    };
+    let lead = |s: &Scenario| set(s, "REPLICAOF NO ONE");
+    refused(
+        "a_replica_that_takes_writes",
+        Setup::default(),
+        "READONLY",
+        follow,
+        lead,
+    );
+}
+
 /// A snapshot that cannot be saved stops all writes.
 #[test]
 fn cannot_save() {

@@ -10,7 +10,7 @@ use crate::config::{Conninfo, RedisUrl, SlotName};
 use crate::error::{Class, Error};
 use crate::plan::RedisKeys;
 use crate::pq::Connection as Postgres;
-use crate::redis::{self, CLUSTER, Connection, Other, evicts};
+use crate::redis::{self, CLUSTER, Connection, Other, REPLICA, evicts};
 use crate::replication;
 
 /// Connects, and gives the next command where that fails.
@@ -43,13 +43,23 @@ pub fn redis(
             server(url, &info(&reply), stops)
         }
         // The sink itself does not need it.
-        Err(error) if error.to_string().contains("NOPERM") => vec![Check {
-            name: "Redis",
-            outcome: Outcome::Note(
-                format!("version, role and memory cannot be looked at: {error}"),
-                error.next_command().map(str::to_owned),
-            ),
-        }],
+        Err(error) if error.to_string().contains("NOPERM") => {
+            let unknown = Check {
+                name: "Redis",
+                outcome: Outcome::Note(
+                    format!("version and memory cannot be looked at: {error}"),
+                    error.next_command().map(str::to_owned),
+                ),
+            };
+            let role = match redis::require_master(&mut connection) {
+                Ok(()) => Check {
+                    name: "Redis role",
+                    outcome: Outcome::Ok("master".into()),
+                },
+                Err(error) => from_error("Redis role", &error),
+            };
+            vec![unknown, role]
+        }
         // It is busy, or reads its file.
         Err(error) if error.class() == Class::Retry => {
             return Err(error.next(format!("{} PING", url.redis_cli())));
@@ -143,10 +153,7 @@ fn version(url: &RedisUrl, version: &str) -> Outcome {
 fn role(role: &str, mode: &str) -> Outcome {
     match (role, mode) {
         (_, "cluster") => Outcome::Fail(CLUSTER.0.into(), CLUSTER.1.into()),
-        ("slave", _) => Outcome::Fail(
-            "this is a replica, which takes no writes".into(),
-            "redis-cli INFO replication   # give the URL of the master".into(),
-        ),
+        ("slave", _) => Outcome::Fail(REPLICA.0.into(), REPLICA.1.into()),
         _ => Outcome::Ok("master".into()),
     }
 }

@@ -21,6 +21,6 @@ pub(crate) use connection::Wire;
 pub use connection::{Answers, Connection, setting, value_limit};
 pub use error::{class_of, reply_error, rights_command, unreadable};
 pub(crate) use prefixes::Prefixes;
-pub use role::{CLUSTER, eviction, evicts, require_master, run_id};
+pub use role::{CLUSTER, REPLICA, eviction, evicts, require_master, run_id};
 pub use scan::{Pages, Scan};
 pub use writer::{Applied, Refused, Segment, Writer};

@@ -12,10 +12,22 @@ pub const CLUSTER: (&str, &str) = (
     "redis-cli INFO cluster   # give the URL of a single Redis",
 );
 
+/// Why a replica is no place for a mirror, and the next command.
+pub const REPLICA: (&str, &str) = (
+    "it is a replica, which takes no writes, or loses them again",
+    "redis-cli INFO replication   # give the URL of the master",
+);
+
 /// Refuses a cluster, and has the sink wait for a replica to be promoted: what that holds may be on its way still. HELLO tells it, which
 /// every login may ask; a Redis that does not know it is taken to be a single master.
 pub fn require_master(connection: &mut Connection) -> Result<(), Error> {
-    let told = pairs(connection.ask(&[b"HELLO"])?);
+    judge_role(connection.ask(&[b"HELLO"])?)
+}
+
+/// The same from the answer to HELLO. A replica may be told to take writes (`replica-read-only no`): what it says of itself is then all
+/// that tells it from a master.
+pub(super) fn judge_role(told: Value) -> Result<(), Error> {
+    let told = pairs(told);
     let field = |name: &str| {
         told.iter().find_map(|(field, value)| match (field, value) {
             (Value::BulkString(field), Value::BulkString(value)) if field == name.as_bytes() => {
@@ -30,8 +42,7 @@ pub fn require_master(connection: &mut Connection) -> Result<(), Error> {
         return Err(Error::redis(what, Class::Operator, why).next(next));
     }
     if field("role").is_some_and(|role| role != b"master") {
-        let why = "READONLY it is a replica, which takes no writes";
-        return Err(Error::redis(what, Class::Retry, why));
+        return Err(Error::redis(what, Class::Retry, format!("READONLY {}", REPLICA.0)).next(REPLICA.1));
     }
     Ok(())
 }

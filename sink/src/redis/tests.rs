@@ -360,9 +360,15 @@ fn who_waits_for_replicas_on_a_replica_tries_again() {
 fn a_check_is_refused_by_who_takes_no_writes() {
     let Some(server) = Server::start() else { return };
     let mut reader = server.connect();
-    let faults: [(&str, &[&str], &[&str]); 2] = [
+    let faults: [(&str, &[&str], &[&str]); 3] = [
         (
             "READONLY",
+            &["REPLICAOF", "127.0.0.1", "1"],
+            &["REPLICAOF", "NO", "ONE"],
+        ),
+        // One that takes them, as the server is told below.
+        (
+            "it is a replica",
             &["REPLICAOF", "127.0.0.1", "1"],
             &["REPLICAOF", "NO", "ONE"],
         ),
@@ -375,6 +381,9 @@ fn a_check_is_refused_by_who_takes_no_writes() {
     for (number, (code, cause, mend)) in (1..).zip(faults) {
         let mut writer = claim(&server, (number == 1).then_some(Lsn(1)));
         writer.check().unwrap();
+        if code == "it is a replica" {
+            get(&mut reader, &["CONFIG", "SET", "replica-read-only", "no"]);
+        }
         get(&mut reader, cause);
         let error = writer.check().unwrap_err();
         assert_eq!(error.class(), Class::Retry, "{error}");

@@ -13,6 +13,7 @@ use redis::{ServerError, Value};
 
 use super::connection::{Answers, setting};
 use super::error::{class_of, reply_error, unreadable};
+use super::role::judge_role;
 use super::{Claim, Connection};
 use crate::config::OnBadRow;
 use crate::error::{Class, Error};
@@ -89,6 +90,8 @@ pub struct Writer {
     /// The transaction that the progress names as the one that keys are removed for.
     purging: Option<Commit>,
     on_bad_row: OnBadRow,
+    /// The next EXEC is followed by HELLO.
+    asks_role: bool,
 }
 
 impl Writer {
@@ -112,6 +115,7 @@ impl Writer {
             ahead: None,
             purging,
             on_bad_row: OnBadRow::Stop,
+            asks_role: false,
         };
         writer.check()?;
         Ok(writer)
@@ -159,6 +163,12 @@ impl Writer {
             None | Some([]) => {}
             Some(rest) => self.connection.send(rest)?,
         }
+        let asks_role = segment.step.is_some() && std::mem::take(&mut self.asks_role);
+        if asks_role {
+            let mut commands = Commands::new();
+            commands.command(&[b"HELLO"]);
+            self.connection.send(commands.as_bytes())?;
+        }
         if let Some(next) = next.filter(|next| next.opens || !segment.opens) {
             self.send_ahead(next)?;
         }
@@ -183,6 +193,9 @@ impl Writer {
         self.open.clear();
         self.prefix = 0;
         self.check_watch()?;
+        if asks_role {
+            judge_role(self.connection.receive()?)?;
+        }
         Ok(Some(Applied {
             step,
             pending,
@@ -226,17 +239,26 @@ impl Writer {
 
     /// Asks again whether this session is still the one that may write: an idle session notices this way that Redis
     /// went away, was emptied, belongs to somebody else, or is no master any more (INVARIANT I1). A replica answers what only reads, and
-    /// will lose what its new master never had; so the first command is one that writes, and changes nothing.
+    /// will lose what its new master never had; so one command is one that writes, and changes nothing. One that takes writes says what it is.
     pub fn check(&mut self) -> Result<(), Error> {
         let mut commands = Commands::new();
+        commands.command(&[b"HELLO"]);
         commands.command(&[b"HDEL", &self.keys.progress, NO_FIELD]);
         watch(&mut commands, &self.keys);
         self.connection.send(commands.as_bytes())?;
+        let told = self.connection.receive()?;
         match self.connection.receive()? {
-            Value::Int(_) => self.check_watch(),
-            Value::ServerError(reply) => Err(reply_error("Redis takes no writes", &reply)),
-            _ => Err(unreadable("HDEL")),
+            Value::Int(_) => {}
+            Value::ServerError(reply) => return Err(reply_error("Redis takes no writes", &reply)),
+            _ => return Err(unreadable("HDEL")),
         }
+        judge_role(told)?;
+        self.check_watch()
+    }
+
+    /// Has the next EXEC followed by the question whether this is a master: a session that is never idle is not checked otherwise.
+    pub fn ask_role(&mut self) {
+        self.asks_role = true;
     }
 
     /// How many replicas have acknowledged everything so far. `count` of them are waited for, at most so long.

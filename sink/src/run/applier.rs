@@ -20,6 +20,8 @@ use crate::rejected::Rejected;
 const CHECK_EVERY: Duration = Duration::from_secs(1);
 /// … and more often where memory counts as durable early, because nothing does until Redis has answered.
 const CHECK_EVERY_MIN: Duration = Duration::from_millis(50);
+/// Under load Redis says this often whether it is a master still.
+const ROLE_EVERY: Duration = Duration::from_millis(50);
 /// How long replicas or the disk are waited for at once: as long as that, nothing is applied.
 const WAIT_MS: u64 = 100;
 /// How often they are asked.
@@ -46,6 +48,7 @@ pub(super) fn apply(
     };
     let mut heard = Instant::now();
     let mut waited = Instant::now();
+    let mut role_asked = waited;
     let mut durable = Lsn::INVALID;
     let mut stalled = Stalled::new(waited);
     if durability == Durability::Aof {
@@ -67,6 +70,10 @@ pub(super) fn apply(
                 let commands = segment.batch.commands().count() as u64;
                 next = segments.try_recv().ok();
                 let asked = Instant::now();
+                if role_asked.elapsed() >= ROLE_EVERY {
+                    role_asked = asked;
+                    writer.ask_role();
+                }
                 let stopped = || {
                     // Asked after each page of a purge, which may take long.
                     shared.health.note_redis();
