@@ -202,6 +202,13 @@ impl Error {
         self
     }
 
+    /// The same, whatever is there already.
+    #[must_use]
+    pub fn next_instead(mut self, command: impl Into<String>) -> Self {
+        self.report_mut().next = Some(command.into());
+        self
+    }
+
     /// The next command to type.
     pub fn next_command(&self) -> Option<&str> {
         self.report().next.as_deref()
@@ -396,7 +403,7 @@ mod tests {
                 sqlstate: Some(sqlstate.into()),
                 ..PqError::new(ErrorKind::Server, message)
             };
-            crate::replication::slot::explain(Error::postgres("x", source), "s'1")
+            crate::replication::slot::explain(Error::postgres("x", source), "s'1", "My Role")
         };
         let segment = "requested WAL segment 000000010000000000000003 has already been removed";
         let lost = error("58P01", segment);
@@ -415,6 +422,8 @@ mod tests {
                 .next_command()
                 .is_some_and(|next| next.contains("make install"))
         );
+        let denied = error("42501", "permission denied to use replication slots");
+        assert_eq!(denied.next_command(), Some("ALTER ROLE \"My Role\" REPLICATION;"));
         for (sqlstate, message, is_gone) in [
             (
                 "55000",

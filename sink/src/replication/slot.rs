@@ -77,7 +77,7 @@ pub fn create_slot(
     }
     let results = connection
         .simple(&command)
-        .map_err(|error| explain(Error::postgres(what(), error), slot))?;
+        .map_err(|error| explain(Error::postgres(what(), error), slot, &connection.target().user))?;
     results
         .first()
         .and_then(|result| lsn(result, 1))
@@ -94,6 +94,7 @@ pub fn drop_slot(connection: &mut Connection, slot: &str) -> Result<(), Error> {
         explain(
             Error::postgres(format!("cannot drop the slot {slot:?}"), error),
             slot,
+            &connection.target().user,
         )
     })
 }
@@ -152,8 +153,8 @@ fn lsn(result: &QueryResult, column: usize) -> Option<Lsn> {
     result.text(0, column)?.parse().ok()
 }
 
-/// Adds the next command to an error that a slot met.
-pub(crate) fn explain(error: Error, slot: &str) -> Error {
+/// Adds the next command to an error that a slot met, on a connection of this role.
+pub(crate) fn explain(error: Error, slot: &str, role: &str) -> Error {
     let Error::Postgres(_, source) = &error else {
         return error;
     };
@@ -174,7 +175,7 @@ pub(crate) fn explain(error: Error, slot: &str) -> Error {
         Some("42710") => format!("walmirror status --slot {slot}"),
         Some("55006") => format!("SELECT active_pid FROM pg_replication_slots WHERE slot_name = {};", quote_literal(slot)),
         Some("53400") => "SELECT slot_name, active FROM pg_replication_slots;   -- drop one, or raise max_replication_slots".to_owned(),
-        Some("42501") => "ALTER ROLE <the role of this connection> REPLICATION;".to_owned(),
+        Some("42501") => format!("ALTER ROLE {} REPLICATION;", quote_identifier(role)),
         Some("55000") if message.contains("wal_level") => {
             "ALTER SYSTEM SET wal_level = logical;   -- then restart Postgres".to_owned()
         }

@@ -93,6 +93,7 @@ impl Stream {
                 super::slot::explain(
                     Error::postgres(format!("cannot stream from the slot {slot:?}"), error),
                     slot,
+                    &connection.target().user,
                 )
                 .at(start_lsn)
             })?;
@@ -244,7 +245,8 @@ impl Stream {
 
     fn broken(&self, error: crate::pq::PqError) -> Error {
         let what = format!("the stream of the slot {:?} broke", self.slot);
-        super::slot::explain(Error::postgres(what, error), &self.slot).at(self.seen)
+        let role = self.connection.target().user;
+        super::slot::explain(Error::postgres(what, error), &self.slot, &role).at(self.seen)
     }
 }
 
