@@ -110,6 +110,19 @@ impl Commands {
         self.count += count;
     }
 
+    /// The name of the command with this number, and its first argument, which is a key of most.
+    pub fn name_and_key(&self, number: usize) -> Option<(&[u8], &[u8])> {
+        let mut rest = self.bytes.as_slice();
+        for _ in 0..number {
+            for _ in 0..read_header(&mut rest, b'*')? {
+                read_arg(&mut rest)?;
+            }
+        }
+        let args = read_header(&mut rest, b'*')?;
+        let name = read_arg(&mut rest)?;
+        Some((name, if args > 1 { read_arg(&mut rest)? } else { b"" }))
+    }
+
     #[inline]
     fn header(&mut self, sign: u8, number: usize) -> &mut Self {
         // Counts and short lengths are what nearly all headers hold.
@@ -123,6 +136,21 @@ impl Commands {
         self.bytes.extend_from_slice(b"\r\n");
         self
     }
+}
+
+/// Reads what [`Commands::header`] has written.
+fn read_header(rest: &mut &[u8], sign: u8) -> Option<usize> {
+    let line = rest.strip_prefix(&[sign])?;
+    let end = line.iter().position(|byte| *byte == b'\r')?;
+    *rest = line.get(end + 2..)?;
+    std::str::from_utf8(line.get(..end)?).ok()?.parse().ok()
+}
+
+fn read_arg<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
+    let length = read_header(rest, b'$')?;
+    let arg = rest.get(..length)?;
+    *rest = rest.get(length + 2..)?;
+    Some(arg)
 }
 
 /// Encodes an argument that is used again and again.

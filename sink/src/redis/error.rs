@@ -100,6 +100,18 @@ pub fn reply_error(what: impl Into<String>, reply: &ServerError) -> Error {
     }
 }
 
+/// The same for a key of a row.
+pub(super) fn row_error(what: impl Into<String>, reply: &ServerError, key: &[u8]) -> Error {
+    let error = reply_error(what, reply);
+    if reply.code() != "WRONGTYPE" {
+        return error;
+    }
+    let key = word(&String::from_utf8_lossy(key));
+    error.next_instead(format!(
+        "redis-cli TYPE {key}   # who writes it? When walmirror is started again, it replaces it with the row"
+    ))
+}
+
 /// The same for a key of the sink's own, which somebody else has put there.
 pub(super) fn wrong_type(what: impl Into<String>, reply: &ServerError, key: &[u8]) -> Error {
     let text = reply.details().unwrap_or_default();

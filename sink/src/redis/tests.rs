@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod ahead;
+mod refused;
 
 use redis::Value;
 use walmirror_proto::Lsn;
@@ -145,77 +146,6 @@ fn an_emptied_redis_is_noticed_before_anything_is_written() {
     get(&mut server.connect(), &["FLUSHALL"]);
     assert_eq!(failed(&mut writer, set(2, "a")).class(), Class::Retry);
     assert_eq!(get(&mut server.connect(), &["DBSIZE"]), "int(0)");
-}
-
-#[test]
-fn a_command_that_fails_inside_of_the_exec_is_named_and_noted_for_repair() {
-    let Some(server) = Server::start() else { return };
-    let mut writer = claim(&server, Some(Lsn(1)));
-    let mut reader = server.connect();
-    get(&mut reader, &["SET", "foreign", "1"]);
-    let error = failed(
-        &mut writer,
-        segment(
-            2,
-            &[("a", &["SET"]), ("foreign", &["HSET", "f"]), ("b", &["SET"])],
-        ),
-    );
-    assert_eq!(error.class(), Class::Operator);
-    let text = error.to_string();
-    assert!(
-        text.contains("\"foreign\"") && text.contains("WRONGTYPE") && text.contains("0/2"),
-        "{text}"
-    );
-    assert_eq!(
-        get(&mut reader, &["HGET", "walmirror:{s}:pending", "foreign"]),
-        "77"
-    );
-    assert_eq!(get(&mut reader, &["HLEN", "walmirror:{s}:pending"]), "int(1)");
-}
-
-#[test]
-fn a_key_of_another_type_is_skipped_and_noted_if_that_is_wanted() {
-    let Some(server) = Server::start() else { return };
-    let mut writer = claim(&server, Some(Lsn(1)));
-    writer.set_on_bad_row(crate::config::OnBadRow::Skip);
-    let mut reader = server.connect();
-    get(&mut reader, &["SET", "foreign", "1"]);
-    let commands: [(&str, &[&str]); 4] = [
-        ("a", &["SET"]),
-        ("foreign", &["HSET", "f"]),
-        ("foreign", &["HDEL"]),
-        ("b", &["SET"]),
-    ];
-    let applied = writer
-        .apply(segment(2, &commands), None, &|| false)
-        .unwrap()
-        .unwrap();
-    let foreign = Refused {
-        key: b"foreign".to_vec(),
-        relation: 77,
-    };
-    assert_eq!(applied.refused, [foreign]);
-    let note = rejected();
-    writer.note_rejected(std::slice::from_ref(&note)).unwrap();
-    let told = crate::rejected::read(&mut reader, &keys(), 5).unwrap();
-    assert_eq!(told, (1, vec![note]));
-    // The mirror goes on.
-    assert!(writer.apply(set(3, "c"), None, &|| false).unwrap().is_some());
-    assert_eq!(get(&mut reader, &["EXISTS", "a", "b", "c"]), "int(3)");
-    assert_eq!(get(&mut reader, &["GET", "foreign"]), "1");
-}
-
-#[test]
-fn a_command_that_is_not_queued_aborts_the_batch_and_is_classed() {
-    let Some(server) = Server::start() else { return };
-    let mut writer = claim(&server, Some(Lsn(1)));
-    let mut reader = server.connect();
-    get(&mut reader, &["CONFIG", "SET", "maxmemory", "1"]);
-    let error = failed(&mut writer, set(2, "a"));
-    assert_eq!(error.class(), Class::Retry, "{error}");
-    assert!(error.to_string().contains("OOM"), "{error}");
-    get(&mut reader, &["CONFIG", "SET", "maxmemory", "0"]);
-    assert_eq!(get(&mut reader, &["HGET", PROGRESS, "lsn"]), "0/1");
 }
 
 #[test]

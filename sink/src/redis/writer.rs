@@ -72,6 +72,15 @@ pub struct Applied {
     pub refused: Vec<Refused>,
 }
 
+/// Names tables by their oid.
+struct Tables(Box<dyn Fn(u32) -> Option<String> + Send>);
+
+impl std::fmt::Debug for Tables {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Tables")
+    }
+}
+
 /// The writing connection.
 #[derive(Debug)]
 pub struct Writer {
@@ -83,8 +92,11 @@ pub struct Writer {
     open: Vec<Segment>,
     /// Commands that this writer put before those of the first segment.
     prefix: usize,
-    /// The first command of the open MULTI that Redis did not queue.
-    not_queued: Option<ServerError>,
+    /// Commands of the open MULTI that Redis has answered.
+    queued: usize,
+    /// The first that it did not queue, and its number.
+    not_queued: Option<(usize, ServerError)>,
+    tables: Tables,
     /// What was sent of the segment that comes next.
     ahead: Option<Ahead>,
     /// The transaction that the progress names as the one that keys are removed for.
@@ -111,7 +123,9 @@ impl Writer {
             epoch,
             open: Vec::new(),
             prefix: 0,
+            queued: 0,
             not_queued: None,
+            tables: Tables(Box::new(|_| None)),
             ahead: None,
             purging,
             on_bad_row: OnBadRow::Stop,
@@ -124,6 +138,11 @@ impl Writer {
     /// What to do about keys of another type; without a word the writer stops.
     pub fn set_on_bad_row(&mut self, policy: OnBadRow) {
         self.on_bad_row = policy;
+    }
+
+    /// Who knows the names of tables.
+    pub fn set_tables(&mut self, name: impl Fn(u32) -> Option<String> + Send + 'static) {
+        self.tables = Tables(Box::new(name));
     }
 
     /// Begins a segment.
@@ -146,6 +165,9 @@ impl Writer {
         stopped: &dyn Fn() -> bool,
     ) -> Result<Option<Applied>, Error> {
         let ahead = self.ahead.take();
+        if segment.opens {
+            self.queued = 0;
+        }
         let bytes = segment.batch.commands().as_bytes();
         let mut begun = ahead.map_or(0, |ahead| ahead.bytes);
         let mut answers_multi = segment.opens;
@@ -308,9 +330,10 @@ impl Writer {
         for _ in 0..count {
             match self.connection.receive()? {
                 Value::SimpleString(text) if text == "QUEUED" => {}
-                Value::ServerError(reply) => drop(self.not_queued.get_or_insert(reply)),
+                Value::ServerError(reply) => drop(self.not_queued.get_or_insert((self.queued, reply))),
                 _ => return Err(unreadable("a command inside of a MULTI")),
             }
+            self.queued += 1;
         }
         Ok(())
     }
@@ -322,10 +345,11 @@ impl Writer {
             // The WATCH was broken; the epoch tells by whom.
             Value::Nil => return Err(self.check_watch().err().unwrap_or_else(|| touched(&self.keys))),
             Value::ServerError(reply) => {
-                let cause = self.not_queued.take().unwrap_or(reply);
-                return Err(
-                    reply_error("Redis refused a batch, and nothing of it was applied", &cause).at(step.lsn),
-                );
+                return Err(match self.not_queued.take() {
+                    Some((command, cause)) => self.unqueued(command, &cause),
+                    None => reply_error(refused::NOTHING_APPLIED, &reply),
+                }
+                .at(step.lsn));
             }
             _ => return Err(unreadable("EXEC").at(step.lsn)),
         };

@@ -46,6 +46,8 @@ pub(super) fn apply(
         Durability::Memory { window } => (window / 2).clamp(CHECK_EVERY_MIN, CHECK_EVERY),
         Durability::Replicas { .. } | Durability::Aof => CHECK_EVERY,
     };
+    let names = Arc::clone(backfill);
+    writer.set_tables(move |oid| names.table(oid));
     let mut heard = Instant::now();
     let mut waited = Instant::now();
     let mut role_asked = waited;

@@ -2,13 +2,17 @@
 
 use redis::{ServerError, Value};
 
-use super::super::error::reply_error;
+use super::super::error::{class_of, reply_error, row_error, wrong_type};
 use super::{Refused, Segment, Writer, touched};
 use crate::config::OnBadRow;
-use crate::error::Error;
+use crate::error::{Class, Error};
+use crate::plan::Batch;
 use crate::progress::Step;
 use crate::rejected::Rejected;
 use crate::resp::Commands;
+
+/// What an EXEC that Redis refuses as a whole comes to.
+pub(super) const NOTHING_APPLIED: &str = "Redis refused a batch, and nothing of it was applied";
 
 /// The commands of an EXEC that Redis refused.
 pub(super) struct Refusals {
@@ -67,18 +71,49 @@ impl Writer {
     /// Redis does not undo a transaction of which one command failed, so the progress counts as applied what is not. The
     /// keys are noted as pending: once the cause is gone, their rows are read again.
     pub(super) fn refused(&mut self, refused: &Refusals, step: Step) -> Error {
-        let first = refused.commands.first().map(|command| self.locate(*command));
-        let Refused { key, relation } = first.unwrap_or_default().into_iter().next().unwrap_or_default();
-        let what = format!(
-            "Redis refused to write the key \"{}\" of the table with oid {relation} ({} refused in this batch)",
-            String::from_utf8_lossy(&key),
-            refused.commands.len()
-        );
-        let error = reply_error(what, &refused.first).at(step.lsn);
+        let first = refused.commands.first().copied().unwrap_or_default();
+        let count = refused.commands.len();
+        let error = match self.locate(first).into_iter().find(|at| at.relation != 0) {
+            Some(row) => {
+                let what = format!(
+                    "Redis refused to write {} ({count} refused in this batch)",
+                    self.told(&row)
+                );
+                row_error(what, &refused.first, &row.key)
+            }
+            None => {
+                let (name, key) = self.name_and_key(first);
+                let what = format!("Redis refused {name} of the sink's own key {:?}", shown(&key));
+                match refused.are_types {
+                    true => wrong_type(what, &refused.first, &key),
+                    false => reply_error(what, &refused.first),
+                }
+            }
+        }
+        .at(step.lsn);
         if let Err(failure) = self.note_pending(refused) {
             tracing::error!(lsn = %step.lsn, "the keys that Redis refused could not be noted for repair: {failure}");
         }
         error
+    }
+
+    /// A command of the open MULTI that Redis did not queue, so that its EXEC did nothing. Where it may be the key that is refused, that is
+    /// named; a Redis that is full would have refused any.
+    pub(super) fn unqueued(&self, command: usize, reply: &ServerError) -> Error {
+        if class_of(reply.code(), reply.details()) == Class::Retry {
+            return reply_error(NOTHING_APPLIED, reply);
+        }
+        let (name, key) = self.name_and_key(command);
+        let row = self.locate(command).into_iter().find(|at| at.relation != 0);
+        let at = row.map_or_else(|| format!("the key {:?}", shown(&key)), |row| self.told(&row));
+        reply_error(format!("{NOTHING_APPLIED}: it refuses {name} for {at}"), reply)
+    }
+
+    /// A key and its table, for a person.
+    fn told(&self, row: &Refused) -> String {
+        let name = self.tables.0(row.relation);
+        let table = name.unwrap_or_else(|| format!("with oid {}", row.relation));
+        format!("the key {:?} of the table {table}", shown(&row.key))
     }
 
     fn note_pending(&mut self, refused: &Refusals) -> Result<(), Error> {
@@ -103,31 +138,53 @@ impl Writer {
         match self.connection.receive()? {
             Value::Array(_) => self.check_watch(),
             Value::ServerError(reply) => {
-                let cause = self.not_queued.take().unwrap_or(reply);
+                let cause = self.not_queued.take().map_or(reply, |(_, cause)| cause);
                 Err(reply_error("Redis refuses to note keys", &cause))
             }
             _ => Err(touched(&self.keys)),
         }
     }
 
+    /// The name of a command inside of the open MULTI, and its first argument. What stands before the first segment is of a purge.
+    fn name_and_key(&self, command: usize) -> (String, Vec<u8>) {
+        let of_purge = || ("a command".to_owned(), self.keys.progress.clone());
+        let Some((batch, command)) = self.segment_of(command) else {
+            return of_purge();
+        };
+        batch
+            .commands()
+            .name_and_key(command)
+            .map_or_else(of_purge, |(name, key)| (shown(name), key.to_vec()))
+    }
+
     /// The keys of the command with this number inside of the open MULTI, and their relations.
     fn locate(&self, command: usize) -> Vec<Refused> {
-        let Some(mut command) = command.checked_sub(self.prefix) else {
+        let Some((batch, command)) = self.segment_of(command) else {
             return Vec::new();
         };
+        let refused = |op| Refused {
+            key: batch.key_of(op).to_vec(),
+            relation: op.relation,
+        };
+        batch.ops_of_command(command).iter().map(refused).collect()
+    }
+
+    /// The batch of a command inside of the open MULTI, and its number there.
+    fn segment_of(&self, command: usize) -> Option<(&Batch, usize)> {
+        let mut command = command.checked_sub(self.prefix)?;
         for Segment { batch, opens, .. } in &self.open {
             // MULTI is a command of the segment, but has no element in the EXEC.
             command += usize::from(*opens);
             let count = batch.commands().count();
             if command < count {
-                let refused = |op| Refused {
-                    key: batch.key_of(op).to_vec(),
-                    relation: op.relation,
-                };
-                return batch.ops_of_command(command).iter().map(refused).collect();
+                return Some((batch, command));
             }
             command -= count;
         }
-        Vec::new()
+        None
     }
+}
+
+fn shown(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
 }
