@@ -275,6 +275,7 @@ fn a_locked_table_holds_up_no_other() {
     m.settle();
     let seen = m.sink(|sink| sink.output()).len();
     let oid = m.db.value("SELECT oid FROM pg_class WHERE relname = 'a'");
+    let logged = m.db.pg.log().len();
     let mut holder = m.db.connect();
     holder
         .batch_execute("BEGIN; LOCK TABLE a IN ACCESS EXCLUSIVE MODE")
@@ -284,6 +285,16 @@ fn a_locked_table_holds_up_no_other() {
     wait_for(DEADLINE, "a line that says who has the lock", || {
         log().contains("the table is locked").then_some(())
     });
+    // The story: each attempt left an ERROR line in the server's log, hundreds in an hour.
+    let mut looks = std::collections::BTreeSet::new();
+    wait_for(DEADLINE, "some looks whether it is free", || {
+        let look = "SELECT query_start::text FROM pg_stat_activity WHERE query LIKE '%AccessExclusiveLock%' AND pid <> pg_backend_pid() \
+            AND datname = current_database()";
+        looks.extend(m.db.rows(look));
+        (looks.len() > 3).then_some(())
+    });
+    let timeout = format!(" {} ERROR:  canceling statement due to lock timeout", m.db.name);
+    assert_eq!(m.db.pg.log()[logged..].matches(&timeout).count(), 1);
     holder.batch_execute("COMMIT").unwrap();
     m.settle();
     assert!(log().contains("state idle in transaction"), "{}", log());

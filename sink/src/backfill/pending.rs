@@ -65,6 +65,10 @@ pub(super) fn pass(
             if troubles.is_paused(relation) {
                 continue;
             }
+            let table = || context.backfill.table(relation).unwrap_or_default();
+            if troubles.is_locked_still(relation, &table(), || sql.locker(relation)) {
+                continue;
+            }
             // Each table may take its time.
             horizon::take(context, &windows.horizons)?;
             let window = tables
@@ -79,8 +83,7 @@ pub(super) fn pass(
                 }
                 Err(error) => {
                     tables.remove(&relation);
-                    let table = context.backfill.table(relation).unwrap_or_default();
-                    troubles.take(relation, &table, error, || sql.whoever_locks(relation))?;
+                    troubles.take(relation, &table(), error, || sql.whoever_locks(relation))?;
                 }
             }
             if context.stopped() {

@@ -212,6 +212,12 @@ impl Sql {
 
     /// Who holds a mirrored table (0: any of them), or an index, a partition or the TOAST table of it, for himself; for a log line.
     pub(super) fn whoever_locks(&mut self, relation: u32) -> String {
+        let who = self.locker(relation);
+        who.unwrap_or_else(|| "whoever held it has just let it go".to_owned())
+    }
+
+    /// The same; None: nobody.
+    pub(super) fn locker(&mut self, relation: u32) -> Option<String> {
         let sql = "WITH RECURSIVE tree (oid) AS (SELECT m.oid FROM walmirror.mirrors m WHERE $1::oid IN (0, m.oid) \
                        UNION SELECT i.inhrelid FROM tree t JOIN pg_inherits i ON i.inhparent = t.oid), \
                    parts (oid) AS (SELECT oid FROM tree UNION ALL SELECT i.indexrelid FROM tree t JOIN pg_index i ON i.indrelid = t.oid \
@@ -224,10 +230,9 @@ impl Sql {
         let oid = relation.to_string();
         let result = self.query("cannot look for a lock", sql, &[Some(oid.as_bytes())]);
         // Nothing hangs on it; should the connection have failed, whoever uses it next finds out.
-        let who = result
+        result
             .ok()
-            .and_then(|result| result.text(0, 0).map(str::to_owned));
-        who.unwrap_or_else(|| "whoever held it has just let it go".to_owned())
+            .and_then(|result| result.text(0, 0).map(str::to_owned))
     }
 }
 

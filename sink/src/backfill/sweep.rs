@@ -57,6 +57,9 @@ pub(super) fn sweep(
     let mut tables = Vec::new();
     for (relation, task) in tasks {
         let name = task.mapping.table.clone();
+        if troubles.is_locked_still(relation, &name, || sql.locker(relation)) {
+            continue;
+        }
         match Swept::new(context, sql, relation, task) {
             Ok(table) => tables.extend(table),
             Err(error) => troubles.take(relation, &name, error, || sql.whoever_locks(relation))?,

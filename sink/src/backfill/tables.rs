@@ -119,10 +119,14 @@ impl<'c> Tables<'c> {
             }
         }
         self.last = relation;
+        let table = &task.mapping.table;
+        let locker = || sql.locker(relation);
+        if self.troubles.is_locked_still(relation, table, locker) {
+            return Ok(Some(sql));
+        }
         match self.fill(&mut sql, relation, &task) {
             Ok(()) => Ok(Some(sql)),
             Err(error) => {
-                let table = &task.mapping.table;
                 self.troubles
                     .take(relation, table, error, || sql.whoever_locks(relation))?;
                 Ok(None)
@@ -228,6 +232,10 @@ impl<'c> Tables<'c> {
         let wishes = context.backfill.wishes();
         // A label whose transaction is in the stream already may still be invisible, while its COMMIT waits for a standby.
         sql.outlast_running(list, || context.stopped())?;
+        if self.troubles.is_locked_still(0, list, || sql.locker(0)) {
+            context.backfill.wait(IDLE);
+            return Ok(());
+        }
         let catalog = match Catalog::read(sql, wishes) {
             // It is of all of them.
             Err(error) if error.is_of_a_lock() => {

@@ -42,13 +42,7 @@ impl Troubles {
             return Err(error);
         }
         if error.is_of_a_lock() {
-            if self.note_lock(relation, Instant::now()) {
-                tracing::info!(
-                    table,
-                    "the table is locked, and read when it is not; the other tables go on: {}",
-                    who()
-                );
-            }
+            self.locked(relation, table, who);
             return Ok(());
         }
         let pause = self.note(relation, Instant::now(), PAUSE_MIN, PAUSE_MAX);
@@ -59,6 +53,33 @@ impl Troubles {
             pause.as_secs()
         );
         Ok(())
+    }
+
+    /// Whether the table was locked when it was to be read, and is so still: `locker` looks. A lock that is not had in time is an ERROR
+    /// line in the server's log each time, a look is none.
+    pub(super) fn is_locked_still(
+        &mut self,
+        relation: u32,
+        table: &str,
+        locker: impl FnOnce() -> Option<String>,
+    ) -> bool {
+        let was_locked = |trouble: &Trouble| trouble.told.is_some();
+        if !self.tables.get(&relation).is_some_and(was_locked) {
+            return false;
+        }
+        let Some(who) = locker() else { return false };
+        self.locked(relation, table, || who);
+        true
+    }
+
+    fn locked(&mut self, relation: u32, table: &str, who: impl FnOnce() -> String) {
+        if self.note_lock(relation, Instant::now()) {
+            tracing::info!(
+                table,
+                "the table is locked, and read when it is not; the other tables go on: {}",
+                who()
+            );
+        }
     }
 
     /// Has a table left alone for a while that is not in trouble.
