@@ -112,9 +112,9 @@ fn check_slot<'a>(
     start: Option<Lsn>,
 ) -> Result<&'a str, Error> {
     let Some(info) = replication::slot_info(connection, slot)? else {
-        return Err(
-            Error::setup(format!("there is no slot {slot}")).next(format!("walmirror init --slot {slot}"))
-        );
+        let others = replication::slots_there(connection);
+        return Err(Error::setup(format!("there is no slot {slot}{others}"))
+            .next(format!("walmirror init --slot {slot}")));
     };
     let plugin = info.plugin.as_deref().unwrap_or("none: it is a physical slot");
     if plugin != PLUGIN {

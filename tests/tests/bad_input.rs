@@ -403,3 +403,55 @@ fn a_plugin_that_is_not_listed() {
         &["output_plugin_libraries", "ALTER SYSTEM"],
     );
 }
+
+/// The story: who slipped in the name of a slot, a table or a database was told to make it, or to look for it.
+#[test]
+fn a_slip_in_a_name_is_told_with_the_names_there_are() {
+    let m = Mirror::with(
+        "CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE u (id int PRIMARY KEY); SELECT walmirror.mirror('t')",
+    );
+    m.settle();
+    let (postgres, url) = (m.db.pg.conninfo(&m.db.name), m.redis.url());
+    let there = format!("walmirror's slots of this database: {}", m.db.name);
+    let of = |command: &[&'static str], slot: &'static str| {
+        let servers = ["--postgres", &postgres, "--redis", &url, "--slot", slot];
+        let args: Vec<String> = [command, &servers]
+            .concat()
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        args
+    };
+    for (command, code) in [("doctor", 0), ("status", 0), ("backfill", POSTGRES)] {
+        let args = of(&[command], "slip");
+        refused(
+            &args.iter().map(String::as_str).collect::<Vec<_>>(),
+            code,
+            &[&there],
+        );
+    }
+    refused(
+        &["tail", "--postgres", &postgres, "--slot", "slip"],
+        POSTGRES,
+        &[&there],
+    );
+    for command in ["verify", "backfill"] {
+        let (code, output) = m.run(&[command, "--table", "u"]);
+        assert_eq!(code, Some(USAGE), "{output}");
+        assert!(
+            output.contains("\"u\" is not mirrored; what is: public.t"),
+            "{output}"
+        );
+    }
+    let other = m.db.pg.conninfo("slip");
+    refused(
+        &["status", "--postgres", &other],
+        POSTGRES,
+        &["\"slip\" does not exist", " -l "],
+    );
+    refused(
+        &["status", "--redis", "redis://localhost:6379/zero"],
+        USAGE,
+        &["the number of the database"],
+    );
+}

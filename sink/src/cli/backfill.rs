@@ -17,7 +17,7 @@ use crate::plan::RedisKeys;
 use crate::pq::{Connection, connect_failed};
 use crate::progress::Progress;
 use crate::redis::{Connection as Redis, read_stored};
-use crate::replication::{SlotInfo, slot_info};
+use crate::replication::{SlotInfo, slot_info, slots_there};
 use crate::request::Request;
 use crate::shell::word;
 use crate::verify::resolve;
@@ -46,8 +46,12 @@ pub fn run(options: &Options, args: &BackfillArgs) -> Result<(), Error> {
     let keys = RedisKeys::new(slot.as_str());
     let mut redis = connect(&options.redis()?)?;
     let mut sql = Connection::connect(conninfo.expose(), &[]).map_err(connect_failed)?;
-    let info = slot_info(&mut sql, slot.as_str())?;
-    let Some(info) = info.filter(|info| info.active) else {
+    let Some(info) = slot_info(&mut sql, slot.as_str())? else {
+        let others = slots_there(&mut sql);
+        let what = format!("there is no slot {slot}, so no sink runs that could fill a table{others}");
+        return Err(Error::setup(what).next(format!("walmirror status --slot {slot}")));
+    };
+    let Some(info) = Some(info).filter(|info| info.active) else {
         return Err(Error::setup(format!(
             "nobody streams from the slot {slot}: no sink runs, or it cannot go on (its log tells why); only a sink can fill a table"
         ))

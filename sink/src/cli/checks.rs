@@ -102,9 +102,13 @@ pub fn postgres(conninfo: &Conninfo, slot: &SlotName) -> Result<Vec<Check>, Erro
     checks.push(server::replication_connection(conninfo));
     let info = replication::slot_info(&mut connection, slot)?;
     let database = connection.target().database;
+    let mut outcome = slot_outcome(slot, info.as_ref(), &database);
+    if let (None, Outcome::Note(what, _)) = (&info, &mut outcome) {
+        *what += &replication::slots_there(&mut connection);
+    }
     checks.push(Check {
         name: "slot",
-        outcome: slot_outcome(slot, info.as_ref(), &database),
+        outcome,
     });
     let name = slot.as_str().to_owned();
     checks.push(Check {

@@ -25,6 +25,8 @@ const REJECTED: u32 = 10;
 /// What Postgres says.
 struct Postgres {
     slot: Option<SlotInfo>,
+    /// Where it is not there: which others are.
+    others: String,
     /// Why the mirror cannot stream from it, and the next command.
     unfit: Option<(String, String)>,
     wal: Option<Lsn>,
@@ -118,8 +120,13 @@ fn ask_postgres(conninfo: &str, slot: &SlotName) -> Result<Postgres, Error> {
             }
         }));
     }
+    let others = match info {
+        None => replication::slots_there(&mut connection),
+        Some(_) => String::new(),
+    };
     Ok(Postgres {
         slot: info,
+        others,
         unfit,
         wal,
         tables,
@@ -153,7 +160,10 @@ fn print(slot: &SlotName, postgres: Option<&Postgres>, redis: Option<&Redis>) ->
             (_, Some((what, next))) => line("slot", format!("{what}   ({next})"))?,
             (None, None) => line(
                 "slot",
-                format!("{slot}: not there   (walmirror init --slot {slot})"),
+                format!(
+                    "{slot}: not there{}   (walmirror init --slot {slot})",
+                    postgres.others
+                ),
             )?,
             (Some(info), None) => {
                 let state = info.active_pid.map_or("nobody streams".to_owned(), |pid| {

@@ -106,6 +106,11 @@ impl RedisUrl {
         if !scheme.ends_with("unix") && url.host_str().is_none_or(str::is_empty) {
             return Err(format!("--redis is no Redis URL (it has no host): {right}"));
         }
+        let database = url.path().trim_matches('/');
+        if !scheme.ends_with("unix") && !database.is_empty() && database.parse::<u32>().is_err() {
+            let why = "behind the host stands the number of the database, nothing else";
+            return Err(format!("--redis is no Redis URL ({why}): {right}"));
+        }
         redis::IntoConnectionInfo::into_connection_info(self.0.as_str())
             .map(drop)
             .map_err(|error| format!("--redis is no Redis URL ({}): {right}", error.category()))

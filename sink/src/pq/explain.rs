@@ -52,7 +52,10 @@ pub fn next_after_connect(source: &PqError) -> Option<String> {
         (_, Some("28000")) => {
             "SELECT * FROM pg_hba_file_rules;   -- a rule for this role is missing; then SELECT pg_reload_conf();".into()
         }
-        (_, Some("3D000")) => format!("createdb{at} {}", word(&target.database)),
+        (_, Some("3D000")) => {
+            let user = flag("-U", &target.user);
+            format!("psql{at}{user} -l   # which databases there are; if it is to be made: createdb{at} {}", word(&target.database))
+        }
         (_, Some("42501")) if source.message.contains("permission denied for database") => {
             let (database, role) = (quote_identifier(&target.database), quote_identifier(&target.user));
             format!("GRANT CONNECT ON DATABASE {database} TO {role};")

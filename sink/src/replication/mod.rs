@@ -16,7 +16,7 @@ pub use history::{History, history};
 pub use making::make_slot;
 pub use message::{Message, MessageError, parse};
 pub use retained::{Retained, WAL_END, Warning, flushed, retained};
-pub use slot::{SlotInfo, SystemInfo, create_slot, drop_slot, identify_system, slot_info};
+pub use slot::{SlotInfo, SystemInfo, create_slot, drop_slot, identify_system, slot_info, slots_there};
 pub use stream::{Event, Feedback, Stream};
 
 pub use crate::pq::Waker;

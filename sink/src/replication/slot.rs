@@ -130,6 +130,21 @@ pub fn slot_info(connection: &mut Connection, slot: &str) -> Result<Option<SlotI
     }))
 }
 
+/// Says which slots of walmirror's the database has, to be put behind the news that there is none of the name that was given: it may be a
+/// slip. Empty where there are none, or nobody tells.
+pub fn slots_there(connection: &mut Connection) -> String {
+    let sql = format!(
+        "SELECT pg_catalog.string_agg(slot_name, ', ') FROM (SELECT slot_name FROM pg_catalog.pg_replication_slots \
+         WHERE plugin = {} AND database = pg_catalog.current_database() AND NOT temporary ORDER BY 1 LIMIT 5) AS there",
+        quote_literal(PLUGIN)
+    );
+    let results = connection.simple(&sql).unwrap_or_default();
+    let names = results.first().and_then(|result| result.text(0, 0));
+    names.map_or_else(String::new, |names| {
+        format!("; walmirror's slots of this database: {names}")
+    })
+}
+
 /// Asks which cluster this is, and how far its WAL is.
 pub fn identify_system(connection: &mut Connection) -> Result<SystemInfo, Error> {
     let results = connection

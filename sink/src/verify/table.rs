@@ -44,7 +44,9 @@ impl Table {
             return Err(Error::gap(format!(
                 "nothing can be compared: Redis has no progress of the slot {slot}"
             ))
-            .next("walmirror run …   # mirrors the tables"));
+            .next(format!(
+                "walmirror status --slot {slot}   # is it the slot of the mirror, and the Redis, and the database of it, that its sink writes to?"
+            )));
         }
         let catalog = Catalog::read(sql, 0)?;
         let is_asked_for =
@@ -160,13 +162,28 @@ pub(super) fn choose(tables: Vec<Table>, names: &[String]) -> Result<Vec<Table>,
     Ok(tables.into_iter().filter(is_chosen).collect())
 }
 
+/// So many names are told to who gave one that is none of them.
+const TOLD: usize = 5;
+
 /// The one table that a name means.
 pub(crate) fn resolve<'k>(known: &'k [String], name: &str) -> Result<&'k String, Error> {
     let mut matching = known.iter().filter(|table| is_named(table, name));
     match (matching.next(), matching.next()) {
         (Some(table), None) => Ok(table),
         (None, _) => {
-            Err(Error::config(format!("the table {name:?} is not mirrored")).next("walmirror status"))
+            let mut some: Vec<&str> = known.iter().take(TOLD).map(String::as_str).collect();
+            if known.len() > TOLD {
+                some.push("…");
+            }
+            let known = if some.is_empty() {
+                "nothing".to_owned()
+            } else {
+                some.join(", ")
+            };
+            Err(
+                Error::config(format!("the table {name:?} is not mirrored; what is: {known}"))
+                    .next("walmirror status   # lists all; SELECT walmirror.mirror('…') in psql adds one"),
+            )
         }
         (Some(one), Some(other)) => Err(Error::config(format!(
             "there is more than one table {name:?}: {one}, {other}"
