@@ -181,7 +181,9 @@ mod tests {
         let shutdown = Shutdown::manual();
         shutdown.request();
         let (release, held) = bounded::<()>(1);
-        let thread = std::thread::spawn(move || drop(held.recv()));
+        let thread = std::thread::spawn(move || {
+            let _ = held.recv();
+        });
         let patience = Duration::from_millis(50);
         assert!(!have_ended(&[&thread], &shutdown, patience, || 0));
         let start = Instant::now();
