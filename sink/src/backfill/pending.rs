@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use redis::Value;
+use walmirror_proto::pb::Mode;
 
 use super::lookup::{Lookup, ParsedKey};
 use super::sql::{Snapshots, Sql};
@@ -27,7 +28,7 @@ const ROWS_BYTES: usize = 1024 * 1024;
 const ROOM_BYTES: usize = 4 * 1024 * 1024;
 /// How long it waits for the stream at once: horizons are taken meanwhile.
 const LOOK: Duration = Duration::from_secs(1);
-/// A table that is another one than the stream has announced is looked at again after so long; twice as long after each look.
+/// A table that is another one than the stream has announced, or that may miss writers, is looked at again after so long; twice as long after each look.
 const CHANGED_MIN: Duration = Duration::from_millis(50);
 const CHANGED_MAX: Duration = Duration::from_secs(2);
 
@@ -46,6 +47,23 @@ impl Default for Windows {
     }
 }
 
+/// What is on its way of a table in one pass.
+struct OnItsWay {
+    window: Arc<Window>,
+    /// Some of it may be older than what a transaction left that was writing when the table was announced: it stays noted until all of
+    /// these are over.
+    misses_writers: bool,
+}
+
+/// What came of reading keys.
+enum Reread {
+    Done,
+    /// The snapshot may miss such a transaction.
+    MissesWriters,
+    /// The table is another one than the stream has announced.
+    Changed,
+}
+
 /// Goes over the pending hash once. True: it was empty.
 pub(super) fn pass(
     context: &Context,
@@ -56,7 +74,7 @@ pub(super) fn pass(
 ) -> Result<bool, Error> {
     let mut cursor = b"0".to_vec();
     let mut empty = true;
-    let mut tables: BTreeMap<u32, Arc<Window>> = BTreeMap::new();
+    let mut tables: BTreeMap<u32, OnItsWay> = BTreeMap::new();
     loop {
         let command: [&[u8]; 5] = [b"HSCAN", &context.keys.pending, &cursor, b"COUNT", b"500"];
         let (next, page) = page(redis.call("read the pending keys", &command)?)?;
@@ -71,13 +89,15 @@ pub(super) fn pass(
             }
             // Each table may take its time.
             horizon::take(context, &windows.horizons)?;
-            let window = tables
-                .entry(relation)
-                .or_insert_with(|| Window::in_room(&windows.room));
+            let table = tables.entry(relation).or_insert_with(|| OnItsWay {
+                window: Window::in_room(&windows.room),
+                misses_writers: false,
+            });
             // Where it is not read, the keys stay noted.
-            match reread(context, sql, windows, window, relation, keys) {
-                Ok(true) => {}
-                Ok(false) => {
+            match reread(context, sql, windows, &table.window, relation, keys) {
+                Ok(Reread::Done) => {}
+                Ok(Reread::MissesWriters) => table.misses_writers = true,
+                Ok(Reread::Changed) => {
                     tables.remove(&relation);
                     troubles.put_off(relation, CHANGED_MIN, CHANGED_MAX);
                 }
@@ -95,16 +115,17 @@ pub(super) fn pass(
         }
         cursor = next;
     }
-    for (relation, window) in tables {
+    for (relation, table) in tables {
+        let window = table.window;
         while window.outstanding() > 0 && !window.is_stale() && !context.stopped() {
             let until = Instant::now() + LOOK;
             window.wait(0, || context.stopped() || Instant::now() > until);
             horizon::take(context, &windows.horizons)?;
         }
-        if !window.is_stale() {
-            troubles.clear(relation);
-        } else {
+        if window.is_stale() || table.misses_writers {
             troubles.put_off(relation, CHANGED_MIN, CHANGED_MAX);
+        } else {
+            troubles.clear(relation);
         }
     }
     Ok(empty)
@@ -134,7 +155,7 @@ fn page(reply: Value) -> Result<(Vec<u8>, Page), Error> {
     Ok((next, page))
 }
 
-/// Reads keys of one table. False: it is another one than the stream has announced.
+/// Reads keys of one table.
 fn reread(
     context: &Context,
     sql: &mut Sql,
@@ -142,7 +163,7 @@ fn reread(
     window: &Arc<Window>,
     relation: u32,
     keys: Vec<Vec<u8>>,
-) -> Result<bool, Error> {
+) -> Result<Reread, Error> {
     let orphans = |sql: &mut Sql, keys: Vec<Vec<u8>>, task: Option<&Task>| {
         context.submit_for(
             sql,
@@ -155,10 +176,10 @@ fn reread(
         )
     };
     let Some(task) = context.backfill.task(relation) else {
-        return orphans(sql, keys, None).map(|()| true);
+        return orphans(sql, keys, None).map(|()| Reread::Done);
     };
     let Some(lookup) = Lookup::new(sql, &task.mapping)? else {
-        return Ok(false);
+        return Ok(Reread::Changed);
     };
     // A key that is no longer one of this table's is somebody else's business: the sweep of the table removes it.
     let others = context.backfill.other_templates(relation);
@@ -175,7 +196,7 @@ fn reread(
     }
     if !rowless.is_empty() {
         let Some(snapshot) = context.begin(sql, &task.mapping.table)? else {
-            return Ok(true);
+            return Ok(Reread::Done);
         };
         sql.end()?;
         context.submit(
@@ -191,6 +212,9 @@ fn reread(
     if !foreign.is_empty() {
         orphans(sql, foreign, Some(&task))?;
     }
+    let is_mirror = task.mapping.mode == Mode::Mirror;
+    let horizon = task.cursor.horizon.unwrap_or(u64::MAX);
+    let mut misses_writers = false;
     let mut count = ROWS_START;
     while !parsed.is_empty() && !context.stopped() {
         let rest = parsed.split_off(count.min(parsed.len()));
@@ -199,11 +223,11 @@ fn reread(
             horizon::take(context, &windows.horizons)?;
         }
         if window.is_stale() {
-            return Ok(false);
+            return Ok(Reread::Changed);
         }
         let found = match lookup.rows(context, sql, &task.mapping, keys) {
             // They are looked at under its new name.
-            Err(error) if error.is_of_a_changed_table() => return Ok(false),
+            Err(error) if error.is_of_a_changed_table() => return Ok(Reread::Changed),
             found => found?,
         };
         for found in found {
@@ -218,6 +242,7 @@ fn reread(
             } else {
                 (count * 2).min(ROWS_MAX)
             };
+            misses_writers |= is_mirror && found.snapshot.may_miss_below(horizon);
             context.submit(
                 sql,
                 window,
@@ -229,5 +254,9 @@ fn reread(
             )?;
         }
     }
-    Ok(true)
+    Ok(if misses_writers {
+        Reread::MissesWriters
+    } else {
+        Reread::Done
+    })
 }

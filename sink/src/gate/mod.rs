@@ -94,6 +94,11 @@ impl Gate {
         }
     }
 
+    /// The last transaction that changed this key, if the gate remembers it.
+    pub fn changer(&self, key_hash: u64) -> Option<u64> {
+        self.changers.get(key_hash)
+    }
+
     /// Whether a changer that the gate does not remember may be invisible to the snapshot. The last of them is just below the horizon.
     fn may_have_forgotten(&self, snapshot: &Snapshot) -> bool {
         let mut in_progress = snapshot.in_progress().iter();

@@ -163,7 +163,7 @@ impl Planning {
         };
         let mapping = std::sync::Arc::clone(&registered.mapping);
         let on_nothing = registered.cursor.on_nothing && pending.is_none();
-        // As for a capture; the rows of a mirror are read once more when those that it may miss have ended.
+        // As for a capture: nobody corrects it.
         let may_be_stale = mapping.mode == Mode::Cache && chunk.snapshot.may_miss_below(registered.horizon());
         let Some((fingerprint, tuple)) = packed.split_first_chunk::<8>() else {
             return Err(Error::bug(format!(
@@ -199,6 +199,10 @@ impl Planning {
         }
         let hash = self.gate.hash(self.planner.key());
         match self.gate.admit(chunk.relation, hash, &chunk.snapshot) {
+            // It stays noted.
+            Verdict::Admit if pending.is_some() && self.may_miss_a_writer(chunk, hash) => {
+                add(&self.shared.metrics.read_forgotten, 1);
+            }
             Verdict::Admit if may_be_stale => {
                 let key = self.planner.key().to_vec();
                 self.remove(chunk.relation, &key);
@@ -250,10 +254,25 @@ impl Planning {
         Ok(true)
     }
 
+    /// Whether what was read of a mirror may be older than what a transaction left that was writing to the table when it was announced,
+    /// which is not in the stream. The fill, which waits for these, may have written that already. Who has changed the row since the
+    /// table was announced had to wait for such a one, so that a snapshot that sees the former sees the latter.
+    fn may_miss_a_writer(&self, chunk: &Chunk, hash: u64) -> bool {
+        let registered = self.registry.get(chunk.relation);
+        registered.is_some_and(|registered| {
+            let horizon = registered.horizon();
+            let is_changed_since = || self.gate.changer(hash).is_some_and(|xid| xid >= horizon);
+            registered.mapping.mode == Mode::Mirror
+                && chunk.snapshot.may_miss_below(horizon)
+                && !is_changed_since()
+        })
+    }
+
     /// A key that has no row.
     fn absent(&mut self, chunk: &Chunk, key: &[u8], pending: bool) {
         let hash = self.gate.hash(key);
         match self.gate.admit(chunk.relation, hash, &chunk.snapshot) {
+            Verdict::Admit if pending && self.may_miss_a_writer(chunk, hash) => {}
             Verdict::Admit => {
                 self.remove(chunk.relation, key);
                 if pending {

@@ -250,10 +250,9 @@ impl World {
         }
     }
 
-    /// `verify --repair`: the keys of the cached table are to be read again. It may have been labelled just then, while somebody was
-    /// writing. (In a mirror what is read then may be stale until it is filled.)
+    /// `verify --repair`: the keys of a table are to be read again. It may have been labelled just then, while somebody was writing.
     fn repair(&mut self) {
-        let oid = 103;
+        let oid = *self.dice.pick(&OIDS).unwrap();
         if self.postgres.open.len() < 4 && self.dice.once_in(2) {
             let writer = self.postgres.begin();
             for id in 0..IDS {
