@@ -502,3 +502,82 @@ fn a_locked_table_is_not_waited_for_without_end() {
     assert_eq!(code, 2, "{output}");
     assert!(started.elapsed() < Duration::from_secs(30), "{output}");
 }
+
+/// The story: what `verify --repair` asks for came to a mirror that had just been announced. A transaction had changed the row before that,
+/// which is not in the stream, and what was read without it stood in Redis when it had committed.
+#[test]
+fn what_is_read_again_is_no_older_than_what_was_committed() {
+    let m = Mirror::with("CREATE TABLE t (id int PRIMARY KEY, v int); INSERT INTO t VALUES (1, 1), (2, 1)");
+    m.sync();
+    let writes = |sql: &str| {
+        let mut client = m.db.connect();
+        client.batch_execute(&format!("BEGIN; {sql}")).unwrap();
+        client
+    };
+    let mut one = writes("UPDATE t SET v = 2 WHERE id = 1");
+    let mut other = writes("UPDATE t SET v = 2 WHERE id = 2");
+    m.sql("SELECT walmirror.mirror('t')");
+    m.outlast_announced();
+    let slot = &m.db.name;
+    m.sql(&format!(
+        "SELECT pg_logical_emit_message(false, 'walmirror.marker', format('{slot}:reread:%s:3:t:13:t:2', 't'::regclass::oid))"
+    ));
+    m.sync();
+    // Who takes horizons is who reads pending keys.
+    m.sql("CREATE TABLE behind (id int PRIMARY KEY); SELECT walmirror.mirror('behind')");
+    m.outlast_announced();
+    one.batch_execute("COMMIT").unwrap();
+    m.sync();
+    // The fill waits for the other one.
+    let v = m.redis.hash("t:1").into_iter().find(|(field, _)| field == "v");
+    assert!(v.is_none_or(|(_, v)| v == "2"), "a row of before the commit");
+    other.batch_execute("COMMIT").unwrap();
+    m.settle();
+    assert_equal(&m, &["verify"]);
+}
+
+/// The story: a table that was made anew while it was compared lacked its keys, and `--repair` had them read one by one.
+#[test]
+fn a_table_that_is_made_anew_meanwhile_cannot_be_told() {
+    let m = Mirror::with(
+        "CREATE TABLE a (id int PRIMARY KEY); INSERT INTO a VALUES (1); SELECT walmirror.mirror('a'); \
+         CREATE TABLE t (id int PRIMARY KEY, v int); INSERT INTO t VALUES (1, 1); SELECT walmirror.mirror('t')",
+    );
+    m.settle();
+    assert_equal(&m, &["verify"]);
+    let is_there = |what: &str, condition: &str| {
+        wait_for(DEADLINE, what, || {
+            let count = m.db.value(&format!(
+                "SELECT count(*) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = current_database() AND {condition}"
+            ));
+            (count != "0").then_some(())
+        });
+    };
+    m.sink(|sink| sink.signal(Signal::STOP));
+    std::thread::scope(|scope| {
+        let verify = scope.spawn(|| walmirror(&m, &["verify", "--repair", "--timeout", "10s"]));
+        is_there(
+            "verify to wait for the sink",
+            "state = 'idle' AND query LIKE '%walmirror.marker%pg_current_xact_id%'",
+        );
+        let mut lock = m.db.connect();
+        lock.batch_execute("BEGIN; LOCK TABLE a").unwrap();
+        m.sink(|sink| sink.signal(Signal::CONT));
+        is_there("verify to wait for the lock", "wait_event_type = 'Lock'");
+        m.sql("SELECT walmirror.unmirror('t')");
+        let mut writer = m.db.connect();
+        writer
+            .batch_execute("BEGIN; UPDATE t SET v = 2 WHERE id = 1")
+            .unwrap();
+        m.sql("SELECT walmirror.mirror('t')");
+        m.outlast_announced();
+        lock.batch_execute("COMMIT").unwrap();
+        let (code, output) = verify.join().unwrap();
+        assert_eq!(code, 2, "{output}");
+        assert!(output.contains("public.t is still being backfilled"), "{output}");
+        assert!(m.redis.hash("t:1").is_empty());
+        writer.batch_execute("COMMIT").unwrap();
+    });
+    m.settle();
+    assert_equal(&m, &["verify", "--repair"]);
+}

@@ -95,7 +95,14 @@ fn judge(
     if keys.is_empty() {
         return Ok(());
     }
-    let findings = settle(sides, table, keys, origin)?;
+    let mut findings = settle(sides, table, keys, origin)?;
+    let is_wrong = |(_, finding): &(Vec<u8>, Finding)| finding.is_difference();
+    if findings.iter().any(is_wrong) && !sides.is_filled(table)? {
+        // It is being made anew since it was looked at, and differs in any case.
+        sides.wait_for_backfill(table)?;
+        let keys = findings.into_iter().map(|(key, _)| key).collect();
+        findings = settle(sides, table, keys, origin)?;
+    }
     let wrong: Vec<Vec<u8>> = findings
         .iter()
         .filter(|(_, finding)| finding.is_difference())

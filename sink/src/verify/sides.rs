@@ -123,15 +123,7 @@ impl Sides {
     /// A table that is being filled differs in any case.
     pub(super) fn wait_for_backfill(&mut self, table: &Table) -> Result<(), Error> {
         let mut wait = self.wait();
-        loop {
-            let stored = read_stored(&mut self.redis, &self.keys)?;
-            let cursor = stored
-                .progress
-                .as_ref()
-                .and_then(|progress| Cursor::parse(progress.cursor(table.oid)?));
-            if cursor.is_some_and(|cursor| cursor.is_done() && cursor.fingerprint == table.fingerprint) {
-                return Ok(());
-            }
+        while !self.is_filled(table)? {
             if !wait.pause(self)? {
                 return Err(
                     Error::timeout(format!("the table {} is still being backfilled", table.name))
@@ -139,6 +131,17 @@ impl Sides {
                 );
             }
         }
+        Ok(())
+    }
+
+    /// Whether the keys of this version of the table are complete.
+    pub(super) fn is_filled(&mut self, table: &Table) -> Result<bool, Error> {
+        let stored = read_stored(&mut self.redis, &self.keys)?;
+        let cursor = stored
+            .progress
+            .as_ref()
+            .and_then(|progress| Cursor::parse(progress.cursor(table.oid)?));
+        Ok(cursor.is_some_and(|cursor| cursor.is_done() && cursor.fingerprint == table.fingerprint))
     }
 
     /// What these keys hold.
