@@ -384,6 +384,25 @@ fn a_label_that_fits_again_makes_the_table_anew() {
     m.settle();
 }
 
+/// The story: what SQL read of such a table was left out again and again, until a row in the stream told of the change.
+#[test]
+fn a_change_that_was_not_announced_is_found_when_the_table_is_read() {
+    let m = Mirror::with(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t VALUES (1, 'v'); SELECT walmirror.mirror('t')",
+    );
+    m.settle();
+    m.sql(
+        "ALTER EVENT TRIGGER walmirror_ddl_command_end DISABLE; ALTER TABLE t ADD w int DEFAULT 7; \
+         ALTER EVENT TRIGGER walmirror_ddl_command_end ENABLE ALWAYS; \
+         SELECT pg_logical_emit_message(false, 'walmirror.marker', format('%s:reread:%s:3:t:1', current_database(), 't'::regclass::oid))",
+    );
+    let w = ("w".to_owned(), "7".to_owned());
+    wait_for(DEADLINE, "the new column", || {
+        m.redis.hash("t:1").contains(&w).then_some(())
+    });
+    m.settle();
+}
+
 /// What would break a mapping is refused when it is tried, with a hint, and leaves everything as it was.
 #[test]
 fn ddl_that_breaks_a_mapping_is_refused() {

@@ -554,6 +554,7 @@ fn a_table_that_is_made_anew_meanwhile_cannot_be_told() {
         });
     };
     m.sink(|sink| sink.signal(Signal::STOP));
+    m.sql("INSERT INTO a VALUES (2)");
     std::thread::scope(|scope| {
         let verify = scope.spawn(|| walmirror(&m, &["verify", "--repair", "--timeout", "10s"]));
         is_there(

@@ -78,6 +78,8 @@ pub enum Content {
     Orphans(Vec<Vec<u8>>),
     /// All labelled tables, as the catalog has them.
     Catalog(Catalog),
+    /// The table could not be read as what the stream has told of it.
+    Changed,
     /// A transaction id that was taken after these tables had been announced.
     Horizon(u64, Vec<Life>),
 }
@@ -90,6 +92,7 @@ impl Content {
             Self::Keys(keys) => keys.len(),
             Self::Absent(keys) | Self::LeftOut(keys) | Self::Orphans(keys) => keys.len(),
             Self::Catalog(catalog) => catalog.relations.len(),
+            Self::Changed => 0,
             Self::Horizon(_, tables) => tables.len(),
         }
     }
@@ -113,7 +116,7 @@ impl Content {
                     .sum()
             }
             Self::Absent(all) | Self::LeftOut(all) | Self::Orphans(all) => keys(all),
-            Self::Catalog(_) | Self::Horizon(..) => 0,
+            Self::Catalog(_) | Self::Horizon(..) | Self::Changed => 0,
         }
     }
 }

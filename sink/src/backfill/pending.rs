@@ -179,6 +179,7 @@ fn reread(
         return orphans(sql, keys, None).map(|()| Reread::Done);
     };
     let Some(lookup) = Lookup::new(sql, &task.mapping)? else {
+        context.doubt(sql, relation, &task)?;
         return Ok(Reread::Changed);
     };
     // A key that is no longer one of this table's is somebody else's business: the sweep of the table removes it.
@@ -227,7 +228,10 @@ fn reread(
         }
         let found = match lookup.rows(context, sql, &task.mapping, keys) {
             // They are looked at under its new name.
-            Err(error) if error.is_of_a_changed_table() => return Ok(Reread::Changed),
+            Err(error) if error.is_of_a_changed_table() => {
+                context.doubt(sql, relation, &task)?;
+                return Ok(Reread::Changed);
+            }
             found => found?,
         };
         for found in found {

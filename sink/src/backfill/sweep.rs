@@ -102,11 +102,11 @@ pub(super) fn sweep(
         for table in &mut tables {
             if table.held.len() >= KEYS || table.absent.len() >= KEYS || walk.is_some() {
                 let removed = table.remove_absent(context, sql);
-                table.go_on_after(removed, sql, troubles)?;
+                table.go_on_after(removed, context, sql, troubles)?;
             }
             if let Some(walk) = &walk {
                 let done = table.note(context, sql, walk.clone());
-                table.go_on_after(done, sql, troubles)?;
+                table.go_on_after(done, context, sql, troubles)?;
             }
         }
         if walk.is_some() {
@@ -121,7 +121,7 @@ pub(super) fn sweep(
     }
     for table in &mut tables {
         let finished = table.finish(context, sql);
-        table.go_on_after(finished, sql, troubles)?;
+        table.go_on_after(finished, context, sql, troubles)?;
     }
     for table in &tables {
         if !table.is_broken_off && table.window.wait(0, || context.stopped()) && !context.stopped() {
@@ -154,6 +154,7 @@ fn together(tasks: Vec<(u32, Task)>, run_id: Option<&str>) -> (Option<String>, V
 impl Swept {
     fn new(context: &Context, sql: &mut Sql, relation: u32, task: Task) -> Result<Option<Self>, Error> {
         let Some(lookup) = Lookup::new(sql, &task.mapping)? else {
+            context.doubt(sql, relation, &task)?;
             return Ok(None);
         };
         let others = context.backfill.other_templates(relation);
@@ -241,14 +242,14 @@ impl Swept {
     fn go_on_after(
         &mut self,
         result: Result<(), Error>,
+        context: &Context,
         sql: &mut Sql,
         troubles: &mut Troubles,
     ) -> Result<(), Error> {
         let Err(error) = result else { return Ok(()) };
         self.is_broken_off = true;
         if error.is_of_a_changed_table() {
-            // The stream will say so.
-            return Ok(());
+            return context.doubt(sql, self.relation, &self.task);
         }
         let relation = self.relation;
         troubles.take(relation, &self.task.mapping.table, error, || {

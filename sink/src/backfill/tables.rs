@@ -182,6 +182,9 @@ impl<'c> Tables<'c> {
             return Ok(());
         };
         self.troubles.put_off(relation, RETRY_MIN, RETRY_MAX);
+        if why.is_some() {
+            self.context.doubt(sql, relation, task)?;
+        }
         match why {
             Some(error) if self.changed(relation, task) > CHANGES_MAX => Err(error),
             _ => Ok(()),

@@ -142,6 +142,13 @@ impl Context {
         Ok(())
     }
 
+    /// The table could not be read as what the stream has told of it: has the catalog compared, unless the stream tells before that place.
+    /// Who tries again waits between any two times.
+    pub(super) fn doubt(&self, sql: &mut Sql, relation: u32, task: &Task) -> Result<(), Error> {
+        let (window, nothing) = (Arc::new(Window::default()), Snapshot::default());
+        self.submit(sql, &window, relation, task, nothing, Content::Changed, None)
+    }
+
     /// Hands a chunk to the planner, then writes its marker: the planner has it before the marker comes.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn submit(

@@ -73,6 +73,9 @@ impl Planning {
             chunk.window.done(true);
             return Ok(());
         }
+        if matches!(chunk.content, Content::Changed) {
+            self.doubt(chunk.relation);
+        }
         self.dirty = true;
         let weight = self.assembly.weight();
         // What a key was to the table when it was found, it may no longer be.
@@ -90,6 +93,7 @@ impl Planning {
             if !self.item(&chunk, position, owned.as_ref())? {
                 // Read under another version of the table than the stream has announced so far.
                 add(&self.shared.metrics.chunks_dropped.other_version, 1);
+                self.doubt(chunk.relation);
                 chunk.window.done(true);
                 return Ok(());
             }
@@ -142,7 +146,7 @@ impl Planning {
                 keys.get(position).into_iter().for_each(|key| self.orphan(key));
                 Ok(true)
             }
-            Content::Catalog(_) | Content::Horizon(..) => Ok(true),
+            Content::Catalog(_) | Content::Horizon(..) | Content::Changed => Ok(true),
         }
     }
 

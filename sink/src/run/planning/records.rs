@@ -101,19 +101,17 @@ impl Planning {
             }
             Standing::Taken => {
                 add(&self.shared.metrics.rows_skipped.forgotten_table, 1);
-                if self.registry.get(definition.mapping.oid).is_none() && self.backfill.is_reconciled() {
+                let oid = definition.mapping.oid;
+                if self.registry.get(oid).is_none() {
                     // Or it is the other table that is of the past.
-                    self.announced.remove(&definition.mapping.oid);
-                    self.backfill.want_reconcile();
+                    self.doubt(oid);
                 }
                 return Ok(());
             }
             Standing::Outdated => {
                 // The catalog has to say which version counts.
-                if self.backfill.is_reconciled() {
-                    self.announced.remove(&definition.mapping.oid);
-                    self.backfill.want_reconcile();
-                }
+                let oid = definition.mapping.oid;
+                self.doubt(oid);
                 Trust::Refreshing
             }
             Standing::Stray => {
@@ -228,6 +226,15 @@ impl Planning {
             });
         }
         Ok(())
+    }
+
+    /// The table may be another one than the stream has told: the catalog has to say what it is. What was told behind that still counts more.
+    /// Not while a catalog may be on its way that was read before what was told.
+    pub(super) fn doubt(&mut self, oid: u32) {
+        if self.backfill.is_reconciled() {
+            self.announced.remove(&oid);
+            self.backfill.want_reconcile();
+        }
     }
 
     /// A row of a version that is neither the registered one nor was announced: the catalog has to say which one counts.

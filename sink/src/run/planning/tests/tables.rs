@@ -281,3 +281,61 @@ fn rows_of_an_unknown_table_with_the_template_of_a_known_one_wait_for_the_catalo
     assert_eq!(planning.registry.oids(), [OID]);
     assert!(!planning.backfill.is_reconciled());
 }
+
+/// The story: DDL was not announced, as event triggers were off, and what SQL read of the table was left out again and again, until a row
+/// in the stream told of the change.
+#[test]
+fn what_is_read_of_another_version_has_the_catalog_compared() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    let plan = |planning: &mut Planning, id: u64, content: Content| {
+        let window = Arc::new(Window::default());
+        planning.chunk(chunk(planning, id, content, None, &window));
+        let marker = pb::Marker {
+            content: format!("m:{id}").into_bytes(),
+            lsn: 100 + id,
+        };
+        Frame::default().record(marker).feed(planning);
+        planning.piece().unwrap();
+        flushed(planning)
+    };
+    let catalog = |planning: &Planning, fingerprint| {
+        Content::Catalog(Catalog {
+            relations: vec![relation(fingerprint, "t:{id}")],
+            wishes: planning.backfill.wishes(),
+            ..Catalog::default()
+        })
+    };
+    let first = catalog(&planning, 1);
+    plan(&mut planning, 1, first);
+    // The stream knows better than the catalog, as long as it is right.
+    let announced = pb::Relation {
+        announced: true,
+        ..relation(1, "t:{id}")
+    };
+    Frame::default()
+        .begin(110, 110)
+        .relation(announced)
+        .commit(120)
+        .feed(&mut planning);
+    let readings = [
+        Content::Keys(vec![(b"t:1".to_vec(), Some(packed(2, "1", "read")))]),
+        Content::Changed,
+    ];
+    for (id, content) in (30..).zip(readings) {
+        assert!(planning.backfill.is_reconciled());
+        let wishes = planning.backfill.wishes();
+        let written = plan(&mut planning, id, content);
+        assert!(written.iter().all(|line| !line.contains("t:1")), "{written:?}");
+        assert!(!planning.backfill.is_reconciled());
+        // Once, until it is done.
+        plan(&mut planning, id + 10, Content::Changed);
+        assert_eq!(planning.backfill.wishes(), wishes + 1);
+        let same = catalog(&planning, 1);
+        plan(&mut planning, id + 20, same);
+        assert_eq!(planning.registry.get(OID).unwrap().relation.fingerprint, 1);
+    }
+    plan(&mut planning, 60, Content::Changed);
+    let other = catalog(&planning, 2);
+    plan(&mut planning, 61, other);
+    assert_eq!(planning.registry.get(OID).unwrap().relation.fingerprint, 2);
+}
