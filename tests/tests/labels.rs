@@ -384,7 +384,8 @@ fn a_label_that_fits_again_makes_the_table_anew() {
     m.settle();
 }
 
-/// The story: what SQL read of such a table was left out again and again, until a row in the stream told of the change.
+/// The story: what SQL read of such a table was left out again and again, until a row in the stream told of the change. Where a key was read
+/// again, it was taken for one without a row.
 #[test]
 fn a_change_that_was_not_announced_is_found_when_the_table_is_read() {
     let m = Mirror::with(

@@ -256,14 +256,19 @@ impl Lookup {
                     refused(snapshot, keys);
                     return Ok(());
                 };
-                let packed = result.rows().filter_map(|row| row.get(0));
-                let rows: HashMap<Vec<u8>, Vec<u8>> = packed
+                let is_other = |packed: &&[u8]| !packed.starts_with(&mapping.fingerprint.to_be_bytes());
+                let packed = || result.rows().filter_map(|row| row.get(0));
+                // Of another version of the table the key cannot be told: it may be any of these, so that none of them has no row. Whoever
+                // gets the row sees its version.
+                let other = packed().find(is_other);
+                let rows: HashMap<Vec<u8>, Vec<u8>> = packed()
+                    .filter(|packed| !is_other(packed))
                     .filter_map(|packed| Some((key_of(mapping, packed)?, packed.to_vec())))
                     .collect();
                 let keys = keys.into_iter().map(|(key, _)| {
                     // The same key may have been asked for twice.
                     let row = rows.get(&key).cloned();
-                    (key, row)
+                    (key, row.or_else(|| other.map(<[u8]>::to_vec)))
                 });
                 found.push(Found {
                     snapshot,
