@@ -77,25 +77,31 @@ CREATE FUNCTION walmirror.relations(OUT oid oid, OUT relation bytea, OUT problem
 $$
 DECLARE
     mirrored oid;
+    is_locked boolean;
 BEGIN
     FOR mirrored IN SELECT m.oid FROM walmirror.mirrors m ORDER BY m.oid
     LOOP
         oid := mirrored;
         problem := NULL;
+        is_locked := false;
         BEGIN
             relation := walmirror.relation(mirrored);
-        EXCEPTION WHEN invalid_parameter_value OR object_not_in_prerequisite_state OR undefined_column THEN
+        -- It is of the class that the name behind it stands for.
+        EXCEPTION WHEN lock_not_available THEN
+            relation := NULL;
+            is_locked := true;
+        WHEN invalid_parameter_value OR object_not_in_prerequisite_state OR undefined_column THEN
             relation := NULL;
             problem := SQLERRM;
         END;
-        IF relation IS NOT NULL OR problem IS NOT NULL THEN
+        IF relation IS NOT NULL OR problem IS NOT NULL OR is_locked THEN
             RETURN NEXT;
         END IF;
     END LOOP;
 END
 $$;
 COMMENT ON FUNCTION walmirror.relations() IS
-    'the definitions of all labelled tables, or why a label does not fit its table any more';
+    'the definitions of all labelled tables, or why a label does not fit its table any more; neither where a table is locked for longer than lock_timeout';
 
 CREATE FUNCTION walmirror.leaves(tbl oid) RETURNS SETOF oid
     LANGUAGE sql STABLE STRICT SET search_path = pg_catalog, pg_temp AS

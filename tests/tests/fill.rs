@@ -172,3 +172,45 @@ fn a_table_is_compacted_while_it_is_filled() {
     m.check();
     assert_eq!(m.redis.keys().len(), 100_000);
 }
+
+/// The story: when the catalog was to be compared, a table that somebody had locked, and any transaction that was running, held up all that is
+/// read of others.
+#[test]
+fn a_locked_table_holds_up_itself_alone() {
+    let m = Mirror::with(
+        "CREATE TABLE a (id int PRIMARY KEY); CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE other (id int PRIMARY KEY); \
+         INSERT INTO a VALUES (1); INSERT INTO t VALUES (1, 'v'); SELECT walmirror.mirror('a'), walmirror.mirror('t')",
+    );
+    m.settle();
+    let begin = |sql: &str| {
+        let mut client = m.db.connect();
+        client.batch_execute(&format!("BEGIN; {sql}")).unwrap();
+        client
+    };
+    let mut before = begin("INSERT INTO other VALUES (1)");
+    m.sql("CREATE TABLE b (id int PRIMARY KEY); INSERT INTO b VALUES (1); SELECT walmirror.mirror('b')");
+    m.outlast_announced();
+    let mut lock_b = begin("LOCK TABLE b");
+    before.batch_execute("COMMIT").unwrap();
+    let mut lock_a = begin("LOCK TABLE a");
+    m.sql(
+        "ALTER EVENT TRIGGER walmirror_ddl_command_end DISABLE; ALTER TABLE t ADD w int; \
+         ALTER EVENT TRIGGER walmirror_ddl_command_end ENABLE ALWAYS; INSERT INTO t VALUES (2, 'v', 2)",
+    );
+    m.sync();
+    let is_told = |table: &str| {
+        wait_for(DEADLINE, "the sink to tell of the lock", || {
+            let told = |line: &str| line.contains("the table is locked") && line.contains(table);
+            m.sink(|sink| sink.output().lines().any(told)).then_some(())
+        });
+    };
+    is_told("public.b");
+    is_told("public.a");
+    lock_b.batch_execute("ROLLBACK").unwrap();
+    wait_for(DEADLINE, "the table that is no longer locked", || {
+        m.redis.keys().contains(&"b:1".to_owned()).then_some(())
+    });
+    m.sink(|sink| assert!(!sink.output().contains("does not fit it")));
+    lock_a.batch_execute("ROLLBACK").unwrap();
+    m.settle();
+}

@@ -14,6 +14,8 @@ pub struct Catalog {
     pub relations: Vec<pb::Relation>,
     /// Those of which there is none.
     pub misfits: Vec<Misfit>,
+    /// Those that somebody had locked: oid, and schema and name.
+    pub locked: Vec<(u32, String)>,
     /// How many times it was wanted before it was read ([`super::Backfill::wishes`]).
     pub wishes: u64,
 }
@@ -51,7 +53,7 @@ impl Misfit {
 }
 
 impl Catalog {
-    /// Reads `walmirror.relations()`.
+    /// Reads `walmirror.relations()`, which waits for each table as long as `lock_timeout` says.
     pub(crate) fn read(sql: &mut Sql, wishes: u64) -> Result<Self, Error> {
         Ok(Self {
             wishes,
@@ -74,13 +76,21 @@ impl Catalog {
                 let relation = pb::Relation::decode(bytes)
                     .map_err(|error| Error::bug(format!("walmirror.relations() cannot be read: {error}")))?;
                 catalog.relations.push(relation);
-            } else if let Some(oid) = row.get(1).and_then(|bytes| bytes.first_chunk()) {
-                catalog.misfits.push(Misfit {
-                    oid: u32::from_be_bytes(*oid),
-                    table: row.text(2).unwrap_or_default().to_owned(),
+                continue;
+            }
+            let Some(oid) = row.get(1).and_then(|bytes| bytes.first_chunk()) else {
+                continue;
+            };
+            let oid = u32::from_be_bytes(*oid);
+            let table = row.text(2).unwrap_or_default().to_owned();
+            match row.text(3) {
+                Some(problem) => catalog.misfits.push(Misfit {
+                    oid,
+                    table,
                     quoted: row.text(4).unwrap_or_default().to_owned(),
-                    problem: row.text(3).unwrap_or_default().to_owned(),
-                });
+                    problem: problem.to_owned(),
+                }),
+                None => catalog.locked.push((oid, table)),
             }
         }
         Ok(catalog)

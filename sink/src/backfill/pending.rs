@@ -83,8 +83,8 @@ pub(super) fn pass(
             if troubles.is_paused(relation) {
                 continue;
             }
-            let table = || context.backfill.table(relation).unwrap_or_default();
-            if troubles.is_locked_still(relation, &table(), || sql.locker(relation)) {
+            let name = || context.backfill.table(relation).unwrap_or_default();
+            if troubles.is_locked_still(relation, &name(), || sql.locker(relation)) {
                 continue;
             }
             // Each table may take its time.
@@ -103,7 +103,7 @@ pub(super) fn pass(
                 }
                 Err(error) => {
                     tables.remove(&relation);
-                    troubles.take(relation, &table(), error, || sql.whoever_locks(relation))?;
+                    troubles.take(relation, &name(), error, || sql.whoever_locks(relation))?;
                 }
             }
             if context.stopped() {

@@ -1,6 +1,6 @@
 //! A worker's SQL connection: snapshots, markers, and waiting for transactions that are older than what the stream shows.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::error::Error;
 use crate::gate::Snapshot;
@@ -174,26 +174,37 @@ impl Sql {
         id(self.query("cannot take a snapshot", statement, &[])?)
     }
 
-    /// Waits until every transaction that runs now is over.
-    pub(super) fn outlast_running(&mut self, what: &str, stopped: impl Fn() -> bool) -> Result<(), Error> {
-        let newest = transaction_id(self)?;
-        let (started, mut told) = (Instant::now(), false);
-        loop {
-            let oldest = self.oldest_running()?;
-            if oldest > newest || stopped() {
-                return Ok(());
-            }
-            if !told && started.elapsed() > Duration::from_secs(1) {
-                told = true;
-                let who = self.whoever_runs(oldest)?;
-                tracing::info!(
-                    table = what,
-                    xid = oldest,
-                    "the backfill waits for a transaction that is older than it: {who}"
-                );
-            }
-            std::thread::sleep(Duration::from_millis(if told { 200 } else { 10 }));
+    /// What a transaction that begins now would see.
+    pub(crate) fn snapshot(&mut self) -> Result<Snapshot, Error> {
+        let result = self.query("cannot take a snapshot", "SELECT pg_current_snapshot()", &[])?;
+        let text = result.text(0, 0).unwrap_or_default();
+        text.parse()
+            .map_err(|error: crate::gate::ParseSnapshotError| Error::bug(error.to_string()))
+    }
+
+    /// The (32-bit) ids of transactions that have not committed by now, however long they last: those whose sessions wait for their
+    /// clients, and those that are prepared.
+    pub(crate) fn undecided(&mut self) -> Result<Vec<u32>, Error> {
+        let statement = "SELECT backend_xid FROM pg_stat_activity \
+                         WHERE backend_xid IS NOT NULL AND state LIKE 'idle in transaction%'";
+        let idle = self.query("cannot look at the sessions", statement, &[])?;
+        let mut undecided: Vec<u32> = idle.rows().filter_map(|row| row.parse(0)).collect();
+        undecided.extend(self.prepared()?);
+        Ok(undecided)
+    }
+
+    /// One that is prepared is still listed while its COMMIT PREPARED waits for a standby, so none counts while somebody may be at that:
+    /// who is, is looked for first, and whoever begins later commits behind that.
+    fn prepared(&mut self) -> Result<Vec<u32>, Error> {
+        let statement = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() \
+                         AND (state IS NULL OR state = 'disabled' OR state = 'active' AND query ~* 'commit.*prepared')";
+        let result = self.query("cannot look at the sessions", statement, &[])?;
+        if result.text(0, 0) != Some("0") {
+            return Ok(Vec::new());
         }
+        let statement = "SELECT transaction FROM pg_prepared_xacts WHERE database = current_database()";
+        let result = self.query("cannot look at the prepared transactions", statement, &[])?;
+        Ok(result.rows().filter_map(|row| row.parse(0)).collect())
     }
 
     /// Who holds this transaction id, for a log line.

@@ -9,8 +9,8 @@ use super::catalog::Catalog;
 use super::fill::{Filling, Flow};
 use super::sql::Sql;
 use super::troubles::Troubles;
-use super::worker::{Context, IDLE, Role};
-use super::writers::Writers;
+use super::worker::{Context, IDLE, LOCK_TABLES, Role};
+use super::writers::{Committing, Writers};
 use super::{Content, Room, Stage, Task, Window, sweep};
 use crate::error::Error;
 use crate::gate::Snapshot;
@@ -20,6 +20,12 @@ use crate::redis::Connection;
 const ROOM_BYTES: usize = 16 * 1024 * 1024;
 /// How long one table is read before others have their turn.
 const TURN: Duration = Duration::from_secs(10);
+/// The same while the catalog is to be compared.
+const TURN_SHORT: Duration = Duration::from_millis(500);
+/// So long each table is waited for when the catalog is read: one that is locked is compared later.
+const LOCK_CATALOG: Duration = Duration::from_millis(100);
+/// Where troubles with the list of tables are noted: no table has this oid.
+const LIST: u32 = 0;
 /// How long a table that is filled waits for others before its keys are checked.
 const SWEEP_AFTER: Duration = Duration::from_secs(5);
 /// A table that is another one than it was told to be is tried again after so long; twice as long after each attempt.
@@ -38,6 +44,10 @@ pub(super) struct Tables<'c> {
     changes: BTreeMap<u32, Changes>,
     troubles: Troubles,
     writers: Writers,
+    /// Whom the next look at the catalog waits for.
+    committing: Option<Committing>,
+    /// The catalog was compared in this session, but for tables that were locked.
+    is_compared: bool,
     /// The table that had the last turn.
     last: u32,
     /// Since when tables wait for a sweep.
@@ -63,6 +73,8 @@ impl<'c> Tables<'c> {
             changes: BTreeMap::new(),
             troubles: Troubles::default(),
             writers: Writers::default(),
+            committing: None,
+            is_compared: false,
             last: 0,
             waiting: None,
             retry: RETRY_MIN,
@@ -83,9 +95,9 @@ impl<'c> Tables<'c> {
     fn turn(&mut self, connection: Option<Sql>) -> Result<Option<Sql>, Error> {
         let backfill = &self.context.backfill;
         self.settle();
-        let is_reconciled = backfill.is_reconciled();
+        let is_to_compare = !backfill.is_reconciled() && !self.troubles.is_paused(LIST);
         let is_held_up = self.writers.hold_up_any(backfill);
-        let idle = is_reconciled && !is_held_up && self.next().is_none();
+        let idle = !is_to_compare && !is_held_up && self.next().is_none();
         if idle && self.fillings.is_empty() {
             // An idle session is one that somebody else could use.
             drop(connection);
@@ -96,15 +108,17 @@ impl<'c> Tables<'c> {
             Some(sql) => sql,
             None => self.context.connect(Role::Tables)?,
         };
-        if !is_reconciled {
-            self.reconcile(&mut sql)?;
+        // While it waits, tables that are known are filled.
+        if is_to_compare && self.reconcile(&mut sql)? {
             return Ok(Some(sql));
         }
         if is_held_up {
             self.writers.look(backfill, &mut sql)?;
         }
         let Some((relation, task)) = self.next() else {
-            let pause = if is_held_up { self.writers.pause() } else { IDLE };
+            let committing = self.committing.as_ref().map_or(IDLE, Committing::pause);
+            let writers = if is_held_up { self.writers.pause() } else { IDLE };
+            let pause = committing.min(writers);
             backfill.wait(pause.min(self.troubles.until_due()));
             return Ok(Some(sql));
         };
@@ -142,7 +156,10 @@ impl<'c> Tables<'c> {
     fn is_paused(&self, relation: u32, task: &Task) -> bool {
         let is_on_its_way =
             |filling: &Filling| filling.is_read && is_of(filling, task) && task.cursor.stage == Stage::Fill;
+        // Nobody waits for a sweep, and what it removes should not be what an old label says.
+        let is_early = task.cursor.stage == Stage::Sweep && !self.is_compared;
         self.troubles.is_paused(relation)
+            || is_early
             || !self.writers.are_over(task)
             || self.fillings.get(&relation).is_some_and(is_on_its_way)
     }
@@ -168,7 +185,8 @@ impl<'c> Tables<'c> {
 
     /// Reads a table for as long as a turn is.
     fn fill(&mut self, sql: &mut Sql, relation: u32, task: &Task) -> Result<(), Error> {
-        let until = Instant::now() + TURN;
+        let is_to_compare = !self.context.backfill.is_reconciled();
+        let until = Instant::now() + if is_to_compare { TURN_SHORT } else { TURN };
         let mut filling = match self.fillings.remove(&relation) {
             Some(filling) => filling,
             None => Filling::start(sql, relation, task, &self.room)?,
@@ -229,20 +247,28 @@ impl<'c> Tables<'c> {
     }
 
     /// Hands the catalog to the planner, which compares it with the registry at this place of the stream: labels that the
-    /// stream has not told of (set before the slot was made, or while it did not exist) are found this way.
-    fn reconcile(&mut self, sql: &mut Sql) -> Result<(), Error> {
+    /// stream has not told of (set before the slot was made, or while it did not exist) are found this way. False: it waits.
+    fn reconcile(&mut self, sql: &mut Sql) -> Result<bool, Error> {
         let (context, list) = (self.context, "(the list of mirrored tables)");
-        let wishes = context.backfill.wishes();
-        // A label whose transaction is in the stream already may still be invisible, while its COMMIT waits for a standby.
-        sql.outlast_running(list, || context.stopped())?;
-        if self.troubles.is_locked_still(0, list, || sql.locker(0)) {
-            context.backfill.wait(IDLE);
-            return Ok(());
+        // A label whose transaction is in the stream already may still be invisible, while its COMMIT waits for a standby. What the stream
+        // tells behind this look counts more than the catalog.
+        let mut committing = match self.committing.take() {
+            Some(committing) => committing,
+            None => Committing::look(sql, context.backfill.wishes())?,
+        };
+        if !committing.are_over(sql)? {
+            self.committing = Some(committing);
+            return Ok(false);
         }
-        let catalog = match Catalog::read(sql, wishes) {
+        sql.set_lock_timeout(LOCK_CATALOG)?;
+        let catalog = Catalog::read(sql, committing.wishes);
+        sql.set_lock_timeout(LOCK_TABLES)?;
+        let catalog = match catalog {
             // It is of all of them.
             Err(error) if error.is_of_a_lock() => {
-                return self.troubles.take(0, list, error, || sql.whoever_locks(0));
+                self.troubles
+                    .take(LIST, list, error, || sql.whoever_locks(LIST))?;
+                return Ok(true);
             }
             catalog => catalog?,
         };
@@ -250,10 +276,14 @@ impl<'c> Tables<'c> {
             let error = misfit.error();
             tracing::error!(next = error.next_command(), "{error}");
         }
+        match catalog.locked.first() {
+            Some((relation, table)) => self.troubles.locked(LIST, table, || sql.whoever_locks(*relation)),
+            None => self.troubles.clear(LIST),
+        }
         let (window, nothing) = (Arc::new(Window::default()), Snapshot::default());
         context.submit_for(sql, &window, 0, 0, nothing, Content::Catalog(catalog), None)?;
-        window.wait(0, || context.stopped());
-        Ok(())
+        self.is_compared |= window.wait(0, || context.stopped());
+        Ok(true)
     }
 }
 

@@ -72,7 +72,8 @@ impl Troubles {
         true
     }
 
-    fn locked(&mut self, relation: u32, table: &str, who: impl FnOnce() -> String) {
+    /// Tells of a table that is locked, and has it left alone for a while.
+    pub(super) fn locked(&mut self, relation: u32, table: &str, who: impl FnOnce() -> String) {
         if self.note_lock(relation, Instant::now()) {
             tracing::info!(
                 table,

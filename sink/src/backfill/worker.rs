@@ -27,7 +27,7 @@ const PENDING_MAX: Duration = Duration::from_millis(500);
 
 /// So long a worker waits for a table that somebody has locked. A pass over the pending keys takes the tables in turn, and who reads
 /// again what it could not read loses nothing.
-const LOCK_TABLES: Duration = Duration::from_secs(5);
+pub(super) const LOCK_TABLES: Duration = Duration::from_secs(5);
 const LOCK_PENDING: Duration = Duration::from_secs(1);
 
 /// What a worker needs.

@@ -56,7 +56,65 @@ impl Writers {
 
     /// When it is worth a look again.
     pub(super) fn pause(&self) -> Duration {
-        let is_long = self.waiting.is_some_and(|since| since.elapsed() > TOLD_AFTER);
-        Duration::from_millis(if is_long { 200 } else { 10 })
+        pause(self.waiting)
     }
+}
+
+/// Transactions that may have committed before a time and be invisible still, as a COMMIT is that waits for a standby: it is in the WAL,
+/// and in the stream, before snapshots see it. One whose session idles inside of it behind that time, or that is prepared, has not.
+#[derive(Debug)]
+pub(super) struct Committing {
+    open: Vec<u64>,
+    since: Instant,
+    is_told: bool,
+    /// How many times the catalog was wanted before that time.
+    pub(super) wishes: u64,
+}
+
+impl Committing {
+    /// Those of now.
+    pub(super) fn look(sql: &mut Sql, wishes: u64) -> Result<Self, Error> {
+        Ok(Self {
+            open: sql.snapshot()?.in_progress().to_vec(),
+            since: Instant::now(),
+            is_told: false,
+            wishes,
+        })
+    }
+
+    /// Whether all that have committed before that time are visible. Tells of one who may not be.
+    pub(super) fn are_over(&mut self, sql: &mut Sql) -> Result<bool, Error> {
+        if self.open.is_empty() {
+            return Ok(true);
+        }
+        let now = sql.snapshot()?;
+        self.open.retain(|xid| !now.sees(*xid));
+        if !self.open.is_empty() {
+            let undecided = sql.undecided()?;
+            self.open.retain(|xid| !undecided.contains(&(*xid as u32)));
+        }
+        let Some(oldest) = self.open.first() else {
+            return Ok(true);
+        };
+        if self.since.elapsed() > TOLD_AFTER && !self.is_told {
+            self.is_told = true;
+            let who = sql.whoever_runs(*oldest)?;
+            tracing::info!(
+                xid = oldest,
+                "the list of mirrored tables waits for a transaction that may be committing; tables that are known are read meanwhile: {who}"
+            );
+        }
+        Ok(false)
+    }
+
+    /// When it is worth a look again.
+    pub(super) fn pause(&self) -> Duration {
+        pause(Some(self.since))
+    }
+}
+
+/// Between two looks at those that are waited for since then.
+fn pause(since: Option<Instant>) -> Duration {
+    let is_long = since.is_some_and(|since| since.elapsed() > TOLD_AFTER);
+    Duration::from_millis(if is_long { 200 } else { 10 })
 }

@@ -233,16 +233,15 @@ impl Sides {
     /// before snapshots see it; with a synchronous standby, for long. A transaction whose session idles inside of it has not
     /// committed, however long it lasts, nor has one that is prepared. False: some transaction went on for too long.
     pub(super) fn outlast(&mut self) -> Result<bool, Error> {
-        let first = self.snapshot()?;
+        let first = self.sql.snapshot()?;
         let mut open = first.in_progress().to_vec();
         let started = Instant::now();
         let mut wait = self.wait();
         loop {
-            let now = self.snapshot()?;
+            let now = self.sql.snapshot()?;
             open.retain(|xid| !now.sees(*xid));
             if started.elapsed() > LONG && !open.is_empty() {
-                let mut undecided = self.idle()?;
-                undecided.extend(self.prepared()?);
+                let undecided = self.sql.undecided()?;
                 open.retain(|xid| !undecided.contains(&(*xid as u32)));
             }
             if open.is_empty() {
@@ -252,38 +251,6 @@ impl Sides {
                 return Ok(false);
             }
         }
-    }
-
-    fn snapshot(&mut self) -> Result<Snapshot, Error> {
-        let result = self
-            .sql
-            .query("cannot take a snapshot", "SELECT pg_current_snapshot()", &[])?;
-        let text = result.text(0, 0).unwrap_or_default();
-        text.parse()
-            .map_err(|error: crate::gate::ParseSnapshotError| Error::bug(error.to_string()))
-    }
-
-    /// The (32-bit) ids of transactions whose sessions wait for their clients.
-    fn idle(&mut self) -> Result<Vec<u32>, Error> {
-        let statement = "SELECT backend_xid FROM pg_stat_activity \
-                         WHERE backend_xid IS NOT NULL AND state LIKE 'idle in transaction%'";
-        let result = self.sql.query("cannot look at the sessions", statement, &[])?;
-        Ok(result.rows().filter_map(|row| row.parse(0)).collect())
-    }
-
-    /// The (32-bit) ids of prepared transactions. One is still listed while its COMMIT PREPARED waits for a standby, so none counts
-    /// while somebody may be at that: who is, is looked for first, and whoever begins later commits behind what was read of Redis.
-    fn prepared(&mut self) -> Result<Vec<u32>, Error> {
-        let statement = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() \
-                         AND (state IS NULL OR state = 'disabled' OR state = 'active' AND query ~* 'commit.*prepared')";
-        let result = self.sql.query("cannot look at the sessions", statement, &[])?;
-        if result.text(0, 0) != Some("0") {
-            return Ok(Vec::new());
-        }
-        let statement = "SELECT transaction FROM pg_prepared_xacts WHERE database = current_database()";
-        let what = "cannot look at the prepared transactions";
-        let result = self.sql.query(what, statement, &[])?;
-        Ok(result.rows().filter_map(|row| row.parse(0)).collect())
     }
 
     /// Which of the keys wait to be read again by the sink.

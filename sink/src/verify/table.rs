@@ -54,6 +54,10 @@ impl Table {
         if let Some(misfit) = catalog.misfits.iter().find(is_asked_for) {
             return Err(misfit.error());
         }
+        if let Some((_, table)) = catalog.locked.first() {
+            return Err(Error::timeout(format!("the table {table} is locked"))
+                .next("walmirror verify --timeout 5min"));
+        }
         let relations: BTreeMap<u32, pb::Relation> = catalog
             .relations
             .into_iter()

@@ -479,16 +479,19 @@ impl Planning {
             }
         }
         for oid in self.registry.oids() {
-            // What has a label that does not fit it stays as it is.
+            // What has a label that does not fit it, or that could not be looked at, stays as it is.
             let is_labelled = catalog.relations.iter().any(|relation| relation.oid == oid)
-                || catalog.misfits.iter().any(|misfit| misfit.oid == oid);
+                || catalog.misfits.iter().any(|misfit| misfit.oid == oid)
+                || catalog.locked.iter().any(|(locked, _)| *locked == oid);
             if !self.announced.contains(&oid) && !is_labelled {
                 self.forget_relation(oid, false)?;
             }
         }
         // What is labelled from now on finds in Redis what somebody has put there since the session began.
         self.registry.doubt();
-        self.backfill.note_reconciled(catalog.wishes);
+        if catalog.locked.is_empty() {
+            self.backfill.note_reconciled(catalog.wishes);
+        }
         Ok(())
     }
 

@@ -339,3 +339,25 @@ fn what_is_read_of_another_version_has_the_catalog_compared() {
     plan(&mut planning, 61, other);
     assert_eq!(planning.registry.get(OID).unwrap().relation.fingerprint, 2);
 }
+
+#[test]
+fn a_table_that_could_not_be_looked_at_stays_as_it_is() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    let window = Arc::new(Window::default());
+    for (id, locked) in [(1, vec![(OID, "public.t".to_owned())]), (2, Vec::new())] {
+        let is_locked = !locked.is_empty();
+        let catalog = Content::Catalog(Catalog {
+            locked,
+            ..Catalog::default()
+        });
+        planning.chunk(chunk(&planning, id, catalog, None, &window));
+        let marker = pb::Marker {
+            content: format!("m:{id}").into_bytes(),
+            lsn: 20 + id,
+        };
+        Frame::default().record(marker).feed(&mut planning);
+        planning.piece().unwrap();
+        assert_eq!(planning.registry.get(OID).is_some(), is_locked);
+        assert_eq!(planning.backfill.is_reconciled(), !is_locked);
+    }
+}
