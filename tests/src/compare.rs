@@ -90,7 +90,10 @@ struct Table {
 }
 
 fn mirrors(client: &mut Client) -> Vec<Table> {
-    let query = "SELECT relation, key, value, ttl IS NOT NULL, columns IS NULL AND NOT c.virtual, c.names, mode = 'cache' \
+    // A label without a key takes the name of the table as it is now, and its primary key.
+    let query = "SELECT relation, coalesce(key, (SELECT replace(replace(relname, '{', '{{'), '}', '}}') || string_agg(':{' || attname || '}', '' ORDER BY n) \
+              FROM pg_catalog.pg_class r JOIN pg_catalog.pg_index i ON indrelid = r.oid AND indisprimary, unnest(indkey::int2[]) WITH ORDINALITY k(number, n) \
+              JOIN pg_catalog.pg_attribute ON attnum = number WHERE r.oid = m.relation AND attrelid = r.oid GROUP BY relname)), value, ttl IS NOT NULL, columns IS NULL AND NOT c.virtual, c.names, mode = 'cache' \
          FROM walmirror.mirrors m, LATERAL ( \
            SELECT string_agg(encode(convert_to(attname, 'UTF8'), 'hex'), ',' ORDER BY attnum) \
                     FILTER (WHERE attgenerated <> 'v' AND (m.columns IS NULL OR attname::text = ANY (m.columns))) AS names, \
