@@ -351,15 +351,13 @@ impl Planning {
             .get(oid)
             .map(|registered| registered.mapping.table.clone());
         self.forgotten.insert(oid);
-        let Some(purges) = self.registry.forget(self.assembly.batch(), oid) else {
+        let Some(purges) = self.registry.forget(self.assembly.batch(), oid, keep_keys) else {
             // Nobody had told of it yet, but a row of an older transaction may come.
             self.restate();
             return Ok(());
         };
         tracing::info!(table, keep_keys, "a table is no longer mirrored");
-        if !keep_keys {
-            self.purge(purges);
-        }
+        self.purge(purges);
         self.hand_on(oid, &left)?;
         self.gate.forget_relation(oid);
         self.dirty = true;

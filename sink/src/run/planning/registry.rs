@@ -214,9 +214,14 @@ impl Registry {
         self.nothing_else = false;
     }
 
-    /// The table is no longer mirrored. Returns what removes its keys.
-    pub(super) fn forget(&mut self, batch: &mut Batch, oid: u32) -> Option<Vec<Purge>> {
-        let purges = self.purges(oid);
+    /// The table is no longer mirrored. Returns what removes its keys; where they are kept, those of templates that it had before, which
+    /// a sweep would have removed.
+    pub(super) fn forget(&mut self, batch: &mut Batch, oid: u32, keep_keys: bool) -> Option<Vec<Purge>> {
+        let purges = if keep_keys {
+            self.left_behind(oid)
+        } else {
+            self.purges(oid)
+        };
         self.relations.remove(&oid)?;
         // Its keys may be kept, and another table may get their template.
         self.nothing_else = false;
@@ -277,12 +282,18 @@ impl Registry {
 
     /// What removes the keys of templates that a table had before.
     fn retired(&self, oid: u32, old_keys: &[String]) -> Vec<Purge> {
-        let others = self.templates(oid);
-        old_keys
-            .iter()
-            .filter_map(|key| KeyTemplate::parse(key).ok())
-            .map(|template| Purge::retired(oid, &template, &others))
-            .collect()
+        retired(oid, old_keys, &self.templates(oid))
+    }
+
+    /// What removes the keys that a table had under other templates than its own.
+    fn left_behind(&self, oid: u32) -> Vec<Purge> {
+        // Of a version that nobody announced it is not known whether it is the one whose keys are kept.
+        let Some(registered) = self.get(oid).filter(|registered| !registered.is_outdated()) else {
+            return Vec::new();
+        };
+        let mut others = self.templates(oid);
+        others.push(registered.mapping.template.clone());
+        retired(oid, &registered.cursor.old_keys, &others)
     }
 
     /// Whether the keys of a version that a table had before may be another table's by now. Nothing of that version is of interest
@@ -407,6 +418,15 @@ impl Registry {
             .map(|(_, registered)| registered.mapping.template.clone())
             .collect()
     }
+}
+
+/// What removes the keys of these templates, but for those that could be of others.
+fn retired(oid: u32, old_keys: &[String], others: &[KeyTemplate]) -> Vec<Purge> {
+    old_keys
+        .iter()
+        .filter_map(|key| KeyTemplate::parse(key).ok())
+        .map(|template| Purge::retired(oid, &template, others))
+        .collect()
 }
 
 fn is_cache(relation: &pb::Relation) -> bool {

@@ -116,6 +116,30 @@ fn a_forgotten_table_stays_forgotten() {
     assert_eq!(flushed(&mut planning).len(), 1, "only the progress");
 }
 
+/// Keys of a template that the table had before, and that no sweep had removed yet, once stayed for good.
+#[test]
+fn a_table_that_keeps_its_keys_keeps_those_of_its_own_template() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    let announced = pb::Relation {
+        announced: true,
+        ..relation(2, "u:{id}")
+    };
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(100, 10)
+        .relation(announced)
+        .record(pb::Forget {
+            oid: OID,
+            keep_keys: true,
+        })
+        .commit(20)
+        .feed(&mut planning);
+    planning.flush();
+    let segment = planning.next_segment().unwrap();
+    let prefixes: Vec<_> = segment.purges.iter().map(|purge| purge.prefix()).collect();
+    assert_eq!(prefixes, [b"t:"]);
+}
+
 #[test]
 fn the_catalog_corrects_the_registry_where_the_stream_has_said_nothing() {
     let mut planning = planning(settled(), 1 << 20, 1 << 24);
