@@ -192,40 +192,20 @@ CREATE FUNCTION walmirror.announce(tbl oid, refresh boolean DEFAULT false, keep_
 COMMENT ON FUNCTION walmirror.announce(oid, boolean, boolean) IS
     'tells the stream that the caller, who has to own the table, changed it';
 
--- The labelled tables with a column of a type, or of an array, domain, range or row type made of it, and those that are OF it.
+-- These see what other sessions have done since the snapshot of the transaction was taken, as DDL does.
 CREATE FUNCTION walmirror.tables_of_type(typ oid) RETURNS SETOF oid
-    LANGUAGE sql STABLE STRICT SET search_path = pg_catalog, pg_temp AS
-$$
-    WITH RECURSIVE types(oid) AS (
-        SELECT typ
-        UNION
-        SELECT CASE WHEN d.classid = 'pg_type'::regclass THEN d.objid ELSE (SELECT c.reltype FROM pg_class c WHERE c.oid = d.objid) END
-        FROM types s JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass AND d.refobjid = s.oid
-        WHERE d.classid IN ('pg_type'::regclass, 'pg_class'::regclass)
-    )
-    SELECT DISTINCT walmirror.root(c.oid)
-    FROM types s JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass AND d.refobjid = s.oid AND d.classid = 'pg_class'::regclass
-    JOIN pg_class c ON c.oid = d.objid AND c.relkind IN ('r', 'p')
-    WHERE walmirror.root(c.oid) IS NOT NULL
-$$;
+    LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'tables_of_type_wrapper';
+COMMENT ON FUNCTION walmirror.tables_of_type(oid) IS
+    'the labelled tables with a column of a type, or of an array, domain, range or row type made of it, and those that are OF it';
 
--- A table, those that inherit its columns and are no partitions, and partitions of it that have a label of their own, as none may.
 CREATE FUNCTION walmirror.heirs(tbl oid) RETURNS SETOF oid
-    LANGUAGE sql STABLE STRICT SET search_path = pg_catalog, pg_temp AS
-$$
-    WITH RECURSIVE heirs(oid) AS (
-        SELECT tbl
-        UNION
-        SELECT i.inhrelid FROM heirs h JOIN pg_inherits i ON i.inhparent = h.oid
-        JOIN pg_class c ON c.oid = i.inhrelid AND NOT c.relispartition
-    )
-    SELECT h.oid FROM heirs h
-    UNION
-    SELECT l.objoid FROM pg_seclabel l JOIN pg_class c ON c.oid = l.objoid AND c.relispartition
-    WHERE l.provider = 'walmirror' AND l.classoid = 'pg_class'::regclass AND l.objsubid = 0
-      AND EXISTS (SELECT 1 FROM pg_class t WHERE t.oid = tbl AND (t.relkind = 'p' OR t.relispartition))
-      AND tbl IN (SELECT a.relid::oid FROM pg_partition_ancestors(CASE WHEN c.relispartition THEN l.objoid::regclass END) a)
-$$;
+    LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'heirs_wrapper';
+COMMENT ON FUNCTION walmirror.heirs(oid) IS
+    'a table, those that inherit its columns and are no partitions, and partitions of it that have a label of their own, as none may';
+
+CREATE FUNCTION walmirror.row_type(tbl oid) RETURNS oid
+    LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'row_type_wrapper';
+COMMENT ON FUNCTION walmirror.row_type(oid) IS 'the type of the rows of a table';
 
 CREATE FUNCTION walmirror.adds_value(command pg_ddl_command) RETURNS boolean
     LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'walmirror_adds_value';
@@ -263,7 +243,7 @@ BEGIN
                     PERFORM walmirror.check_label(root, added => command.only_adds);
                     -- An ALTER of a partitioned table may attach or detach a partition with its rows.
                     PERFORM walmirror.announce(root, refresh => command.command_tag = 'ALTER TABLE' AND
-                        (SELECT c.relkind = 'p' FROM pg_class c WHERE c.oid = root), keep_keys => false);
+                        EXISTS (SELECT 1 FROM pg_partition_tree(root::regclass) t WHERE NOT t.isleaf), keep_keys => false);
                 ELSIF command.command_tag = 'SECURITY LABEL' THEN
                     PERFORM walmirror.announce(command.objid, refresh => false, keep_keys => false);
                 END IF;
@@ -273,7 +253,7 @@ BEGIN
         FOR root IN SELECT DISTINCT t FROM (
                 SELECT command.objid AS typ WHERE command.command_tag = 'ALTER TYPE' AND command.classid = 'pg_type'::regclass AND NOT command.adds_value
                 UNION ALL
-                SELECT c.reltype FROM walmirror.heirs(command.objid) h JOIN pg_class c ON c.oid = h
+                SELECT walmirror.row_type(h) FROM walmirror.heirs(command.objid) h
                 WHERE command.command_tag LIKE 'ALTER %' AND command.classid = 'pg_class'::regclass
             ) changed, walmirror.tables_of_type(changed.typ) t
         LOOP
@@ -349,9 +329,8 @@ BEGIN
         PERFORM walmirror.announce(mirrored, refresh => anew, keep_keys => false);
     END LOOP;
     -- And from within the values of other tables, whose columns are of that row type.
-    FOR mirrored IN SELECT DISTINCT t FROM pg_event_trigger_dropped_objects() d
-            JOIN pg_class c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid, walmirror.tables_of_type(c.reltype) t
-            WHERE NOT d.is_temporary AND NOT d.original
+    FOR mirrored IN SELECT DISTINCT t FROM pg_event_trigger_dropped_objects() d, walmirror.tables_of_type(walmirror.row_type(d.objid)) t
+            WHERE d.classid = 'pg_class'::regclass AND NOT d.is_temporary AND NOT d.original
               AND d.object_type IN ('composite type column', 'table column', 'foreign table column')
     LOOP
         PERFORM walmirror.announce(mirrored, refresh => true, keep_keys => false);

@@ -8,6 +8,7 @@ use crate::capture::stats;
 use crate::ddl::{self, Check};
 use crate::decode::ddl_message::DdlMessage;
 use crate::error::Refusal;
+use crate::ffi::catalog_query;
 use crate::ffi::hooks;
 use crate::ffi::memory::Context;
 use crate::ffi::relation::{self, Rel};
@@ -36,6 +37,63 @@ fn relation(table: pg_sys::Oid) -> Option<Vec<u8>> {
 #[pg_extern]
 fn root(table: pg_sys::Oid) -> Option<pg_sys::Oid> {
     relation::labelled(table)
+}
+
+/// `walmirror.tables_of_type(oid)`: the labelled tables with a column of a type, or of one that is made of it, and those that are OF it.
+#[pg_extern]
+fn tables_of_type(of: pg_sys::Oid) -> SetOfIterator<'static, pg_sys::Oid> {
+    let tables = tables(
+        "WITH RECURSIVE types(oid) AS (
+             SELECT $1
+             UNION
+             SELECT CASE WHEN d.classid = 'pg_type'::regclass THEN d.objid ELSE (SELECT c.reltype FROM pg_class c WHERE c.oid = d.objid) END
+             FROM types s JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass AND d.refobjid = s.oid
+             WHERE d.classid IN ('pg_type'::regclass, 'pg_class'::regclass)
+         )
+         SELECT DISTINCT oidsend(c.oid)
+         FROM types s JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass AND d.refobjid = s.oid AND d.classid = 'pg_class'::regclass
+         JOIN pg_class c ON c.oid = d.objid AND c.relkind IN ('r', 'p')",
+        of,
+    );
+    let mut roots: Vec<_> = tables.into_iter().filter_map(relation::labelled).collect();
+    roots.sort_unstable_by_key(|oid| oid.to_u32());
+    roots.dedup();
+    SetOfIterator::new(roots)
+}
+
+/// `walmirror.heirs(oid)`: a table, those that inherit its columns and are no partitions, and partitions of it that have a label of
+/// their own, as none may.
+#[pg_extern]
+fn heirs(table: pg_sys::Oid) -> SetOfIterator<'static, pg_sys::Oid> {
+    SetOfIterator::new(tables(
+        "WITH RECURSIVE heirs(oid) AS (
+             SELECT $1
+             UNION
+             SELECT i.inhrelid FROM heirs h JOIN pg_inherits i ON i.inhparent = h.oid
+             JOIN pg_class c ON c.oid = i.inhrelid AND NOT c.relispartition
+         )
+         SELECT oidsend(h.oid) FROM heirs h
+         UNION
+         SELECT oidsend(l.objoid) FROM pg_seclabel l JOIN pg_class c ON c.oid = l.objoid AND c.relispartition
+         WHERE l.provider = 'walmirror' AND l.classoid = 'pg_class'::regclass AND l.objsubid = 0
+           AND EXISTS (SELECT 1 FROM pg_class t WHERE t.oid = $1 AND (t.relkind = 'p' OR t.relispartition))
+           AND $1 IN (SELECT a.relid::oid FROM pg_partition_ancestors(CASE WHEN c.relispartition THEN l.objoid::regclass END) a)",
+        table,
+    ))
+}
+
+/// The oids that a query of the catalogs finds, as they are now, in the order that it gives.
+fn tables(sql: &str, about: pg_sys::Oid) -> Vec<pg_sys::Oid> {
+    let rows = catalog_query::rows(sql, &[about])
+        .unwrap_or_else(|error| error!("walmirror could not read the catalogs: {error}"));
+    let oid = |row: Vec<u8>| row.try_into().ok().map(u32::from_be_bytes);
+    rows.into_iter().filter_map(oid).map(pg_sys::Oid::from).collect()
+}
+
+/// `walmirror.row_type(oid)`: the type of the rows of a table.
+#[pg_extern]
+fn row_type(table: pg_sys::Oid) -> pg_sys::Oid {
+    relation::row_type(table)
 }
 
 /// `walmirror.set_label(oid, bytea)`: checks all that could be wrong, then runs `SECURITY LABEL FOR walmirror`. The label is

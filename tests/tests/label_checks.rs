@@ -105,6 +105,39 @@ fn a_label_is_checked_as_of_when_it_is_set() {
     assert_eq!(db.value("SELECT count(*) FROM walmirror.mirrors"), "0");
 }
 
+/// A transaction whose snapshot is older than what other sessions did to its tables saw both versions of a table that it altered too
+/// ("more than one row returned by a subquery"), and no table that was made since.
+#[test]
+fn ddl_in_a_snapshot_that_is_older_than_that_of_others() {
+    let m = Mirror::with(
+        "CREATE TYPE pair AS (x int, y text); CREATE TYPE mood AS ENUM ('ok'); CREATE TABLE parent (n int); \
+         CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE child (id int PRIMARY KEY, n int); INSERT INTO t VALUES (1, 'v'); \
+         INSERT INTO child VALUES (1, 2); SELECT walmirror.mirror('t'), walmirror.mirror('child')",
+    );
+    let others = "ALTER TABLE t ADD a int DEFAULT 1; ALTER TABLE child INHERIT parent; CREATE TABLE since (id int PRIMARY KEY, p pair, m mood); \
+         INSERT INTO since VALUES (1, ROW(1, 'y'), 'ok'); SELECT walmirror.mirror('since', value => 'json')";
+    let old: Vec<_> = [
+        "ALTER TABLE t ADD b int DEFAULT 2",
+        "ALTER TABLE parent ADD inherited int DEFAULT 3",
+        "ALTER TYPE pair RENAME ATTRIBUTE x TO z",
+        "ALTER TYPE mood RENAME VALUE 'ok' TO 'fine'",
+    ]
+    .map(|statement| {
+        let mut client = m.db.connect();
+        let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1";
+        client.batch_execute(begin).unwrap();
+        (client, statement)
+    })
+    .into();
+    m.sql(others);
+    m.settle();
+    for (mut client, statement) in old {
+        println!("{statement}");
+        client.batch_execute(&format!("{statement}; COMMIT")).unwrap();
+        m.settle();
+    }
+}
+
 /// Nor does the DDL of another session see the label that is about to be set: an unlogged partition once came to be mirrored.
 #[test]
 fn a_label_waits_for_ddl_on_the_partitions() {

@@ -279,6 +279,12 @@ pub fn lock_to_label(table: pg_sys::Oid) {
     unsafe { pg_sys::LockRelationOid(table, pg_sys::ShareUpdateExclusiveLock as pg_sys::LOCKMODE) }
 }
 
+/// The type of the rows of a table; InvalidOid if there is no such table.
+pub fn row_type(table: pg_sys::Oid) -> pg_sys::Oid {
+    // SAFETY: a syscache look-up.
+    unsafe { pg_sys::get_rel_type_id(table) }
+}
+
 /// The table whose label holds for a table: its own, or the nearest that it is a partition of.
 pub fn labelled(table: pg_sys::Oid) -> Option<pg_sys::Oid> {
     // SAFETY: a syscache look-up; false for what does not exist.
