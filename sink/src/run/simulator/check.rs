@@ -86,7 +86,7 @@ impl Checks {
                 }
             }
         }
-        match held.into_iter().next() {
+        match held.into_iter().find(|(key, _)| !history.is_kept(key)) {
             Some((key, found)) => Err(differs("at rest", key, Some(found), None)),
             None if redis.pending().next().is_some() => Err("a key is still pending".to_owned()),
             None => Ok(()),

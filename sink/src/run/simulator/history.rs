@@ -1,7 +1,7 @@
 //! The reference: what every row and label was at every position of the WAL, and so what Redis must hold at any position.
 //! Deliberately simple; nothing of the sink is used here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::postgres::Effect;
@@ -15,6 +15,8 @@ type Since<T> = Vec<(u64, u64, Option<T>)>;
 pub(super) struct History {
     rows: BTreeMap<(u32, Id), Since<Row>>,
     labels: BTreeMap<u32, Since<Arc<Definition>>>,
+    /// What keys begin with that a table left behind with its label.
+    kept: BTreeSet<String>,
     /// oid, and the end of the transaction.
     rewrites: Vec<(u32, u64)>,
 }
@@ -30,7 +32,14 @@ impl History {
                         .push((lsn, end, row.clone()));
                 }
                 Effect::Rewrite(oid) => self.rewrites.push((*oid, end)),
+                Effect::Keep(oid) => {
+                    let label = last(self.labels.get(oid), end);
+                    self.kept.extend(label.map(|label| label.prefix.clone()));
+                }
                 Effect::Label(oid, label) => {
+                    if let Some(label) = label {
+                        self.kept.remove(&label.prefix);
+                    }
                     self.rewrites.push((*oid, end));
                     self.labels
                         .entry(*oid)
@@ -74,6 +83,11 @@ impl History {
         let all = self.rows.get(&(oid, id)).into_iter().flatten();
         all.filter(move |(start, ..)| *start == lsn)
             .map(|(.., row)| row.as_ref())
+    }
+
+    /// Whether it is a key that a table left behind.
+    pub(super) fn is_kept(&self, key: &[u8]) -> bool {
+        self.kept.iter().any(|prefix| key.starts_with(prefix.as_bytes()))
     }
 
     /// All keys of a table, as they must be at this position.

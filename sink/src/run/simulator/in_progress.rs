@@ -170,9 +170,9 @@ impl Stream {
                 );
             }
             Record::Truncate(definition) | Record::Announce(definition, _) => {
-                self.change(&Record::Forget(definition.oid), frame);
+                self.change(&Record::Forget(definition.oid, false), frame);
             }
-            Record::Forget(_) => self.change(record, frame),
+            Record::Forget(..) => self.change(record, frame),
         }
     }
 }

@@ -137,7 +137,7 @@ pub(super) fn shake(
     let sent = if dice.once_in(3) { confirmed } else { from.0 };
     let starting = Starting {
         redis,
-        stream: Some(Stream::start(sent)),
+        stream: Some(Stream::start(sent, lock(server).redis.broken)),
         start,
         from,
         fresh,

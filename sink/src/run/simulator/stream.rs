@@ -10,7 +10,8 @@ use walmirror_proto::writer::{FrameWriter, TupleBuilder};
 use super::dice::Dice;
 use super::in_progress::Early;
 use super::postgres::{Postgres, Record, Wal};
-use super::table::{Definition, key_tuple, tuple};
+use super::redis::Broken;
+use super::table::{Definition, key_tuple, mixed, tuple};
 use crate::gate::Snapshot;
 
 #[derive(Debug)]
@@ -24,16 +25,18 @@ pub(super) struct Stream {
     pub(super) known: BTreeMap<u32, (u32, u64)>,
     /// Transactions of which something was sent while they were in progress.
     pub(super) early: Early,
+    broken: Broken,
 }
 
 impl Stream {
-    pub(super) fn start(from: u64) -> Self {
+    pub(super) fn start(from: u64, broken: Broken) -> Self {
         Self {
             from,
             entry: 0,
             sent: 0,
             known: BTreeMap::new(),
             early: Early::default(),
+            broken,
         }
     }
 
@@ -154,11 +157,20 @@ impl Stream {
             } => {
                 let index = self.index(definition, frame);
                 let new = if *kind == pb::Kind::Delete {
-                    key_tuple(row.id)
+                    key_tuple(definition, row.id)
                 } else {
                     tuple(definition, row, *unchanged)
                 };
-                frame.row(*kind, index, &new, old.map(key_tuple).as_ref());
+                let old = old.map(|old| match self.broken {
+                    Broken::HalfKey => mixed(old, row.id),
+                    _ => old,
+                });
+                frame.row(
+                    *kind,
+                    index,
+                    &new,
+                    old.map(|old| key_tuple(definition, old)).as_ref(),
+                );
             }
             Record::Truncate(definition) => {
                 let index = self.index(definition, frame);
@@ -179,11 +191,11 @@ impl Stream {
                 };
                 frame.record(&relation.into());
             }
-            Record::Forget(oid) => {
+            Record::Forget(oid, keep_keys) => {
                 frame.record(
                     &pb::Forget {
                         oid: *oid,
-                        keep_keys: false,
+                        keep_keys: *keep_keys || self.broken == Broken::KeepKeys,
                     }
                     .into(),
                 );

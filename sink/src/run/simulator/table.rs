@@ -9,6 +9,11 @@ use super::redis::Stored;
 
 pub(super) type Id = u8;
 
+/// The table whose key is of two columns, hi and lo, in the place of id: where its row gets another id, often one of them changes.
+const SPLIT: u32 = 102;
+/// How many ids have the same hi.
+const IN_HI: Id = 3;
+
 /// A row of columns id text, v int, big text (which may be TOASTed). Every write gives `v` a value of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Row {
@@ -47,14 +52,35 @@ impl Definition {
             mode: self.mode.into(),
             value: self.value.into(),
             on_write: self.on_write.into(),
-            key: format!("{}{{id}}", self.prefix),
+            key: format!(
+                "{}{}",
+                self.prefix,
+                if self.is_split() { "{hi}:{lo}" } else { "{id}" }
+            ),
             fingerprint: self.fingerprint,
-            columns: vec![
-                column("id", Encoding::Text, all),
+            columns: (self
+                .parts(0)
+                .iter()
+                .map(|(name, _)| column(name, Encoding::Text, all)))
+            .chain([
                 column("v", Encoding::Int, all),
                 column("big", Encoding::Text, true),
-            ],
+            ])
+            .collect(),
             ..pb::Relation::default()
+        }
+    }
+
+    fn is_split(&self) -> bool {
+        self.oid == SPLIT
+    }
+
+    /// The columns of the key and their values.
+    fn parts(&self, id: Id) -> Vec<(&'static str, String)> {
+        if self.is_split() {
+            vec![("hi", (id / IN_HI).to_string()), ("lo", (id % IN_HI).to_string())]
+        } else {
+            vec![("id", id.to_string())]
         }
     }
 
@@ -68,7 +94,8 @@ impl Definition {
     }
 
     pub(super) fn key(&self, id: Id) -> Vec<u8> {
-        format!("{}{id}", self.prefix).into_bytes()
+        let parts: Vec<String> = self.parts(id).into_iter().map(|(_, value)| value).collect();
+        format!("{}{}", self.prefix, parts.join(":")).into_bytes()
     }
 
     /// What Redis holds for the row; None: no key.
@@ -76,10 +103,9 @@ impl Definition {
         let row = row?;
         match self.value {
             ValueKind::Hash => {
-                let mut fields = BTreeMap::from([
-                    (b"id".to_vec(), row.id.to_string().into_bytes()),
-                    (b"v".to_vec(), row.v.to_string().into_bytes()),
-                ]);
+                let mut fields = BTreeMap::from([(b"v".to_vec(), row.v.to_string().into_bytes())]);
+                let parts = self.parts(row.id).into_iter();
+                fields.extend(parts.map(|(name, value)| (name.as_bytes().to_vec(), value.into_bytes())));
                 fields.extend(self.big(row).map(|big| (b"big".to_vec(), big.into_bytes())));
                 Some(Stored::Hash(fields))
             }
@@ -88,7 +114,11 @@ impl Definition {
                 let big = self
                     .big(row)
                     .map_or("null".to_owned(), |big| format!("\"{big}\""));
-                let text = format!("{{\"v\": {}, \"id\": \"{}\", \"big\": {big}}}", row.v, row.id);
+                let parts = self.parts(row.id).into_iter();
+                let parts: String = parts
+                    .map(|(name, value)| format!("\"{name}\": \"{value}\", "))
+                    .collect();
+                let text = format!("{{\"v\": {}, {parts}\"big\": {big}}}", row.v);
                 Some(Stored::Text(text.into_bytes()))
             }
         }
@@ -105,7 +135,9 @@ impl Definition {
 /// The row as the decoder writes it; `unchanged`: without the big column.
 pub(super) fn tuple(definition: &Definition, row: &Row, unchanged: bool) -> TupleBuilder {
     let mut tuple = TupleBuilder::new();
-    tuple.text(row.id.to_string().as_bytes());
+    for (_, value) in definition.parts(row.id) {
+        tuple.text(value.as_bytes());
+    }
     tuple.int(row.v as i64);
     match definition.big(row) {
         _ if unchanged => tuple.unchanged(),
@@ -116,10 +148,27 @@ pub(super) fn tuple(definition: &Definition, row: &Row, unchanged: bool) -> Tupl
 }
 
 /// The key columns only.
-pub(super) fn key_tuple(id: Id) -> TupleBuilder {
+pub(super) fn key_tuple(definition: &Definition, id: Id) -> TupleBuilder {
     let mut tuple = TupleBuilder::new();
-    tuple.text(id.to_string().as_bytes());
+    for (_, value) in definition.parts(id) {
+        tuple.text(value.as_bytes());
+    }
     tuple.null();
     tuple.null();
     tuple
+}
+
+/// The row that a key is of, by what the key's template found in it.
+pub(super) fn row_of(values: &[Vec<u8>]) -> Option<Id> {
+    let number = |value: &Vec<u8>| std::str::from_utf8(value).ok()?.parse::<Id>().ok();
+    match values {
+        [id] => number(id),
+        [hi, lo] => Some(number(hi)? * IN_HI + number(lo)?),
+        _ => None,
+    }
+}
+
+/// An id with the hi of one and the lo of another.
+pub(super) fn mixed(hi: Id, lo: Id) -> Id {
+    hi / IN_HI * IN_HI + lo % IN_HI
 }

@@ -28,7 +28,8 @@ pub(super) enum Record {
     },
     Truncate(Arc<Definition>),
     Announce(Arc<Definition>, bool),
-    Forget(u32),
+    /// The table, and whether its keys are kept.
+    Forget(u32, bool),
 }
 
 #[derive(Clone, Debug)]
@@ -58,6 +59,8 @@ pub(super) enum Wal {
 pub(super) enum Effect {
     Row(u32, Id, Option<Row>),
     Label(u32, Option<Arc<Definition>>),
+    /// The next label of the table to go leaves its keys.
+    Keep(u32),
     /// Rows were changed without a record of them.
     Rewrite(u32),
 }
@@ -142,7 +145,7 @@ impl Postgres {
     /// Commits a transaction that forgets a table that there is not.
     pub(super) fn landmark(&mut self) {
         let index = self.begin();
-        self.open[index].records.push(Record::Forget(0));
+        self.open[index].records.push(Record::Forget(0, false));
         self.commit(index);
         self.finish(index);
     }

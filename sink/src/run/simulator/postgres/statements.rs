@@ -156,10 +156,13 @@ impl Postgres {
         }
     }
 
-    pub(in crate::run::simulator) fn unlabel(&mut self, index: usize, oid: u32) {
+    pub(in crate::run::simulator) fn unlabel(&mut self, index: usize, oid: u32, keep_keys: bool) {
         if self.may_label(index, oid) && self.latest_label(oid).is_some() {
+            if keep_keys {
+                self.open[index].effects.push(Effect::Keep(oid));
+            }
             self.set_label(index, oid, None);
-            self.open[index].records.push(Record::Forget(oid));
+            self.open[index].records.push(Record::Forget(oid, keep_keys));
         }
     }
 

@@ -93,6 +93,10 @@ pub(super) enum Broken {
     NoLandmark,
     /// Keys without a row are looked for before what is planned is in Redis.
     SweepAhead,
+    /// Of a key that changes, one of its columns is told as it is now.
+    HalfKey,
+    /// What is no longer mirrored keeps its keys always.
+    KeepKeys,
     /// A table that was announced is captured and refreshed whoever was writing to it.
     NoHorizon,
 }

@@ -11,7 +11,6 @@ use std::sync::Arc;
 
 use super::postgres::{Postgres, Wal};
 use super::redis::Broken;
-use super::table::Id;
 use crate::backfill::{Backfill, Chunk, Content, Cursor, Window};
 use crate::error::Error;
 use crate::gate::Snapshot;
@@ -89,9 +88,4 @@ impl Courier {
             snapshot
         }
     }
-}
-
-/// The row that a key is of, by what the key's template found in it.
-fn row_of(values: &[Vec<u8>]) -> Option<Id> {
-    std::str::from_utf8(values.first()?).ok()?.parse().ok()
 }

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use super::super::postgres::Postgres;
 use super::super::redis::{Broken, Redis};
-use super::{Courier, row_of};
+use super::super::table::row_of;
+use super::Courier;
 use crate::backfill::{Backfill, Content};
 use crate::error::Error;
 use crate::gate::Snapshot;

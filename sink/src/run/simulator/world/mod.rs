@@ -193,7 +193,8 @@ impl World {
             20 => self.postgres.roll_back(index),
             21 if self.dice.once_in(2) => self.postgres.truncate(index, oid),
             22 if self.dice.once_in(3) => match self.dice.roll(6) {
-                0 => self.postgres.unlabel(index, oid),
+                // What a copy that is put back knows nothing of, nobody removes.
+                0 => self.postgres.unlabel(index, oid, !self.put_backs && to % 2 == 0),
                 1 => self.postgres.rewrite(index, oid),
                 2 => self.postgres.rename_values(index, oid),
                 _ => {
