@@ -207,6 +207,10 @@ CREATE FUNCTION walmirror.row_type(tbl oid) RETURNS oid
     LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'row_type_wrapper';
 COMMENT ON FUNCTION walmirror.row_type(oid) IS 'the type of the rows of a table';
 
+CREATE FUNCTION walmirror.is_partitioned(tbl oid) RETURNS boolean
+    LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'is_partitioned_wrapper';
+COMMENT ON FUNCTION walmirror.is_partitioned(oid) IS 'whether a table has partitions; false if there is no such table';
+
 CREATE FUNCTION walmirror.adds_value(command pg_ddl_command) RETURNS boolean
     LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'walmirror_adds_value';
 COMMENT ON FUNCTION walmirror.adds_value(pg_ddl_command) IS
@@ -243,7 +247,7 @@ BEGIN
                     PERFORM walmirror.check_label(root, added => command.only_adds);
                     -- An ALTER of a partitioned table may attach or detach a partition with its rows.
                     PERFORM walmirror.announce(root, refresh => command.command_tag = 'ALTER TABLE' AND
-                        EXISTS (SELECT 1 FROM pg_partition_tree(root::regclass) t WHERE NOT t.isleaf), keep_keys => false);
+                        walmirror.is_partitioned(root), keep_keys => false);
                 ELSIF command.command_tag = 'SECURITY LABEL' THEN
                     PERFORM walmirror.announce(command.objid, refresh => false, keep_keys => false);
                 END IF;

@@ -96,6 +96,12 @@ fn row_type(table: pg_sys::Oid) -> pg_sys::Oid {
     relation::row_type(table)
 }
 
+/// `walmirror.is_partitioned(oid)`: whether a table has partitions. Takes no lock.
+#[pg_extern]
+fn is_partitioned(table: pg_sys::Oid) -> bool {
+    relation::is_partitioned(table)
+}
+
 /// `walmirror.set_label(oid, bytea)`: checks all that could be wrong, then runs `SECURITY LABEL FOR walmirror`. The label is
 /// in UTF-8, whatever the encoding of the database.
 #[pg_extern]

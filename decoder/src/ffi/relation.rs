@@ -285,6 +285,12 @@ pub fn row_type(table: pg_sys::Oid) -> pg_sys::Oid {
     unsafe { pg_sys::get_rel_type_id(table) }
 }
 
+/// Whether a table has partitions; false if there is no such table.
+pub fn is_partitioned(table: pg_sys::Oid) -> bool {
+    // SAFETY: a syscache look-up.
+    unsafe { pg_sys::get_rel_relkind(table) == pg_sys::RELKIND_PARTITIONED_TABLE as std::ffi::c_char }
+}
+
 /// The table whose label holds for a table: its own, or the nearest that it is a partition of.
 pub fn labelled(table: pg_sys::Oid) -> Option<pg_sys::Oid> {
     // SAFETY: a syscache look-up; false for what does not exist.
