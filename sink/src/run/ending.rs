@@ -69,6 +69,13 @@ impl End {
                     "the mirror has stopped; everything that was applied is acknowledged"
                 )
             }
+            // Nobody was silent; replicas or the disk are behind, as they are at any moment.
+            Some(why) if self.is_clean && self.acknowledged.is_some() => tracing::info!(
+                ?reason,
+                applied = %self.applied,
+                acknowledged = %self.acknowledged.unwrap_or_default(),
+                "the mirror has stopped; {why}: what is not acknowledged comes again at the next start, and nothing is lost"
+            ),
             Some(why) => tracing::warn!(
                 ?reason,
                 applied = %self.applied,
