@@ -2,19 +2,45 @@
 
 \echo Use "CREATE EXTENSION walmirror" to load this file. \quit
 
--- Whoever owns the schema may put functions beside those of the extension, which superusers call. It is made by CREATE EXTENSION,
--- unless there is one: then it has to be of the role that runs this, or of a superuser, as a restored one may be.
+-- CREATE EXTENSION looks for names in the schema first: an operator there that fits better than those of pg_catalog would come to stand
+-- in what is made here, and run as whoever uses it. So nothing is found by its name alone but what Postgres brought along.
+SET LOCAL search_path = pg_catalog, pg_temp;
+
+-- Whoever can put functions beside those of the extension has superusers call them. The schema is made by CREATE EXTENSION, unless there
+-- is one, as in a restore: then it has to be of the role that runs this, or of a superuser, with nothing in it. That it is theirs now does
+-- not tell who filled it.
 DO $$
 DECLARE
     extension record;
+    found text;
+    reason text;
+    hint text := 'See what is in it, then DROP SCHEMA walmirror CASCADE; and try again.';
 BEGIN
-    SELECT e.extowner::regrole AS wanted, n.nspowner::regrole AS found, n.nspowner = e.extowner OR o.rolsuper AS trusted INTO STRICT extension
-    FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace JOIN pg_catalog.pg_authid o ON o.oid = n.nspowner
+    SELECT e.oid, e.extnamespace AS schema, e.extowner AS owner, n.nspowner::regrole AS found, n.nspacl AS acl,
+        n.nspowner = e.extowner OR o.rolsuper AS trusted INTO STRICT extension
+    FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace JOIN pg_authid o ON o.oid = n.nspowner
     WHERE e.extname = 'walmirror';
     IF NOT extension.trusted THEN
-        RAISE EXCEPTION 'schema walmirror belongs to %, who could change what the extension does', extension.found
-            USING ERRCODE = 'insufficient_privilege',
-                HINT = pg_catalog.format('See what is in it, then DROP SCHEMA walmirror CASCADE; or ALTER SCHEMA walmirror OWNER TO %s; and try again.', extension.wanted);
+        reason := format('schema walmirror belongs to %s, who could change what the extension does', extension.found);
+    END IF;
+    -- All that stands in a schema depends on it, and so does the extension.
+    SELECT pg_describe_object(d.classid, d.objid, d.objsubid) INTO found FROM pg_depend d
+    WHERE reason IS NULL AND d.refclassid = 'pg_namespace'::regclass::oid AND d.refobjid = extension.schema AND d.deptype = 'n'
+      AND NOT (d.classid = 'pg_extension'::regclass::oid AND d.objid = extension.oid)
+    ORDER BY 1 LIMIT 1;
+    IF found IS NOT NULL THEN
+        reason := format('schema walmirror is not empty: it holds %s', found);
+    END IF;
+    SELECT string_agg(DISTINCT CASE a.grantee WHEN 0::oid THEN 'PUBLIC' ELSE a.grantee::regrole::text END, ', ') INTO found
+    FROM aclexplode(extension.acl) a LEFT JOIN pg_authid g ON g.oid = a.grantee
+    WHERE reason IS NULL AND a.privilege_type = 'CREATE' AND a.grantee <> extension.owner AND g.rolsuper IS NOT TRUE;
+    IF found IS NOT NULL THEN
+        reason := format('others may create something in schema walmirror: %s', found);
+        -- Where ALTER DEFAULT PRIVILEGES grants it, the schema is gone again with this error.
+        hint := format('CREATE SCHEMA IF NOT EXISTS walmirror; REVOKE CREATE ON SCHEMA walmirror FROM %s CASCADE; and try again.', found);
+    END IF;
+    IF reason IS NOT NULL THEN
+        RAISE EXCEPTION '%', reason USING ERRCODE = 'insufficient_privilege', HINT = hint;
     END IF;
 END
 $$;

@@ -186,7 +186,7 @@ fn the_extension_is_not_put_into_somebody_elses_schema() {
     assert!(error.message().contains("belongs to mallory"), "{error:?}");
     let hint = error.hint().unwrap();
     assert!(
-        hint.contains("ALTER SCHEMA walmirror OWNER TO installer;"),
+        hint.contains("DROP SCHEMA walmirror CASCADE;") && !hint.contains("ALTER SCHEMA"),
         "{error:?}"
     );
     // That of a superuser may come out of a dump.
@@ -205,6 +205,94 @@ fn the_extension_is_not_put_into_somebody_elses_schema() {
          CREATE FUNCTION walmirror.check_label(regclass) RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE 'hijacked'; END $$; \
          CREATE TABLE t (id int PRIMARY KEY, v text UNIQUE); SELECT walmirror.mirror('t'); ALTER TABLE t ADD w text; \
          ALTER TABLE t DROP v; ALTER TABLE t ALTER w TYPE varchar; SELECT walmirror.cache('t'); SELECT walmirror.unmirror('t', keep_keys => true)",
+    );
+}
+
+/// A restore goes on when CREATE SCHEMA fails, and gives the schema that was there to its own role. Operators in it once won over those
+/// of pg_catalog in the view that superusers read: whoever had made the schema became one of them.
+#[test]
+fn the_extension_is_not_put_into_a_schema_that_was_filled_before() {
+    let db = Db::create(Arc::new(Pg::start("")));
+    db.sql("CREATE ROLE mallory; DROP EXTENSION walmirror; DROP SCHEMA IF EXISTS walmirror");
+    let function =
+        "CREATE FUNCTION walmirror.evil(numeric, bigint) RETURNS boolean LANGUAGE sql AS 'SELECT true'";
+    let install = "ALTER SCHEMA walmirror OWNER TO postgres; CREATE EXTENSION walmirror";
+    for (content, told) in [
+        (function.to_owned(), "function walmirror.evil(numeric,bigint)"),
+        (
+            format!(
+                "{function}; CREATE OPERATOR walmirror.<= (LEFTARG = numeric, RIGHTARG = bigint, FUNCTION = walmirror.evil)"
+            ),
+            "walmirror.evil(numeric,bigint)",
+        ),
+        ("CREATE TABLE walmirror.t ()".to_owned(), "table walmirror.t"),
+        ("CREATE TYPE walmirror.oid AS (a int)".to_owned(), "walmirror.oid"),
+        (
+            "CREATE COLLATION walmirror.c FROM \"C\"".to_owned(),
+            "walmirror.c",
+        ),
+    ] {
+        db.sql("RESET ROLE; DROP SCHEMA IF EXISTS walmirror CASCADE; CREATE SCHEMA walmirror AUTHORIZATION mallory; SET ROLE mallory");
+        db.sql(&content);
+        db.sql("RESET ROLE");
+        let error = db.error(install);
+        assert!(
+            error.message().contains("is not empty") && error.message().contains(told),
+            "{content}: {error:?}"
+        );
+        assert!(
+            error.hint().unwrap().contains("DROP SCHEMA walmirror CASCADE;"),
+            "{error:?}"
+        );
+    }
+    // Nor into one that somebody can still fill.
+    for role in ["mallory", "PUBLIC"] {
+        db.sql(&format!(
+            "DROP SCHEMA IF EXISTS walmirror CASCADE; CREATE SCHEMA walmirror; GRANT CREATE ON SCHEMA walmirror TO {role}"
+        ));
+        let error = db.error(install);
+        assert!(
+            error.message().contains(&format!(
+                "others may create something in schema walmirror: {role}"
+            )),
+            "{error:?}"
+        );
+        let hint = error.hint().unwrap();
+        db.sql(hint.split(" and try again").next().unwrap());
+        db.sql(install);
+        db.sql("DROP EXTENSION walmirror");
+    }
+    db.sql("DROP SCHEMA IF EXISTS walmirror; ALTER DEFAULT PRIVILEGES GRANT CREATE ON SCHEMAS TO mallory");
+    let error = db.error("CREATE EXTENSION walmirror");
+    db.sql(error.hint().unwrap().split(" and try again").next().unwrap());
+    db.sql("CREATE EXTENSION walmirror");
+}
+
+/// Whatever stands in the schema by then: no name of the script is looked up in it.
+#[test]
+fn the_extension_is_made_of_what_is_in_pg_catalog() {
+    let db = Db::create(Arc::new(Pg::start("")));
+    db.sql(
+        "DROP EXTENSION walmirror; CREATE TABLE paths (tag text, path text); \
+         CREATE FUNCTION note() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN \
+         INSERT INTO public.paths VALUES (tg_tag, pg_catalog.current_setting('search_path')); END $$; \
+         CREATE EVENT TRIGGER note ON ddl_command_start WHEN TAG IN ('CREATE FUNCTION', 'CREATE VIEW') EXECUTE FUNCTION note(); \
+         CREATE EXTENSION walmirror",
+    );
+    assert_eq!(
+        db.value(
+            "SELECT string_agg(DISTINCT tag || ' ' || path, '; ' ORDER BY tag || ' ' || path) FROM paths"
+        ),
+        "CREATE FUNCTION pg_catalog, pg_temp; CREATE VIEW pg_catalog, pg_temp"
+    );
+    // Bodies are looked up when they run.
+    assert_eq!(
+        db.value(
+            "SELECT string_agg(p.proname, ', ') FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang \
+             WHERE p.pronamespace = 'walmirror'::regnamespace AND l.lanname IN ('sql', 'plpgsql') \
+             AND p.proconfig IS DISTINCT FROM ARRAY['search_path=pg_catalog, pg_temp']"
+        ),
+        ""
     );
 }
 
