@@ -264,7 +264,7 @@ fn labelled(table: &Rel, historic: bool) -> Option<(Option<Rel>, String)> {
 }
 
 /// `<table>:{pk}`, `<table>:{pk1}:{pk2}`; `None` without a primary key.
-fn default_key(table: &str, primary_key: &[String]) -> Option<String> {
+pub fn default_key(table: &str, primary_key: &[String]) -> Option<String> {
     if primary_key.is_empty() {
         return None;
     }

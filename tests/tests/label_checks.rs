@@ -296,6 +296,32 @@ fn the_extension_is_made_of_what_is_in_pg_catalog() {
     );
 }
 
+/// Labels are checked in every database of a server that has the library, also where nobody made the extension: there anybody could write
+/// the function that gave the key of a label without one, and it ran as whoever set the next label.
+#[test]
+fn a_label_is_checked_without_the_functions_of_the_extension() {
+    let db = Db::create(Arc::new(Pg::start("")));
+    db.sql(
+        "DROP EXTENSION walmirror; DROP SCHEMA IF EXISTS walmirror; CREATE SCHEMA walmirror; CREATE TABLE bait (id int PRIMARY KEY, v text); \
+         CREATE FUNCTION walmirror.default_key(oid) RETURNS text LANGUAGE plpgsql AS $$ BEGIN RAISE 'hijacked'; END $$; \
+         SECURITY LABEL FOR walmirror ON TABLE bait IS '{\"mode\":\"mirror\"}'; CREATE TABLE t (id int PRIMARY KEY)",
+    );
+    db.sql("SECURITY LABEL FOR walmirror ON TABLE t IS '{\"mode\":\"mirror\",\"key\":\"t:{id}\"}'");
+    db.sql("SECURITY LABEL FOR walmirror ON TABLE t IS '{\"mode\":\"mirror\"}'");
+    // The key that such a label means counts all the same.
+    db.sql(
+        "DROP SCHEMA walmirror CASCADE; CREATE EXTENSION walmirror; CREATE TABLE \"o{d}d\" (b int, a text, PRIMARY KEY (a, b) INCLUDE (c), c int); \
+         SECURITY LABEL FOR walmirror ON TABLE \"o{d}d\" IS '{\"mode\":\"mirror\"}'; \
+         CREATE TABLE other (a text, b int, PRIMARY KEY (a, b))",
+    );
+    let error = db.error("SELECT walmirror.mirror('other', key => 'o{{d}}d:{a}:{b}')");
+    assert!(error.message().contains("would write the same keys"), "{error:?}");
+    assert_eq!(
+        db.value("SELECT walmirror.default_key('\"o{d}d\"'::regclass)"),
+        "o{{d}}d:{a}:{b}"
+    );
+}
+
 /// What a label rests on may go as long as it is there again at the end, or the table is gone. Until then keys may be given twice, and
 /// the WAL may not tell them.
 #[test]

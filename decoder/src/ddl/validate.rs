@@ -10,7 +10,7 @@ use crate::ffi::labels;
 use crate::ffi::memory::Context;
 use crate::ffi::relation::{self, Rel};
 use crate::label::{Label, Mode};
-use crate::plan::Plan;
+use crate::plan::{self, Plan};
 
 /// How much has to be there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -341,7 +341,7 @@ fn check_other_templates(table: pg_sys::Oid, key: &str, template: &KeyTemplate) 
         let theirs = Label::parse(&label).ok().and_then(|label| label.key);
         let theirs = match theirs {
             Some(key) => key,
-            None => single(query("SELECT walmirror.default_key($1) AS key", &[other])?).unwrap_or_default(),
+            None => default_key_of(other)?.unwrap_or_default(),
         };
         let Ok(parsed) = KeyTemplate::parse(&theirs) else {
             continue;
@@ -361,6 +361,23 @@ fn check_other_templates(table: pg_sys::Oid, key: &str, template: &KeyTemplate) 
         }
     }
     Ok(())
+}
+
+/// The key template of a table whose label leaves it to the primary key. Not by `walmirror.default_key`: labels are also set in databases
+/// that do not have the extension, where a function of that name is anybody's.
+fn default_key_of(table: pg_sys::Oid) -> Result<Option<String>, Refusal> {
+    let rows = query(
+        "SELECT c.relname::text AS name,
+                (SELECT pg_catalog.string_agg(a.attname::text, E'\\x01' ORDER BY k.ord) FROM pg_catalog.unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
+                 JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum WHERE k.ord <= i.indnkeyatts) AS columns
+         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_index i ON i.indrelid = c.oid AND i.indisprimary WHERE c.oid = $1",
+        &[table],
+    )?;
+    let Some([Some(name), Some(columns)]) = rows.first().map(Vec::as_slice) else {
+        return Ok(None);
+    };
+    let columns: Vec<String> = columns.split('\u{1}').map(str::to_owned).collect();
+    Ok(plan::default_key(name, &columns))
 }
 
 /// The error for two templates that some rows could have the same key by.
