@@ -75,6 +75,8 @@ pub struct Decoder {
     lost: Vec<u32>,
     lost_by: u32,
     buffers: Buffers,
+    /// For what the catalogs are asked once a transaction.
+    look_ups: Context,
     json: Option<JsonLines>,
 }
 
@@ -92,6 +94,7 @@ impl Decoder {
             lost: Vec::new(),
             lost_by: 0,
             buffers: Buffers::new(context),
+            look_ups: context.child(c"walmirror look-ups"),
             json,
         }
     }
@@ -184,15 +187,27 @@ impl Decoder {
         self.record(output, xid, error);
     }
 
-    /// A table that its label does not fit, if it is one.
+    /// A table that its label does not fit, if it is one. Each row of it comes here, and what the catalogs say takes memory that only the
+    /// end of the transaction frees: so it is asked for once, in memory of its own.
     #[cold]
     fn broken(&mut self, output: &mut impl Output, table: &Rel, xid: u32, lsn: u64) {
+        if !matches!(self.tables.get(table), Table::Broken(_)) {
+            return;
+        }
+        if self.is_told(u32::from(table.oid()), xid) {
+            return self.skip(output);
+        }
+        let entered = self.look_ups.enter();
+        let wanted = self.wants(table);
         let error = match self.tables.get(table) {
-            Table::Broken(refusal) => broken(table, refusal, lsn),
-            Table::Configured(_) | Table::Unconfigured => return,
+            Table::Broken(refusal) if wanted => Some(broken(table, refusal, lsn)),
+            _ => None,
         };
-        if !self.is_told(u32::from(table.oid()), xid) && self.wants(table) {
-            self.record(output, xid, error);
+        drop(entered);
+        self.look_ups.reset();
+        match error {
+            Some(error) => self.record(output, xid, error),
+            None => self.skip(output),
         }
     }
 
