@@ -218,6 +218,11 @@ CREATE FUNCTION walmirror.announce(tbl oid, refresh boolean DEFAULT false, keep_
 COMMENT ON FUNCTION walmirror.announce(oid, boolean, boolean) IS
     'tells the stream that the caller, who has to own the table, changed it';
 
+CREATE FUNCTION walmirror.announce_ddl(tbl oid, refresh boolean) RETURNS void
+    LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'announce_ddl_wrapper';
+COMMENT ON FUNCTION walmirror.announce_ddl(oid, boolean) IS
+    'the same for event triggers, whoever owns the table';
+
 -- These see what other sessions have done since the snapshot of the transaction was taken, as DDL does.
 CREATE FUNCTION walmirror.tables_of_type(typ oid) RETURNS SETOF oid
     LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'tables_of_type_wrapper';
@@ -248,7 +253,8 @@ COMMENT ON FUNCTION walmirror.only_adds(pg_ddl_command) IS
     'whether a command is an ALTER TABLE that takes nothing away from its table, as one that adds a constraint';
 
 -- The functions of event triggers run as the extension's owner: DDL may change the mirror of a table that whoever does it does not
--- own (its partition, a type of its columns), and announce() asks for its owner. Only event triggers can call them.
+-- own (its partition, a type of its columns), and what they call is for that owner alone, who need not own the table either. Only event
+-- triggers can call them.
 CREATE FUNCTION walmirror.on_ddl_command_end() RETURNS event_trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS
 $$
@@ -272,10 +278,10 @@ BEGIN
                     -- pg_restore alters tables before it has created their indexes; on_sql_drop sees to those that are dropped.
                     PERFORM walmirror.check_label(root, added => command.only_adds);
                     -- An ALTER of a partitioned table may attach or detach a partition with its rows.
-                    PERFORM walmirror.announce(root, refresh => command.command_tag = 'ALTER TABLE' AND
-                        walmirror.is_partitioned(root), keep_keys => false);
+                    PERFORM walmirror.announce_ddl(root, refresh => command.command_tag = 'ALTER TABLE' AND
+                        walmirror.is_partitioned(root));
                 ELSIF command.command_tag = 'SECURITY LABEL' THEN
-                    PERFORM walmirror.announce(command.objid, refresh => false, keep_keys => false);
+                    PERFORM walmirror.announce_ddl(command.objid, refresh => false);
                 END IF;
             END LOOP;
         END IF;
@@ -288,7 +294,7 @@ BEGIN
             ) changed, walmirror.tables_of_type(changed.typ) t
         LOOP
             PERFORM walmirror.check_label(root, added => false);
-            PERFORM walmirror.announce(root, refresh => true, keep_keys => false);
+            PERFORM walmirror.announce_ddl(root, refresh => true);
         END LOOP;
         -- The primary key of a partitioned table becomes valid with the last of its partitions', and no relation cache is told.
         IF command.command_tag = 'ALTER INDEX' AND command.object_type = 'index' THEN
@@ -296,14 +302,14 @@ BEGIN
             WHERE i.indexrelid = command.objid;
             IF root IS NOT NULL THEN
                 PERFORM walmirror.invalidate(root);
-                PERFORM walmirror.announce(root, refresh => false, keep_keys => false);
+                PERFORM walmirror.announce_ddl(root, refresh => false);
             END IF;
         END IF;
         IF command.classid = 'pg_namespace'::regclass AND command.command_tag = 'ALTER SCHEMA' THEN
             FOR root IN SELECT m.oid FROM walmirror.mirrors m JOIN pg_class c ON c.oid = m.oid WHERE c.relnamespace = command.objid
             LOOP
                 PERFORM walmirror.invalidate(root);
-                PERFORM walmirror.announce(root, refresh => false, keep_keys => false);
+                PERFORM walmirror.announce_ddl(root, refresh => false);
             END LOOP;
         END IF;
     END LOOP;
@@ -318,7 +324,7 @@ DECLARE
     root oid := walmirror.root(pg_event_trigger_table_rewrite_oid());
 BEGIN
     IF root IS NOT NULL THEN
-        PERFORM walmirror.announce(root, refresh => true, keep_keys => false);
+        PERFORM walmirror.announce_ddl(root, refresh => true);
     END IF;
 END
 $$;
@@ -356,14 +362,14 @@ BEGIN
             WHERE NOT d.is_temporary AND d.object_type = 'table column' AND EXISTS (SELECT 1 FROM pg_class c WHERE c.oid = d.objid)
         ) c WHERE c.root IS NOT NULL AND (c.gone OR c.anew) GROUP BY c.root
     LOOP
-        PERFORM walmirror.announce(mirrored, refresh => anew, keep_keys => false);
+        PERFORM walmirror.announce_ddl(mirrored, refresh => anew);
     END LOOP;
     -- And from within the values of other tables, whose columns are of that row type.
     FOR mirrored IN SELECT DISTINCT t FROM pg_event_trigger_dropped_objects() d, walmirror.tables_of_type(walmirror.row_type(d.objid)) t
             WHERE d.classid = 'pg_class'::regclass AND NOT d.is_temporary AND NOT d.original
               AND d.object_type IN ('composite type column', 'table column', 'foreign table column')
     LOOP
-        PERFORM walmirror.announce(mirrored, refresh => true, keep_keys => false);
+        PERFORM walmirror.announce_ddl(mirrored, refresh => true);
     END LOOP;
 END
 $$;
@@ -378,3 +384,6 @@ ALTER EVENT TRIGGER walmirror_sql_drop ENABLE ALWAYS;
 
 -- Whatever ALTER DEFAULT PRIVILEGES says. Who may do what is a question of the tables that they are called for.
 GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA walmirror TO PUBLIC;
+-- What the event triggers call does not ask whose a table is.
+REVOKE EXECUTE ON FUNCTION walmirror.check_label(oid, boolean), walmirror.check_at_commit(oid), walmirror.invalidate(oid),
+    walmirror.announce_ddl(oid, boolean) FROM PUBLIC;

@@ -153,7 +153,7 @@ fn require_preload() -> Result<(), Refusal> {
 }
 
 /// `walmirror.check_label(oid, boolean)`: raises an error if the table has a label that no longer fits it. The event triggers call it
-/// after DDL.
+/// after DDL; this one and the next three are for the extension's owner, as whom they run.
 #[pg_extern]
 fn check_label(table: pg_sys::Oid, added: bool) {
     let check = if added { Check::Adding } else { Check::Restoring };
@@ -170,16 +170,26 @@ fn check_at_commit(table: pg_sys::Oid) {
     invalidate(table);
 }
 
-/// `walmirror.invalidate(oid)`: every session, and every decoder at this point of the WAL, looks at the table and its partitions anew.
+/// `walmirror.invalidate(oid)`: every session, and every decoder at this point of the WAL, looks at a labelled table and its partitions
+/// anew.
 #[pg_extern]
 fn invalidate(table: pg_sys::Oid) {
-    for oid in relation::with_partitions(table) {
-        relation::invalidate(oid);
+    relation::require_writable(c"walmirror.invalidate()");
+    if relation::label_of(table).is_some() {
+        for oid in relation::with_partitions(table) {
+            relation::invalidate(oid);
+        }
     }
 }
 
-/// `walmirror.announce(oid, boolean, boolean)`: tells the decoders, in order with this transaction, that a table was changed, as only
-/// its owner can. So `pg_logical_emit_message` is not needed for it, with which anybody could say so of any table.
+/// `walmirror.announce_ddl(oid, boolean)`: tells the decoders, in order with this transaction, that a table was changed.
+#[pg_extern]
+fn announce_ddl(table: pg_sys::Oid, refresh: bool) {
+    tell(table, refresh, false);
+}
+
+/// `walmirror.announce(oid, boolean, boolean)`: the same for everybody, as far as the table is theirs. So `pg_logical_emit_message` is
+/// not needed for it, with which anybody could say so of any table.
 #[pg_extern]
 fn announce(table: pg_sys::Oid, refresh: bool, keep_keys: bool) {
     if !relation::is_owned(table) {
@@ -190,6 +200,11 @@ fn announce(table: pg_sys::Oid, refresh: bool, keep_keys: bool) {
         )
         .raise();
     }
+    tell(table, refresh, keep_keys);
+}
+
+fn tell(table: pg_sys::Oid, refresh: bool, keep_keys: bool) {
+    relation::require_writable(c"walmirror.announce()");
     hooks::write_ddl_message(&DdlMessage {
         oid: u32::from(table),
         refresh,

@@ -10,7 +10,7 @@
 use std::sync::Arc;
 
 use postgres::Client;
-use walmirror_tests::{DEADLINE, Db, Mirror, Pg, wait_for};
+use walmirror_tests::{DEADLINE, Db, Mirror, Pg, Signal, wait_for};
 
 /// Runs statements that have to wait for another session, ends that with COMMIT, and returns what became of them.
 fn after(db: &Db, mut other: Client, mut client: Client, statements: &'static str) -> Result<(), String> {
@@ -320,6 +320,81 @@ fn a_label_is_checked_without_the_functions_of_the_extension() {
         db.value("SELECT walmirror.default_key('\"o{d}d\"'::regclass)"),
         "o{{d}}d:{a}:{b}"
     );
+}
+
+/// Event triggers run as the extension's owner, who once had to own each table that was altered: when they were a superuser no more, all
+/// DDL of others was refused.
+#[test]
+fn ddl_goes_on_when_the_owner_of_the_extension_is_no_superuser_any_more() {
+    let m = Mirror::on(Arc::new(Pg::start("")));
+    m.sql(
+        "CREATE ROLE boss SUPERUSER; CREATE ROLE app; DROP EXTENSION walmirror; DROP SCHEMA IF EXISTS walmirror; \
+         SET ROLE boss; CREATE EXTENSION walmirror; RESET ROLE; CREATE SCHEMA s AUTHORIZATION app; SET ROLE app; \
+         CREATE TABLE s.t (id int PRIMARY KEY, v text UNIQUE); INSERT INTO s.t VALUES (1, 'v'); SELECT walmirror.mirror('s.t'); \
+         CREATE TABLE s.p (id int PRIMARY KEY) PARTITION BY LIST (id); CREATE TABLE s.p1 PARTITION OF s.p FOR VALUES IN (1); \
+         SELECT walmirror.mirror('s.p'); CREATE TABLE s.gone (id int PRIMARY KEY); SELECT walmirror.mirror('s.gone'); RESET ROLE",
+    );
+    m.start();
+    m.settle();
+    m.sql("ALTER ROLE boss NOSUPERUSER");
+    for statement in [
+        "ALTER TABLE s.t ADD n int DEFAULT 5",
+        "ALTER TABLE s.t ALTER n TYPE text",
+        "ALTER TABLE s.t DROP v",
+        "ALTER TABLE s.t DROP n, ADD n int DEFAULT 6",
+        "BEGIN; ALTER TABLE s.t DROP CONSTRAINT t_pkey; ALTER TABLE s.t ADD PRIMARY KEY (id); COMMIT",
+        "CREATE TABLE s.p2 PARTITION OF s.p FOR VALUES IN (2); INSERT INTO s.p VALUES (1), (2)",
+        "ALTER TABLE s.p DETACH PARTITION s.p1",
+        "DROP TABLE s.gone",
+        "SELECT walmirror.unmirror('s.p'), walmirror.cache('s.t'), walmirror.mirror('s.t')",
+    ] {
+        println!("{statement}");
+        m.sql(&format!("SET ROLE app; {statement}; RESET ROLE"));
+        m.settle();
+    }
+    let error = m.db.error("SET ROLE app; ALTER TABLE s.t DROP CONSTRAINT t_pkey");
+    assert!(error.message().contains("would break"), "{error:?}");
+}
+
+/// Anybody could once have every session look at any table anew, pg_class too, with an error in the middle of the commit on a standby.
+#[test]
+fn what_event_triggers_call_is_not_for_everybody() {
+    let db = Db::create(Arc::new(Pg::start("")));
+    db.sql(
+        "CREATE ROLE other; CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t'); CREATE TABLE plain (id int); \
+         CREATE VIEW calls AS SELECT unnest(ARRAY['invalidate(%s)', 'check_label(%s, false)', 'check_at_commit(%s)', 'announce_ddl(%s, true)']) AS call",
+    );
+    let calls: Vec<String> = db
+        .rows("SELECT call FROM calls")
+        .into_iter()
+        .map(|row| format!("SELECT walmirror.{}", row[0].clone().unwrap()))
+        .collect();
+    for call in &calls {
+        for table in ["t", "pg_class", "plain"] {
+            let call = call.replace("%s", &format!("'{table}'::regclass"));
+            let error = db.error(&format!("SET ROLE other; {call}"));
+            assert_eq!(error.code().code(), "42501", "{call}: {error:?}");
+            db.sql(&format!("RESET ROLE; {call}"));
+        }
+        let call = call.replace("%s", "'t'::regclass");
+        let error = db.error(&format!("BEGIN READ ONLY; {call}"));
+        assert!(
+            error.message().contains("in a read-only transaction"),
+            "{call}: {error:?}"
+        );
+    }
+    std::fs::write(db.pg.data().join("standby.signal"), "").unwrap();
+    db.pg.restart(Signal::INT);
+    db.reconnect();
+    for call in calls
+        .iter()
+        .map(String::as_str)
+        .chain(["SELECT walmirror.announce(%s)"])
+    {
+        let call = call.replace("%s", "'t'::regclass");
+        let error = db.error(&call);
+        assert!(error.message().contains("during recovery"), "{call}: {error:?}");
+    }
 }
 
 /// What a label rests on may go as long as it is there again at the end, or the table is gone. Until then keys may be given twice, and

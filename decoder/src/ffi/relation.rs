@@ -367,6 +367,16 @@ pub fn invalidate(table: pg_sys::Oid) {
     unsafe { pg_sys::CacheInvalidateRelcacheByRelid(table) }
 }
 
+/// Refuses on a standby, and in a transaction that is read-only, what the commit would write to the WAL: there an error comes too late
+/// (`PreventCommandDuringRecovery`, `PreventCommandIfReadOnly`).
+pub fn require_writable(command: &'static std::ffi::CStr) {
+    // SAFETY: within a transaction; both only report an error, in which the command stands.
+    unsafe {
+        pg_sys::PreventCommandDuringRecovery(command.as_ptr());
+        pg_sys::PreventCommandIfReadOnly(command.as_ptr());
+    }
+}
+
 fn oid_list(list: impl FnOnce() -> *mut pg_sys::List) -> Vec<pg_sys::Oid> {
     let list = list();
     if list.is_null() {
