@@ -41,6 +41,15 @@ pub struct Plan {
     context: Context,
 }
 
+/// Who sees to it that a key tells rows apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unique {
+    /// A plan without it is refused.
+    Required,
+    /// The caller.
+    Elsewhere,
+}
+
 /// One column of the stream.
 pub struct Field {
     /// Where the value stands in this table's (or partition's) tuples.
@@ -101,15 +110,22 @@ impl Plan {
         };
         let root = root.as_ref().unwrap_or(table);
         let label = Label::parse(&label)?;
-        Self::resolve(table, root, &label, parent).map(Some)
+        // A label may be there before what its key rests on, as in a restore, and nobody can tell whether that is still to come.
+        Self::resolve(table, root, &label, parent, Unique::Required).map(Some)
     }
 
-    /// The plan that a table would have with this label.
+    /// The plan that a table would have with this label, once its key is unique.
     pub fn for_label(table: &Rel, label: &Label, parent: Context) -> Result<Self, Refusal> {
-        Self::resolve(table, table, label, parent)
+        Self::resolve(table, table, label, parent, Unique::Elsewhere)
     }
 
-    fn resolve(table: &Rel, root: &Rel, label: &Label, parent: Context) -> Result<Self, Refusal> {
+    fn resolve(
+        table: &Rel,
+        root: &Rel,
+        label: &Label,
+        parent: Context,
+        unique: Unique,
+    ) -> Result<Self, Refusal> {
         let name = root.name();
         let key = match &label.key {
             Some(key) => key.clone(),
@@ -129,6 +145,9 @@ impl Plan {
             .collect();
         check_names(&name, &columns, template.placeholders(), label)?;
         check_types(&name, &columns, label)?;
+        if unique == Unique::Required && !root.is_unique(template.placeholders()) {
+            return Err(not_unique(&name, template.placeholders()));
+        }
 
         let context = parent.child(c"walmirror plan");
         let mut plan = Self {
@@ -317,6 +336,17 @@ fn check_names(
         ));
     }
     Ok(())
+}
+
+/// The refusal of a key that several rows could have.
+pub fn not_unique(table: &str, key: &[String]) -> Refusal {
+    Refusal::object(
+        format!(
+            "the key of table \"{table}\" is not unique: no unique index consists of the columns that the key template names ({})",
+            key.join(", ")
+        ),
+        "Name all columns of the primary key, or of a unique index that is not deferrable, partial or on expressions; add one if there is none.",
+    )
 }
 
 /// No function that a user wrote may make the JSON of a value: it would run as whoever reads the row.

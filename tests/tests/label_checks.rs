@@ -445,3 +445,77 @@ fn a_key_may_be_replaced_within_a_transaction() {
     m.settle();
     assert_eq!(m.redis.keys(), ["t:1"]);
 }
+
+/// A label may come before what makes its key unique, as in a restore. Rows of one key were mirrored all the same once the table had a
+/// primary key of other columns.
+#[test]
+fn a_table_is_not_mirrored_before_its_key_is_unique() {
+    let m = Mirror::with(
+        "CREATE TABLE t (a int NOT NULL, b int NOT NULL); INSERT INTO t VALUES (1, 1); CREATE TABLE u (id int PRIMARY KEY); \
+         SELECT walmirror.mirror('u')",
+    );
+    let problem = || {
+        m.db.value("SELECT problem FROM walmirror.relations() WHERE oid = 't'::regclass")
+    };
+    m.sql("SECURITY LABEL FOR walmirror ON TABLE t IS '{\"mode\":\"mirror\",\"key\":\"t:{a}\"}'");
+    for statement in [
+        "INSERT INTO t VALUES (1, 2), (2, 3); INSERT INTO u VALUES (1)",
+        "ALTER TABLE t ADD PRIMARY KEY (b)",
+        "INSERT INTO t VALUES (1, 4), (3, 5); DELETE FROM t WHERE b = 4",
+        "CREATE UNIQUE INDEX ON t (abs(a), b); CREATE UNIQUE INDEX ON t (a) WHERE b > 2",
+        "UPDATE t SET a = 4 WHERE b = 3",
+    ] {
+        m.sql(statement);
+        m.sync();
+        assert!(problem().contains("is not unique"), "{statement}: {}", problem());
+        assert_eq!(m.redis.keys(), ["u:1"], "{statement}");
+    }
+    m.sql("DELETE FROM t WHERE b = 2; CREATE UNIQUE INDEX t_a ON t (a)");
+    m.sql("ALTER TABLE t ALTER a SET NOT NULL, REPLICA IDENTITY USING INDEX t_a");
+    m.settle();
+    assert_eq!(problem(), "");
+    assert_eq!(m.redis.keys(), ["t:1", "t:3", "t:4", "u:1"]);
+}
+
+/// Partitions whose rows are not in the WAL passed while a table had no primary key, and then for good.
+#[test]
+fn a_table_that_is_restored_has_no_partition_outside_of_the_wal() {
+    let db = Db::create(Pg::shared());
+    db.sql(
+        "CREATE TABLE p (a int NOT NULL, b int) PARTITION BY LIST (a); CREATE FOREIGN DATA WRAPPER nothing; \
+         CREATE SERVER elsewhere FOREIGN DATA WRAPPER nothing; \
+         CREATE UNLOGGED TABLE p3 (a int NOT NULL, b int); CREATE FOREIGN TABLE p4 (a int NOT NULL, b int) SERVER elsewhere",
+    );
+    for label in [r#"{"mode":"mirror","key":"p:{a}"}"#, r#"{"mode":"mirror"}"#] {
+        db.sql(&format!("SECURITY LABEL FOR walmirror ON TABLE p IS '{label}'"));
+        for (statement, why) in [
+            (
+                "CREATE UNLOGGED TABLE p1 PARTITION OF p FOR VALUES IN (1)",
+                "is unlogged",
+            ),
+            (
+                "CREATE FOREIGN TABLE p2 PARTITION OF p FOR VALUES IN (2) SERVER elsewhere",
+                "is a foreign table",
+            ),
+            (
+                "ALTER TABLE p ATTACH PARTITION p3 FOR VALUES IN (3)",
+                "is unlogged",
+            ),
+            (
+                "ALTER TABLE p ATTACH PARTITION p4 FOR VALUES IN (4)",
+                "is a foreign table",
+            ),
+        ] {
+            let error = db.error(statement);
+            assert!(error.message().contains(why), "{label}: {statement}: {error:?}");
+        }
+        db.sql("SECURITY LABEL FOR walmirror ON TABLE p IS NULL");
+    }
+    // Nor does one that came while nobody looked pass a statement that only adds.
+    db.sql("CREATE UNLOGGED TABLE p1 PARTITION OF p FOR VALUES IN (1)");
+    db.sql("ALTER EVENT TRIGGER walmirror_ddl_command_end DISABLE; ALTER TABLE p1 SET LOGGED");
+    db.sql(r#"SECURITY LABEL FOR walmirror ON TABLE p IS '{"mode":"mirror","key":"p:{a}"}'"#);
+    db.sql("ALTER TABLE p1 SET UNLOGGED; ALTER EVENT TRIGGER walmirror_ddl_command_end ENABLE ALWAYS");
+    let error = db.error("ALTER TABLE p ADD CHECK (a > 0)");
+    assert!(error.message().contains("p1\" is unlogged"), "{error:?}");
+}

@@ -20,7 +20,8 @@ pub enum Check {
     /// A table that has no primary key and no unique index for its key yet passes for now: pg_restore sets labels first, then
     /// creates unique constraints and the primary key, by name.
     Restoring,
-    /// What comes with indexes may still be missing: something was added to the table, as pg_restore does one by one.
+    /// What comes with indexes may still be missing: something was added to the table, as pg_restore does one by one. A table that
+    /// never gets it is not mirrored (`Plan::build`).
     Adding,
     /// Everything, when this index is gone.
     Without(pg_sys::Oid),
@@ -88,14 +89,23 @@ pub fn check_table(
     check_options(label, &template)?;
     check_partitions(table, &relation)?;
     let unique = check_unique(table, &name, template.placeholders(), check.gone());
-    let passes = match check {
-        Check::Adding => true,
-        Check::Restoring => unique.is_err() && relation.primary_key().is_empty(),
-        Check::Strict | Check::Without(_) => false,
-    };
-    if !passes {
-        unique?;
-        check_replica_identity(table, &relation, template.placeholders(), check.gone())?;
+    match check {
+        Check::Restoring if unique.is_err() && relation.primary_key().is_empty() => {}
+        Check::Adding => {
+            if let Err(refusal) = unique
+                && !relation.primary_key().is_empty()
+            {
+                // It may be so for a moment only, or for good.
+                warning!(
+                    "table \"{name}\" is not mirrored until its label fits: {}",
+                    refusal.message
+                );
+            }
+        }
+        Check::Restoring | Check::Strict | Check::Without(_) => {
+            unique?;
+            check_replica_identity(table, &relation, template.placeholders(), check.gone())?;
+        }
     }
     Ok(Some((key, template)))
 }
@@ -208,19 +218,53 @@ fn check_kind(table: pg_sys::Oid) -> Result<(), Refusal> {
     }
 }
 
-/// A partition's rows appear under the nearest table that has a label.
+/// A partition's rows appear under the nearest table that has a label, and have to be in the WAL.
 fn check_partitions(table: pg_sys::Oid, relation: &Rel) -> Result<(), Refusal> {
-    let labelled = partitions(table, relation)
-        .into_iter()
-        .find(|partition| relation::label_of(*partition).is_some());
-    let Some(partition) = labelled else {
+    let partitions = partitions(table, relation);
+    let labelled = partitions
+        .iter()
+        .find(|partition| relation::label_of(**partition).is_some());
+    if let Some(partition) = labelled {
+        let name =
+            single(query("SELECT $1::oid::regclass::text AS name", &[*partition])?).unwrap_or_default();
+        return Err(Refusal::object(
+            format!("partition \"{name}\" has a label of its own"),
+            format!("SELECT walmirror.unmirror('{name}'); and try again."),
+        ));
+    }
+    if partitions.is_empty() {
+        return Ok(());
+    }
+    let outside = query(
+        &format!(
+            "SELECT c.oid::regclass::text AS name, c.relkind::text AS kind
+         FROM pg_catalog.unnest('{{{}}}'::oid[]) l(oid) JOIN pg_catalog.pg_class c ON c.oid = l.oid
+         WHERE c.relkind = 'f' OR c.relkind <> 'p' AND c.relpersistence = 'u'",
+            list(partitions)
+        ),
+        &[],
+    )?;
+    let Some(partition) = outside.into_iter().next() else {
         return Ok(());
     };
-    let name = single(query("SELECT $1::oid::regclass::text AS name", &[partition])?).unwrap_or_default();
+    let text = |at: usize| partition.get(at).cloned().flatten().unwrap_or_default();
+    let name = text(0);
+    if text(1) == "f" {
+        return Err(Refusal::object(
+            format!("partition \"{name}\" is a foreign table"),
+            "Its rows are not in this server's WAL: detach it.",
+        ));
+    }
     Err(Refusal::object(
-        format!("partition \"{name}\" has a label of its own"),
-        format!("SELECT walmirror.unmirror('{name}'); and try again."),
+        format!("partition \"{name}\" is unlogged"),
+        format!("Its changes are not in the WAL. ALTER TABLE {name} SET LOGGED;"),
     ))
+}
+
+/// Oids for an array in a query. No text of a caller: numbers.
+fn list(oids: impl IntoIterator<Item = pg_sys::Oid>) -> String {
+    let numbers: Vec<String> = oids.into_iter().map(|oid| u32::from(oid).to_string()).collect();
+    numbers.join(",")
 }
 
 /// The partitions at any depth, without a lock: their DDL, in another session, is not to be waited for.
@@ -254,13 +298,7 @@ fn check_unique(table: pg_sys::Oid, name: &str, key: &[String], gone: pg_sys::Oi
     if unique {
         return Ok(());
     }
-    Err(Refusal::object(
-        format!(
-            "the key of table \"{name}\" is not unique: no unique index consists of the columns that the key template names ({})",
-            key.join(", ")
-        ),
-        "Name all columns of the primary key, or of a unique index that is not deferrable, partial or on expressions; add one if there is none.",
-    ))
+    Err(plan::not_unique(name, key))
 }
 
 /// The old row in the WAL of an UPDATE or DELETE has to hold the key's columns, in each partition.
@@ -270,20 +308,14 @@ fn check_replica_identity(
     key: &[String],
     gone: pg_sys::Oid,
 ) -> Result<(), Refusal> {
-    // No text of a caller: numbers.
-    let tables = std::iter::once(table)
-        .chain(partitions(table, relation))
-        .map(|oid| u32::from(oid).to_string())
-        .collect::<Vec<_>>()
-        .join(",");
+    let tables = list(std::iter::once(table).chain(partitions(table, relation)));
     let leaves = query(
         &format!("SELECT l.oid::regclass::text AS name, c.relreplident::text AS identity,
                 (SELECT pg_catalog.string_agg(a.attname::text, E'\\x01') FROM pg_catalog.pg_index i
                  CROSS JOIN pg_catalog.unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
                  JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
                  WHERE i.indrelid = l.oid AND k.ord <= i.indnkeyatts AND i.indisvalid AND i.indimmediate AND i.indexrelid IS DISTINCT FROM $1
-                   AND CASE c.relreplident WHEN 'd' THEN i.indisprimary ELSE i.indisreplident END) AS columns,
-                c.relkind::text AS kind, c.relpersistence::text AS persistence
+                   AND CASE c.relreplident WHEN 'd' THEN i.indisprimary ELSE i.indisreplident END) AS columns
          FROM pg_catalog.unnest('{{{tables}}}'::oid[]) l(oid)
          JOIN pg_catalog.pg_class c ON c.oid = l.oid AND c.relkind <> 'p'"),
         &[gone],
@@ -291,18 +323,6 @@ fn check_replica_identity(
     for leaf in leaves {
         let text = |at: usize| leaf.get(at).cloned().flatten().unwrap_or_default();
         let name = text(0);
-        if text(3) == "f" {
-            return Err(Refusal::object(
-                format!("partition \"{name}\" is a foreign table"),
-                "Its rows are not in this server's WAL: detach it.",
-            ));
-        }
-        if text(4) == "u" {
-            return Err(Refusal::object(
-                format!("partition \"{name}\" is unlogged"),
-                format!("Its changes are not in the WAL. ALTER TABLE {name} SET LOGGED;"),
-            ));
-        }
         let new_partition = if relation.is_partitioned() {
             " A new partition: CREATE TABLE it alone, set its replica identity, and ALTER TABLE … ATTACH PARTITION."
         } else {

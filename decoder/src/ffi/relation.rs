@@ -1,6 +1,7 @@
 //! Relations and what the catalogs say of them. In a decoding callback every look-up happens under the historic
 //! snapshot, so it answers as of the WAL position that is being decoded.
 
+use std::ffi::c_int;
 use std::marker::PhantomData;
 
 use pgrx::{PgTupleDesc, pg_sys};
@@ -195,6 +196,38 @@ impl Rel {
         let index = unsafe { pg_sys::RelationGetReplicaIndex(self.raw) };
         let known = self.columns_of(index);
         columns.iter().all(|column| known.contains(column))
+    }
+
+    /// Whether these columns tell rows apart: they hold all columns of some unique index that is valid, checked at once, and neither
+    /// partial nor on expressions.
+    pub fn is_unique(&self, columns: &[String]) -> bool {
+        // SAFETY: raw is open; the list is palloc'd.
+        let indexes = oid_list(|| unsafe { pg_sys::RelationGetIndexList(self.raw) });
+        indexes.into_iter().any(|oid| {
+            let counts = Self::open_historic(oid).is_some_and(|index| {
+                // SAFETY: rd_index and rd_indextuple of an open index are never NULL, and indkey holds indnatts items, of which
+                // expressions are 0.
+                unsafe {
+                    let form = &*(*index.raw).rd_index;
+                    let keys = usize::try_from(form.indnkeyatts).unwrap_or(0);
+                    form.indisunique
+                        && form.indisvalid
+                        && form.indimmediate
+                        && form
+                            .indkey
+                            .values
+                            .as_slice(keys)
+                            .iter()
+                            .all(|number| *number != 0)
+                        && pg_sys::heap_attisnull(
+                            (*index.raw).rd_indextuple,
+                            pg_sys::Anum_pg_index_indpred as c_int,
+                            std::ptr::null_mut(),
+                        )
+                }
+            });
+            counts && self.columns_of(oid).iter().all(|column| columns.contains(column))
+        })
     }
 
     /// The names of an index' key columns, in order; empty if there is no such index.
