@@ -105,16 +105,8 @@ unsafe fn is_candidate(query: *mut pg_sys::QueryDesc, flags: c_int) -> bool {
     // SAFETY: a started query has a planned statement and an MVCC snapshot or none. The functions only read state.
     unsafe {
         let statement = (*query).plannedstmt;
-        let oids = (*statement).relationOids;
-        let length = usize::try_from((*oids).length).unwrap_or(0);
-        let tables = std::slice::from_raw_parts((*oids).elements, length);
-        let cached = with_session(|session| {
-            tables
-                .iter()
-                .any(|cell| session.captures(u32::from(cell.oid_value)))
-        });
-        if cached != Some(true)
-            || flags & pg_sys::EXEC_FLAG_EXPLAIN_ONLY as c_int != 0
+        // Before the tables are asked about: to look one up takes a subtransaction, for nothing on a standby.
+        if flags & pg_sys::EXEC_FLAG_EXPLAIN_ONLY as c_int != 0
             || (*statement).hasModifyingCTE
             || (*query).planstate.is_null()
             || (*query).snapshot.is_null()
@@ -124,6 +116,17 @@ unsafe fn is_candidate(query: *mut pg_sys::QueryDesc, flags: c_int) -> bool {
             // It holds the transactions in progress in another way, and all of them were of another server.
             || (*(*query).snapshot).takenDuringRecovery
         {
+            return false;
+        }
+        let oids = (*statement).relationOids;
+        let length = usize::try_from((*oids).length).unwrap_or(0);
+        let tables = std::slice::from_raw_parts((*oids).elements, length);
+        let cached = with_session(|session| {
+            tables
+                .iter()
+                .any(|cell| session.captures(u32::from(cell.oid_value)))
+        });
+        if cached != Some(true) {
             return false;
         }
         let reason = if query::transaction_wrote() {

@@ -1,6 +1,7 @@
 //! What capture asks about the running query and its transaction, and how its own errors are kept from it.
 
 use std::any::Any;
+use std::ffi::c_int;
 use std::panic::AssertUnwindSafe;
 
 use pgrx::pg_sys::panic::CaughtError;
@@ -8,7 +9,7 @@ use pgrx::{PgTryBuilder, pg_sys};
 use walmirror_proto::pb;
 
 use super::output_plugin::{full_xid_before, next_full_xid};
-use super::unguarded;
+use super::{settings, unguarded};
 
 /// The snapshot of a running query, with full transaction ids. `query` is the address of its QueryDesc.
 pub fn snapshot(query: usize) -> pb::Snapshot {
@@ -64,16 +65,17 @@ pub fn in_parallel_mode() -> bool {
 }
 
 /// Runs work whose errors concern capture alone; `None` if it failed. What the session has to hear goes on its way: a
-/// cancel, a timeout, a shutdown (class 57).
+/// cancel, a timeout, a shutdown (class 57), and what left a subtransaction by half, which only the end of the transaction mends.
 ///
 /// INVARIANT I9: an error leaves what its work held, as buffers, locks and pins, to the end of a transaction, and here none
 /// comes. So this is only for work that computes and allocates; what reads tables or calls functions is [`isolated`].
 pub fn catching<R>(work: impl FnOnce() -> R) -> Option<R> {
+    let before = nest_level();
     // pgrx's try block allocates for its handlers, so it is only built once there is something to handle.
     match std::panic::catch_unwind(AssertUnwindSafe(work)) {
         Ok(done) => Some(done),
         Err(payload) => {
-            handle(payload);
+            handle(payload, before);
             None
         }
     }
@@ -84,34 +86,45 @@ pub fn catching<R>(work: impl FnOnce() -> R) -> Option<R> {
 ///
 /// Not in parallel mode, where Postgres has no subtransactions.
 pub fn isolated<R>(work: impl FnOnce() -> Option<R>) -> Option<R> {
-    // SAFETY: reads backend-local state.
-    let level = || unsafe { unguarded::GetCurrentTransactionNestLevel() };
-    let before = level();
+    let before = nest_level();
     let outer = match std::panic::catch_unwind(Subtransaction::begin) {
         Ok(outer) => outer,
-        Err(payload) if level() == before => {
-            handle(payload);
+        Err(payload) => {
+            handle(payload, before);
             return None;
         }
-        // Begun by half: only the end of the whole transaction mends that.
-        Err(payload) => std::panic::resume_unwind(payload),
     };
-    match std::panic::catch_unwind(AssertUnwindSafe(work)) {
-        Ok(Some(done)) => {
+    let within = nest_level();
+    // An error of the release undoes the work too, as in PL/pgSQL (exec_stmt_block).
+    let released = AssertUnwindSafe(|| {
+        let done = work();
+        if done.is_some() {
+            settings::failpoint(settings::Failpoint::CaptureRelease);
             outer.release();
-            Some(done)
         }
+        done
+    });
+    match std::panic::catch_unwind(released) {
+        Ok(Some(done)) => Some(done),
         Ok(None) => {
             outer.roll_back();
             None
         }
+        // A subtransaction within this one is left by half.
+        Err(payload) if nest_level() != within => std::panic::resume_unwind(payload),
         Err(payload) => {
             // Also for what goes on its way: who catches it further out ends the subtransaction that they began.
             outer.roll_back();
-            handle(payload);
+            handle(payload, before);
             None
         }
     }
+}
+
+/// How deep subtransactions are nested: one that is begun or ended by half still counts, as it goes last of all (`PopTransaction`).
+fn nest_level() -> c_int {
+    // SAFETY: reads backend-local state.
+    unsafe { unguarded::GetCurrentTransactionNestLevel() }
 }
 
 /// What was current when a subtransaction began.
@@ -130,6 +143,7 @@ impl Subtransaction {
                 owner: pg_sys::CurrentResourceOwner,
             };
             pg_sys::BeginInternalSubTransaction(std::ptr::null());
+            settings::failpoint(settings::Failpoint::CaptureBegin);
             pg_sys::CurrentMemoryContext = outer.context;
             outer
         }
@@ -156,8 +170,12 @@ impl Subtransaction {
     }
 }
 
+/// Drops an error, unless it is to go on its way. `before` is the nest level at which the work began.
 #[cold]
-fn handle(payload: Box<dyn Any + Send>) {
+fn handle(payload: Box<dyn Any + Send>, before: c_int) {
+    if nest_level() != before {
+        std::panic::resume_unwind(payload);
+    }
     PgTryBuilder::new(AssertUnwindSafe(move || std::panic::resume_unwind(payload)))
         .catch_others(|error| match error {
             CaughtError::PostgresError(report)

@@ -165,6 +165,8 @@ pub enum Failpoint {
     Message = 1024,
     CaptureWrite = 4096,
     Rollback = 16384,
+    CaptureBegin = 65536,
+    CaptureRelease = 262_144,
 }
 
 /// Fails here if a test asked for it.

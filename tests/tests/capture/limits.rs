@@ -224,6 +224,41 @@ fn a_failure_of_capture_leaves_the_query_alone() {
     assert!(keys(&m).contains("c:2"));
 }
 
+/// Capture looks tables up in a subtransaction of its own. One that was left by half once went unnoticed, and the session never
+/// committed again.
+#[test]
+fn a_subtransaction_of_capture_that_fails_is_not_left_open() {
+    let m = Mirror::new();
+    setup(&m);
+    let commits = |s: &mut postgres::Client, id: i32| {
+        s.batch_execute(&format!("INSERT INTO o VALUES ({id}, 1)"))
+            .unwrap();
+        m.db.value(&format!("SELECT count(*) FROM o WHERE id = {id}")) == "1"
+    };
+    // When it is released: all that it did is undone. An error, and a panic.
+    for failpoint in [262_144, 524_288] {
+        let mut s = session(&m);
+        s.batch_execute(&format!("SET walmirror.failpoint = {failpoint}"))
+            .unwrap();
+        assert_eq!(s.query("SELECT v FROM c WHERE grp = 4", &[]).unwrap().len(), 6);
+        s.batch_execute("SET walmirror.failpoint = 0").unwrap();
+        assert!(commits(&mut s, failpoint), "{failpoint}");
+    }
+    // When it begins: only the end of the transaction mends that.
+    for failpoint in [65_536, 131_072] {
+        let mut s = session(&m);
+        s.batch_execute(&format!("SET walmirror.failpoint = {failpoint}"))
+            .unwrap();
+        let error = s
+            .batch_execute("BEGIN; SELECT v FROM c WHERE grp = 4")
+            .unwrap_err();
+        let message = error.as_db_error().unwrap().message();
+        assert!(message.contains("walmirror.failpoint"), "{message}");
+        s.batch_execute("ROLLBACK; SET walmirror.failpoint = 0").unwrap();
+        assert!(commits(&mut s, failpoint), "{failpoint}");
+    }
+}
+
 #[test]
 fn errors_of_queries_keep_all_of_their_fields() {
     let m = Mirror::new();
