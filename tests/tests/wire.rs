@@ -7,11 +7,13 @@
     clippy::indexing_slicing
 )]
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
-use walmirror_tests::{Db, Mirror, Pg, Sink};
+use walmirror_tests::{DEADLINE, Db, Mirror, Pg, Sink};
 
 fn create_slot(db: &Db) {
     db.sql(&format!(
@@ -287,4 +289,57 @@ fn tail_prints_the_stream() {
     });
     println!("{seen}");
     assert_eq!(tail.terminate().code(), Some(0));
+}
+
+/// A client that has enough says CopyDone, and the server answers with its own, after which no data may come.
+#[test]
+fn no_data_comes_after_the_end_of_the_copy() {
+    let db = Db::create(Pg::shared());
+    db.sql("CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t')");
+    create_slot(&db);
+    db.sql("DO $$ BEGIN FOR i IN 1..40000 LOOP INSERT INTO t VALUES (i, repeat('v', 30)); COMMIT; END LOOP; END $$");
+    for round in 0..30 {
+        let mut stream = UnixStream::connect(db.pg.socket()).unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        let startup = format!(
+            "\0\u{3}\0\0user\0postgres\0database\0{}\0replication\0database\0\0",
+            db.name
+        );
+        say(&mut stream, None, startup.as_bytes());
+        while hear(&mut stream).0 != b'Z' {}
+        let start = format!("START_REPLICATION SLOT {} LOGICAL 0/0\0", db.name);
+        say(&mut stream, Some(b'Q'), start.as_bytes());
+        for _ in 0..1 + round * 7 {
+            while hear(&mut stream).0 != b'd' {}
+        }
+        say(&mut stream, Some(b'c'), b"");
+        while hear(&mut stream).0 != b'c' {}
+        let mut after = String::new();
+        while !after.ends_with('Z') {
+            after.push(char::from(hear(&mut stream).0));
+        }
+        assert!(!after.contains('d'), "round {round}: {after}");
+    }
+}
+
+/// Sends a message of the protocol; the first one has no kind.
+fn say(stream: &mut UnixStream, kind: Option<u8>, body: &[u8]) {
+    let length = u32::try_from(body.len() + 4).unwrap().to_be_bytes();
+    let message: Vec<u8> = kind
+        .into_iter()
+        .chain(length)
+        .chain(body.iter().copied())
+        .collect();
+    stream.write_all(&message).unwrap();
+}
+
+/// The kind of the next message, and its body.
+fn hear(stream: &mut UnixStream) -> (u8, Vec<u8>) {
+    let mut head = [0; 5];
+    stream.read_exact(&mut head).unwrap();
+    let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]);
+    let mut body = vec![0; length as usize - 4];
+    stream.read_exact(&mut body).unwrap();
+    assert_ne!(head[0], b'E', "{}", String::from_utf8_lossy(&body));
+    (head[0], body)
 }

@@ -62,6 +62,8 @@ struct Held {
     read: Cell<u64>,
     /// Whether the socket did not take everything at the last flush: then nothing is held until it has.
     blocked: Cell<bool>,
+    /// Whether the server's CopyDone was written, after which no CopyData may come: then the walsender does all as it would alone.
+    done: Cell<bool>,
 }
 
 static HELD: Local<Held> = Local::new(Held {
@@ -74,6 +76,7 @@ static HELD: Local<Held> = Local::new(Held {
     calls: Cell::new(0),
     read: Cell::new(0),
     blocked: Cell::new(false),
+    done: Cell::new(false),
 });
 
 /// Starts to hold writes back, if this is a walsender that streams.
@@ -95,11 +98,13 @@ pub unsafe fn start(context: *mut pg_sys::LogicalDecodingContext) {
         held.reader.set((*context).reader);
         held.bytes.set(0);
         held.blocked.set(false);
+        held.done.set(false);
         held.writing.set(false);
         held.original.set(Some(original));
         held.ours.set(Some(Methods {
             flush_if_writable,
             is_send_pending,
+            putmessage_noblock,
             ..*original
         }));
         if let Some(ours) = &*held.ours.as_ptr() {
@@ -166,7 +171,10 @@ unsafe extern "C-unwind" fn flush_if_writable() -> c_int {
     let Some(original) = held.original.get() else {
         return 0;
     };
-    let turned = ahead::turn(|| held.bytes.get() < HOLD_BYTES && !held.blocked.get());
+    if held.done.get() {
+        return send(held, original);
+    }
+    let turned = ahead::turn(|| held.bytes.get() < HOLD_BYTES && !held.blocked.get() && !held.done.get());
     let bytes = held.bytes.get();
     // Asking the clock costs as much as the rest: every eighth time is a few records late at most, unless those are turns.
     let calls = held.calls.get().wrapping_add(1);
@@ -196,5 +204,20 @@ unsafe extern "C-unwind" fn is_send_pending() -> bool {
         return false;
     };
     // SAFETY: Postgres' own function, which raises no error.
-    (held.bytes.get() == 0 || held.blocked.get()) && unsafe { (original.is_send_pending)() }
+    (held.bytes.get() == 0 || held.blocked.get() || held.done.get())
+        && unsafe { (original.is_send_pending)() }
+}
+
+/// In place of `socket_putmessage_noblock`, which raises errors: the walsender answers the client's CopyDone with its own.
+unsafe extern "C-unwind" fn putmessage_noblock(kind: c_char, body: *const c_char, length: usize) {
+    /// CopyDone of the protocol.
+    const COPY_DONE: u8 = b'c';
+    let held = HELD.get();
+    if kind as u8 == COPY_DONE {
+        held.done.set(true);
+    }
+    if let Some(original) = held.original.get() {
+        // SAFETY: the arguments are passed on as they came.
+        unsafe { (original.putmessage_noblock)(kind, body, length) }
+    }
 }
