@@ -507,3 +507,22 @@ fn a_refused_function_leaves_user_and_settings_as_they_were() {
     let row = String::from_utf8_lossy(&row).into_owned();
     assert!(row.contains("1 day 02:00:00"), "{row:?}");
 }
+
+/// A function that fails leaves references behind, here to a row type, which were given back with the transaction at the earliest:
+/// with a warning each, and a slower search for the next.
+#[test]
+fn values_that_fail_leave_no_references_behind() {
+    let m = Mirror::alone("");
+    m.sql(
+        "CREATE TYPE part AS (x int, j json); CREATE TABLE t (id int PRIMARY KEY, p part); \
+         SELECT walmirror.mirror('t', value => 'json', capture => true)",
+    );
+    m.sql("SELECT pg_create_logical_replication_slot('t', 'walmirror')");
+    m.sql("INSERT INTO t SELECT i, ROW(i, '{\"a\":\"\\u0000\"}')::part FROM generate_series(1, 100) i");
+    m.sql("SELECT walmirror.pack(t) FROM t");
+    m.sql("SELECT count(*) FROM pg_logical_slot_peek_changes('t', NULL, NULL, 'format', 'json')");
+    m.sql("SELECT count(p) FROM t");
+    let log = m.db.pg.log();
+    assert!(log.contains("untranslatable_character"), "{log}");
+    assert!(!log.contains("reference leak"), "{log}");
+}

@@ -1,5 +1,6 @@
 //! Errors that say something about one value, caught where the value is read.
 
+use std::cell::Cell;
 use std::ffi::c_int;
 use std::panic::AssertUnwindSafe;
 
@@ -17,28 +18,98 @@ pub struct Failure(pub String);
 /// that goes on its way.
 pub fn caught<T>(what: &str, read: impl FnOnce() -> T) -> Result<T, Failure> {
     let user = User::current();
+    let owned = AssertUnwindSafe(Owned::begin());
+    let owned = &owned;
     let read = AssertUnwindSafe(read);
     PgTryBuilder::new(move || {
         let read = read;
         Ok((read.0)())
     })
-    .catch_others(|error| match error {
-        CaughtError::PostgresError(report) | CaughtError::ErrorReport(report)
-            if concerns_value(report.sql_error_code()) =>
-        {
-            // SAFETY: nothing above a type's function holds such a lock, as they are held for moments: those that are held were
-            // left behind by the ERROR, and AbortTransaction would release them in this way.
-            unsafe {
-                pg_sys::LWLockReleaseAll();
-                pg_sys::UnlockBuffers();
+    .catch_others(|error| {
+        owned.release();
+        match error {
+            CaughtError::PostgresError(report) | CaughtError::ErrorReport(report)
+                if concerns_value(report.sql_error_code()) =>
+            {
+                user.restore();
+                session::end_inner_settings();
+                Err(Failure(format!("{what}: {}", condition(report.sql_error_code()))))
             }
-            user.restore();
-            session::end_inner_settings();
-            Err(Failure(format!("{what}: {}", condition(report.sql_error_code()))))
+            other => other.rethrow(),
         }
-        other => other.rethrow(),
     })
     .execute()
+}
+
+/// While this lives, what is pinned or referenced is of the value: an ERROR leaves it to the end of a (sub)transaction, which may be
+/// many rows away.
+struct Owned {
+    owner: Cell<pg_sys::ResourceOwner>,
+    outer: pg_sys::ResourceOwner,
+}
+
+/// The resource owner of the next value; NULL if there is none yet. One serves value after value until an ERROR, as functions give
+/// back what they take before they return.
+static mut SPARE: pg_sys::ResourceOwner = std::ptr::null_mut();
+
+impl Owned {
+    fn begin() -> Self {
+        // SAFETY: variables of this single-threaded backend. The owner has no parent, so that it lives until it is deleted here.
+        unsafe {
+            let mut owner = std::mem::replace(&mut *(&raw mut SPARE), std::ptr::null_mut());
+            if owner.is_null() {
+                owner = pg_sys::ResourceOwnerCreate(std::ptr::null_mut(), c"walmirror value".as_ptr());
+            }
+            let outer = std::mem::replace(&mut *(&raw mut pg_sys::CurrentResourceOwner), owner);
+            Self {
+                owner: Cell::new(owner),
+                outer,
+            }
+        }
+    }
+
+    /// Gives back what an ERROR left behind, in the order of AbortSubTransaction.
+    #[cold]
+    fn release(&self) {
+        use pg_sys::ResourceReleasePhase as Phase;
+        let owner = self.owner.replace(std::ptr::null_mut());
+        // SAFETY: nothing above a type's function holds locks of these kinds, as they are held for moments. The owner is not the
+        // current one any more, and empty when it is deleted.
+        unsafe {
+            pg_sys::LWLockReleaseAll();
+            pg_sys::UnlockBuffers();
+            pg_sys::CurrentResourceOwner = self.outer;
+            if owner.is_null() {
+                return;
+            }
+            for phase in [
+                Phase::RESOURCE_RELEASE_BEFORE_LOCKS,
+                Phase::RESOURCE_RELEASE_LOCKS,
+                Phase::RESOURCE_RELEASE_AFTER_LOCKS,
+            ] {
+                pg_sys::ResourceOwnerRelease(owner, phase, false, false);
+            }
+            pg_sys::ResourceOwnerDelete(owner);
+        }
+    }
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        // SAFETY: as in `begin`. An ERROR that goes on its way comes by as an unwind.
+        unsafe {
+            pg_sys::CurrentResourceOwner = self.outer;
+            if self.owner.get().is_null() {
+                return;
+            }
+            if SPARE.is_null() {
+                SPARE = self.owner.get();
+            } else {
+                // That of a value which was read within this one.
+                self.release();
+            }
+        }
+    }
 }
 
 /// Whose rights the session has. Postgres becomes the owner of a SECURITY DEFINER function before the function begins, and an ERROR
