@@ -149,7 +149,23 @@ impl Plan {
             return Err(not_unique(&name, template.placeholders()));
         }
 
-        let context = parent.child(c"walmirror plan");
+        let positions = table.columns();
+        let mut places = Vec::with_capacity(columns.len());
+        for column in &columns {
+            let own = positions
+                .iter()
+                .find(|own| own.name == column.name)
+                .ok_or_else(|| {
+                    Refusal::object(
+                        format!("partition \"{}\" has no column \"{}\"", table.name(), column.name),
+                        "Detach it or add the column.",
+                    )
+                })?;
+            places.push(own.position);
+        }
+
+        // An ERROR in what follows frees it with what is current; `parent` may live as long as the session.
+        let context = Context::current().child(c"walmirror plan");
         let mut plan = Self {
             relation: pb::Relation {
                 index: 0,
@@ -171,26 +187,16 @@ impl Plan {
             identified: table.is_partitioned() || table.identifies(template.placeholders()),
             context,
         };
-        let positions = table.columns();
-        for column in &columns {
+        for (column, position) in columns.iter().zip(places) {
             let in_key = template.placeholders().contains(&column.name);
             let in_value = label
                 .columns
                 .as_ref()
                 .is_none_or(|names| names.contains(&column.name));
-            let position = positions
-                .iter()
-                .find(|own| own.name == column.name)
-                .map(|own| own.position)
-                .ok_or_else(|| {
-                    Refusal::object(
-                        format!("partition \"{}\" has no column \"{}\"", table.name(), column.name),
-                        "Detach it or add the column.",
-                    )
-                })?;
             plan.add_column(column, position, in_key, in_value, label.value);
         }
         plan.seal();
+        context.move_to(parent);
         Ok(plan)
     }
 

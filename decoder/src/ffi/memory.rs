@@ -25,6 +25,18 @@ impl Context {
         Self(unsafe { pg_sys::TopMemoryContext })
     }
 
+    /// The context that is current: what is made in it goes with a row, a query or a statement.
+    pub fn current() -> Self {
+        // SAFETY: this single-threaded backend's own variable, which is always set.
+        Self(unsafe { pg_sys::CurrentMemoryContext })
+    }
+
+    /// Puts the context under another one (`MemoryContextSetParent`), with which it lives from then on.
+    pub fn move_to(self, parent: Self) {
+        // SAFETY: both are valid, and the parent is not below this one.
+        unsafe { pg_sys::MemoryContextSetParent(self.0, parent.0) }
+    }
+
     /// A new context under this one (`AllocSetContextCreate`, small sizes: most hold a few FmgrInfos or one row).
     pub fn child(self, name: &'static CStr) -> Self {
         // SAFETY: self is a valid parent, and the name is a constant, as AllocSetContextCreate demands.
