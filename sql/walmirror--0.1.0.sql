@@ -296,10 +296,11 @@ BEGIN
             PERFORM walmirror.check_label(root, added => false);
             PERFORM walmirror.announce_ddl(root, refresh => true);
         END LOOP;
-        -- The primary key of a partitioned table becomes valid with the last of its partitions', and no relation cache is told.
-        IF command.command_tag = 'ALTER INDEX' AND command.object_type = 'index' THEN
-            SELECT walmirror.root(i.indrelid) INTO root FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid AND c.relkind = 'p'
-            WHERE i.indexrelid = command.objid;
+        -- The primary key of a partitioned table becomes valid with the last of its partitions', and no relation cache is told. And what
+        -- makes a key unique may come after its label.
+        IF command.command_tag IN ('ALTER INDEX', 'CREATE INDEX') AND command.object_type = 'index' THEN
+            SELECT walmirror.root(i.indrelid) INTO root FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid
+            WHERE i.indexrelid = command.objid AND i.indisunique AND (c.relkind = 'p' OR command.command_tag = 'CREATE INDEX');
             IF root IS NOT NULL THEN
                 PERFORM walmirror.invalidate(root);
                 PERFORM walmirror.announce_ddl(root, refresh => false);

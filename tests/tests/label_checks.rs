@@ -477,6 +477,19 @@ fn a_table_is_not_mirrored_before_its_key_is_unique() {
     assert_eq!(m.redis.keys(), ["t:1", "t:3", "t:4", "u:1"]);
 }
 
+/// The last thing that a restore makes may be an index, as where the WAL holds whole rows, and no row may follow it.
+#[test]
+fn a_table_is_mirrored_when_its_key_becomes_unique() {
+    let m = Mirror::with("CREATE TABLE t (id int NOT NULL, v text); ALTER TABLE t REPLICA IDENTITY FULL");
+    m.sql("SECURITY LABEL FOR walmirror ON TABLE t IS '{\"mode\":\"mirror\",\"key\":\"t:{id}\"}'");
+    m.sql("INSERT INTO t VALUES (1, 'v'), (2, 'v')");
+    m.sync();
+    assert!(m.redis.keys().is_empty());
+    m.sql("CREATE UNIQUE INDEX ON t (id)");
+    m.settle();
+    assert_eq!(m.redis.keys(), ["t:1", "t:2"]);
+}
+
 /// Partitions whose rows are not in the WAL passed while a table had no primary key, and then for good.
 #[test]
 fn a_table_that_is_restored_has_no_partition_outside_of_the_wal() {
