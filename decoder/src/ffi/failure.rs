@@ -56,11 +56,13 @@ impl Owned {
     fn begin() -> Self {
         // SAFETY: variables of this single-threaded backend. The owner has no parent, so that it lives until it is deleted here.
         unsafe {
-            let mut owner = std::mem::replace(&mut *(&raw mut SPARE), std::ptr::null_mut());
+            let mut owner = SPARE;
+            SPARE = std::ptr::null_mut();
             if owner.is_null() {
                 owner = pg_sys::ResourceOwnerCreate(std::ptr::null_mut(), c"walmirror value".as_ptr());
             }
-            let outer = std::mem::replace(&mut *(&raw mut pg_sys::CurrentResourceOwner), owner);
+            let outer = pg_sys::CurrentResourceOwner;
+            pg_sys::CurrentResourceOwner = owner;
             Self {
                 owner: Cell::new(owner),
                 outer,
