@@ -23,7 +23,7 @@ mod writers;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use walmirror_proto::key::KeyTemplate;
@@ -33,7 +33,7 @@ pub use chunk::{Chunk, Content, Life, PackedRows, Permit, Room, Window};
 pub use cursor::{Cursor, Stage, Walk};
 pub use worker::{Context, Role, work};
 
-use crate::gate::{Gate, Snapshot};
+use crate::gate::{Evicted, Gate, Snapshot};
 use crate::plan::Mapping;
 
 /// A mirrored table, as the planner sees it at its place in the stream.
@@ -53,9 +53,8 @@ pub struct Backfill {
     tasks: Mutex<BTreeMap<u32, Task>>,
     changed: Condvar,
     stopped: AtomicBool,
-    /// The gate's horizon and where it began, so that a worker does not read in a snapshot that the gate would refuse as a whole.
-    horizon: AtomicU64,
-    gate_start: AtomicU64,
+    /// What the gate has forgotten, so that a worker does not read in a snapshot that the gate would refuse as a whole.
+    forgotten: OnceLock<Arc<Evicted>>,
     /// Whether keys may be noted as pending.
     pending: AtomicBool,
     /// Whether the catalog was compared with the registry, and how many times that was wanted.
@@ -112,16 +111,19 @@ impl Backfill {
         self.stopped.load(Ordering::Acquire)
     }
 
-    /// The gate's horizon rose.
-    pub fn set_horizon(&self, gate: &Gate) {
-        self.horizon.store(gate.horizon(), Ordering::Release);
-        self.gate_start.store(gate.start(), Ordering::Release);
+    /// The gate of the session.
+    pub fn set_gate(&self, gate: &Gate) {
+        let _ = self.forgotten.set(gate.forgotten());
     }
 
-    /// Whether the gate would refuse nearly all that is read in this snapshot.
+    /// Whether the gate would refuse nearly all that is read in this snapshot: what the gate itself asks of a key that it does not know.
     pub fn is_useless(&self, snapshot: &Snapshot) -> bool {
-        snapshot.xmax < self.horizon.load(Ordering::Acquire)
-            || snapshot.may_miss_below(self.gate_start.load(Ordering::Acquire))
+        self.hidden_from(snapshot).is_some()
+    }
+
+    /// The transaction for which that is so.
+    fn hidden_from(&self, snapshot: &Snapshot) -> Option<u64> {
+        self.forgotten.get()?.hidden_from(snapshot)
     }
 
     /// Keys were noted as pending.

@@ -205,16 +205,16 @@ impl Snapshots for Context {
         let (started, mut told) = (Instant::now(), false);
         loop {
             let snapshot = sql.begin()?;
-            if !self.backfill.is_useless(&snapshot) {
+            let Some(hidden) = self.backfill.hidden_from(&snapshot) else {
                 return Ok(Some(snapshot));
-            }
+            };
             sql.end()?;
             if self.stopped() {
                 return Ok(None);
             }
             if !told && started.elapsed() > Duration::from_secs(1) {
                 told = true;
-                let who = sql.whoever_runs(snapshot.oldest_in_progress().unwrap_or(snapshot.xmax))?;
+                let who = sql.whoever_runs(hidden)?;
                 tracing::info!(
                     table,
                     "the backfill waits until the transactions that the gate has forgotten are over: {who}"

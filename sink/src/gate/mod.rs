@@ -12,9 +12,11 @@ mod snapshot;
 mod table;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
+pub use evicted::Evicted;
 pub use snapshot::{ParseSnapshotError, Snapshot};
 use table::ChangerTable;
 
@@ -37,7 +39,6 @@ pub struct Gate {
     truncations: HashMap<u32, u64>,
     /// Makes the hash differ from run to run, so that no data can be made to collide.
     seed: u64,
-    start: u64,
 }
 
 impl Gate {
@@ -49,7 +50,6 @@ impl Gate {
             changers: ChangerTable::new(memory_bytes, horizon),
             truncations: HashMap::new(),
             seed,
-            start: horizon,
         }
     }
 
@@ -99,20 +99,19 @@ impl Gate {
         self.changers.get(key_hash)
     }
 
-    /// Whether a changer that the gate does not remember may be invisible to the snapshot. The last of them is just below the horizon.
-    fn may_have_forgotten(&self, snapshot: &Snapshot) -> bool {
-        let mut in_progress = snapshot.in_progress().iter();
-        snapshot.xmax < self.horizon() || in_progress.any(|&xid| self.changers.may_be_forgotten(xid))
+    /// Whether keys that the gate does not remember would be refused in this snapshot.
+    pub fn may_have_forgotten(&self, snapshot: &Snapshot) -> bool {
+        self.changers.evicted().hidden_from(snapshot).is_some()
     }
 
-    /// Transactions below this id may have changed keys in an earlier session. A reader whose snapshot misses one need not bother to read.
-    pub fn start(&self) -> u64 {
-        self.start
+    /// The transactions that it has forgotten, all of them: for readers, who need not bother to read in a snapshot that misses one.
+    pub fn forgotten(&self) -> Arc<Evicted> {
+        Arc::clone(self.changers.evicted())
     }
 
-    /// What the gate has forgotten is below this id. Only ever rises. A reader whose snapshot ends before it need not bother to read.
+    /// What the gate has forgotten is below this id. Only ever rises.
     pub fn horizon(&self) -> u64 {
-        self.changers.horizon()
+        self.changers.evicted().horizon()
     }
 }
 
@@ -189,6 +188,28 @@ mod tests {
             Verdict::Forgotten
         );
         assert_eq!(gate.admit(1, 5, &snapshot("99:1201:99")), Verdict::Forgotten);
+    }
+
+    /// Readers ask before they read, and get the answer that a key which the gate does not know would get.
+    #[test]
+    fn readers_see_what_is_forgotten() {
+        let mut gate = Gate::new(1 << 10, 100, 7);
+        let forgotten = gate.forgotten();
+        for text in ["99:99:", "99:120:99", "110:110:", "110:1000:110"] {
+            let hidden = text.starts_with("99").then_some(99);
+            assert_eq!(forgotten.hidden_from(&snapshot(text)), hidden, "{text}");
+        }
+        for key in 0..1_000u64 {
+            gate.record(gate.hash(&key.to_le_bytes()), 110);
+        }
+        for (text, hidden) in [
+            ("99:1201:99", Some(99)),
+            ("110:110:", Some(110)),
+            ("105:1000:105,110", Some(110)),
+            ("120:1000:120", None),
+        ] {
+            assert_eq!(forgotten.hidden_from(&snapshot(text)), hidden, "{text}");
+        }
     }
 
     #[test]

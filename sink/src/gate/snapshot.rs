@@ -42,11 +42,6 @@ impl Snapshot {
     pub fn in_progress(&self) -> &[u64] {
         &self.xip
     }
-
-    /// The oldest transaction that was in progress, if any was.
-    pub fn oldest_in_progress(&self) -> Option<u64> {
-        self.xip.first().copied()
-    }
 }
 
 impl FromStr for Snapshot {

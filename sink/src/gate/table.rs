@@ -1,6 +1,8 @@
 //! A fixed-size map from key hash to the last transaction that changed the key. A full bucket lets go of its oldest
 //! changer, notes that, and raises the horizon above it, so that what was forgotten is known to lie below the horizon.
 
+use std::sync::Arc;
+
 use super::evicted::Evicted;
 
 /// One bucket is one cache line: a change costs one memory access.
@@ -21,8 +23,7 @@ struct Entry {
 pub(super) struct ChangerTable {
     buckets: Vec<Bucket>,
     mask: usize,
-    horizon: u64,
-    evicted: Evicted,
+    evicted: Arc<Evicted>,
 }
 
 impl ChangerTable {
@@ -37,18 +38,13 @@ impl ChangerTable {
         Self {
             buckets: vec![Bucket::default(); count],
             mask: count - 1,
-            horizon,
-            evicted: Evicted::new(memory_bytes, horizon),
+            evicted: Arc::new(Evicted::new(memory_bytes, horizon)),
         }
     }
 
-    /// Whether this transaction is a changer that was let go of, or may be.
-    pub(super) fn may_be_forgotten(&self, xid: u64) -> bool {
-        self.evicted.contains(xid)
-    }
-
-    pub(super) fn horizon(&self) -> u64 {
-        self.horizon
+    /// The changers that were let go of.
+    pub(super) fn evicted(&self) -> &Arc<Evicted> {
+        &self.evicted
     }
 
     #[inline]
@@ -83,7 +79,6 @@ impl ChangerTable {
         }
         if slot.hash != hash && slot.xid != 0 {
             self.evicted.insert(slot.xid);
-            self.horizon = self.horizon.max(slot.xid + 1);
         }
         *slot = Entry { hash, xid };
     }
@@ -111,7 +106,7 @@ mod tests {
                 for (&hash, &last) in &all {
                     match table.get(hash) {
                         Some(xid) => prop_assert_eq!(xid, last),
-                        None => prop_assert!(last < table.horizon() && table.may_be_forgotten(last)),
+                        None => prop_assert!(last < table.evicted().horizon() && table.evicted().contains(last)),
                     }
                 }
             }

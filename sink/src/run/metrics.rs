@@ -71,6 +71,8 @@ counters! {
         outdated,
         /// Read before or after the table changed, seen from where the stream is.
         other_version,
+        /// The gate has let go of a transaction that its snapshot does not see: the stretch is read again.
+        forgotten,
     }
 }
 

@@ -76,6 +76,14 @@ impl Planning {
         if matches!(chunk.content, Content::Changed) {
             self.doubt(chunk.relation);
         }
+        // Its rows would have to be read again one by one, and the table would be called complete without them. So the worker begins
+        // anew where it is, and waits for a better snapshot. What is pending waits for nobody: the gate may know its key.
+        let is_whole = !matches!(chunk.content, Content::Keys(_) | Content::Orphans(_));
+        if is_whole && start < chunk.content.len() && self.gate.may_have_forgotten(&chunk.snapshot) {
+            add(&self.shared.metrics.chunks_dropped.forgotten, 1);
+            chunk.window.done(true);
+            return Ok(());
+        }
         self.dirty = true;
         let weight = self.assembly.weight();
         // What a key was to the table when it was found, it may no longer be.

@@ -154,7 +154,7 @@ impl Planning {
                 ..Progress::default()
             };
         }
-        backfill.set_horizon(&gate);
+        backfill.set_gate(&gate);
         let registry = Registry::new(
             keys.clone(),
             Arc::clone(&backfill),

@@ -70,7 +70,6 @@ impl Planning {
         }
         add(&self.shared.metrics.rows, rows);
         self.flush_if_full();
-        self.backfill.set_horizon(&self.gate);
         Ok(())
     }
 

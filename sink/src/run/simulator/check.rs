@@ -103,7 +103,7 @@ fn is_known(redis: &Redis, label: &Definition) -> bool {
 }
 
 /// INVARIANT I10, and that nothing is lost: a key whose table is complete is what the position says; of one whose table
-/// is being filled, what the last step wrote is. Pending keys are to be read again.
+/// is being filled, what the last step wrote is. Pending keys that the stream has brought are to be read again.
 fn check_table(
     redis: &Redis,
     history: &History,
@@ -125,7 +125,9 @@ fn check_table(
         let key = label.key(id);
         let is_pending = redis.pending().any(|(pending, _)| *pending == key);
         let is_changed = redis.changed().any(|changed| *changed == key);
-        if is_pending || !(is_done || is_changed && !is_stale) {
+        // A table is not complete while rows that only a backfill brings are still to be read.
+        let is_filled = is_done && label.mode == Mode::Mirror && !history.is_touched(label.oid, id, lsn);
+        if is_pending && !is_filled || !(is_done || is_changed && !is_stale) {
             continue;
         }
         let found = redis.data.get(&key);

@@ -70,6 +70,15 @@ impl History {
         last(self.labels.get(&oid), at)
     }
 
+    /// Whether the row was touched, or all rows without a record of them, since the label of that position was committed.
+    pub(super) fn is_touched(&self, oid: u32, id: Id, at: u64) -> bool {
+        let mut labels = self.labels.get(&oid).into_iter().flatten();
+        let labelled = labels.rfind(|(_, end, _)| *end <= at);
+        let (start, end) = labelled.map_or((0, 0), |(start, end, _)| (*start, *end));
+        let mut rows = self.rows.get(&(oid, id)).into_iter().flatten();
+        rows.any(|(_, touched, _)| *touched > start) || self.is_rewritten(oid, end, at)
+    }
+
     /// All that the table was ever labelled.
     pub(super) fn labels(&self, oid: u32) -> impl Iterator<Item = &Arc<Definition>> {
         let since = self.labels.get(&oid).into_iter().flatten();

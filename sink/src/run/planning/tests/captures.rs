@@ -159,6 +159,6 @@ fn rows_and_chunks_that_have_nothing_to_do_are_counted() {
     );
     assert_eq!(
         metrics.chunks_dropped.read(),
-        [("outdated", 1), ("other_version", 1)]
+        [("outdated", 1), ("other_version", 1), ("forgotten", 0)]
     );
 }

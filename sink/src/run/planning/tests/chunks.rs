@@ -270,3 +270,80 @@ fn a_row_that_cannot_be_read_is_noted_unless_something_newer_wrote_it() {
     };
     assert!(!noted("t:1") && noted("t:2") && noted(own), "{written:?}");
 }
+
+/// The story: a large transaction stood in every snapshot, because its COMMIT waited for a standby, and the gate had let go of it. All
+/// rows of a table were read in such snapshots and only noted as pending, and the table was called complete without a key.
+#[test]
+fn a_stretch_that_the_gate_cannot_judge_is_read_again_and_the_table_is_not_complete() {
+    let hidden = || Snapshot::new(99, 120, vec![99]);
+    let contents = [
+        rows(&[packed(1, "1", "read")]),
+        Content::Absent(vec![b"t:1".to_vec()]),
+        Content::LeftOut(vec![b"t:1".to_vec()]),
+    ];
+    for content in contents {
+        let mut stored = settled();
+        stored.progress.as_mut().unwrap().cursors.clear();
+        let mut planning = planning(stored, 1 << 20, 1 << 24);
+        assert!(planning.backfill.is_useless(&hidden()));
+        let window = Arc::new(Window::default());
+        let read = chunk(&planning, 1, content, None, &window);
+        planning.chunk(Chunk {
+            snapshot: hidden(),
+            ..read
+        });
+        planning.chunk(chunk(&planning, 2, rows(&[]), Some(Cursor::done(1)), &window));
+        for id in ["m:1", "m:2"] {
+            let (content, lsn) = (id.into(), 31);
+            Frame::default()
+                .record(pb::Marker { content, lsn })
+                .feed(&mut planning);
+            planning.piece().unwrap();
+        }
+        assert!(window.is_stale());
+        let written = flushed(&mut planning);
+        assert!(
+            written
+                .iter()
+                .all(|line| !line.contains("t:1") && !line.contains("done")),
+            "{written:?}"
+        );
+        assert_eq!(planning.backfill.progress(), (1, 1));
+    }
+}
+
+/// Pending keys are judged one by one: a transaction that stays open for days holds up only those whose changer is not known.
+#[test]
+fn a_pending_key_whose_changer_is_known_is_written_in_any_snapshot() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    let window = Arc::new(Window::default());
+    let keys = ["1", "2"].map(|id| (format!("t:{id}").into_bytes(), Some(packed(1, id, "again"))));
+    let read = chunk(&planning, 1, Content::Keys(keys.into()), None, &window);
+    planning.chunk(Chunk {
+        snapshot: Snapshot::new(99, 120, vec![99]),
+        ..read
+    });
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(110, 20)
+        .row(Kind::Insert, "1", Some("new"))
+        .commit(30)
+        .record(pb::Marker {
+            content: b"m:1".to_vec(),
+            lsn: 31,
+        })
+        .feed(&mut planning);
+    flushed(&mut planning);
+    planning.piece().unwrap();
+    let written = flushed(&mut planning);
+    assert_eq!(
+        written[..4],
+        [
+            "UNLINK t:1",
+            "HSET t:1 id 1 v again",
+            "HDEL walmirror:{s}:pending t:1",
+            "HSET walmirror:{s}:pending t:2 500"
+        ]
+    );
+    assert!(!window.is_stale());
+}
