@@ -256,19 +256,12 @@ impl Lookup {
                     refused(snapshot, keys);
                     return Ok(());
                 };
-                let is_other = |packed: &&[u8]| !packed.starts_with(&mapping.fingerprint.to_be_bytes());
-                let packed = || result.rows().filter_map(|row| row.get(0));
-                // Of another version of the table the key cannot be told: it may be any of these, so that none of them has no row. Whoever
-                // gets the row sees its version.
-                let other = packed().find(is_other);
-                let rows: HashMap<Vec<u8>, Vec<u8>> = packed()
-                    .filter(|packed| !is_other(packed))
-                    .filter_map(|packed| Some((key_of(mapping, packed)?, packed.to_vec())))
-                    .collect();
+                let rows = by_key(mapping, result.rows().map(|row| row.get(0)));
+                let rows = rows.ok_or_else(|| self.changed())?;
                 let keys = keys.into_iter().map(|(key, _)| {
                     // The same key may have been asked for twice.
                     let row = rows.get(&key).cloned();
-                    (key, row.or_else(|| other.map(<[u8]>::to_vec)))
+                    (key, row)
                 });
                 found.push(Found {
                     snapshot,
@@ -345,6 +338,15 @@ impl Lookup {
         }
     }
 
+    /// Its rows are of another version than was asked for: what they say of keys is of no use.
+    fn changed(&self) -> Error {
+        let error = PqError {
+            sqlstate: Some("55000".to_owned()),
+            ..PqError::new(ErrorKind::Server, "its definition has changed")
+        };
+        Error::postgres(format!("cannot look for rows of the table {}", self.table), error)
+    }
+
     fn error(&self, sql: &Sql, error: PqError) -> Error {
         let what = format!("cannot look for rows of the table {}", self.table);
         sql.explain_table(what, &self.name, error)
@@ -393,26 +395,28 @@ impl Query {
     }
 }
 
-/// Puts their answers together. What was asked first has the oldest snapshot, which holds for all of them.
+/// Puts their answers together. The oldest of their snapshots holds for all of them.
 fn one_answer_a_key<T>(mapping: &Mapping, found: Vec<Found<T>>) -> Vec<Found<T>> {
     if !mapping.template.is_ambiguous() {
         return found;
     }
     let mut keys: BTreeMap<Vec<u8>, Option<T>> = BTreeMap::new();
-    let mut first = None;
+    let mut oldest: Option<Snapshot> = None;
     for Found {
         snapshot,
         keys: answers,
     } in found
     {
-        first.get_or_insert(snapshot);
+        if oldest.as_ref().is_none_or(|oldest| snapshot.is_before(oldest)) {
+            oldest = Some(snapshot);
+        }
         for (key, row) in answers {
             let known = keys.entry(key).or_default();
             *known = known.take().or(row);
         }
     }
     let keys = keys.into_iter().collect();
-    first
+    oldest
         .map(|snapshot| Found { snapshot, keys })
         .into_iter()
         .collect()
@@ -431,12 +435,26 @@ fn is_of_a_value(error: &PqError, reads_rows: bool) -> bool {
     error.kind == ErrorKind::Server && !is_elsewhere
 }
 
-/// The key of a packed row.
-pub(crate) fn key_of(mapping: &Mapping, packed: &[u8]) -> Option<Vec<u8>> {
-    let tuple = walmirror_proto::row::TupleRef::parse(packed.get(8..)?).ok()?;
-    let mut key = Vec::new();
-    let row = mapping.datums(&tuple).ok()?;
-    (mapping.key(&row, &mut key).ok()? == Keyed::Yes).then_some(key)
+/// Packed rows by their keys. None: one is of another version of the table, or it has no label any more.
+fn by_key<'r>(
+    mapping: &Mapping,
+    rows: impl Iterator<Item = Option<&'r [u8]>>,
+) -> Option<HashMap<Vec<u8>, Vec<u8>>> {
+    let mut all = HashMap::new();
+    for packed in rows {
+        let packed = packed?;
+        let (fingerprint, tuple) = packed.split_first_chunk::<8>()?;
+        if u64::from_be_bytes(*fingerprint) != mapping.fingerprint {
+            return None;
+        }
+        let tuple = walmirror_proto::row::TupleRef::parse(tuple).ok()?;
+        let row = mapping.datums(&tuple).ok()?;
+        let mut key = Vec::new();
+        if mapping.key(&row, &mut key).ok()? == Keyed::Yes {
+            all.insert(key, packed.to_vec());
+        }
+    }
+    Some(all)
 }
 
 /// A text[] literal.
@@ -461,7 +479,76 @@ fn array<'v>(values: impl Iterator<Item = Option<&'v Vec<u8>>>) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
     use super::*;
+    use walmirror_proto::pb;
+    use walmirror_proto::writer::TupleBuilder;
+
+    fn mapping(fingerprint: u64, key: &str) -> Mapping {
+        let column = |name: &str| pb::Column {
+            name: name.into(),
+            encoding: pb::Encoding::Text.into(),
+            in_value: true,
+            ..pb::Column::default()
+        };
+        let relation = pb::Relation {
+            schema: "public".into(),
+            name: "t".into(),
+            key: key.into(),
+            fingerprint,
+            columns: vec![column("a"), column("b")],
+            ..pb::Relation::default()
+        };
+        Mapping::new(&relation).unwrap()
+    }
+
+    fn packed(fingerprint: u64, values: &[&str]) -> Vec<u8> {
+        let mut bytes = fingerprint.to_be_bytes().to_vec();
+        let mut tuple = TupleBuilder::new();
+        values.iter().for_each(|value| tuple.text(value.as_bytes()));
+        tuple.write_tuple(&mut bytes);
+        bytes
+    }
+
+    /// The story: a row that no longer fitted what the table was known as counted as none, and its key was removed.
+    #[test]
+    fn a_row_of_another_version_is_not_taken_for_none() {
+        let mapping = mapping(7, "t:{a}");
+        let row = packed(7, &["1", "x"]);
+        let rows = by_key(&mapping, [Some(row.as_slice())].into_iter()).unwrap();
+        assert_eq!(rows, HashMap::from([(b"t:1".to_vec(), row.clone())]));
+        for other in [
+            Some(packed(8, &["1", "x"])),
+            Some(packed(7, &["1"])),
+            Some(vec![0, 0, 7]),
+            None,
+        ] {
+            let both = [Some(row.as_slice()), other.as_deref()];
+            assert_eq!(by_key(&mapping, both.into_iter()), None, "{other:?}");
+        }
+    }
+
+    /// Keys whose values were refused come last, and were asked for before.
+    #[test]
+    fn several_answers_have_the_oldest_snapshot() {
+        let found = |text: &str, row: Option<()>| Found {
+            snapshot: text.parse().unwrap(),
+            keys: vec![(b"t:1-2-3".to_vec(), row)],
+        };
+        let mapping = mapping(7, "t:{a}-{b}");
+        for texts in [
+            ["20:30:20", "10:30:10,20"],
+            ["30:40:", "20:30:"],
+            ["10:30:10,20", "30:30:"],
+        ] {
+            let answers = vec![found(texts[0], None), found(texts[1], Some(()))];
+            let answer = one_answer_a_key(&mapping, answers);
+            assert_eq!(answer.len(), 1);
+            let oldest = texts.iter().find(|text| text.ends_with(",20") || **text == "20:30:");
+            assert_eq!(Ok(answer[0].snapshot.clone()), oldest.unwrap().parse());
+            assert_eq!(answer[0].keys, [(b"t:1-2-3".to_vec(), Some(()))]);
+        }
+    }
 
     #[test]
     fn arrays_are_quoted() {

@@ -1,6 +1,7 @@
 //! A transaction snapshot as `pg_current_snapshot()` gives it: which transactions a read saw. Ids are 64 bits wide (with
 //! their epoch) and belong to top-level transactions.
 
+use std::cmp::Reverse;
 use std::str::FromStr;
 
 use walmirror_proto::pb;
@@ -31,6 +32,12 @@ impl Snapshot {
     /// Whether the effects of this transaction (known to have committed) are visible.
     pub fn sees(&self, xid: u64) -> bool {
         xid < self.xmin || (xid < self.xmax && self.xip.binary_search(&xid).is_err())
+    }
+
+    /// Whether it was taken before the other one, as far as they differ: fewer transactions were over.
+    pub fn is_before(&self, other: &Self) -> bool {
+        let place = |snapshot: &Self| (snapshot.xmax, Reverse(snapshot.xip.len()));
+        place(self) < place(other)
     }
 
     /// Whether some transaction below `horizon` could be invisible.

@@ -213,9 +213,11 @@ impl Sides {
         let mut text = Vec::new();
         let (lookup, mapping) = (&table.lookup, &table.mapping);
         let found = match origin {
-            Origin::Rows => lookup.rows_of_rows(&AnySnapshot, &mut self.sql, mapping, keys)?,
-            Origin::Redis => lookup.rows(&AnySnapshot, &mut self.sql, mapping, keys)?,
+            Origin::Rows => lookup.rows_of_rows(&AnySnapshot, &mut self.sql, mapping, keys),
+            Origin::Redis => lookup.rows(&AnySnapshot, &mut self.sql, mapping, keys),
         };
+        let is_changed = |error: &Error| error.is_of_a_changed_table();
+        let found = found.map_err(|error| if is_changed(&error) { table.changed() } else { error })?;
         for found in found {
             for (key, packed) in found.keys {
                 let row = packed
