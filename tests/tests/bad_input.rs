@@ -455,3 +455,47 @@ fn a_slip_in_a_name_is_told_with_the_names_there_are() {
         &["the number of the database"],
     );
 }
+
+/// What anybody made in a schema of the role's search_path ran as the role of the sink, and of who typed a command.
+#[test]
+fn nothing_of_the_roles_search_path_is_run() {
+    let m = Mirror::with(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t VALUES (1, 'v'); SELECT walmirror.mirror('t')",
+    );
+    for (operator, left, right, result) in [
+        ("=", "name", "name", "bool"),
+        ("=", "name", "text", "bool"),
+        ("=", "oid", "oid", "bool"),
+        ("=", "oid", "regclass", "bool"),
+        ("=", "text", "text", "bool"),
+        ("=", "\"char\"", "\"char\"", "bool"),
+        ("<=", "numeric", "int8", "bool"),
+        ("||", "name", "text", "text"),
+        ("||", "name", "name", "text"),
+    ] {
+        m.sql(&format!(
+            "CREATE OR REPLACE FUNCTION public.evil_{result}({left}, {right}) RETURNS {result} LANGUAGE plpgsql AS $$ BEGIN RAISE 'hijacked'; END $$; \
+             CREATE OPERATOR public.{operator} (LEFTARG = {left}, RIGHTARG = {right}, FUNCTION = public.evil_{result})",
+        ));
+    }
+    m.sql(
+        "CREATE FUNCTION public.format(text, VARIADIC name[]) RETURNS text LANGUAGE plpgsql AS $$ BEGIN RAISE 'hijacked'; END $$; \
+         DO $$ BEGIN EXECUTE pg_catalog.format('ALTER DATABASE %I SET search_path = public, pg_catalog', pg_catalog.current_database()); END $$",
+    );
+    m.sink(|sink| {
+        sink.kill();
+        sink.restart();
+    });
+    m.settle();
+    for command in [
+        &["status"][..],
+        &["doctor"],
+        &["verify"],
+        &["backfill", "--table", "t"],
+    ] {
+        let (code, output) = m.run(command);
+        assert!(!output.contains("hijacked"), "{command:?}: {output}");
+        assert_eq!(code, Some(0), "{command:?}: {output}");
+    }
+    assert!(!m.sink(|sink| sink.output()).contains("hijacked"));
+}

@@ -189,7 +189,7 @@ fn a_locked_table_holds_up_itself_alone() {
     };
     let mut before = begin("INSERT INTO other VALUES (1)");
     m.sql("CREATE TABLE b (id int PRIMARY KEY); INSERT INTO b VALUES (1); SELECT walmirror.mirror('b')");
-    m.outlast_announced();
+    m.know_announced();
     let mut lock_b = begin("LOCK TABLE b");
     before.batch_execute("COMMIT").unwrap();
     let mut lock_a = begin("LOCK TABLE a");

@@ -517,7 +517,7 @@ fn what_is_read_again_is_no_older_than_what_was_committed() {
     let mut one = writes("UPDATE t SET v = 2 WHERE id = 1");
     let mut other = writes("UPDATE t SET v = 2 WHERE id = 2");
     m.sql("SELECT walmirror.mirror('t')");
-    m.outlast_announced();
+    m.know_announced();
     let slot = &m.db.name;
     m.sql(&format!(
         "SELECT pg_logical_emit_message(false, 'walmirror.marker', format('{slot}:reread:%s:3:t:13:t:2', 't'::regclass::oid))"
@@ -525,7 +525,7 @@ fn what_is_read_again_is_no_older_than_what_was_committed() {
     m.sync();
     // Who takes horizons is who reads pending keys.
     m.sql("CREATE TABLE behind (id int PRIMARY KEY); SELECT walmirror.mirror('behind')");
-    m.outlast_announced();
+    m.know_announced();
     one.batch_execute("COMMIT").unwrap();
     m.sync();
     // The fill waits for the other one.
@@ -571,7 +571,7 @@ fn a_table_that_is_made_anew_meanwhile_cannot_be_told() {
             .batch_execute("BEGIN; UPDATE t SET v = 2 WHERE id = 1")
             .unwrap();
         m.sql("SELECT walmirror.mirror('t')");
-        m.outlast_announced();
+        m.know_announced();
         lock.batch_execute("COMMIT").unwrap();
         let (code, output) = verify.join().unwrap();
         assert_eq!(code, 2, "{output}");

@@ -544,7 +544,9 @@ mod tests {
             let answers = vec![found(texts[0], None), found(texts[1], Some(()))];
             let answer = one_answer_a_key(&mapping, answers);
             assert_eq!(answer.len(), 1);
-            let oldest = texts.iter().find(|text| text.ends_with(",20") || **text == "20:30:");
+            let oldest = texts
+                .iter()
+                .find(|text| text.ends_with(",20") || **text == "20:30:");
             assert_eq!(Ok(answer[0].snapshot.clone()), oldest.unwrap().parse());
             assert_eq!(answer[0].keys, [(b"t:1-2-3".to_vec(), Some(()))]);
         }

@@ -17,6 +17,9 @@ use super::wait::{read_and, wait};
 /// How long the server may take to answer a cancel request before the connection is given up.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long a server may take to prepare a session that it has just let in.
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// So many cancel requests may be stuck. The server ends the queries of connections that are closed, too, only later.
 const CANCELS_MAX: usize = 8;
 
@@ -50,14 +53,19 @@ impl Connection {
     fn made(conninfo: &str, extra: &[(&str, &str)], interrupt: Option<Waker>) -> Result<Self, PqError> {
         let (mut raw, target) = connect(conninfo, extra, interrupt.as_ref())?;
         raw.set_verbosity(PGVerbosity::PQERRORS_DEFAULT);
-        Ok(Self {
+        let mut connection = Self {
             raw,
             target,
             interrupt,
             flush_pending: false,
-            patience: None,
+            patience: Some(PREPARE_TIMEOUT),
             heard: Instant::now(),
-        })
+        };
+        // Whoever may create in a schema of the role's search_path could put an operator there that a statement of ours finds, and that runs
+        // as us.
+        connection.simple("SET search_path = pg_catalog, pg_temp")?;
+        connection.patience = None;
+        Ok(connection)
     }
 
     /// From now on, raising this waker cancels what this connection waits for. It is never cleared here: one that was

@@ -217,7 +217,13 @@ impl Sides {
             Origin::Redis => lookup.rows(&AnySnapshot, &mut self.sql, mapping, keys),
         };
         let is_changed = |error: &Error| error.is_of_a_changed_table();
-        let found = found.map_err(|error| if is_changed(&error) { table.changed() } else { error })?;
+        let found = found.map_err(|error| {
+            if is_changed(&error) {
+                table.changed()
+            } else {
+                error
+            }
+        })?;
         for found in found {
             for (key, packed) in found.keys {
                 let row = packed
