@@ -5,6 +5,8 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use xxhash_rust::xxh3::xxh3_64;
+
 use super::{Catalog, Cursor};
 use crate::gate::Snapshot;
 
@@ -209,6 +211,9 @@ impl Drop for Permit {
     }
 }
 
+/// So many keys are remembered that the gate has refused.
+pub(super) const REFUSED_MAX: usize = 1 << 18;
+
 /// The chunks of one table that are on their way. Those behind one that was dropped are dropped too.
 #[derive(Debug, Default)]
 pub struct Window {
@@ -221,6 +226,8 @@ pub struct Window {
 struct WindowState {
     outstanding: usize,
     stale: bool,
+    /// Hashes of keys.
+    refused: Vec<u64>,
 }
 
 impl Window {
@@ -250,6 +257,19 @@ impl Window {
         state.outstanding = state.outstanding.saturating_sub(1);
         state.stale |= stale;
         self.changed.notify_all();
+    }
+
+    /// The gate does not know who changed this key.
+    pub fn refuse(&self, key: &[u8]) {
+        let refused = &mut self.lock().refused;
+        if refused.len() < REFUSED_MAX {
+            refused.push(xxh3_64(key));
+        }
+    }
+
+    /// Hashes of the keys of which that was said, but for those that are too many.
+    pub fn take_refused(&self) -> Vec<u64> {
+        std::mem::take(&mut self.lock().refused)
     }
 
     /// How many chunks are on their way.

@@ -13,6 +13,7 @@ pub(crate) mod fill;
 mod horizon;
 pub(crate) mod lookup;
 mod pending;
+mod refused;
 pub(crate) mod report;
 pub(crate) mod sql;
 mod sweep;

@@ -9,10 +9,11 @@ use redis::Value;
 use walmirror_proto::pb::Mode;
 
 use super::lookup::{Lookup, ParsedKey};
-use super::sql::{Snapshots, Sql};
+use super::refused::Refused;
+use super::sql::{AnySnapshot, Sql};
 use super::troubles::Troubles;
 use super::worker::Context;
-use super::{Content, Room, Task, Window, horizon};
+use super::{Content, Room, Task, Window};
 use crate::error::Error;
 use crate::gate::Snapshot;
 use crate::plan::{Belongs, Owned};
@@ -26,25 +27,15 @@ const ROWS_BYTES: usize = 1024 * 1024;
 
 /// What was read and is not planned yet takes at most about so much memory.
 const ROOM_BYTES: usize = 4 * 1024 * 1024;
-/// How long it waits for the stream at once: horizons are taken meanwhile.
+/// How long it waits for the stream at once.
 const LOOK: Duration = Duration::from_secs(1);
 /// A table that is another one than the stream has announced, or that may miss writers, is looked at again after so long; twice as long after each look.
 const CHANGED_MIN: Duration = Duration::from_millis(50);
 const CHANGED_MAX: Duration = Duration::from_secs(2);
 
-/// What the worker has on its way. Each table has a window of its own: what is dropped of one is no matter of the others.
-pub(super) struct Windows {
-    room: Arc<Room>,
-    pub(super) horizons: Arc<Window>,
-}
-
-impl Default for Windows {
-    fn default() -> Self {
-        Self {
-            room: Room::of(ROOM_BYTES),
-            horizons: Arc::default(),
-        }
-    }
+/// The room for what it has on its way. Each table has a window of its own: what is dropped of one is no matter of the others.
+pub(super) fn room() -> Arc<Room> {
+    Room::of(ROOM_BYTES)
 }
 
 /// What is on its way of a table in one pass.
@@ -69,8 +60,9 @@ pub(super) fn pass(
     context: &Context,
     sql: &mut Sql,
     redis: &mut Connection,
-    windows: &Windows,
+    room: &Arc<Room>,
     troubles: &mut Troubles,
+    refused: &mut Refused,
 ) -> Result<bool, Error> {
     let mut cursor = b"0".to_vec();
     let mut empty = true;
@@ -79,22 +71,21 @@ pub(super) fn pass(
         let command: [&[u8]; 5] = [b"HSCAN", &context.keys.pending, &cursor, b"COUNT", b"500"];
         let (next, page) = page(redis.call("read the pending keys", &command)?)?;
         empty &= page.is_empty();
-        for (relation, keys) in page {
-            if troubles.is_paused(relation) {
+        for (relation, mut keys) in page {
+            keys.retain(|key| !refused.contains(key));
+            if keys.is_empty() || troubles.is_paused(relation) {
                 continue;
             }
             let name = || context.backfill.table(relation).unwrap_or_default();
             if troubles.is_locked_still(relation, &name(), || sql.locker(relation)) {
                 continue;
             }
-            // Each table may take its time.
-            horizon::take(context, &windows.horizons)?;
             let table = tables.entry(relation).or_insert_with(|| OnItsWay {
-                window: Window::in_room(&windows.room),
+                window: Window::in_room(room),
                 misses_writers: false,
             });
             // Where it is not read, the keys stay noted.
-            match reread(context, sql, windows, &table.window, relation, keys) {
+            match reread(context, sql, room, &table.window, relation, keys) {
                 Ok(Reread::Done) => {}
                 Ok(Reread::MissesWriters) => table.misses_writers = true,
                 Ok(Reread::Changed) => {
@@ -117,11 +108,8 @@ pub(super) fn pass(
     }
     for (relation, table) in tables {
         let window = table.window;
-        while window.outstanding() > 0 && !window.is_stale() && !context.stopped() {
-            let until = Instant::now() + LOOK;
-            window.wait(0, || context.stopped() || Instant::now() > until);
-            horizon::take(context, &windows.horizons)?;
-        }
+        window.wait(0, || context.stopped());
+        refused.add(&window.take_refused());
         if window.is_stale() || table.misses_writers {
             troubles.put_off(relation, CHANGED_MIN, CHANGED_MAX);
         } else {
@@ -159,7 +147,7 @@ fn page(reply: Value) -> Result<(Vec<u8>, Page), Error> {
 fn reread(
     context: &Context,
     sql: &mut Sql,
-    windows: &Windows,
+    room: &Room,
     window: &Arc<Window>,
     relation: u32,
     keys: Vec<Vec<u8>>,
@@ -196,9 +184,7 @@ fn reread(
         }
     }
     if !rowless.is_empty() {
-        let Some(snapshot) = context.begin(sql, &task.mapping.table)? else {
-            return Ok(Reread::Done);
-        };
+        let snapshot = sql.begin()?;
         sql.end()?;
         context.submit(
             sql,
@@ -220,13 +206,11 @@ fn reread(
     while !parsed.is_empty() && !context.stopped() {
         let rest = parsed.split_off(count.min(parsed.len()));
         let keys = std::mem::replace(&mut parsed, rest);
-        while !windows.room.wait(Instant::now() + LOOK, || context.stopped()) {
-            horizon::take(context, &windows.horizons)?;
-        }
+        while !room.wait(Instant::now() + LOOK, || context.stopped()) {}
         if window.is_stale() {
             return Ok(Reread::Changed);
         }
-        let found = match lookup.rows(context, sql, &task.mapping, keys) {
+        let found = match lookup.rows(&AnySnapshot, sql, &task.mapping, keys) {
             // They are looked at under its new name.
             Err(error) if error.is_of_a_changed_table() => {
                 context.doubt(sql, relation, &task)?;

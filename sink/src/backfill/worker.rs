@@ -1,11 +1,12 @@
-//! The backfill's threads. One reads tables and sweeps, one reads pending keys; both sleep when there is nothing to do and
-//! connect only when there is.
+//! The backfill's threads. One reads tables and sweeps, one reads pending keys, one takes horizons; they sleep when there is nothing
+//! to do and connect only when there is. None waits for another's transactions.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
+use super::refused::Refused;
 use super::sql::{Snapshots, Sql};
 use super::tables::Tables;
 use super::troubles::Troubles;
@@ -54,8 +55,24 @@ pub struct Context {
 pub enum Role {
     /// Reads tables and looks for keys without rows.
     Tables,
-    /// Reads pending keys again, and takes the horizons of tables that were announced. Neither waits for the other's transactions.
+    /// Reads pending keys again.
     Pending,
+    /// Takes the horizons of tables that were announced.
+    Horizons,
+}
+
+impl Role {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Tables, Self::Pending, Self::Horizons];
+
+    /// The name of its thread.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tables => "backfill",
+            Self::Pending => "pending",
+            Self::Horizons => "horizons",
+        }
+    }
 }
 
 /// The life of a worker thread. An error that comes from being interrupted is none.
@@ -63,16 +80,16 @@ pub fn work(context: &Context, role: Role) -> Result<(), Error> {
     let result = match role {
         Role::Tables => Tables::new(context).work(),
         Role::Pending => pending_keys(context),
+        Role::Horizons => horizon::work(context),
     };
     if context.stopped() { Ok(()) } else { result }
 }
 
 fn pending_keys(context: &Context) -> Result<(), Error> {
-    let windows = pending::Windows::default();
+    let room = pending::room();
     // Whatever an earlier session left.
     context.backfill.note_pending();
     while !context.stopped() {
-        horizon::take(context, &windows.horizons)?;
         if !context.backfill.has_pending() {
             context.backfill.wait(IDLE);
             continue;
@@ -84,12 +101,16 @@ fn pending_keys(context: &Context) -> Result<(), Error> {
         }
         let mut sql = context.connect(Role::Pending)?;
         let (mut pause, mut troubles) = (PENDING_MIN, Troubles::default());
-        while !context.stopped() && !pending::pass(context, &mut sql, &mut redis, &windows, &mut troubles)? {
+        let mut refused = Refused::default();
+        while !context.stopped() {
+            refused.look(context, &mut sql)?;
+            if pending::pass(context, &mut sql, &mut redis, &room, &mut troubles, &mut refused)? {
+                break;
+            }
             // What was read is being applied; what the gate refused has to become visible first, and a table that changes has to come
             // down the stream.
             context.backfill.wait(pause);
             pause = (pause * 2).min(PENDING_MAX);
-            horizon::take(context, &windows.horizons)?;
         }
     }
     Ok(())
@@ -113,7 +134,7 @@ impl Context {
         let mut sql = Sql::connect(self.postgres.expose(), self.interrupt.clone())?;
         sql.set_lock_timeout(match role {
             Role::Tables => LOCK_TABLES,
-            Role::Pending => LOCK_PENDING,
+            Role::Pending | Role::Horizons => LOCK_PENDING,
         })?;
         if sql.any_bytes {
             self.backfill.note_any_bytes();

@@ -126,7 +126,7 @@ pub(super) fn run(
     let (segment_sender, segments) = unbounded();
     let (room_sender, room) = unbounded();
     // Not those of the shutdown: a worker is interrupted only once its chunks are of no use any more.
-    let interrupts = [waker()?, waker()?];
+    let interrupts = [waker()?, waker()?, waker()?];
     let context = |interrupt: &Waker| Context {
         backfill: Arc::clone(&backfill),
         chunks: input_sender.clone(),
@@ -136,7 +136,7 @@ pub(super) fn run(
         marker_prefix: marker_prefix.clone(),
         interrupt: interrupt.clone(),
     };
-    let contexts: Vec<(Role, Context)> = [Role::Tables, Role::Pending]
+    let contexts: Vec<(Role, Context)> = Role::ALL
         .into_iter()
         .zip(interrupts.iter().map(context))
         .collect();
@@ -177,12 +177,7 @@ pub(super) fn run(
         })?;
         let mut workers = Vec::new();
         for (role, context) in contexts {
-            let name = if role == Role::Tables {
-                "backfill"
-            } else {
-                "pending"
-            };
-            workers.push(guard_apart(shared, name, move || work(&context, role))?);
+            workers.push(guard_apart(shared, role.name(), move || work(&context, role))?);
         }
         let ended = watch(config, shutdown, shared, backfill);
         // In the order in which data flows, so that what is complete still gets through.

@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 use redis::Value;
 
 use super::content::{Content, compare};
-use super::sides::{AnySnapshot, Origin, Sides};
+use super::sides::{Origin, Sides};
 use super::table::Table;
 use super::{Finding, Job, judge, sample};
 use crate::backfill::lookup::ParsedKey;
 use crate::backfill::report::Report;
+use crate::backfill::sql::AnySnapshot;
 use crate::error::Error;
 use crate::plan::is_text;
 use crate::redis::{Prefixes, Scan};

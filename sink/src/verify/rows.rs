@@ -3,12 +3,13 @@
 //! A row that an update moves to a stretch that was read already is not looked at: that update has just written its key.
 
 use super::content::{Content, compare};
-use super::sides::{AnySnapshot, Origin, Sides};
+use super::sides::{Origin, Sides};
 use super::table::Table;
 use super::{Finding, Job, judge, sample};
 use crate::backfill::PackedRows;
 use crate::backfill::fill::{Next, Pace, leaves, look_at_leaf, read_next, total_blocks};
 use crate::backfill::report::Report;
+use crate::backfill::sql::AnySnapshot;
 use crate::error::Error;
 
 /// Keys that are read at once.

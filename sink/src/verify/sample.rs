@@ -4,9 +4,10 @@ use redis::Value;
 
 use super::Job;
 use super::rows::compare_chunk;
-use super::sides::{AnySnapshot, Sides};
+use super::sides::Sides;
 use super::table::Table;
 use crate::backfill::fill::{Next, Pace, look_at_leaf, read_next};
+use crate::backfill::sql::AnySnapshot;
 use crate::error::Error;
 use crate::redis::reply_error;
 use crate::resp::Commands;

@@ -9,9 +9,8 @@ use super::content::Content;
 use super::table::Table;
 use crate::backfill::Cursor;
 use crate::backfill::lookup::ParsedKey;
-use crate::backfill::sql::{Snapshots, Sql};
+use crate::backfill::sql::{AnySnapshot, Sql};
 use crate::error::Error;
-use crate::gate::Snapshot;
 use crate::plan::RedisKeys;
 use crate::redis::{Connection, read_stored, reply_error, unreadable};
 use crate::replication::slot_info;
@@ -24,15 +23,6 @@ const PAUSE_MIN: Duration = Duration::from_micros(500);
 const PAUSE_MAX: Duration = Duration::from_millis(50);
 /// A transaction that lasts longer than this is looked at more closely.
 const LONG: Duration = Duration::from_millis(50);
-
-/// Any snapshot will do: nothing that is read here is written.
-pub(super) struct AnySnapshot;
-
-impl Snapshots for AnySnapshot {
-    fn begin(&self, sql: &mut Sql, _table: &str) -> Result<Option<Snapshot>, Error> {
-        sql.begin().map(Some)
-    }
-}
 
 /// Where a key that is compared comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

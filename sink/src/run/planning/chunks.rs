@@ -261,6 +261,9 @@ impl Planning {
                 self.planner.pend(self.assembly.batch(), &mapping);
                 self.assembly.note_pending();
                 self.backfill.note_pending();
+                if let Some(key) = pending {
+                    chunk.window.refuse(key);
+                }
             }
         }
         Ok(true)
@@ -292,7 +295,12 @@ impl Planning {
                 }
             }
             Verdict::Changed => {}
-            Verdict::Forgotten => self.pend(chunk.relation, key),
+            Verdict::Forgotten => {
+                self.pend(chunk.relation, key);
+                if pending {
+                    chunk.window.refuse(key);
+                }
+            }
         }
     }
 

@@ -104,13 +104,10 @@ impl Pending {
                     None,
                 )?;
             }
-            let Some(snapshot) = self
-                .courier
-                .snapshot(postgres, backfill)
-                .filter(|_| !postgres.is_locked(relation))
-            else {
+            if postgres.is_locked(relation) {
                 continue;
-            };
+            }
+            let snapshot = postgres.snapshot();
             let Some(label) = postgres.label(relation, &snapshot).filter(|_| !own.is_empty()) else {
                 continue;
             };
