@@ -214,3 +214,47 @@ fn a_locked_table_holds_up_itself_alone() {
     lock_a.batch_execute("ROLLBACK").unwrap();
     m.settle();
 }
+
+/// The story: a large transaction was applied while its COMMIT waited for a standby, so it stood in every snapshot, and the gate had let go
+/// of it. A table that was read then was called complete without a single key, and all of it was read again and again by its keys.
+#[test]
+fn a_table_is_not_complete_while_a_large_commit_waits_for_a_standby() {
+    let m = Mirror::alone("");
+    m.sql(
+        "CREATE TABLE other (id int PRIMARY KEY); CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t'); \
+         CREATE TABLE c (id int PRIMARY KEY); INSERT INTO c SELECT generate_series(1, 500)",
+    );
+    m.start();
+    m.settle();
+    let mut before = m.db.connect();
+    before
+        .batch_execute("SET synchronous_commit = local; BEGIN; INSERT INTO other VALUES (1)")
+        .unwrap();
+    m.sql("SELECT walmirror.mirror('c')");
+    m.know_announced();
+    m.db.pg.configure("synchronous_standby_names = 'nobody'");
+    m.db.pg.reload();
+    std::thread::scope(|scope| {
+        scope.spawn(|| m.sql("INSERT INTO t SELECT generate_series(1, 60000)"));
+        wait_for(DEADLINE, "the rows whose commit waits", || {
+            m.redis.command::<bool>("EXISTS t:60000").then_some(())
+        });
+        // Now the table may be read.
+        before.batch_execute("COMMIT").unwrap();
+        wait_for(DEADLINE, "the sink to say for whom it waits", || {
+            let output = m.sink(|sink| sink.output());
+            output
+                .contains("the transactions that the gate has forgotten")
+                .then_some(())
+        });
+        let output = m.sink(|sink| sink.output());
+        let is_complete = |line: &str| line.contains("complete") && line.contains("public.c");
+        assert!(!output.lines().any(is_complete), "{output}");
+        assert!(!m.redis.keys().iter().any(|key| key.starts_with("c:")));
+        let pending = format!("walmirror:{{{}}}:pending", m.db.name);
+        assert!(m.redis.hash(&pending).is_empty());
+        m.db.pg.configure("synchronous_standby_names = ''");
+        m.db.pg.reload();
+    });
+    m.settle();
+}
