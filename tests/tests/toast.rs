@@ -122,6 +122,30 @@ fn an_evicted_row_comes_back_whole() {
     });
 }
 
+/// The story: a transaction that was open when a session began held up every key that was to be read again until it ended, for days where
+/// it was prepared and forgotten.
+#[test]
+fn a_row_comes_back_beside_a_transaction_that_is_older_than_the_session() {
+    let m = Mirror::alone("");
+    setup(&m, 5);
+    m.start();
+    m.settle();
+    m.sql("CREATE TABLE other (id int PRIMARY KEY)");
+    m.sql("BEGIN; INSERT INTO other VALUES (1); PREPARE TRANSACTION 'old'");
+    m.sink(|sink| {
+        sink.terminate();
+        sink.restart();
+    });
+    m.sync();
+    for table in TABLES {
+        let _: i64 = m.redis.command(&format!("DEL {table}:3"));
+    }
+    each(&m, "UPDATE {t} SET n = n + 1 WHERE id = 3");
+    m.settle();
+    m.sql("COMMIT PREPARED 'old'");
+    m.settle();
+}
+
 #[test]
 fn an_expired_row_comes_back_whole() {
     let m = Mirror::with(
