@@ -1,8 +1,8 @@
-//! `walmirror run`: sessions, one after the other. A session is a handshake and five threads:
+//! `walmirror run`: sessions, one after the other. A session is a handshake and six threads:
 //!
 //!   receiver ─frames─▶ planner ─segments─▶ applier ─▶ Redis          (stream, gate and plan, MULTI/EXEC)
 //!       ▲                 ▲                    │
-//!       └───── applied LSN┼────────────────────┘        backfill and pending workers ─chunks─▶ planner
+//!       └───── applied LSN┼────────────────────┘        backfill workers ─chunks─▶ planner
 //!
 //! The planner alone decides what is written, the applier alone writes, the receiver alone confirms.
 
