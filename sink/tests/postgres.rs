@@ -180,9 +180,12 @@ fn changes_arrive_in_frames_and_feedback_moves_the_slot() {
     let conninfo = server!();
     let slot = Slot::new(&conninfo, "wm_test_frames");
     let mut sql = Connection::connect(&conninfo, &[]).unwrap();
-    sql.simple("DROP TABLE IF EXISTS wm_frames; CREATE TABLE wm_frames (id int PRIMARY KEY, t text)")
+    sql.simple(
+        "DROP TABLE IF EXISTS public.wm_frames; CREATE TABLE public.wm_frames (id int PRIMARY KEY, t text)",
+    )
+    .unwrap();
+    sql.simple("INSERT INTO public.wm_frames VALUES (1, 'ä')")
         .unwrap();
-    sql.simple("INSERT INTO wm_frames VALUES (1, 'ä')").unwrap();
     let mut stream = slot.stream();
     let frames = text_frames(&mut stream, 3);
     assert_eq!(frames[0], "BEGIN");
@@ -229,7 +232,7 @@ fn changes_arrive_in_frames_and_feedback_moves_the_slot() {
     // The slot is free at once.
     let stream = slot.stream();
     stream.close(5 * SECOND).unwrap();
-    sql.simple("DROP TABLE wm_frames").unwrap();
+    sql.simple("DROP TABLE public.wm_frames").unwrap();
 }
 
 #[test]
@@ -258,9 +261,9 @@ fn a_held_stream_is_kept_alive_by_status_updates() {
     let conninfo = server!();
     let _slot = Slot::new(&conninfo, "wm_test_hold");
     let mut sql = Connection::connect(&conninfo, &[]).unwrap();
-    sql.simple("DROP TABLE IF EXISTS wm_hold; CREATE TABLE wm_hold (id int, t text)")
+    sql.simple("DROP TABLE IF EXISTS public.wm_hold; CREATE TABLE public.wm_hold (id int, t text)")
         .unwrap();
-    sql.simple("INSERT INTO wm_hold SELECT i, repeat('x', 200) FROM generate_series(1, 100000) i")
+    sql.simple("INSERT INTO public.wm_hold SELECT i, repeat('x', 200) FROM generate_series(1, 100000) i")
         .unwrap();
     let conninfo_short = format!("{conninfo} options='-c wal_sender_timeout=1s'");
     let mut stream = Stream::start(
@@ -292,7 +295,7 @@ fn a_held_stream_is_kept_alive_by_status_updates() {
             Event::End
         ));
     }
-    sql.simple("DROP TABLE wm_hold").unwrap();
+    sql.simple("DROP TABLE public.wm_hold").unwrap();
 }
 
 #[test]

@@ -51,6 +51,28 @@ fn what_a_more_specific_table_leaves_is_the_other_tables_again() {
     assert_eq!(m.redis.keys(), ["x:b1", "x:c1"]);
 }
 
+/// The story: keys that a cache was told to leave behind were its own again when it got their template back, and as old as they were.
+#[test]
+fn kept_keys_are_not_taken_for_those_of_a_cache() {
+    let m = Mirror::with(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t VALUES (1, 'a'); \
+         SELECT walmirror.cache('t', key => 'x:{id}', on_write => 'populate')",
+    );
+    m.sync();
+    m.outlast_announced();
+    m.sql("UPDATE t SET v = 'kept'");
+    m.sync();
+    m.sql("SELECT walmirror.unmirror('t', keep_keys => true)");
+    m.sync();
+    assert_eq!(m.redis.keys(), ["x:1"]);
+    m.sql("UPDATE t SET v = 'new'; SELECT walmirror.cache('t', key => 'y:{id}')");
+    m.sync();
+    assert_eq!(m.redis.keys(), ["x:1"]);
+    m.sql("SELECT walmirror.cache('t', key => 'x:{id}')");
+    m.sync();
+    assert_eq!(m.redis.keys(), Vec::<String>::new());
+}
+
 /// Other tools leave the old key behind, or write a placeholder for the large column.
 #[test]
 fn a_changed_key_moves_the_row_with_its_large_unchanged_column() {

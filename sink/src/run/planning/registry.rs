@@ -142,12 +142,8 @@ impl Registry {
                 purges.push(self.purge(oid, &old.mapping.template));
             }
         }
-        // What somebody left there: an older version, another table that had it, a mirror that kept its keys.
-        let may_hold = if self.relations.contains_key(&oid) {
-            old_keys.contains(&relation.key)
-        } else {
-            !self.nothing_else
-        };
+        // What somebody left there: an older version, another table that had it, one that kept its keys, be it this one long ago.
+        let may_hold = !self.nothing_else || old_keys.contains(&relation.key);
         old_keys.retain(|key| *key != relation.key);
         old_keys.dedup();
         if is_cache(&relation) {

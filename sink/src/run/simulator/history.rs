@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::postgres::{Effect, Record};
+use super::postgres::Effect;
 use super::redis::Stored;
 use super::table::{Definition, Id, Row};
 
@@ -15,23 +15,15 @@ type Since<T> = Vec<(u64, u64, Option<T>)>;
 pub(super) struct History {
     rows: BTreeMap<(u32, Id), Since<Row>>,
     labels: BTreeMap<u32, Since<Arc<Definition>>>,
-    /// What keys begin with that a table left behind with its label.
+    /// What keys begin with that a table left behind with its label, under earlier ones too: where rows of one came that the stream had not
+    /// told of, or that another one followed, the sink cannot know which is the last, and keeps both.
     kept: BTreeSet<String>,
-    /// Tables with rows that came under a label that was no longer theirs: of these nobody knows which template is the last.
-    mixed: BTreeSet<u32>,
     /// oid, and the end of the transaction.
     rewrites: Vec<(u32, u64)>,
 }
 
 impl History {
-    pub(super) fn add(&mut self, lsn: u64, end: u64, effects: &[Effect], records: &[Record]) {
-        for record in records {
-            if let Record::Row { definition, .. } = record
-                && self.label(definition.oid, lsn) != Some(definition)
-            {
-                self.mixed.insert(definition.oid);
-            }
-        }
+    pub(super) fn add(&mut self, lsn: u64, end: u64, effects: &[Effect]) {
         for effect in effects {
             match effect {
                 Effect::Row(oid, id, row) => {
@@ -42,10 +34,7 @@ impl History {
                 }
                 Effect::Rewrite(oid) => self.rewrites.push((*oid, end)),
                 Effect::Keep(oid) => {
-                    let is_mixed = self.mixed.contains(oid);
-                    let label = last(self.labels.get(oid), end).filter(|_| !is_mixed).cloned();
-                    let labels = self.labels(*oid).filter(|_| is_mixed).cloned();
-                    let prefixes: Vec<_> = labels.chain(label).map(|label| label.prefix.clone()).collect();
+                    let prefixes: Vec<_> = self.labels(*oid).map(|label| label.prefix.clone()).collect();
                     self.kept.extend(prefixes);
                 }
                 Effect::Label(oid, label) => {

@@ -225,7 +225,7 @@ impl Postgres {
         self.end = end;
         self.clock += 1;
         let records = std::mem::take(&mut open.records);
-        self.history.add(lsn, end, &open.effects, &records);
+        self.history.add(lsn, end, &open.effects);
         self.wal.push(Wal::Commit {
             xid: open.xid,
             lsn,
