@@ -202,7 +202,7 @@ fn a_table_that_is_not_filled_is_told_of() {
     let (code, told) = mirror.run(&["doctor"]);
     assert_eq!(code, Some(0), "{told}");
     assert!(
-        told.contains("WARN  filled tables            1 not filled yet: t"),
+        told.contains("WARN  filled tables            1 not filled yet: public.t"),
         "{told}"
     );
     running.rollback().unwrap();
