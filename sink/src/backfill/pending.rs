@@ -22,8 +22,29 @@ use crate::redis::{Connection, unreadable};
 /// Such rows have TOASTed columns, so a few of them can be many bytes.
 const ROWS_START: usize = 16;
 const ROWS_MAX: usize = 512;
-/// Rows that are read at once should be about so many bytes.
+/// Rows that are read at once should be about so many bytes, and take about so long: a row that is changed before its marker is written
+/// has to be read once more, and some change several times a second.
 const ROWS_BYTES: usize = 1024 * 1024;
+const ROWS_TIME: Duration = Duration::from_millis(20);
+
+/// How many rows are read at once.
+pub(super) struct Pace(usize);
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self(ROWS_START)
+    }
+}
+
+impl Pace {
+    fn note(&mut self, bytes: usize, took: Duration) {
+        self.0 = if bytes > ROWS_BYTES || took > ROWS_TIME {
+            (self.0 / 2).max(1)
+        } else {
+            (self.0 * 2).min(ROWS_MAX)
+        };
+    }
+}
 
 /// What was read and is not planned yet takes at most about so much memory.
 const ROOM_BYTES: usize = 4 * 1024 * 1024;
@@ -63,6 +84,7 @@ pub(super) fn pass(
     room: &Arc<Room>,
     troubles: &mut Troubles,
     refused: &mut Refused,
+    pace: &mut Pace,
 ) -> Result<bool, Error> {
     let mut cursor = b"0".to_vec();
     let mut empty = true;
@@ -85,7 +107,7 @@ pub(super) fn pass(
                 misses_writers: false,
             });
             // Where it is not read, the keys stay noted.
-            match reread(context, sql, room, &table.window, relation, keys) {
+            match reread(context, sql, room, &table.window, pace, relation, keys) {
                 Ok(Reread::Done) => {}
                 Ok(Reread::MissesWriters) => table.misses_writers = true,
                 Ok(Reread::Changed) => {
@@ -149,6 +171,7 @@ fn reread(
     sql: &mut Sql,
     room: &Room,
     window: &Arc<Window>,
+    pace: &mut Pace,
     relation: u32,
     keys: Vec<Vec<u8>>,
 ) -> Result<Reread, Error> {
@@ -202,14 +225,14 @@ fn reread(
     let is_mirror = task.mapping.mode == Mode::Mirror;
     let horizon = task.cursor.horizon.unwrap_or(u64::MAX);
     let mut misses_writers = false;
-    let mut count = ROWS_START;
     while !parsed.is_empty() && !context.stopped() {
-        let rest = parsed.split_off(count.min(parsed.len()));
+        let rest = parsed.split_off(pace.0.min(parsed.len()));
         let keys = std::mem::replace(&mut parsed, rest);
         while !room.wait(Instant::now() + LOOK, || context.stopped()) {}
         if window.is_stale() {
             return Ok(Reread::Changed);
         }
+        let asked = Instant::now();
         let found = match lookup.rows(&AnySnapshot, sql, &task.mapping, keys) {
             // They are looked at under its new name.
             Err(error) if error.is_of_a_changed_table() => {
@@ -218,18 +241,11 @@ fn reread(
             }
             found => found?,
         };
+        let took = asked.elapsed();
+        let rows = found.iter().flat_map(|found| &found.keys);
+        let bytes = rows.filter_map(|(_, row)| row.as_ref()).map(Vec::len).sum();
+        pace.note(bytes, took);
         for found in found {
-            let bytes: usize = found
-                .keys
-                .iter()
-                .filter_map(|(_, row)| row.as_ref())
-                .map(Vec::len)
-                .sum();
-            count = if bytes > ROWS_BYTES {
-                (count / 2).max(1)
-            } else {
-                (count * 2).min(ROWS_MAX)
-            };
             misses_writers |= is_mirror && found.snapshot.may_miss_below(horizon);
             context.submit(
                 sql,

@@ -101,10 +101,18 @@ fn pending_keys(context: &Context) -> Result<(), Error> {
         }
         let mut sql = context.connect(Role::Pending)?;
         let (mut pause, mut troubles) = (PENDING_MIN, Troubles::default());
-        let mut refused = Refused::default();
+        let (mut refused, mut pace) = (Refused::default(), pending::Pace::default());
         while !context.stopped() {
             refused.look(context, &mut sql)?;
-            if pending::pass(context, &mut sql, &mut redis, &room, &mut troubles, &mut refused)? {
+            if pending::pass(
+                context,
+                &mut sql,
+                &mut redis,
+                &room,
+                &mut troubles,
+                &mut refused,
+                &mut pace,
+            )? {
                 break;
             }
             // What was read is being applied; what the gate refused has to become visible first, and a table that changes has to come
