@@ -45,7 +45,7 @@ const NEVER: [&str; 6] = [
 ];
 
 /// Where the primary key is made anew within a transaction, what comes between may not be in the WAL: the table is compared anew.
-const UNTOLD: [&str; 2] = ["does not tell the key", "has no primary key"];
+const UNTOLD: [&str; 3] = ["does not tell the key", "has no primary key", "is not unique"];
 
 /// What became of the steps of a session.
 #[derive(Default)]
