@@ -26,6 +26,8 @@ const ROWS_MAX: usize = 512;
 /// has to be read once more, and some change several times a second.
 const ROWS_BYTES: usize = 1024 * 1024;
 const ROWS_TIME: Duration = Duration::from_millis(20);
+/// But so many at least, however long it takes: each read has a marker that is flushed to the disk.
+const ROWS_SLOW: usize = 4;
 
 /// How many rows are read at once.
 pub(super) struct Pace(usize);
@@ -37,9 +39,13 @@ impl Default for Pace {
 }
 
 impl Pace {
-    fn note(&mut self, bytes: usize, took: Duration) {
-        self.0 = if bytes > ROWS_BYTES || took > ROWS_TIME {
+    /// `took`: where a smaller read takes less time; one that looks at all rows of the table does not.
+    fn note(&mut self, bytes: usize, took: Option<Duration>) {
+        let is_slow = took.is_some_and(|took| took > ROWS_TIME);
+        self.0 = if bytes > ROWS_BYTES {
             (self.0 / 2).max(1)
+        } else if is_slow {
+            (self.0 / 2).max(ROWS_SLOW)
         } else {
             (self.0 * 2).min(ROWS_MAX)
         };
@@ -241,7 +247,8 @@ fn reread(
             }
             found => found?,
         };
-        let took = asked.elapsed();
+        let is_by_index = !task.mapping.template.is_ambiguous();
+        let took = is_by_index.then(|| asked.elapsed());
         let rows = found.iter().flat_map(|found| &found.keys);
         let bytes = rows.filter_map(|(_, row)| row.as_ref()).map(Vec::len).sum();
         pace.note(bytes, took);
@@ -263,4 +270,23 @@ fn reread(
     } else {
         Reread::Done
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_read_at_once_is_bounded_in_rows_bytes_and_time() {
+        let (mut pace, fast, slow) = (Pace::default(), Some(Duration::ZERO), Some(ROWS_TIME * 2));
+        (0..10).for_each(|_| pace.note(0, fast));
+        assert_eq!(pace.0, ROWS_MAX);
+        (0..10).for_each(|_| pace.note(0, slow));
+        assert_eq!(pace.0, ROWS_SLOW);
+        (0..10).for_each(|_| pace.note(ROWS_BYTES + 1, fast));
+        assert_eq!(pace.0, 1);
+        // A look at the whole table is no faster for fewer keys.
+        (0..10).for_each(|_| pace.note(0, None));
+        assert_eq!(pace.0, ROWS_MAX);
+    }
 }

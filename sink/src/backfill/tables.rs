@@ -56,7 +56,6 @@ pub(super) struct Tables<'c> {
 }
 
 /// How many times in a row Postgres said of a table, at one place of it, that it had changed.
-#[derive(PartialEq, Eq)]
 struct Changes {
     generation: u64,
     rows: u64,
@@ -124,7 +123,9 @@ impl<'c> Tables<'c> {
         };
         // One walk over the keyspace serves all tables that are due, so more of them are waited for, but not for long.
         let sweeps = backfill.sweeps(|relation, task| self.is_paused(relation, task));
-        if !sweeps.is_empty() {
+        if sweeps.is_empty() {
+            self.waiting = None;
+        } else {
             let since = *self.waiting.get_or_insert_with(Instant::now);
             if task.cursor.stage == Stage::Sweep || since.elapsed() > SWEEP_AFTER {
                 self.waiting = None;
