@@ -113,6 +113,17 @@ impl Db {
     fn client(&self) -> std::sync::MutexGuard<'_, Client> {
         self.client.lock().unwrap_or_else(|e| e.into_inner())
     }
+
+    /// Runs a statement that has to be refused, with a hint; tells what is wrong otherwise.
+    pub fn refuses(client: &mut Client, statement: &str) -> Option<String> {
+        let Err(error) = client.batch_execute(statement) else {
+            return Some(format!("accepted: {statement}"));
+        };
+        let error = error.as_db_error().unwrap();
+        let (message, hint) = (error.message(), error.hint());
+        println!("{statement}\n  {message}\n  hint: {}", hint.unwrap_or("none"));
+        hint.is_none().then(|| format!("no hint: {statement}: {message}"))
+    }
 }
 
 /// The rows of a query as text.

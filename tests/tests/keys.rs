@@ -495,20 +495,7 @@ fn tables_without_a_usable_key_are_refused() {
                 .batch_execute("CREATE TEMP TABLE temporary (id int PRIMARY KEY)")
                 .unwrap();
         }
-        match client.batch_execute(statement) {
-            Ok(()) => problems.push(format!("accepted: {statement}")),
-            Err(e) => {
-                let e = e.as_db_error().unwrap().clone();
-                println!(
-                    "{statement}\n  {}\n  hint: {}",
-                    e.message(),
-                    e.hint().unwrap_or("none")
-                );
-                if e.hint().is_none() {
-                    problems.push(format!("no hint: {statement}: {}", e.message()));
-                }
-            }
-        }
+        problems.extend(Db::refuses(&mut client, statement));
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));
     assert_eq!(

@@ -7,7 +7,7 @@
     clippy::indexing_slicing
 )]
 
-use walmirror_tests::{DEADLINE, Mirror, wait_for};
+use walmirror_tests::{DEADLINE, Db, Mirror, wait_for};
 
 /// What would break a mapping is refused when it is tried, with a hint, and leaves everything as it was.
 #[test]
@@ -43,20 +43,7 @@ fn ddl_that_breaks_a_mapping_is_refused() {
         "DROP INDEX y_id",
         "DROP INDEX CONCURRENTLY y_id",
     ] {
-        match m.db.connect().batch_execute(statement) {
-            Ok(()) => problems.push(format!("accepted: {statement}")),
-            Err(e) => {
-                let e = e.as_db_error().unwrap();
-                println!(
-                    "{statement}\n  {}\n  hint: {}",
-                    e.message(),
-                    e.hint().unwrap_or("none")
-                );
-                if e.hint().is_none() {
-                    problems.push(format!("no hint: {statement}: {}", e.message()));
-                }
-            }
-        }
+        problems.extend(Db::refuses(&mut m.db.connect(), statement));
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));
     m.sql(
