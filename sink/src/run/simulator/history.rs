@@ -18,6 +18,8 @@ pub(super) struct History {
     /// What keys begin with that a table left behind with its label, under earlier ones too: where rows of one came that the stream had not
     /// told of, or that another one followed, the sink cannot know which is the last, and keeps both.
     kept: BTreeSet<String>,
+    /// Those that a label has again, too.
+    kept_once: BTreeSet<String>,
     /// oid, and the end of the transaction.
     rewrites: Vec<(u32, u64)>,
 }
@@ -35,6 +37,7 @@ impl History {
                 Effect::Rewrite(oid) => self.rewrites.push((*oid, end)),
                 Effect::Keep(oid) => {
                     let prefixes: Vec<_> = self.labels(*oid).map(|label| label.prefix.clone()).collect();
+                    self.kept_once.extend(prefixes.iter().cloned());
                     self.kept.extend(prefixes);
                 }
                 Effect::Label(oid, label) => {
@@ -49,6 +52,14 @@ impl History {
                 }
             }
         }
+    }
+
+    /// What comes before a slot is made, no stream tells of: a label that had them again and is gone by then may never have been seen.
+    pub(super) fn begin_stream(&mut self) {
+        let labels = self.labels.values().filter_map(|since| since.last()?.2.as_ref());
+        let prefixes: BTreeSet<String> = labels.map(|label| label.prefix.clone()).collect();
+        let gone = self.kept_once.difference(&prefixes).cloned();
+        self.kept.extend(gone.collect::<Vec<_>>());
     }
 
     pub(super) fn row(&self, oid: u32, id: Id, at: u64) -> Option<&Row> {

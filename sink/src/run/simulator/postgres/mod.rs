@@ -311,6 +311,7 @@ impl Postgres {
     /// A new slot: everything that runs has to end first.
     pub(super) fn create_slot(&mut self) -> u64 {
         self.end_all();
+        self.history.begin_stream();
         self.slot = Some(Slot {
             confirmed: self.end,
             persisted: self.end,
