@@ -98,7 +98,7 @@ impl<'a> FrameReader<'a> {
                     return Err(WireError::MissingRelation);
                 }
                 let old_key = parts.old_key.map(TupleRef::parse).transpose()?;
-                let tuple = parts.tuple.finish();
+                let tuple = parts.tuple.finish(record);
                 Ok(RecordRef::Row {
                     kind: parts.kind,
                     relation: self.relation,

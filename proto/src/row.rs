@@ -66,6 +66,7 @@ pub fn encodings(relation: &pb::Relation) -> Result<Vec<Encoding>, WireError> {
 /// A row in place.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TupleRef<'a> {
+    message: &'a [u8],
     fields: TupleFields<'a>,
 }
 
@@ -112,8 +113,12 @@ impl<'a> TupleFields<'a> {
         Ok(())
     }
 
-    pub(crate) fn finish(self) -> TupleRef<'a> {
-        TupleRef { fields: self }
+    /// `message` is the one that they are fields of.
+    pub(crate) fn finish(self, message: &'a [u8]) -> TupleRef<'a> {
+        TupleRef {
+            message,
+            fields: self,
+        }
     }
 }
 
@@ -129,7 +134,7 @@ impl<'a> TupleRef<'a> {
             };
             tuple.field(field, value, here)?;
         }
-        Ok(tuple.finish())
+        Ok(tuple.finish(message))
     }
 
     /// The values, one for each of `encodings`, which have to be those of the row's relation. A row that holds fewer or
@@ -147,6 +152,18 @@ impl<'a> TupleRef<'a> {
             floats: Group::new(fields.floats),
             done: false,
         }
+    }
+
+    /// The message that it is in: a Tuple or a Record, which [`Self::parse`] reads alike.
+    pub fn as_bytes(&self) -> &'a [u8] {
+        self.message
+    }
+
+    /// Whether it has a value wherever `earlier`, an older version of the same row, has one.
+    pub fn stands_for(&self, earlier: &TupleRef<'_>) -> bool {
+        let before = earlier.fields.unchanged;
+        let mut bytes = self.fields.unchanged.iter().enumerate();
+        bytes.all(|(place, byte)| byte & !before.get(place).copied().unwrap_or(0) == 0)
     }
 
     /// Whether any column is unchanged TOAST.

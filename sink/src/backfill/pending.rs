@@ -134,9 +134,12 @@ pub(super) fn pass(
         }
         cursor = next;
     }
+    for table in tables.values() {
+        table.window.wait(0, || context.stopped());
+    }
+    context.reread_over();
     for (relation, table) in tables {
         let window = table.window;
-        window.wait(0, || context.stopped());
         refused.add(&window.take_refused());
         if window.is_stale() || table.misses_writers {
             troubles.put_off(relation, CHANGED_MIN, CHANGED_MAX);
@@ -239,6 +242,7 @@ fn reread(
             return Ok(Reread::Changed);
         }
         let asked = Instant::now();
+        context.reread(relation, &keys);
         let found = match lookup.rows(&AnySnapshot, sql, &task.mapping, keys) {
             // They are looked at under its new name.
             Err(error) if error.is_of_a_changed_table() => {

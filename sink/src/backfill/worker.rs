@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
+use super::lookup::ParsedKey;
 use super::refused::Refused;
 use super::sql::{Snapshots, Sql};
 use super::tables::Tables;
@@ -176,6 +177,17 @@ impl Context {
     pub(super) fn doubt(&self, sql: &mut Sql, relation: u32, task: &Task) -> Result<(), Error> {
         let (window, nothing) = (Arc::new(Window::default()), Snapshot::default());
         self.submit(sql, &window, relation, task, nothing, Content::Changed, None)
+    }
+
+    /// Keys are about to be read again: the planner keeps what changes them, so that a row which changes all the time gets there.
+    pub(super) fn reread(&self, relation: u32, keys: &[ParsedKey]) {
+        let keys = keys.iter().map(|(key, _)| key.clone()).collect();
+        let _ = self.chunks.send(Input::Reread(relation, keys));
+    }
+
+    /// None of them is being read any more.
+    pub(super) fn reread_over(&self) {
+        let _ = self.chunks.send(Input::RereadOver);
     }
 
     /// Hands a chunk to the planner, then writes its marker: the planner has it before the marker comes.

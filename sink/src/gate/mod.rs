@@ -78,11 +78,7 @@ impl Gate {
 
     /// Whether a row of `relation` with this key, read in `snapshot`, may be written at this point of the stream.
     pub fn admit(&self, relation: u32, key_hash: u64, snapshot: &Snapshot) -> Verdict {
-        if self
-            .truncations
-            .get(&relation)
-            .is_some_and(|&xid| !snapshot.sees(xid))
-        {
+        if self.is_truncated(relation, snapshot) {
             return Verdict::Changed;
         }
         match self.changers.get(key_hash) {
@@ -92,6 +88,12 @@ impl Gate {
             None if self.may_have_forgotten(snapshot) => Verdict::Forgotten,
             None => Verdict::Admit,
         }
+    }
+
+    /// Whether the relation was truncated, or may have been changed without a record, by a transaction that the snapshot does not see.
+    pub fn is_truncated(&self, relation: u32, snapshot: &Snapshot) -> bool {
+        let truncation = self.truncations.get(&relation);
+        truncation.is_some_and(|&xid| !snapshot.sees(xid))
     }
 
     /// The last transaction that changed this key, if the gate remembers it.

@@ -210,6 +210,16 @@ impl Planner {
         self.write(batch, mapping, trust, row, hash);
     }
 
+    /// Plans what a change made of the row that [`Self::read_row`] has just written.
+    pub fn follow_up(&mut self, batch: &mut Batch, mapping: &Mapping, row: &[Datum<'_>], hash: u64) {
+        if value_has_unchanged(mapping, row) {
+            self.patch(batch, mapping, Trust::Settled, row, hash, None);
+        } else {
+            // It takes the place of that row in the batch, and so removes what was there as well.
+            self.write(batch, mapping, Trust::Refreshing, row, hash);
+        }
+    }
+
     /// Whether Redis would refuse one of the row's values, and close the connection.
     pub fn is_too_large(&mut self, mapping: &Mapping, row: &[Datum<'_>]) -> bool {
         // A byte becomes six at most, as JSON. Nearly every row is far below.
@@ -252,6 +262,11 @@ impl Planner {
     /// The key rendered last.
     pub fn key(&self) -> &[u8] {
         &self.key
+    }
+
+    /// The old key of the change that was planned last, where it had one.
+    pub fn old_key(&self) -> &[u8] {
+        &self.old_key
     }
 
     /// Removes a key of a relation.

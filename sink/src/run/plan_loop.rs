@@ -168,6 +168,8 @@ fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) ->
             Some(Input::Keepalive(wal_end)) => planning.keepalive(wal_end)?,
             Some(Input::Chunk(chunk)) => planning.chunk(*chunk),
             Some(Input::Forget(id)) => planning.forget_chunk(id),
+            Some(Input::Reread(relation, keys)) => planning.reread(relation, &keys),
+            Some(Input::RereadOver) => planning.reread_over(),
             Some(Input::Stop) => return Ok(()),
             None => {}
         }

@@ -26,6 +26,10 @@ pub enum Input {
     Chunk(Box<Chunk>),
     /// The marker of this chunk could not be written.
     Forget(u64),
+    /// These keys of a relation are about to be read again.
+    Reread(u32, Vec<Vec<u8>>),
+    /// None of those is being read any more.
+    RereadOver,
     /// The session ends.
     Stop,
 }

@@ -210,6 +210,7 @@ impl Planning {
             Keyed::Reserved => return self.reject_reserved(mapping.table.clone()).map(|()| true),
         }
         let hash = self.gate.hash(self.planner.key());
+        let since = pending.and_then(|_| self.changes_since(chunk, &mapping, hash));
         match self.gate.admit(chunk.relation, hash, &chunk.snapshot) {
             // It stays noted.
             Verdict::Admit if pending.is_some() && self.may_miss_a_writer(chunk, hash) => {
@@ -253,6 +254,23 @@ impl Planning {
                 if let Some(key) = pending {
                     self.settle(key, hash);
                 }
+            }
+            Verdict::Changed
+                if let Some(changes) = &since
+                    && let Some(key) = pending
+                    && !tuple.has_unchanged()
+                    && !self.planner.is_too_large(&mapping, &row) =>
+            {
+                add(&self.shared.metrics.read_admitted, 1);
+                self.planner
+                    .read_row(self.assembly.batch(), &mapping, Trust::Refreshing, &row, hash);
+                for change in changes {
+                    let tuple = TupleRef::parse(change).map_err(unreadable)?;
+                    let row = mapping.datums(&tuple).map_err(unreadable)?;
+                    self.planner
+                        .follow_up(self.assembly.batch(), &mapping, &row, hash);
+                }
+                self.settle(key, hash);
             }
             // What the change wrote stands; if it was a patch, it noted the key as pending itself.
             Verdict::Changed => add(&self.shared.metrics.read_changed, 1),

@@ -9,6 +9,7 @@ mod records;
 mod registry;
 mod replay;
 mod requests;
+mod rereads;
 #[cfg(test)]
 mod tests;
 
@@ -34,6 +35,7 @@ use assembly::Assembly;
 use chunks::Chunks;
 use registry::Registry;
 use replay::Replay;
+use rereads::Rereads;
 
 /// What the planner is limited to.
 #[derive(Clone, Copy, Debug)]
@@ -103,6 +105,7 @@ pub(super) struct Planning {
     replay: Option<Replay>,
     assembly: Assembly,
     chunks: Chunks,
+    rereads: Rereads,
     /// Relations that were announced or forgotten in this session: about them the stream knows better than the catalog.
     announced: HashSet<u32>,
     forgotten: HashSet<u32>,
@@ -175,6 +178,7 @@ impl Planning {
             replay: None,
             assembly: Assembly::new(keys),
             chunks: Chunks::default(),
+            rereads: Rereads::default(),
             announced: HashSet::new(),
             forgotten: HashSet::new(),
             backfill,

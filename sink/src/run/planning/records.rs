@@ -148,6 +148,11 @@ impl Planning {
             trust,
             change,
         );
+        if !self.rereads.is_empty() {
+            let is_written = planned == Ok(Planned::Done) && trust != Trust::Outlived;
+            self.rereads
+                .note(&self.gate, &self.planner, &definition.mapping, change, is_written);
+        }
         match planned {
             Ok(Planned::Done) => Ok(()),
             Ok(Planned::TooLarge) => {

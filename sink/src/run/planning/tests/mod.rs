@@ -9,6 +9,7 @@ mod horizon;
 mod in_progress;
 mod nothing;
 mod purges;
+mod rereads;
 mod stream;
 mod tables;
 

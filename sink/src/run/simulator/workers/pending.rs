@@ -16,6 +16,8 @@ use crate::run::planning::Planning;
 pub(in crate::run::simulator) struct Pending {
     courier: Courier,
     read: Option<((u32, u64), Snapshot, Content)>,
+    /// How often it has read: what the planner is told of it may be late.
+    reads: usize,
     /// It has a window of its own, and waits for nothing.
     horizons: Courier,
     horizon: Option<Content>,
@@ -26,6 +28,7 @@ impl Pending {
         Self {
             courier: Courier::new(marker_prefix.clone(), broken),
             read: None,
+            reads: 0,
             horizons: Courier::new(marker_prefix, broken),
             horizon: None,
         }
@@ -54,6 +57,10 @@ impl Pending {
             return Ok(());
         }
         if let Some((target, snapshot, content)) = self.read.take() {
+            if let (true, Content::Keys(keys)) = (self.is_told_late(), &content) {
+                let keys: Vec<_> = keys.iter().map(|(key, _)| key.clone()).collect();
+                planning.reread(target.0, &keys);
+            }
             return self
                 .courier
                 .submit(planning, backfill, postgres, target, snapshot, content, None);
@@ -68,6 +75,7 @@ impl Pending {
             pages.entry(oid).or_default().push(key.clone());
         }
         if pages.is_empty() {
+            planning.reread_over();
             backfill.clear_pending();
         }
         for (relation, keys) in pages {
@@ -107,6 +115,10 @@ impl Pending {
             if postgres.is_locked(relation) {
                 continue;
             }
+            self.reads += 1;
+            if !self.is_told_late() {
+                planning.reread(relation, &own);
+            }
             let snapshot = postgres.snapshot();
             let Some(label) = postgres.label(relation, &snapshot).filter(|_| !own.is_empty()) else {
                 continue;
@@ -122,5 +134,9 @@ impl Pending {
             break;
         }
         Ok(())
+    }
+
+    fn is_told_late(&self) -> bool {
+        self.reads.is_multiple_of(3)
     }
 }
