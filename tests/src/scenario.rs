@@ -163,11 +163,16 @@ impl Scenario {
     /// Waits until changes get through: so many transactions of the load, and the position they were committed at.
     #[track_caller]
     pub fn flow(&self) {
+        self.flow_within(RECOVERY);
+    }
+
+    #[track_caller]
+    fn flow_within(&self, time: Duration) {
         let enough = self.load.committed() + 20;
         wait_for(DEADLINE, "the load to commit", || {
             (self.load.committed() >= enough).then_some(())
         });
-        self.reach();
+        self.reach_lsn_within(self.m.db.lsn(), time);
     }
 
     /// All is well again from now on: changes get through as soon as they should.
@@ -180,7 +185,7 @@ impl Scenario {
     #[track_caller]
     pub fn recovers_within(&self, time: Duration) {
         let healed = Instant::now();
-        self.flow();
+        self.flow_within(RECOVERY.max(time + BUSY));
         self.in_time(healed, time);
     }
 
@@ -204,7 +209,12 @@ impl Scenario {
     /// Waits until Redis is at this position. It may be away meanwhile.
     #[track_caller]
     pub fn reach_lsn(&self, target: Lsn) {
-        wait_for(RECOVERY, format!("progress to reach {target}"), || {
+        self.reach_lsn_within(target, RECOVERY);
+    }
+
+    #[track_caller]
+    fn reach_lsn_within(&self, target: Lsn, time: Duration) {
+        wait_for(time, format!("progress to reach {target}"), || {
             self.m.sink(Sink::assert_running);
             self.watch.assert_holds();
             self.progress().filter(|&lsn| lsn >= target)

@@ -260,6 +260,36 @@ fn an_open_transaction_does_not_hide_a_difference() {
     m.settle();
 }
 
+/// Somebody writes to a key all the time, so that it is never proved to differ, and never seen to be equal.
+#[test]
+fn what_cannot_be_compared_is_not_called_equal() {
+    let m = many_kinds();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let _end = Raise(&done);
+        scope.spawn(|| {
+            let mut redis = m.redis.connect();
+            for n in 0_u64.. {
+                if done.load(Ordering::Relaxed) {
+                    return;
+                }
+                let key = redis::cmd("HSET").arg("h:1").arg("nobodys").arg(n).clone();
+                key.exec(&mut redis).unwrap();
+            }
+        });
+        let (code, output) = walmirror(&m, &["verify", "--timeout", "1s"]);
+        assert_eq!(code, 2, "{output}");
+        assert!(
+            output.contains("1 unknown") && output.contains("unknown    h:1\n"),
+            "{output}"
+        );
+        assert!(
+            output.contains("1 keys could not be compared within 1s"),
+            "{output}"
+        );
+    });
+}
+
 #[test]
 fn a_cache_must_hold_nothing_wrong_but_need_not_hold_anything() {
     let m = Mirror::new();

@@ -45,11 +45,11 @@ pub fn run(options: &Options, args: &VerifyArgs, shutdown: &Shutdown) -> Result<
     } else {
         print(&outcome)?;
     }
-    judge(&outcome, args)
+    judge(&outcome.tables, args)
 }
 
-fn judge(outcome: &Outcome, args: &VerifyArgs) -> Result<(), Error> {
-    let sum = |count: fn(&Tally) -> u64| outcome.tables.iter().map(count).sum::<u64>();
+fn judge(tables: &[Tally], args: &VerifyArgs) -> Result<(), Error> {
+    let sum = |count: fn(&Tally) -> u64| tables.iter().map(count).sum::<u64>();
     let (left, unknown) = (sum(Tally::left), sum(|tally| tally.unknown));
     if left > 0 {
         let next = match (args.repair, args.table.as_slice()) {
@@ -117,6 +117,32 @@ fn as_json(outcome: &Outcome) -> serde_json::Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Span;
+
+    #[test]
+    fn what_differs_counts_more_than_what_nobody_can_tell() {
+        let args = VerifyArgs {
+            table: Vec::new(),
+            sample: None,
+            repair: false,
+            timeout: Span(std::time::Duration::from_secs(1)),
+            json: false,
+        };
+        let code = |missing, repaired, unknown| {
+            let tally = Tally {
+                missing,
+                repaired,
+                unknown,
+                ..Tally::default()
+            };
+            judge(&[Tally::default(), tally], &args).map_err(|error| error.exit_code())
+        };
+        assert_eq!(code(0, 0, 0), Ok(()));
+        assert_eq!(code(2, 2, 0), Ok(()));
+        assert_eq!(code(2, 1, 0), Err(DIFFERENT));
+        assert_eq!(code(0, 0, 1), Err(UNKNOWN));
+        assert_eq!(code(1, 0, 1), Err(DIFFERENT));
+    }
 
     #[test]
     fn a_line_says_what_there_is() {
