@@ -13,7 +13,8 @@ use std::sync::Arc;
 use walmirror_tests::{DEADLINE, Db, Mirror, Pg, wait_for};
 
 /// The bits of `walmirror.failpoint`: an error, and a panic at the bit after it.
-const CALLBACKS: [(&str, u32); 5] = [
+const CALLBACKS: [(&str, u32); 6] = [
+    ("startup", 1 << 20),
     ("begin", 4),
     ("change", 16),
     ("commit", 64),
@@ -83,6 +84,14 @@ fn a_failure_in_a_callback_is_an_error_of_one_session() {
     fails(&db, PEEK, &CALLBACKS);
 }
 
+/// The callback that is asked only where changes of other origins are not wanted.
+#[test]
+fn a_failure_where_origins_are_filtered() {
+    let db = with_slot(&["INSERT INTO t SELECT generate_series(1, 10)"]);
+    let peek = PEEK.replace("'format'", "'origin', 'none', 'format'");
+    fails(&db, &peek, &[("filter_by_origin", 1 << 24)]);
+}
+
 /// The same in the callbacks for transactions in progress.
 #[test]
 fn a_failure_while_a_transaction_in_progress_comes() {
@@ -92,8 +101,8 @@ fn a_failure_while_a_transaction_in_progress_comes() {
     let binary = "SELECT count(*) FROM pg_logical_slot_peek_binary_changes(current_database(), NULL, NULL";
     let (peek, whole) = (format!("{binary}, 'streaming', 'on')"), format!("{binary})"));
     assert_ne!(db.value(&peek), db.value(&whole), "it came in parts");
-    let rollback = ("stream_abort", 16384);
-    fails(&db, &peek, &[&CALLBACKS[..], &[rollback]].concat());
+    let others = [("stream_abort", 16384), ("stream_stop", 1 << 22)];
+    fails(&db, &peek, &[&CALLBACKS[..], &others].concat());
 }
 
 /// In a backlog of small transactions the walsender decodes several WAL records a turn, so that is where the failures strike.

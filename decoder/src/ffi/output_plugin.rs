@@ -129,6 +129,7 @@ unsafe extern "C-unwind" fn startup(
             hold::start(context);
         }
     }
+    settings::failpoint(settings::Failpoint::Startup);
 }
 
 unsafe extern "C-unwind" fn free_decoder(decoder: *mut c_void) {
@@ -223,6 +224,7 @@ unsafe extern "C-unwind" fn stream_stop(
     context: *mut pg_sys::LogicalDecodingContext,
     _txn: *mut pg_sys::ReorderBufferTXN,
 ) {
+    settings::failpoint(settings::Failpoint::StreamStop);
     // SAFETY: the context is valid for the call.
     unsafe { decoder(context).part_end(&mut Writer { context, last: false }) }
 }
@@ -400,6 +402,7 @@ unsafe extern "C-unwind" fn filter_by_origin(
     context: *mut pg_sys::LogicalDecodingContext,
     origin: pg_sys::RepOriginId,
 ) -> bool {
+    settings::failpoint(settings::Failpoint::FilterByOrigin);
     // SAFETY: the context is valid, and startup comes first.
     unsafe { decoder(context).filters_origin(origin) }
 }

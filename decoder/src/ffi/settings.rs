@@ -167,6 +167,9 @@ pub enum Failpoint {
     Rollback = 16384,
     CaptureBegin = 65536,
     CaptureRelease = 262_144,
+    Startup = 1 << 20,
+    StreamStop = 1 << 22,
+    FilterByOrigin = 1 << 24,
 }
 
 /// Fails here if a test asked for it.
