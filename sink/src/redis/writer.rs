@@ -104,6 +104,8 @@ pub struct Writer {
     on_bad_row: OnBadRow,
     /// The next EXEC is followed by HELLO.
     asks_role: bool,
+    /// The answer to that is still to be read, behind those to WATCH and HGET.
+    awaits_role: bool,
 }
 
 impl Writer {
@@ -130,6 +132,7 @@ impl Writer {
             purging,
             on_bad_row: OnBadRow::Stop,
             asks_role: false,
+            awaits_role: false,
         };
         writer.check()?;
         Ok(writer)
@@ -185,8 +188,8 @@ impl Writer {
             None | Some([]) => {}
             Some(rest) => self.connection.send(rest)?,
         }
-        let asks_role = segment.step.is_some() && std::mem::take(&mut self.asks_role);
-        if asks_role {
+        self.awaits_role = segment.step.is_some() && std::mem::take(&mut self.asks_role);
+        if self.awaits_role {
             let mut commands = Commands::new();
             commands.command(&[b"HELLO"]);
             self.connection.send(commands.as_bytes())?;
@@ -214,10 +217,7 @@ impl Writer {
         pending |= self.open.iter().any(|segment| segment.pending);
         self.open.clear();
         self.prefix = 0;
-        self.check_watch()?;
-        if asks_role {
-            judge_role(self.connection.receive()?)?;
-        }
+        self.check_behind()?;
         Ok(Some(Applied {
             step,
             pending,
@@ -385,6 +385,15 @@ impl Writer {
             Value::ServerError(reply) => Err(reply_error("cannot read the epoch", &reply)),
             _ => Err(unreadable("HGET")),
         }
+    }
+
+    /// Reads all that follows the reply to an EXEC.
+    fn check_behind(&mut self) -> Result<(), Error> {
+        self.check_watch()?;
+        if std::mem::take(&mut self.awaits_role) {
+            judge_role(self.connection.receive()?)?;
+        }
+        Ok(())
     }
 
     fn fenced(&self, other: Option<&[u8]>) -> Error {

@@ -33,6 +33,32 @@ fn a_command_that_fails_inside_of_the_exec_is_named_and_noted_for_repair() {
     assert_eq!(get(&mut reader, &["HLEN", "walmirror:{s}:pending"]), "int(1)");
 }
 
+/// The story: the answer to the question for the role was taken for that to the note, so that no key was noted and its row stayed out.
+#[test]
+fn what_is_refused_is_noted_also_where_the_role_is_asked() {
+    let Some(server) = Server::start() else { return };
+    let mut reader = server.connect();
+    get(&mut reader, &["SET", "foreign", "1"]);
+    for (start, is_ahead) in [(Some(Lsn(1)), false), (None, true)] {
+        let mut writer = claim(&server, start);
+        writer.ask_role();
+        let next = set(3, "b");
+        let error = writer
+            .apply(
+                segment(2, &[("foreign", &["HSET", "f"])]),
+                Some(&next).filter(|_| is_ahead),
+                &|| false,
+            )
+            .unwrap_err();
+        assert!(error.to_string().contains("WRONGTYPE"), "{error}");
+        assert_eq!(
+            get(&mut reader, &["HGET", "walmirror:{s}:pending", "foreign"]),
+            "77"
+        );
+        get(&mut reader, &["DEL", "walmirror:{s}:pending"]);
+    }
+}
+
 #[test]
 fn a_key_of_another_type_is_skipped_and_noted_if_that_is_wanted() {
     let Some(server) = Server::start() else { return };

@@ -117,7 +117,7 @@ impl Writer {
     }
 
     fn note_pending(&mut self, refused: &Refusals) -> Result<(), Error> {
-        self.check_watch()?;
+        self.check_behind()?;
         let mut commands = Commands::new();
         Self::open(&mut commands);
         let located = refused.commands.iter().flat_map(|command| self.locate(*command));
