@@ -15,6 +15,8 @@ pub struct Purge {
     others: Vec<KeyTemplate>,
     /// As specific as this one: a key that one of them matches may be of either, and is left alone.
     rivals: Vec<KeyTemplate>,
+    /// The relation has it no longer.
+    is_retired: bool,
 }
 
 impl Purge {
@@ -41,6 +43,7 @@ impl Purge {
             template: template.clone(),
             others: claims,
             rivals,
+            is_retired: false,
         }
     }
 
@@ -59,12 +62,19 @@ impl Purge {
             template: template.clone(),
             others: others.into_iter().filter(may_match).cloned().collect(),
             rivals: Vec::new(),
+            is_retired: true,
         }
     }
 
     /// Whether some of its keys could be another relation's.
     pub fn is_contested(&self) -> bool {
         !self.others.is_empty()
+    }
+
+    /// Whether a key that the relation itself has just written goes. All do where it is emptied, or made anew: only what it has no longer
+    /// leaves those that it keeps.
+    pub fn takes_written(&self, key: &[u8]) -> bool {
+        !self.is_retired || self.match_key(key).is_some()
     }
 
     /// The glob for SCAN MATCH.

@@ -48,7 +48,8 @@ impl Assembly {
     /// Keys to be removed, because the transaction `commit` wants it. Only before [`Self::is_split`] is true: then the MULTI has begun
     /// in Redis already.
     pub(super) fn purge(&mut self, purge: Purge, commit: Option<Commit>) {
-        self.batch().unlink_written(purge.relation);
+        self.batch()
+            .unlink_written(purge.relation, |key| purge.takes_written(key));
         self.purging.commit = commit.or(self.purging.commit);
         if !self.purges.contains(&purge) {
             self.purges.push(purge);

@@ -227,6 +227,46 @@ fn keys_of_a_version_that_nobody_announced_go_with_the_next_change() {
     }
 }
 
+/// The story: with the keys of an earlier template went those that the same batch had just written under the table's own.
+#[test]
+fn keys_that_are_to_be_kept_stay_also_where_the_batch_has_just_written_them() {
+    let mut stored = settled();
+    let cursor = Cursor::start(1, vec!["old:{id}".to_owned()]);
+    stored
+        .progress
+        .as_mut()
+        .unwrap()
+        .cursors
+        .insert(OID, fenced(cursor).to_json());
+    for keep_keys in [true, false] {
+        let mut planning = planning(stored.clone(), 1 << 20, 1 << 24);
+        let old = pb::Relation {
+            index: 1,
+            ..relation(9, "old:{id}")
+        };
+        Frame::default()
+            .relation(old)
+            .begin(100, 10)
+            .row(Kind::Insert, "1", Some("a"))
+            .relation(relation(1, "t:{id}"))
+            .row(Kind::Insert, "2", Some("b"))
+            .commit(20)
+            .begin(101, 20)
+            .record(pb::Forget { oid: OID, keep_keys })
+            .commit(30)
+            .feed(&mut planning);
+        let written = flushed(&mut planning);
+        let goes = |key: &str| {
+            written.contains(&format!("UNLINK {key}")) && {
+                let place = |line: &str| written.iter().rposition(|other| other.starts_with(line));
+                place(&format!("UNLINK {key}")) > place(&format!("HSET {key} "))
+            }
+        };
+        assert!(goes("old:1"), "{written:?}");
+        assert_eq!(goes("t:2"), !keep_keys, "{written:?}");
+    }
+}
+
 /// A table is forgotten before anybody told of it, and a transaction that wrote it before comes behind.
 #[test]
 fn a_table_is_forgotten_that_was_never_registered() {
