@@ -9,11 +9,12 @@
 )]
 
 use std::process::{Child, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use postgres::error::SqlState;
-use walmirror_tests::{DEADLINE, Mirror, Raise, Signal, Sink, wait_for};
+use walmirror_tests::{DEADLINE, Db, Mirror, Raise, Signal, Sink, wait_for};
 
 /// Stands in every value: no output may hold it.
 const CANARY: &str = "canary-in-a-row";
@@ -497,24 +498,29 @@ fn memory_is_bounded() {
     assert!((1000..48 * 1024).contains(&highest_kib), "{highest_kib} KiB");
 }
 
-/// Somebody has forgotten a prepared transaction: what it did is not committed, so it keeps nothing from being proven.
+/// Somebody has forgotten a prepared transaction, here or in another database of the server: what it did is not committed, so it keeps
+/// nothing from being proven.
 #[test]
 fn an_old_prepared_transaction_keeps_nothing_from_being_proven() {
     let m = Mirror::with(
         "CREATE TABLE t (id int PRIMARY KEY, v int); SELECT walmirror.mirror('t'); INSERT INTO t VALUES (1, 1), (2, 2)",
     );
-    let name = format!("{}_forgotten", m.db.name);
-    m.db.connect()
-        .batch_execute(&format!(
-            "BEGIN; INSERT INTO t VALUES (3, 3); PREPARE TRANSACTION '{name}'"
-        ))
-        .unwrap();
-    redis(&m, &["HSET", "t:1", "v", "7"]);
-    let (code, output) = walmirror(&m, &["verify", "--timeout", "5s"]);
-    m.db.connect()
-        .batch_execute(&format!("ROLLBACK PREPARED '{name}'"))
-        .unwrap();
-    assert_eq!(code, 1, "{output}");
+    let other = Db::create(Arc::clone(&m.db.pg));
+    other.sql("CREATE TABLE t (id int PRIMARY KEY, v int)");
+    for (db, wrong) in [(&m.db, "7"), (&other, "8")] {
+        let name = format!("{}_forgotten", db.name);
+        db.connect()
+            .batch_execute(&format!(
+                "BEGIN; INSERT INTO t VALUES (3, 3); PREPARE TRANSACTION '{name}'"
+            ))
+            .unwrap();
+        redis(&m, &["HSET", "t:1", "v", wrong]);
+        let (code, output) = walmirror(&m, &["verify", "--timeout", "5s"]);
+        db.connect()
+            .batch_execute(&format!("ROLLBACK PREPARED '{name}'"))
+            .unwrap();
+        assert_eq!(code, 1, "{output}");
+    }
 }
 
 /// A table that somebody holds for himself cannot be compared, which is said in time.

@@ -191,28 +191,28 @@ impl Sql {
             .map_err(|error: crate::gate::ParseSnapshotError| Error::bug(error.to_string()))
     }
 
-    /// The (32-bit) ids of transactions that have not committed by now, however long they last: those whose sessions wait for their
-    /// clients, and those that are prepared.
+    /// The (32-bit) ids of transactions that have changed nothing here by now, however long they last: those whose sessions wait for their
+    /// clients and those that are prepared, as they have not committed, and all of other databases.
     pub(crate) fn undecided(&mut self) -> Result<Vec<u32>, Error> {
-        let statement = "SELECT backend_xid FROM pg_stat_activity \
-                         WHERE backend_xid IS NOT NULL AND state LIKE 'idle in transaction%'";
+        let statement = "SELECT backend_xid FROM pg_stat_activity WHERE backend_xid IS NOT NULL \
+                         AND (state LIKE 'idle in transaction%' OR datname <> current_database())";
         let idle = self.query("cannot look at the sessions", statement, &[])?;
         let mut undecided: Vec<u32> = idle.rows().filter_map(|row| row.parse(0)).collect();
         undecided.extend(self.prepared()?);
         Ok(undecided)
     }
 
-    /// One that is prepared is still listed while its COMMIT PREPARED waits for a standby, so none counts while somebody may be at that:
-    /// who is, is looked for first, and whoever begins later commits behind that.
+    /// One that is prepared is still listed while its COMMIT PREPARED waits for a standby, so none of this database counts while somebody
+    /// may be at that: who is, is looked for first, and whoever begins later commits behind that.
     fn prepared(&mut self) -> Result<Vec<u32>, Error> {
         let statement = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() \
                          AND (state IS NULL OR state = 'disabled' OR state = 'active' AND query ~* 'commit.*prepared')";
         let result = self.query("cannot look at the sessions", statement, &[])?;
-        if result.text(0, 0) != Some("0") {
-            return Ok(Vec::new());
-        }
-        let statement = "SELECT transaction FROM pg_prepared_xacts WHERE database = current_database()";
-        let result = self.query("cannot look at the prepared transactions", statement, &[])?;
+        let is_at_none = (result.text(0, 0) == Some("0")).to_string();
+        let statement =
+            "SELECT transaction FROM pg_prepared_xacts WHERE database <> current_database() OR $1::bool";
+        let what = "cannot look at the prepared transactions";
+        let result = self.query(what, statement, &[Some(is_at_none.as_bytes())])?;
         Ok(result.rows().filter_map(|row| row.parse(0)).collect())
     }
 
