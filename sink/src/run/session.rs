@@ -177,7 +177,12 @@ pub(super) fn run(
         })?;
         let mut workers = Vec::new();
         for (role, context) in contexts {
-            workers.push(guard_apart(shared, role.name(), move || work(&context, role))?);
+            let worker = guard_apart(shared, role.name(), move || work(&context, role));
+            workers.push(worker.inspect_err(|_| {
+                // Those that run already wait for a planner that is not there any more.
+                backfill.stop();
+                interrupts.iter().for_each(Waker::wake);
+            })?);
         }
         let ended = watch(config, shutdown, shared, backfill);
         // In the order in which data flows, so that what is complete still gets through.
