@@ -7,6 +7,8 @@
     clippy::indexing_slicing
 )]
 
+use std::time::Duration;
+
 use rand::Rng;
 use rand::rngs::StdRng;
 use walmirror_tests::{DEADLINE, Mirror, Sink, rng, wait_for};
@@ -294,6 +296,26 @@ fn a_partition_has_no_label_of_its_own() {
     m.settle();
 }
 
+/// The story: as long as a key of such a table was noted to be read again, it was tried every two seconds, with an ERROR line here and one
+/// in the log of Postgres each time.
+fn is_told_of_once(m: &Mirror) {
+    let log = m.db.pg.log();
+    m.sink(Sink::kill);
+    let pending = format!("walmirror:{{{}}}:pending", m.db.name);
+    let oid: u32 = m.db.value("SELECT 't'::regclass::oid").parse().unwrap();
+    m.redis.command::<u32>(&format!("HSET {pending} t:1 {oid}"));
+    m.sink(Sink::restart);
+    std::thread::sleep(Duration::from_secs(6));
+    let told = m.sink(|sink| sink.output());
+    let (_, told) = told.rsplit_once("walmirror starts").unwrap();
+    assert_eq!(told.matches("does not fit it").count(), 1, "{told}");
+    let said = m.db.pg.log().split_off(log.len());
+    let is_of_pack =
+        |line: &&str| line.contains(&m.db.name) && line.contains("STATEMENT:  SELECT walmirror.pack");
+    let said = said.lines().filter(is_of_pack).count();
+    assert!(said <= 1, "{said} ERROR lines in the log of Postgres");
+}
+
 /// Where event triggers are off, a label may come not to fit its table. The other tables go on, and its keys stay until it is mended.
 #[test]
 fn a_label_that_does_not_fit_concerns_its_table_alone() {
@@ -334,6 +356,7 @@ fn a_label_that_does_not_fit_concerns_its_table_alone() {
         "{told}"
     );
     assert_eq!(m.redis.keys(), ["t:1", "u:1"]);
+    is_told_of_once(&m);
     let (code, output) = m.run(&["verify"]);
     assert_eq!(code, Some(2), "{output}");
     assert!(output.contains("walmirror.unmirror('public.t')"), "{output}");

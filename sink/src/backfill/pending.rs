@@ -59,6 +59,8 @@ const LOOK: Duration = Duration::from_secs(1);
 /// A table that is another one than the stream has announced, or that may miss writers, is looked at again after so long; twice as long after each look.
 const CHANGED_MIN: Duration = Duration::from_millis(50);
 const CHANGED_MAX: Duration = Duration::from_secs(2);
+/// The same for one that Redis is kept by no version of, as its label does not fit it: it stays so until somebody mends it.
+const OUTDATED_MAX: Duration = Duration::from_secs(10);
 
 /// The room for what it has on its way. Each table has a window of its own: what is dropped of one is no matter of the others.
 pub(super) fn room() -> Arc<Room> {
@@ -80,6 +82,8 @@ enum Reread {
     MissesWriters,
     /// The table is another one than the stream has announced.
     Changed,
+    /// The same, and which one is not known.
+    Outdated,
 }
 
 /// Goes over the pending hash once. True: it was empty.
@@ -119,6 +123,10 @@ pub(super) fn pass(
                 Ok(Reread::Changed) => {
                     tables.remove(&relation);
                     troubles.put_off(relation, CHANGED_MIN, CHANGED_MAX);
+                }
+                Ok(Reread::Outdated) => {
+                    tables.remove(&relation);
+                    troubles.put_off(relation, CHANGED_MIN, OUTDATED_MAX);
                 }
                 Err(error) => {
                     tables.remove(&relation);
@@ -198,6 +206,11 @@ fn reread(
     let Some(task) = context.backfill.task(relation) else {
         return orphans(sql, keys, None).map(|()| Reread::Done);
     };
+    if task.mapping.is_outdated() {
+        // Each attempt to read it would be an ERROR line in the server's log.
+        context.doubt(sql, relation, &task)?;
+        return Ok(Reread::Outdated);
+    }
     let Some(lookup) = Lookup::new(sql, &task.mapping)? else {
         context.doubt(sql, relation, &task)?;
         return Ok(Reread::Changed);

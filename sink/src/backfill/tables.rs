@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::catalog::Catalog;
 use super::fill::{Filling, Flow};
 use super::sql::Sql;
-use super::troubles::Troubles;
+use super::troubles::{Misfits, Troubles};
 use super::worker::{Context, IDLE, LOCK_TABLES, Role};
 use super::writers::{Committing, Writers};
 use super::{Content, Room, Stage, Task, Window, sweep};
@@ -43,6 +43,7 @@ pub(super) struct Tables<'c> {
     fillings: BTreeMap<u32, Filling>,
     changes: BTreeMap<u32, Changes>,
     troubles: Troubles,
+    misfits: Misfits,
     writers: Writers,
     /// Whom the next look at the catalog waits for.
     committing: Option<Committing>,
@@ -71,6 +72,7 @@ impl<'c> Tables<'c> {
             fillings: BTreeMap::new(),
             changes: BTreeMap::new(),
             troubles: Troubles::default(),
+            misfits: Misfits::default(),
             writers: Writers::default(),
             committing: None,
             is_compared: false,
@@ -200,13 +202,16 @@ impl<'c> Tables<'c> {
         let Flow::Restart(why) = flow? else {
             return Ok(());
         };
-        self.troubles.put_off(relation, RETRY_MIN, RETRY_MAX);
         if why.is_some() {
             self.context.doubt(sql, relation, task)?;
         }
         match why {
+            // It is told of, and tried again less and less often.
             Some(error) if self.changed(relation, task) > CHANGES_MAX => Err(error),
-            _ => Ok(()),
+            _ => {
+                self.troubles.put_off(relation, RETRY_MIN, RETRY_MAX);
+                Ok(())
+            }
         }
     }
 
@@ -273,10 +278,7 @@ impl<'c> Tables<'c> {
             }
             catalog => catalog?,
         };
-        for misfit in &catalog.misfits {
-            let error = misfit.error();
-            tracing::error!(next = error.next_command(), "{error}");
-        }
+        self.misfits.tell(&catalog.misfits);
         match catalog.locked.first() {
             Some((relation, table)) => self.troubles.locked(LIST, table, || sql.whoever_locks(*relation)),
             None => self.troubles.clear(LIST),

@@ -1,9 +1,11 @@
-//! Tables that could not be read: a right is lacking, a file is damaged, a function raises an error, somebody has locked it. Each of
-//! them is told of and tried again after a while; the others and the stream go on. Every worker has a list of its own.
+//! Tables that could not be read: a right is lacking, a file is damaged, a function raises an error, somebody has locked it, its label
+//! does not fit it. Each of them is told of and tried again after a while; the others and the stream go on. Every worker has a list of
+//! its own.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use super::catalog::Misfit;
 use crate::error::Error;
 
 /// The pause after the first failure; twice as long after each further one.
@@ -11,8 +13,8 @@ const PAUSE_MIN: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
 /// A lock is ordinary, and gone some time.
 const LOCKED_PAUSE_MAX: Duration = Duration::from_secs(4);
-/// How often it is told of.
-const LOCKED_TOLD_EVERY: Duration = Duration::from_secs(60);
+/// How often that is told of, and a label that does not fit.
+const TOLD_EVERY: Duration = Duration::from_secs(60);
 
 /// The list.
 #[derive(Debug, Default)]
@@ -108,7 +110,7 @@ impl Troubles {
         };
         let is_due = trouble
             .told
-            .is_none_or(|told| now.saturating_duration_since(told) >= LOCKED_TOLD_EVERY);
+            .is_none_or(|told| now.saturating_duration_since(told) >= TOLD_EVERY);
         if is_due {
             trouble.told = Some(now);
         }
@@ -137,6 +139,37 @@ impl Troubles {
         self.tables
             .get(&relation)
             .is_some_and(|trouble| trouble.until > now)
+    }
+}
+
+/// Labels that do not fit their tables, as far as they were told of. The catalog may be compared every few seconds.
+#[derive(Debug, Default)]
+pub(super) struct Misfits {
+    told: BTreeMap<u32, (String, Instant)>,
+}
+
+impl Misfits {
+    /// Tells of those that are new, or were not told of for a while.
+    pub(super) fn tell(&mut self, misfits: &[Misfit]) {
+        self.told
+            .retain(|oid, _| misfits.iter().any(|misfit| misfit.oid == *oid));
+        for misfit in misfits {
+            if self.is_due(misfit, Instant::now()) {
+                let error = misfit.error();
+                tracing::error!(next = error.next_command(), "{error}");
+            }
+        }
+    }
+
+    fn is_due(&mut self, misfit: &Misfit, now: Instant) -> bool {
+        let told = self.told.get(&misfit.oid);
+        let is_told = told.is_some_and(|(problem, at)| {
+            *problem == misfit.problem && now.saturating_duration_since(*at) < TOLD_EVERY
+        });
+        if !is_told {
+            self.told.insert(misfit.oid, (misfit.problem.clone(), now));
+        }
+        !is_told
     }
 }
 
@@ -171,7 +204,7 @@ mod tests {
             assert!(!troubles.is_paused_at(7, now + LOCKED_PAUSE_MAX));
             now += LOCKED_PAUSE_MAX;
         }
-        assert!(troubles.note_lock(7, now + LOCKED_TOLD_EVERY));
+        assert!(troubles.note_lock(7, now + TOLD_EVERY));
         troubles.clear(7);
         assert!(troubles.note_lock(7, now));
     }

@@ -48,6 +48,9 @@ pub enum MappingError {
     },
 }
 
+/// The fingerprint of a table of which rows of a version came that nobody announced. No version has it.
+pub const OUTDATED: u64 = 0;
+
 /// A compiled relation.
 #[derive(Clone, Debug)]
 pub struct Mapping {
@@ -174,6 +177,11 @@ impl Mapping {
             key_columns,
             fields,
         })
+    }
+
+    /// Whether it is of no version that there is: nothing that is read of the table fits it.
+    pub fn is_outdated(&self) -> bool {
+        self.fingerprint == OUTDATED
     }
 
     /// Reads a row's values.

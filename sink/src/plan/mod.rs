@@ -21,7 +21,7 @@ use walmirror_proto::row::{Datum, TupleRef, WireError};
 
 pub use batch::{Batch, Op, OpKind};
 pub use keys::RedisKeys;
-pub use mapping::{Field, Keyed, Mapping, MappingError};
+pub use mapping::{Field, Keyed, Mapping, MappingError, OUTDATED};
 pub(crate) use owned::is_text;
 pub use owned::{Belongs, Owned};
 pub use purge::Purge;

@@ -9,7 +9,7 @@ use walmirror_proto::key::KeyTemplate;
 use walmirror_proto::pb::{self, Mode};
 
 use crate::backfill::{Backfill, Cursor, Task};
-use crate::plan::{Batch, Belongs, Mapping, MappingError, Owned, Purge, RedisKeys};
+use crate::plan::{Batch, Belongs, Mapping, MappingError, OUTDATED, Owned, Purge, RedisKeys};
 use crate::progress::write_cursor;
 
 /// One mirrored table.
@@ -21,13 +21,10 @@ pub(super) struct Registered {
     pub(super) cursor: Cursor,
 }
 
-/// The fingerprint of a table of which rows of a version came that nobody announced. No version has it.
-const OUTDATED: u64 = 0;
-
 impl Registered {
     /// Whether Redis is not kept by any version of it now.
     pub(super) fn is_outdated(&self) -> bool {
-        self.relation.fingerprint == OUTDATED
+        self.mapping.is_outdated()
     }
 
     /// Whether the keys are settled, for rows of this version. None: it is another version, whose keys nothing will remove.
