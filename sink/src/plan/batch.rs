@@ -182,14 +182,14 @@ impl Batch {
         ops.get(first..).unwrap_or_default()
     }
 
-    /// Appends the removal of every key of the relation that the batch has written so far and that `goes`: the place of a TRUNCATE. A key
-    /// that another relation has written since is that one's.
-    pub fn unlink_written(&mut self, relation: u32, goes: impl Fn(&[u8]) -> bool) {
+    /// Appends the removal of every key that the batch has written so far and that `goes`, by the relation that wrote it last: the place of a
+    /// TRUNCATE.
+    pub fn unlink_written(&mut self, goes: impl Fn(u32, &[u8]) -> bool) {
         let live = || self.ops.iter().filter(|op| !op.dead && op.key_len > 0);
         let last: HashMap<&[u8], u32> = live().map(|op| (self.key_of(op), op.relation)).collect();
         let mut keys: Vec<Vec<u8>> = last
             .into_iter()
-            .filter(|(key, writer)| *writer == relation && goes(key))
+            .filter(|(key, writer)| goes(*writer, key))
             .map(|(key, _)| key.to_vec())
             .collect();
         keys.sort_unstable();
@@ -342,7 +342,7 @@ mod tests {
         set(&mut batch, 1, "a", "1");
         set(&mut batch, 2, "x", "1");
         set(&mut batch, 1, "a", "2");
-        batch.unlink_written(1, |_| true);
+        batch.unlink_written(|writer, _| writer == 1);
         set(&mut batch, 1, "a", "3");
         batch.seal();
         assert_eq!(shown(&batch), ["MSET x 1 a 2", "UNLINK a", "SET a 3"]);
@@ -355,7 +355,7 @@ mod tests {
         set(&mut batch, 1, "b", "1");
         batch.keep();
         set(&mut batch, 2, "a", "2");
-        batch.unlink_written(1, |_| true);
+        batch.unlink_written(|writer, _| writer == 1);
         batch.seal();
         assert_eq!(shown(&batch).last().unwrap(), "UNLINK b");
     }

@@ -314,7 +314,7 @@ fn schedule(server: &Server, value: ValueKind, seed: u64) {
             Writer::open(fixture.batch.bookkeeping());
             for _ in 0..changes {
                 if dice.roll(40) == 0 {
-                    fixture.batch.unlink_written(OID, |_| true);
+                    fixture.batch.unlink_written(|writer, _| writer == OID);
                     let all: Vec<String> = table.rows.keys().cloned().collect();
                     for id in all {
                         let key = format!("t:{id}");

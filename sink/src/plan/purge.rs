@@ -15,8 +15,18 @@ pub struct Purge {
     others: Vec<KeyTemplate>,
     /// As specific as this one: a key that one of them matches may be of either, and is left alone.
     rivals: Vec<KeyTemplate>,
-    /// The relation has it no longer.
-    is_retired: bool,
+    written: Written,
+}
+
+/// Which of the keys go that are written in the same step before this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Written {
+    /// All that the relation wrote, as it is emptied or forgotten.
+    ByRelation,
+    /// Those of them that this is about: the others are kept.
+    Matching,
+    /// And those that anybody wrote of what is the relation's from here on.
+    ByAnybody,
 }
 
 impl Purge {
@@ -43,7 +53,7 @@ impl Purge {
             template: template.clone(),
             others: claims,
             rivals,
-            is_retired: false,
+            written: Written::ByRelation,
         }
     }
 
@@ -62,7 +72,7 @@ impl Purge {
             template: template.clone(),
             others: others.into_iter().filter(may_match).cloned().collect(),
             rivals: Vec::new(),
-            is_retired: true,
+            written: Written::Matching,
         }
     }
 
@@ -71,10 +81,23 @@ impl Purge {
         !self.others.is_empty()
     }
 
-    /// Whether a key that the relation itself has just written goes. All do where it is emptied, or made anew: only what it has no longer
-    /// leaves those that it keeps.
-    pub fn takes_written(&self, key: &[u8]) -> bool {
-        !self.is_retired || self.match_key(key).is_some()
+    /// The same where the relation begins without keys: what another one had under its template goes too.
+    #[must_use]
+    pub fn of_anybody(self) -> Self {
+        Self {
+            written: Written::ByAnybody,
+            ..self
+        }
+    }
+
+    /// Whether a key goes that `writer` has written in the same step before this.
+    pub fn takes_written(&self, writer: u32, key: &[u8]) -> bool {
+        let (is_own, is_match) = (writer == self.relation, || self.match_key(key).is_some());
+        match self.written {
+            Written::ByRelation => is_own,
+            Written::Matching => is_own && is_match(),
+            Written::ByAnybody => is_own || is_match(),
+        }
     }
 
     /// The glob for SCAN MATCH.

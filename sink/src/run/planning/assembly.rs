@@ -49,7 +49,7 @@ impl Assembly {
     /// in Redis already.
     pub(super) fn purge(&mut self, purge: Purge, commit: Option<Commit>) {
         self.batch()
-            .unlink_written(purge.relation, |key| purge.takes_written(key));
+            .unlink_written(|writer, key| purge.takes_written(writer, key));
         self.purging.commit = commit.or(self.purging.commit);
         if !self.purges.contains(&purge) {
             self.purges.push(purge);

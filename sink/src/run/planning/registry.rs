@@ -135,7 +135,7 @@ impl Registry {
             // Templates of an earlier change, whose sweep had not come to an end, still have to go.
             old_keys = old.cursor.old_keys.clone();
             old_keys.push(old.relation.key.clone());
-            if is_cache(&relation) {
+            if is_cache(&relation) && old.relation.key != relation.key {
                 purges.push(self.purge(oid, &old.mapping.template));
             }
         }
@@ -147,7 +147,7 @@ impl Registry {
             purges.extend(self.retired(oid, &old_keys));
             // Nobody reads all of a cache again, so what is there under its own template has to go as well.
             let template = KeyTemplate::parse(&relation.key).ok().filter(|_| may_hold);
-            purges.extend(template.map(|template| self.purge(oid, &template)));
+            purges.extend(template.map(|template| self.purge(oid, &template).of_anybody()));
         }
         let mut cursor = fresh(&relation, old_keys);
         cursor.on_nothing = self.nothing_else && !self.relations.contains_key(&oid) && !cursor.is_done();

@@ -56,6 +56,49 @@ fn a_truncate_behind_what_redis_has_begun_already_cuts_the_transaction() {
     assert!(next.opens && next.purges.len() == 1, "{:?}", lines(next));
 }
 
+/// The story: a mirror had written a key in the same batch before it gave its template away, and the cache that has it now, or whose
+/// template is less specific, held that row for good: nothing sweeps a cache.
+#[test]
+fn a_cache_is_emptied_also_of_what_another_table_has_just_written() {
+    for (heir, is_new) in [("t:{id}", true), ("{any}", false)] {
+        let mut stored = settled();
+        let other = pb::Relation {
+            oid: 600,
+            index: 2,
+            announced: true,
+            columns: vec![pb::Column {
+                name: if is_new { "id" } else { "any" }.into(),
+                encoding: Encoding::Text.into(),
+                ..Column::default()
+            }],
+            ..cache(3, heir)
+        };
+        if !is_new {
+            stored.relations.insert(600, other.clone());
+        }
+        let mut planning = planning(stored, 1 << 20, 1 << 24);
+        let mut frame = Frame::default()
+            .relation(relation(1, "t:{id}"))
+            .begin(100, 10)
+            .row(Kind::Insert, "1", Some("a"))
+            .commit(20)
+            .begin(101, 20)
+            .relation(pb::Relation {
+                announced: true,
+                ..relation(2, "v:{id}")
+            })
+            .row(Kind::Insert, "2", Some("b"));
+        if is_new {
+            frame = frame.relation(other);
+        }
+        frame.commit(30).feed(&mut planning);
+        let written = flushed(&mut planning);
+        let place = |line: &str| written.iter().rposition(|other| other.starts_with(line));
+        assert!(place("UNLINK t:1") > place("HSET t:1 "), "{heir}: {written:?}");
+        assert!(place("UNLINK v:2") < place("HSET v:2 "), "{heir}: {written:?}");
+    }
+}
+
 /// Found by the simulator: after a gap the keys of a cached table stayed, as stale as they were, because nothing fills a
 /// cache anew; and old key templates were forgotten with the cursors.
 #[test]
