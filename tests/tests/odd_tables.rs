@@ -160,7 +160,22 @@ fn a_table_that_may_not_be_read_holds_up_no_other() {
     m.sql(&format!("REVOKE ALL ON secret, z FROM {role}"));
 }
 
-/// One of its chunks is gone, as after a fault of a disk.
+/// The chunks of this stored value of a table are gone, as after a fault of a disk.
+fn damage(m: &Mirror, table: &str, value: u32) {
+    let toast = m.db.value(&format!(
+        "SELECT reltoastrelid::regclass FROM pg_class WHERE relname = '{table}'"
+    ));
+    let chunk = format!("(SELECT chunk_id FROM {toast} GROUP BY 1 ORDER BY 1 OFFSET {value} LIMIT 1)");
+    let kind = |kind: &str| format!("UPDATE pg_class SET relkind = '{kind}' WHERE oid = '{toast}'::regclass");
+    m.sql(&format!(
+        "{}; DELETE FROM {toast} WHERE chunk_id = {chunk}; {}",
+        kind("r"),
+        kind("t")
+    ));
+    // A chunk that is deleted is read until it is gone.
+    m.sql(&format!("VACUUM {table}"));
+}
+
 #[test]
 fn a_damaged_row_is_left_out_and_noted_and_the_rest_is_mirrored() {
     let m = Mirror::new();
@@ -169,17 +184,7 @@ fn a_damaged_row_is_left_out_and_noted_and_the_rest_is_mirrored() {
          INSERT INTO t SELECT i, repeat('x', 5000) FROM generate_series(1, 9) i; \
          CREATE TABLE z (id int PRIMARY KEY); INSERT INTO z VALUES (1); SELECT walmirror.mirror('t'), walmirror.mirror('z')",
     );
-    let toast =
-        m.db.value("SELECT reltoastrelid::regclass FROM pg_class WHERE relname = 't'");
-    let chunk = format!("(SELECT chunk_id FROM {toast} GROUP BY 1 ORDER BY 1 OFFSET 4 LIMIT 1)");
-    let kind = |kind: &str| format!("UPDATE pg_class SET relkind = '{kind}' WHERE oid = '{toast}'::regclass");
-    m.sql(&format!(
-        "{}; DELETE FROM {toast} WHERE chunk_id = {chunk}; {}",
-        kind("r"),
-        kind("t")
-    ));
-    // A chunk that is deleted is read until it is gone.
-    m.sql("VACUUM t");
+    damage(&m, "t", 4);
     let _: String = m.redis.command("SET t:5 old");
     m.start();
     wait_for(DEADLINE, "the rest", || {
@@ -249,6 +254,29 @@ fn a_cast_to_text_that_somebody_wrote_is_no_part_of_a_key() {
     keys.retain(|key| key.starts_with("paint:"));
     keys.sort_unstable();
     assert_eq!(keys, ["paint:g", "paint:r"]);
+}
+
+/// The story: it was when the row could not be read, and ran as the sink.
+#[test]
+fn a_cast_to_text_that_somebody_wrote_is_no_part_of_the_key_of_a_damaged_row() {
+    let m = Mirror::new();
+    m.sql(
+        "CREATE TYPE color AS ENUM ('r', 'g'); \
+         CREATE FUNCTION color_text(color) RETURNS text LANGUAGE plpgsql AS $$ BEGIN RAISE LOG 'the cast runs'; RETURN 'no key'; END $$; \
+         CREATE CAST (color AS text) WITH FUNCTION color_text(color); \
+         CREATE TABLE paint (c color PRIMARY KEY, v text); ALTER TABLE paint ALTER v SET STORAGE EXTERNAL; \
+         INSERT INTO paint VALUES ('r', repeat('x', 5000)), ('g', repeat('x', 5000)); SELECT walmirror.mirror('paint')",
+    );
+    damage(&m, "paint", 1);
+    let _: i64 = m.redis.command("HSET paint:g v old");
+    let logged = m.db.pg.log().len();
+    m.start();
+    complete(&m, 1);
+    let mut keys = m.redis.keys();
+    keys.retain(|key| key.starts_with("paint:"));
+    assert_eq!(keys, ["paint:r"]);
+    let log = m.db.pg.log().split_off(logged);
+    assert!(!log.contains("the cast runs"), "{log}");
 }
 
 /// A row of `a`, whose oid this is, and one of `z` are to be read again; waits until that of `z` was.

@@ -1,13 +1,14 @@
 //! Reads a table: chunk by chunk in the order of its blocks, each chunk in its own snapshot, so that no snapshot is held
 //! for long. A row that moves to a block that was read already is in the stream, because moving is a change.
 
+use super::lookup::Lookup;
 use super::report::Report;
 use super::sql::{Snapshots, Sql};
 use super::worker::Context;
 use super::{Content, Cursor, PackedRows, Room, Task, Window};
 use crate::error::Error;
 use crate::plan::Mapping;
-use crate::pq::{PqError, binary_fields, quote_identifier};
+use crate::pq::{PqError, binary_fields};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -237,12 +238,11 @@ pub(crate) fn read_next(
 
 /// The key of one row, which may be too large to be read whole. None: a column of its key is NULL.
 fn key_at(sql: &mut Sql, mapping: &Mapping, leaf: &Leaf, at: (u32, u16)) -> Result<Option<Vec<u8>>, Error> {
-    let columns = mapping.template.placeholders().iter();
-    let columns: Vec<String> = columns
-        .map(|column| format!("{}::text", quote_identifier(column)))
-        .collect();
-    let (columns, name, (block, offset)) = (columns.join(", "), &leaf.name, at);
-    let statement = format!("SELECT {columns} FROM ONLY {name} WHERE ctid = '({block},{offset})'::tid");
+    let Some(lookup) = Lookup::new(sql, mapping)? else {
+        return Ok(None);
+    };
+    let (columns, name, (block, offset)) = (lookup.columns(), &leaf.name, at);
+    let statement = format!("SELECT {columns} FROM ONLY {name} t WHERE t.ctid = '({block},{offset})'::tid");
     let result = sql.query("cannot read the key of a row", &statement, &[])?;
     let Some(row) = result.rows().next() else {
         return Ok(None);

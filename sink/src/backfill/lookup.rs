@@ -163,6 +163,11 @@ impl Lookup {
         }))
     }
 
+    /// The columns of the key as text, of a table `t`: whoever wrote a cast to text has it neither run nor believed.
+    pub(super) fn columns(&self) -> &str {
+        &self.columns
+    }
+
     /// Which of the keys have a row. A row counts for the key that it renders to, so `users:007` is no key of row 7.
     pub(crate) fn present(
         &self,
