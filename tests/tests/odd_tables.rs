@@ -256,6 +256,38 @@ fn a_cast_to_text_that_somebody_wrote_is_no_part_of_a_key() {
     assert_eq!(keys, ["paint:g", "paint:r"]);
 }
 
+/// The story: the rows of keys were looked for by it, so it ran as the sink, and as who typed `walmirror verify`; and the sweep removed
+/// the keys of rows that it did not lead to.
+#[test]
+fn a_cast_from_text_that_somebody_wrote_is_not_what_rows_are_looked_for_by() {
+    let m = Mirror::new();
+    let cast = |name: &str, kind: &str, value: &str| {
+        format!(
+            "CREATE FUNCTION {name}(text) RETURNS {kind} LANGUAGE plpgsql AS $$ BEGIN RAISE LOG 'the cast runs'; RETURN {value}; END $$; \
+             CREATE CAST (text AS {kind}) WITH FUNCTION {name}(text); "
+        )
+    };
+    m.sql(&format!(
+        "CREATE TYPE color AS ENUM ('r', 'g'); {}{} CREATE DOMAIN hue AS color; \
+         CREATE TABLE paint (c color, h hue, a color[], n int, PRIMARY KEY (c, h, a)); \
+         INSERT INTO paint VALUES ('r', 'g', '{{r,g}}', 1), ('g', 'r', '{{g}}', 2); SELECT walmirror.mirror('paint')",
+        cast("color_of", "color", "'r'"),
+        cast("colors_of", "color[]", "'{}'"),
+    ));
+    // A key without a row, so that there is something to sweep.
+    let _: i64 = m.redis.command("HSET paint:r:r:{} n 7");
+    let logged = m.db.pg.log().len();
+    m.start();
+    complete(&m, 1);
+    assert_equal(&m);
+    let mut keys = m.redis.keys();
+    keys.retain(|key| key.starts_with("paint:"));
+    keys.sort_unstable();
+    assert_eq!(keys, ["paint:g:r:{g}", "paint:r:g:{r,g}"]);
+    let log = m.db.pg.log().split_off(logged);
+    assert!(!log.contains("the cast runs"), "{log}");
+}
+
 /// The story: it was when the row could not be read, and ran as the sink.
 #[test]
 fn a_cast_to_text_that_somebody_wrote_is_no_part_of_the_key_of_a_damaged_row() {

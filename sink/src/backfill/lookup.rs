@@ -1,6 +1,8 @@
 //! Reads rows by their keys: which keys of a page have a row (the sweep), and what the rows of pending keys are. Keys come
 //! from Redis, where anybody can write, so a value may not even be one of its column's type.
 
+mod column;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use walmirror_proto::key::Readings;
@@ -9,14 +11,15 @@ use super::sql::{Snapshots, Sql};
 use crate::error::Error;
 use crate::gate::Snapshot;
 use crate::plan::{Keyed, Mapping, is_text};
-use crate::pq::{ErrorKind, PqError, QueryResult, quote_identifier, quote_literal};
+use crate::pq::{ErrorKind, PqError, QueryResult, quote_literal};
+use column::{Column, Shape};
 
 /// How to find the rows of a table by the values of its key template.
 pub(crate) struct Lookup {
     table: String,
     /// Schema and name, quoted.
     name: String,
-    /// The FROM clause; `$1`, `$2`, … are arrays of texts, one for each placeholder.
+    /// The FROM clause; `$1`, `$2`, … are arrays, one for each placeholder.
     by_values: Way,
     /// The same for keys that can be read in too many ways: `$1` is an array of keys, and each row is rendered, so it reads all of
     /// the table.
@@ -31,37 +34,6 @@ pub(crate) struct Lookup {
 struct Way {
     from: String,
     arrays: usize,
-}
-
-/// What the values of a column look like, as far as that rules out readings of a key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Shape {
-    Uuid,
-    Integer,
-    Any,
-}
-
-impl Shape {
-    fn of(kind: &str) -> Self {
-        match kind {
-            "uuid" => Self::Uuid,
-            "smallint" | "integer" | "bigint" => Self::Integer,
-            _ => Self::Any,
-        }
-    }
-
-    fn takes(self, value: &[u8]) -> bool {
-        match self {
-            Self::Uuid => {
-                value.len() == 36 && value.iter().all(|byte| byte.is_ascii_hexdigit() || *byte == b'-')
-            }
-            Self::Integer => {
-                let digits = value.strip_prefix(b"-").unwrap_or(value);
-                !digits.is_empty() && digits.iter().all(u8::is_ascii_digit)
-            }
-            Self::Any => true,
-        }
-    }
 }
 
 /// A key and the values of its placeholders.
@@ -81,10 +53,9 @@ impl Lookup {
     pub(crate) fn new(sql: &mut Sql, mapping: &Mapping) -> Result<Option<Self>, Error> {
         let oid = mapping.oid.to_string();
         let names = mapping.template.placeholders();
-        let what = "cannot look at the key columns of a table";
         let statement = "SELECT format('%I.%I', n.nspname, c.relname), c.relkind = 'p' FROM pg_class c \
                          JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1::oid";
-        let result = sql.query(what, statement, &[Some(oid.as_bytes())])?;
+        let result = sql.query(column::LOOK, statement, &[Some(oid.as_bytes())])?;
         let Some((name, partitioned)) = result
             .rows()
             .next()
@@ -94,43 +65,15 @@ impl Lookup {
         };
         let (mut arrays, mut joins, mut columns) = (Vec::new(), Vec::new(), Vec::new());
         let mut shapes = Vec::new();
-        for (index, column) in names.iter().enumerate() {
-            // With -1 the type has its name without a length: "character" would mean one character. And its operator = may be in the
-            // schema of an extension, where the search path does not lead. A domain is looked through: there may be no operator for
-            // it (over an enum), and its CHECK is of no concern to who only compares. Nor is a cast to text that somebody wrote in
-            // SQL: the row encoder takes what the type prints.
-            let statement = "WITH RECURSIVE kinds (oid) AS ( \
-                                 SELECT atttypid FROM pg_attribute WHERE attrelid = $1::oid AND attname = $2 AND NOT attisdropped \
-                                 UNION SELECT t.typbasetype FROM kinds k JOIN pg_type t ON t.oid = k.oid WHERE t.typtype = 'd') \
-                             SELECT format_type(b.oid, -1), (SELECT quote_ident(n.nspname) FROM kinds k \
-                                 JOIN pg_opclass c ON c.opcintype = k.oid AND c.opcdefault JOIN pg_am m ON m.oid = c.opcmethod AND m.amname = 'btree' \
-                                 JOIN pg_amop o ON o.amopfamily = c.opcfamily AND o.amopstrategy = 3 AND o.amoplefttype = k.oid AND o.amoprighttype = k.oid \
-                                 JOIN pg_operator p ON p.oid = o.amopopr AND p.oprname = '=' JOIN pg_namespace n ON n.oid = p.oprnamespace LIMIT 1), \
-                                 (SELECT count(*) FROM kinds) > 1, \
-                                 EXISTS (SELECT FROM kinds k JOIN pg_cast a ON a.castsource = k.oid AND a.casttarget = 'text'::regtype \
-                                     JOIN pg_proc f ON f.oid = a.castfunc JOIN pg_language l ON l.oid = f.prolang \
-                                     WHERE l.lanname NOT IN ('internal', 'c')) \
-                             FROM kinds b JOIN pg_type t ON t.oid = b.oid WHERE t.typtype <> 'd'";
-            let result = sql.query(what, statement, &[Some(oid.as_bytes()), Some(column.as_bytes())])?;
-            let Some(kind) = result.text(0, 0) else {
+        for (index, name) in names.iter().enumerate() {
+            let Some(column) = Column::look(sql, &oid, name)? else {
                 return Ok(None);
             };
-            let schema = result.text(0, 1).unwrap_or("pg_catalog");
-            let is_domain = result.text(0, 2) == Some("t");
-            let quoted = quote_identifier(column);
-            let value = if is_domain {
-                format!("t.{quoted}::{kind}")
-            } else {
-                format!("t.{quoted}")
-            };
-            arrays.push(format!("${}::text[]", index + 1));
-            joins.push(format!("{value} OPERATOR({schema}.=) k.v{index}::{kind}"));
-            columns.push(if result.text(0, 3) == Some("t") {
-                format!("format('%s', t.{quoted})")
-            } else {
-                format!("t.{quoted}::text")
-            });
-            shapes.push(Shape::of(kind));
+            let (array, join) = column.join(index);
+            arrays.push(array);
+            joins.push(join);
+            columns.push(column.text());
+            shapes.push(column.shape());
         }
         let aliases: Vec<String> = (0..names.len()).map(|index| format!("v{index}")).collect();
         let only = if partitioned { "" } else { "ONLY " };
@@ -366,7 +309,7 @@ struct Asked {
     by_key: Vec<ParsedKey>,
 }
 
-/// A statement that takes arrays of texts.
+/// A statement that takes arrays.
 #[derive(Clone)]
 struct Query {
     statement: String,
@@ -462,7 +405,7 @@ fn by_key<'r>(
     Some(all)
 }
 
-/// A text[] literal.
+/// An array literal.
 fn array<'v>(values: impl Iterator<Item = Option<&'v Vec<u8>>>) -> Vec<u8> {
     let mut out = vec![b'{'];
     for (index, value) in values.enumerate() {
