@@ -101,6 +101,11 @@ impl Gate {
         self.changers.get(key_hash)
     }
 
+    /// Whether the gate remembers who truncated the relation, or changed it without a record.
+    pub fn knows_truncation(&self, relation: u32) -> bool {
+        self.truncations.contains_key(&relation)
+    }
+
     /// Whether keys that the gate does not remember would be refused in this snapshot.
     pub fn may_have_forgotten(&self, snapshot: &Snapshot) -> bool {
         self.changers.evicted().hidden_from(snapshot).is_some()

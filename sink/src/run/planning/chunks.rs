@@ -289,12 +289,16 @@ impl Planning {
 
     /// Whether what was read of a mirror may be older than what a transaction left that was writing to the table when it was announced,
     /// which is not in the stream. The fill, which waits for these, may have written that already. Who has changed the row since the
-    /// table was announced had to wait for such a one, so that a snapshot that sees the former sees the latter.
+    /// table was announced had to wait for such a one, so that a snapshot that sees the former sees the latter. Not for ALTER TYPE, which
+    /// locks no table: the gate knows that one, unless an earlier session has met it.
     fn may_miss_a_writer(&self, chunk: &Chunk, hash: u64) -> bool {
         let registered = self.registry.get(chunk.relation);
         registered.is_some_and(|registered| {
             let horizon = registered.horizon();
-            let is_changed_since = || self.gate.changer(hash).is_some_and(|xid| xid >= horizon);
+            let is_changed_since = || {
+                self.gate.knows_truncation(chunk.relation)
+                    && self.gate.changer(hash).is_some_and(|xid| xid >= horizon)
+            };
             registered.mapping.mode == Mode::Mirror
                 && chunk.snapshot.may_miss_below(horizon)
                 && !is_changed_since()

@@ -243,8 +243,18 @@ fn reread(planning: &mut Planning, xmax: u64, xip: &[u64]) -> Vec<String> {
 
 /// The same where this was found of it.
 fn reread_as(planning: &mut Planning, row: Option<Vec<u8>>, xmax: u64, xip: &[u64]) -> Vec<String> {
+    reread_key(planning, "t:1", row, xmax, xip)
+}
+
+fn reread_key(
+    planning: &mut Planning,
+    key: &str,
+    row: Option<Vec<u8>>,
+    xmax: u64,
+    xip: &[u64],
+) -> Vec<String> {
     let window = Arc::new(Window::default());
-    let keys = Content::Keys(vec![(b"t:1".to_vec(), row)]);
+    let keys = Content::Keys(vec![(key.as_bytes().to_vec(), row)]);
     let read = Chunk {
         snapshot: Snapshot::new(xip.first().copied().unwrap_or(xmax), xmax, xip.to_vec()),
         ..chunk(planning, 7, keys, None, &window)
@@ -303,4 +313,28 @@ fn a_pending_key_of_a_mirror_waits_for_all_that_wrote_before_the_label() {
     assert!(lines.contains(&"HSET t:1 id 1 v read".to_owned()), "{lines:?}");
     let lines = reread_as(&mut planning, None, 115, &[]);
     assert_eq!(lines[..2], ["UNLINK t:1", "HDEL walmirror:{s}:pending t:1"]);
+}
+
+/// An earlier session has met ALTER TYPE … RENAME VALUE, whose COMMIT waits for a standby. It locks no table, so that a later writer of the
+/// row did not have to wait for it, and this session does not know it: what was read without it has the values as they were before.
+#[test]
+fn a_pending_key_waits_for_the_announcement_of_an_earlier_session_too() {
+    let mut stored = settled();
+    let cursor = Cursor {
+        horizon: Some(99),
+        ..Cursor::start(1, Vec::new())
+    };
+    stored
+        .progress
+        .as_mut()
+        .unwrap()
+        .cursors
+        .insert(OID, cursor.to_json());
+    let mut planning = planning(stored, 1 << 20, 1 << 24);
+    changed(&mut planning, relation(1, "t:{id}"), 113, 10);
+    for (xip, is_written) in [(98, false), (99, true)] {
+        let lines = reread_key(&mut planning, "t:2", Some(packed(1, "2", "read")), 115, &[xip]);
+        let written = lines.contains(&"HSET t:2 id 2 v read".to_owned());
+        assert_eq!(written, is_written, "{xip}: {lines:?}");
+    }
 }
