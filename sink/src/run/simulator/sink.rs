@@ -314,6 +314,8 @@ impl Session {
         let Some(segment) = self.segments.pop_front() else {
             return Ok(None);
         };
+        // As under load, where it is never idle.
+        self.writer.ask_role();
         lock(&self.server).redis.writes = Some(self.incarnation);
         let applied = self.writer.apply(segment, self.segments.front(), &|| false);
         lock(&self.server).redis.writes = None;
