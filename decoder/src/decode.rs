@@ -11,12 +11,13 @@
 //! INVARIANT I6: nothing here waits for the sink beyond the socket.
 //! INVARIANT I11: the same WAL always gives the same transactions, as all that is looked at is the WAL and the catalogs as of it.
 
-use prost::Message;
+use walmirror_proto::frame::CaptureRef;
 use walmirror_proto::pb::{self, Kind};
 use walmirror_proto::writer::FrameWriter;
 
 use crate::error::Refusal;
 use crate::ffi::datum::Tuple;
+use crate::ffi::failure;
 use crate::ffi::memory::Context;
 use crate::ffi::output_plugin::full_xid;
 use crate::ffi::relation::{self, Rel};
@@ -319,15 +320,21 @@ impl Decoder {
 
     /// A marker that the sink wrote; outside transactions.
     pub fn marker(&mut self, output: &mut impl Output, content: &[u8], lsn: u64) {
-        let content = content.to_vec();
-        self.last(output, pb::Marker { content, lsn });
+        if self.frame.marker(content, lsn).is_err() {
+            failure::out_of_memory(content.len());
+        }
+        self.flush(output);
     }
 
     /// Rows that a SELECT read; outside transactions. Anybody may write logical messages: what is no Capture is left out.
     pub fn capture(&mut self, output: &mut impl Output, content: &[u8]) {
-        if let Ok(capture) = pb::Capture::decode(content) {
-            self.last(output, capture);
+        if CaptureRef::parse(content).is_err() {
+            return;
         }
+        if self.frame.capture(content).is_err() {
+            failure::out_of_memory(content.len());
+        }
+        self.flush(output);
     }
 
     /// DDL changed a table that has, or had, a label. Told by the event triggers of the extension.

@@ -199,6 +199,10 @@ impl<'a> Parts<'a> {
     }
 }
 
+/// No snapshot is larger: a server has at most half a million transactions in progress. Its ids are read into memory, eight bytes
+/// each.
+const MAX_SNAPSHOT_BYTES: usize = 8 << 20;
+
 /// A Capture record; its rows stay in place.
 #[derive(Clone, Debug)]
 pub struct CaptureRef<'a> {
@@ -227,6 +231,9 @@ impl<'a> CaptureRef<'a> {
                     capture.oid = u32::try_from(oid).map_err(|_| WireError::Malformed)?
                 }
                 (2, Value::Fixed64(bytes)) => capture.fingerprint = u64::from_le_bytes(bytes),
+                (3, Value::Bytes(bytes)) if bytes.len() > MAX_SNAPSHOT_BYTES => {
+                    return Err(WireError::TooLarge(bytes.len()));
+                }
                 (3, Value::Bytes(bytes)) => {
                     let broken = |error: prost::DecodeError| WireError::BrokenContent {
                         kind: "CAPTURE",

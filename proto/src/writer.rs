@@ -21,6 +21,10 @@ mod tag {
     pub const NULLS: u8 = 7 << 3 | 2;
     pub const UNCHANGED: u8 = 8 << 3 | 2;
     pub const OLD_KEY: u8 = 9 << 3 | 2;
+    pub const MARKER: u32 = 15 << 3 | 2;
+    pub const CAPTURE: u32 = 16 << 3 | 2;
+    pub const MARKER_CONTENT: u8 = 1 << 3 | 2;
+    pub const MARKER_LSN: u8 = 2 << 3;
 }
 
 /// What a buffer keeps of its memory from one row or frame to the next, in bytes; the next large one asks again.
@@ -56,6 +60,12 @@ impl TupleBuilder {
         self.unchanged.clear();
         empty(&mut self.texts);
         self.columns = 0;
+    }
+
+    /// Empties the row and gives back what is more than so many bytes.
+    pub fn give_back(&mut self, keep: usize) {
+        self.clear();
+        self.texts.shrink_to(keep);
     }
 
     /// Bytes of texts so far, with their tags and lengths: what makes a row large.
@@ -202,6 +212,40 @@ impl FrameWriter {
         reserve(&mut self.bytes, new.encoded_len() + keys)
     }
 
+    /// Appends a Marker, to be told if there is no memory: anybody may write one, of any size.
+    pub fn marker(&mut self, content: &[u8], lsn: u64) -> Result<(), TryReserveError> {
+        let len = 1 + varint::len(content.len() as u64) + content.len() + 1 + varint::len(lsn);
+        self.begin_record(Kind::Marker, tag::MARKER, len)?;
+        let out = &mut self.bytes;
+        out.push(tag::MARKER_CONTENT);
+        varint::put(out, content.len() as u64);
+        out.extend_from_slice(content);
+        out.push(tag::MARKER_LSN);
+        varint::put(out, lsn);
+        Ok(())
+    }
+
+    /// Appends a Capture, given as the message that it is, in the same way.
+    pub fn capture(&mut self, message: &[u8]) -> Result<(), TryReserveError> {
+        self.begin_record(Kind::Capture, tag::CAPTURE, message.len())?;
+        self.bytes.extend_from_slice(message);
+        Ok(())
+    }
+
+    /// Appends a record of one field up to that field's content, of `len` bytes, and makes room for that.
+    fn begin_record(&mut self, kind: Kind, tag: u32, len: usize) -> Result<(), TryReserveError> {
+        reserve(&mut self.bytes, len)?;
+        let record = 2 + varint::len(tag.into()) + varint::len(len as u64) + len;
+        let out = &mut self.bytes;
+        out.push(tag::FRAME_RECORDS);
+        varint::put(out, record as u64);
+        out.push(tag::KIND);
+        out.push(kind as u8);
+        varint::put(out, tag.into());
+        varint::put(out, len as u64);
+        Ok(())
+    }
+
     /// Appends a record that is not a row. Rows that come this way all the same are written as they are.
     pub fn record(&mut self, record: &pb::Record) {
         self.bytes.push(tag::FRAME_RECORDS);
@@ -299,5 +343,33 @@ fn put_group(out: &mut Vec<u8>, tag: u8, group: &[u8]) {
         out.push(tag);
         varint::put(out, group.len() as u64);
         out.extend_from_slice(group);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn markers_and_captures_are_what_prost_makes_of_them() {
+        let content = vec![7; 300];
+        let lsn = 1 << 40;
+        let capture = pb::Capture {
+            oid: 16_384,
+            fingerprint: 5,
+            snapshot: Some(pb::Snapshot {
+                xmin: 7,
+                xmax: 9,
+                xip: vec![7, 8],
+            }),
+            rows: vec![pb::Tuple::default(); 3],
+        };
+        let (mut ours, mut prosts) = (FrameWriter::new(), FrameWriter::new());
+        ours.marker(&content, lsn).unwrap();
+        ours.capture(&capture.encode_to_vec()).unwrap();
+        prosts.record(&pb::Marker { content, lsn }.into());
+        prosts.record(&capture.into());
+        assert_eq!(ours.as_bytes(), prosts.as_bytes());
     }
 }

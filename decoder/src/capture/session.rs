@@ -21,6 +21,9 @@ const BATCH_BYTES: usize = 64 * 1024;
 /// Rows that a query is asked for one by one wait for each other, for so long: as long as others for their flush.
 const WAIT_US: i64 = 10_000;
 
+/// What stands before a row in its batch, at most: a tag and a length.
+const ROW_HEADER_BYTES: usize = 11;
+
 /// Between queries no buffer keeps more than this.
 const KEPT_BYTES: usize = 16 * 1024;
 /// Queries within queries are rarely deeper.
@@ -185,7 +188,12 @@ impl Session {
             return Next::Stop;
         };
         match encoded {
-            Ok((oid, fingerprint)) => query.add(oid, fingerprint, &self.tuple, mark),
+            Ok((oid, fingerprint)) => {
+                if !query.add(oid, fingerprint, &self.tuple, mark) {
+                    stats::add(Counter::SkippedFailed, 1);
+                    mark.take_back();
+                }
+            }
             Err(reason) => {
                 stats::add(reason, 1);
                 // What is too large will be too large again, and to find that out costs the most.
@@ -257,6 +265,7 @@ impl Session {
             let mut query = self.queries.remove(at);
             // Of a query that failed there are rows that were not written.
             query.take_back();
+            self.tuple.give_back(KEPT_BYTES);
             if self.spare.len() < SPARE_QUERIES {
                 query.clear();
                 self.spare.push(query);
@@ -301,7 +310,8 @@ impl Query {
         self.filled().iter().for_each(Batch::take_back);
     }
 
-    fn add(&mut self, oid: u32, fingerprint: u64, tuple: &TupleBuilder, mark: Mark) {
+    /// Whether there was memory for the row.
+    fn add(&mut self, oid: u32, fingerprint: u64, tuple: &TupleBuilder, mark: Mark) -> bool {
         let known = self
             .filled()
             .iter()
@@ -310,16 +320,26 @@ impl Query {
         if at == self.batches.len() {
             self.batches.push(Batch::default());
         }
-        self.filled = self.filled.max(at + 1);
-        if let Some(batch) = self.batches.get_mut(at) {
-            (batch.oid, batch.fingerprint) = (oid, fingerprint);
-            /// Field 4, length-delimited.
-            const ROWS: u8 = 4 << 3 | 2;
-            batch.rows.push(ROWS);
-            prost::encoding::encode_varint(tuple.encoded_len() as u64, &mut batch.rows);
-            tuple.write_tuple(&mut batch.rows);
-            batch.marks.push(mark);
+        let Some(batch) = self.batches.get_mut(at) else {
+            return false;
+        };
+        // Where Rust finds no memory by itself the process ends, and the server with it.
+        if batch
+            .rows
+            .try_reserve(tuple.encoded_len() + ROW_HEADER_BYTES)
+            .is_err()
+        {
+            return false;
         }
+        self.filled = self.filled.max(at + 1);
+        (batch.oid, batch.fingerprint) = (oid, fingerprint);
+        /// Field 4, length-delimited.
+        const ROWS: u8 = 4 << 3 | 2;
+        batch.rows.push(ROWS);
+        prost::encoding::encode_varint(tuple.encoded_len() as u64, &mut batch.rows);
+        tuple.write_tuple(&mut batch.rows);
+        batch.marks.push(mark);
+        true
     }
 
     /// Writes what is filled, with `message` as the place to put it together.
@@ -355,11 +375,16 @@ impl Batch {
             rows: Vec::new(),
         };
         message.clear();
-        // Encoding into a Vec cannot fail: it grows.
-        let _ = head.encode(message);
-        message.extend_from_slice(&self.rows);
         let count = self.marks.len() as u64;
-        if query::catching(|| flusher::write_capture(message)).is_some() {
+        // As for a row in its batch.
+        let fits = message.try_reserve(head.encoded_len() + self.rows.len()).is_ok();
+        let written = fits && {
+            // Encoding into a Vec cannot fail.
+            let _ = head.encode(message);
+            message.extend_from_slice(&self.rows);
+            query::catching(|| flusher::write_capture(message)).is_some()
+        };
+        if written {
             stats::add(Counter::RowsEmitted, count);
             stats::add(Counter::MessagesEmitted, 1);
             stats::add(Counter::BytesEmitted, message.len() as u64);

@@ -136,12 +136,12 @@ impl User {
     }
 }
 
-/// Ends the statement because there is no memory for a value, as palloc() would.
+/// Ends the statement because there is no memory for a value or a message, as palloc() would.
 #[cold]
 pub fn out_of_memory(bytes: usize) -> ! {
     Refusal::new(
         PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY,
-        format!("walmirror: no memory for {bytes} bytes of a row"),
+        format!("walmirror: no memory for {bytes} bytes"),
         "Nothing is lost: the stream goes on from there when there is more.",
     )
     .raise()
