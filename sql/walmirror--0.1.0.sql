@@ -252,6 +252,11 @@ CREATE FUNCTION walmirror.only_adds(command pg_ddl_command) RETURNS boolean
 COMMENT ON FUNCTION walmirror.only_adds(pg_ddl_command) IS
     'whether a command is an ALTER TABLE that takes nothing away from its table, as one that adds a constraint';
 
+CREATE FUNCTION walmirror.defers_index(command pg_ddl_command) RETURNS boolean
+    LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'walmirror_defers_index';
+COMMENT ON FUNCTION walmirror.defers_index(pg_ddl_command) IS
+    'whether a command is an ALTER TABLE that makes a deferrable constraint of an index that was there';
+
 -- The functions of event triggers run as the extension's owner: DDL may change the mirror of a table that whoever does it does not
 -- own (its partition, a type of its columns), and what they call is for that owner alone, who need not own the table either. Only event
 -- triggers can call them.
@@ -263,7 +268,7 @@ DECLARE
     root oid;
 BEGIN
     FOR command IN SELECT DISTINCT c.classid, c.objid, c.command_tag, c.object_type, walmirror.adds_value(c.command) AS adds_value,
-                       walmirror.only_adds(c.command) AS only_adds
+                       walmirror.only_adds(c.command) AS only_adds, walmirror.defers_index(c.command) AS defers_index
                    FROM pg_event_trigger_ddl_commands() c
                    WHERE c.classid IN ('pg_class'::regclass, 'pg_type'::regclass, 'pg_namespace'::regclass)
     LOOP
@@ -275,6 +280,10 @@ BEGIN
                         ORDER BY r IS DISTINCT FROM walmirror.root(command.objid)
             LOOP
                 IF root IS NOT NULL THEN
+                    -- What on_sql_drop does for an index that is dropped: the key may not rest on this one any more.
+                    IF command.defers_index THEN
+                        PERFORM walmirror.check_at_commit(root);
+                    END IF;
                     -- pg_restore alters tables before it has created their indexes; on_sql_drop sees to those that are dropped.
                     PERFORM walmirror.check_label(root, added => command.only_adds);
                     -- An ALTER of a partitioned table may attach or detach a partition with its rows.

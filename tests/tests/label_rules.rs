@@ -223,3 +223,30 @@ fn templates_that_tie_are_refused() {
     m.sql("INSERT INTO one VALUES ('1', '2'); INSERT INTO other VALUES ('1', '2')");
     m.settle();
 }
+
+/// An index that becomes a deferrable constraint is checked at once no more: two rows may have one key for a while. That was accepted, at
+/// most with a warning, and the table was not mirrored from then on.
+#[test]
+fn an_index_that_a_key_rests_on_is_not_made_deferrable() {
+    let m = Mirror::with(
+        "CREATE TABLE a (id int NOT NULL, v text); CREATE UNIQUE INDEX a_id ON a (id); ALTER TABLE a REPLICA IDENTITY FULL; \
+         CREATE TABLE b (id int PRIMARY KEY, k int NOT NULL, v text); CREATE UNIQUE INDEX b_k ON b (k); ALTER TABLE b REPLICA IDENTITY FULL; \
+         SELECT walmirror.mirror('a', key => 'a:{id}'), walmirror.mirror('b', key => 'b:{k}')",
+    );
+    let mut client = m.db.connect();
+    for (table, index) in [("a", "a_id"), ("b", "b_k")] {
+        let defer =
+            format!("ALTER TABLE {table} ADD CONSTRAINT {table}_u UNIQUE USING INDEX {index} DEFERRABLE");
+        let error = client.batch_execute(&defer).unwrap_err();
+        let message = error.as_db_error().unwrap().message();
+        assert!(message.contains("is not unique"), "{message}");
+        // Another one may take its place before the end.
+        let column = if table == "a" { "id" } else { "k" };
+        m.sql(&format!(
+            "BEGIN; {defer}; CREATE UNIQUE INDEX ON {table} ({column}); COMMIT"
+        ));
+    }
+    m.sql("INSERT INTO a VALUES (1, 'v'); INSERT INTO b VALUES (1, 2, 'v'); UPDATE a SET id = 2; UPDATE b SET k = 3");
+    m.settle();
+    assert_eq!(m.redis.keys(), ["a:2", "b:3"]);
+}
