@@ -8,7 +8,8 @@ use crate::error::Refusal;
 use crate::ffi::at_commit;
 use crate::ffi::hooks;
 use crate::ffi::relation::{self, Rel};
-use crate::label::Label;
+use crate::ffi::text;
+use crate::label::{self, Label};
 
 mod validate;
 
@@ -25,7 +26,14 @@ pub fn check_label(table: Option<pg_sys::Oid>, label: Option<&str>) -> Result<()
         ));
     };
     if let Some(label) = label {
-        claim(table, &Label::parse(label)?, Check::Restoring)?;
+        let parsed = Label::parse(label)?;
+        if !text::is_utf8() && label::escapes_beyond_ascii(label) {
+            return Err(Refusal::invalid(
+                "invalid walmirror label: it holds a \\u escape of a character beyond ASCII, and this database is not in UTF8",
+                "Write the character itself: SELECT walmirror.mirror('table', key => …) makes the label.",
+            ));
+        }
+        claim(table, &parsed, Check::Restoring)?;
     }
     // Decoders and sessions look again, in order with this transaction; partitions take their plan from their parent.
     for oid in relation::with_partitions(table) {

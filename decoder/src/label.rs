@@ -80,6 +80,23 @@ impl Label {
     }
 }
 
+/// Whether the JSON of a label holds a `\u` escape of a character beyond ASCII. In databases that are not in UTF-8 jsonb may have no such
+/// character, and the extension's views, which read all labels as jsonb, would fail for everybody.
+pub fn escapes_beyond_ascii(json: &str) -> bool {
+    let mut rest = json;
+    while let Some((_, tail)) = rest.split_once('\\') {
+        let digits = tail.strip_prefix('u').and_then(|digits| digits.get(..4));
+        if digits
+            .and_then(|digits| u32::from_str_radix(digits, 16).ok())
+            .is_some_and(|character| character > 0x7F)
+        {
+            return true;
+        }
+        rest = tail.get(1..).unwrap_or_default();
+    }
+    false
+}
+
 /// An option that is there has a value.
 fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<String>>, D::Error> {
     Vec::deserialize(deserializer).map(Some)

@@ -308,3 +308,23 @@ fn a_table_that_is_restored_has_no_partition_outside_of_the_wal() {
     let error = db.error("ALTER TABLE p ADD CHECK (a > 0)");
     assert!(error.message().contains("p1\" is unlogged"), "{error:?}");
 }
+
+/// A label that is typed by hand may name a character that the database has not. The view of all labels failed for everybody then.
+#[test]
+fn a_label_holds_no_character_that_its_database_has_not() {
+    for encoding in ["LATIN1", "SQL_ASCII"] {
+        let options = format!("ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'");
+        let db = Db::create_with(Pg::shared(), &options);
+        db.sql("CREATE TABLE t (id int PRIMARY KEY)");
+        for key in [r"\u4e2d:{id}", r"\\\u00e9:{id}"] {
+            let label =
+                format!(r#"SECURITY LABEL FOR walmirror ON TABLE t IS '{{"mode":"mirror","key":"{key}"}}'"#);
+            let error = db.error(&label);
+            assert!(error.message().contains("not in UTF8"), "{}", error.message());
+        }
+        db.sql(
+            r#"SECURITY LABEL FOR walmirror ON TABLE t IS '{"mode":"mirror","key":"\u0061\\u4e2d:{id}"}'"#,
+        );
+        assert_eq!(db.value("SELECT key FROM walmirror.mirrors"), r"a\u4e2d:{id}");
+    }
+}

@@ -15,6 +15,12 @@ pub fn is_sent_plain() -> bool {
     encoding == pg_sys::pg_enc::PG_UTF8 || encoding == pg_sys::pg_enc::PG_SQL_ASCII
 }
 
+/// Whether the database is in UTF-8.
+pub fn is_utf8() -> bool {
+    // SAFETY: as above.
+    unsafe { unguarded::GetDatabaseEncoding() as u32 == pg_sys::pg_enc::PG_UTF8 }
+}
+
 /// Text of a value as UTF-8. A character that UTF-8 has no equivalent for is the value's fault.
 pub fn value_to_utf8(bytes: &[u8]) -> Result<Cow<'_, [u8]>, Failure> {
     if is_sent_plain() || bytes.is_ascii() {
