@@ -1,5 +1,7 @@
 //! The SQL functions that are written in Rust; sql/ declares them, beside those written in SQL.
 
+use std::ffi::CStr;
+
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use prost::Message;
@@ -43,7 +45,7 @@ fn root(table: pg_sys::Oid) -> Option<pg_sys::Oid> {
 #[pg_extern]
 fn tables_of_type(of: pg_sys::Oid) -> SetOfIterator<'static, pg_sys::Oid> {
     let tables = tables(
-        "WITH RECURSIVE types(oid) AS (
+        c"WITH RECURSIVE types(oid) AS (
              SELECT $1
              UNION
              SELECT CASE WHEN d.classid = 'pg_type'::regclass THEN d.objid ELSE (SELECT c.reltype FROM pg_class c WHERE c.oid = d.objid) END
@@ -65,8 +67,12 @@ fn tables_of_type(of: pg_sys::Oid) -> SetOfIterator<'static, pg_sys::Oid> {
 /// their own, as none may.
 #[pg_extern]
 fn heirs(table: pg_sys::Oid) -> SetOfIterator<'static, pg_sys::Oid> {
+    // Most tables have none, and to ask for them takes as long as to create a table.
+    if !relation::has_kin(table) {
+        return SetOfIterator::new(vec![table]);
+    }
     SetOfIterator::new(tables(
-        "WITH RECURSIVE heirs(oid) AS (
+        c"WITH RECURSIVE heirs(oid) AS (
              SELECT $1
              UNION
              SELECT i.inhrelid FROM heirs h JOIN pg_inherits i ON i.inhparent = h.oid
@@ -83,8 +89,8 @@ fn heirs(table: pg_sys::Oid) -> SetOfIterator<'static, pg_sys::Oid> {
 }
 
 /// The oids that a query of the catalogs finds, as they are now, in the order that it gives.
-fn tables(sql: &str, about: pg_sys::Oid) -> Vec<pg_sys::Oid> {
-    let rows = catalog_query::rows(sql, &[about])
+fn tables(sql: &'static CStr, about: pg_sys::Oid) -> Vec<pg_sys::Oid> {
+    let rows = catalog_query::rows_by_plan(sql, &[about])
         .unwrap_or_else(|error| error!("walmirror could not read the catalogs: {error}"));
     let oid = |row: Vec<u8>| row.try_into().ok().map(u32::from_be_bytes);
     rows.into_iter().filter_map(oid).map(pg_sys::Oid::from).collect()

@@ -324,6 +324,24 @@ pub fn is_partitioned(table: pg_sys::Oid) -> bool {
     unsafe { pg_sys::get_rel_relkind(table) == pg_sys::RELKIND_PARTITIONED_TABLE as std::ffi::c_char }
 }
 
+/// Whether other tables may inherit from a table, or it has to do with partitions; false if there is no such table.
+pub fn has_kin(table: pg_sys::Oid) -> bool {
+    // SAFETY: a syscache look-up; the tuple is released below, and its form is read in between.
+    unsafe {
+        let tuple = pg_sys::SearchSysCache1(
+            pg_sys::SysCacheIdentifier::RELOID as c_int,
+            pg_sys::Datum::from(table),
+        );
+        if tuple.is_null() {
+            return false;
+        }
+        let form = &*pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_class>();
+        let has_kin = form.relhassubclass || form.relispartition || form.relkind as u8 == b'p';
+        pg_sys::ReleaseSysCache(tuple);
+        has_kin
+    }
+}
+
 /// The table whose label holds for a table: its own, or the nearest that it is a partition of.
 pub fn labelled(table: pg_sys::Oid) -> Option<pg_sys::Oid> {
     // SAFETY: a syscache look-up; false for what does not exist.
