@@ -394,6 +394,18 @@ ALTER EVENT TRIGGER walmirror_sql_drop ENABLE ALWAYS;
 
 -- Whatever ALTER DEFAULT PRIVILEGES says. Who may do what is a question of the tables that they are called for.
 GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA walmirror TO PUBLIC;
--- What the event triggers call does not ask whose a table is.
-REVOKE EXECUTE ON FUNCTION walmirror.check_label(oid, boolean), walmirror.check_at_commit(oid), walmirror.invalidate(oid),
-    walmirror.announce_ddl(oid, boolean) FROM PUBLIC;
+-- What the event triggers call does not ask whose a table is. It is for the owner alone, and ALTER DEFAULT PRIVILEGES may name others.
+DO $$
+DECLARE
+    own text;
+    others text;
+BEGIN
+    FOREACH own IN ARRAY ARRAY['check_label(oid, boolean)', 'check_at_commit(oid)', 'invalidate(oid)', 'announce_ddl(oid, boolean)']
+    LOOP
+        SELECT string_agg(DISTINCT CASE a.grantee WHEN 0::oid THEN 'PUBLIC' ELSE a.grantee::regrole::text END, ', ') INTO others
+        FROM pg_proc p CROSS JOIN aclexplode(p.proacl) a
+        WHERE p.oid = format('walmirror.%s', own)::regprocedure::oid AND a.grantee <> p.proowner;
+        EXECUTE format('REVOKE EXECUTE ON FUNCTION walmirror.%s FROM %s CASCADE', own, others);
+    END LOOP;
+END
+$$;
