@@ -68,8 +68,11 @@ impl Tables {
         })
     }
 
-    /// Whether a table need not be looked up.
+    /// Whether a table need not be looked up. What Postgres made itself has no label.
     pub fn knows(&mut self, table: u32) -> bool {
+        if table < pgrx::pg_sys::FirstNormalObjectId {
+            return true;
+        }
         if !matches!(*self.stale.borrow(), Stale::Nothing) {
             self.forget_stale();
         }
@@ -79,16 +82,22 @@ impl Tables {
     /// Looks up a table by its oid, as capture does: not if it is gone, nor if that would wait for a lock. The query that reads a
     /// partition has no lock on the table that carries the label.
     pub fn look_up(&mut self, table: u32) {
-        let table = pgrx::pg_sys::Oid::from(table);
-        let Some(relation) = Rel::open_at_once(table) else {
+        let oid = pgrx::pg_sys::Oid::from(table);
+        // Most tables have no label, and a query may read a thousand partitions of one.
+        let Some(root) = relation::labelled(oid) else {
+            self.known.entry(table).or_insert(Table::Unconfigured);
             return;
         };
-        let _root = match relation::labelled(table).filter(|root| *root != table) {
-            None => None,
-            Some(root) => match Rel::open_at_once(root) {
+        let Some(relation) = Rel::open_at_once(oid) else {
+            return;
+        };
+        let _root = if root == oid {
+            None
+        } else {
+            match Rel::open_at_once(root) {
                 None => return,
                 root => root,
-            },
+            }
         };
         self.get(&relation);
     }

@@ -121,6 +121,23 @@ impl Session {
         plan_of(&mut self.tables, table).is_some()
     }
 
+    /// Whether rows of any of these tables are to be captured.
+    pub fn captures_any(&mut self, mut tables: impl Iterator<Item = u32> + Clone) -> bool {
+        let known = &mut self.tables;
+        // All in one subtransaction.
+        if !tables.clone().all(|table| known.knows(table)) && !query::in_parallel_mode() {
+            query::isolated(|| {
+                for table in tables.clone() {
+                    if !known.knows(table) {
+                        known.look_up(table);
+                    }
+                }
+                Some(())
+            });
+        }
+        tables.any(|table| plan_of(known, table).is_some())
+    }
+
     /// A query starts that reads cached tables.
     pub fn start(&mut self, id: usize) {
         let mut query = self.spare.pop().unwrap_or_default();

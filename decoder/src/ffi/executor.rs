@@ -121,11 +121,8 @@ unsafe fn is_candidate(query: *mut pg_sys::QueryDesc, flags: c_int) -> bool {
         let oids = (*statement).relationOids;
         let length = usize::try_from((*oids).length).unwrap_or(0);
         let tables = std::slice::from_raw_parts((*oids).elements, length);
-        let cached = with_session(|session| {
-            tables
-                .iter()
-                .any(|cell| session.captures(u32::from(cell.oid_value)))
-        });
+        let tables = tables.iter().map(|cell| u32::from(cell.oid_value));
+        let cached = with_session(|session| session.captures_any(tables));
         if cached != Some(true) {
             return false;
         }
