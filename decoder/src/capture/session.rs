@@ -50,6 +50,8 @@ struct Query {
     /// The first `filled` hold rows; the others only lend their memory.
     batches: Vec<Batch>,
     filled: usize,
+    /// When it began, in milliseconds since 2000-01-01. The client's statement may be a procedure that runs for hours.
+    began_ms: u64,
     /// When a row was first seen to wait there.
     waiting_since_us: Option<i64>,
 }
@@ -142,6 +144,7 @@ impl Session {
     pub fn start(&mut self, id: usize) {
         let mut query = self.spare.pop().unwrap_or_default();
         query.id = id;
+        query.began_ms = u64::try_from(query::now_us() / 1000).unwrap_or(0);
         self.queries.push(query);
     }
 
@@ -174,9 +177,9 @@ impl Session {
         let found = self.queries.iter_mut().enumerate().rev().find_map(|(at, query)| {
             let scan = query.scans.iter_mut().find(|scan| scan.node == node)?;
             scan.rows += 1;
-            Some((at, *scan))
+            Some((at, *scan, query.began_ms))
         });
-        let Some((at, scan)) = found else {
+        let Some((at, scan, began_ms)) = found else {
             return Next::Stop;
         };
         if scan.rows > settings::capture_max_rows() {
@@ -187,7 +190,8 @@ impl Session {
         let (block, offset) = source.place();
         let mark = Mark {
             row: seen::row_hash(query::database(), scan.table, block, offset),
-            at_ms: query::statement_time_ms(),
+            // A cursor's client may ask it for rows long after it began.
+            at_ms: query::statement_time_ms().max(began_ms),
         };
         if seen::check_and_mark(
             shared::seen(),

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use walmirror_tests::{DEADLINE, Mirror, wait_for};
 
-use crate::{c_keys, keys, session, setup, start, sync};
+use crate::{c_keys, empty, keys, session, setup, start, sync};
 
 #[test]
 fn writes_refresh_populate_or_invalidate() {
@@ -161,4 +161,22 @@ fn ddl_on_a_cached_table_removes_its_keys_and_old_captures_do_not_return() {
     s.batch_execute("SELECT walmirror.unmirror('c')").unwrap();
     sync(&m);
     assert_eq!(keys(&m), BTreeSet::new());
+}
+
+/// How long ago a row was captured was told by when the client's statement began, and for a procedure that is long ago for ever.
+#[test]
+fn a_statement_that_runs_for_long_captures_a_row_again() {
+    let m = Mirror::new();
+    setup(&m);
+    start(&m);
+    let mut s = m.db.connect();
+    let procedure = "SET walmirror.capture_interval = '500ms'; \
+         DO $$ BEGIN PERFORM v FROM c WHERE id = 1; PERFORM pg_sleep(3); PERFORM v FROM c WHERE id = 1; END $$";
+    let running = std::thread::spawn(move || s.batch_execute(procedure));
+    let is_there = || (keys(&m) == c_keys([1])).then_some(());
+    wait_for(DEADLINE, "the row", is_there);
+    assert!(!running.is_finished());
+    empty(&m);
+    wait_for(DEADLINE, "the row again", is_there);
+    running.join().unwrap().unwrap();
 }
