@@ -26,7 +26,14 @@ macro_rules! server {
     () => {
         match std::env::var("WALMIRROR_TEST_POSTGRES") {
             Ok(conninfo) => conninfo,
-            Err(_) => return,
+            Err(_) => {
+                let forbidden = std::env::var("WALMIRROR_NO_SKIP").is_ok_and(|value| value == "1");
+                assert!(
+                    !forbidden,
+                    "WALMIRROR_NO_SKIP=1, and WALMIRROR_TEST_POSTGRES is not set"
+                );
+                return;
+            }
         }
     };
 }
