@@ -20,6 +20,27 @@ const LOST: [&str; 3] = [
     "is active for PID",
 ];
 
+/// Stops a replica for longer than any window of time. Everything goes on but the slot, which follows when the replica is back.
+#[track_caller]
+fn away_for_a_while(s: &Scenario, replica: &mut Redis) {
+    replica.signal(Signal::STOP);
+    let stopped = s.m.db.lsn();
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(4) {
+        s.flow();
+        let confirmed = s.m.db.confirmed();
+        assert!(
+            confirmed <= stopped,
+            "{confirmed} is confirmed, and the replica stopped before {stopped}"
+        );
+    }
+    replica.signal(Signal::CONT);
+    let target = s.m.db.lsn();
+    wait_for(DEADLINE, "the slot to follow the replica again", || {
+        (s.m.db.confirmed() >= target).then_some(())
+    });
+}
+
 /// `replicas=1`: while the replica is away everything goes on but the slot, and a failover to it loses nothing, however long
 /// it was away.
 #[test]
@@ -38,23 +59,7 @@ fn only_what_a_replica_has_is_confirmed() {
     wait_for(DEADLINE, "the slot to follow the replica", || {
         (s.m.db.confirmed() >= target).then_some(())
     });
-    replica.signal(Signal::STOP);
-    let stopped = s.m.db.lsn();
-    // Longer than any window of time.
-    let start = Instant::now();
-    while start.elapsed() < Duration::from_secs(4) {
-        s.flow();
-        let confirmed = s.m.db.confirmed();
-        assert!(
-            confirmed <= stopped,
-            "{confirmed} is confirmed, and the replica stopped before {stopped}"
-        );
-    }
-    replica.signal(Signal::CONT);
-    let target = s.m.db.lsn();
-    wait_for(DEADLINE, "the slot to follow the replica again", || {
-        (s.m.db.confirmed() >= target).then_some(())
-    });
+    away_for_a_while(&s, &mut replica);
     // Replication ends before the master does.
     let _: String = replica.command("REPLICAOF NO ONE");
     let start = Instant::now();
@@ -74,6 +79,28 @@ fn only_what_a_replica_has_is_confirmed() {
     assert!(!s.log().contains("do not fit"), "{}", s.log());
     s.finish(&LOST);
     drop(next);
+}
+
+/// `replicas=2`: what only one of them has would be lost where the other takes over, so it is not confirmed.
+#[test]
+fn two_replicas_are_asked_for_and_one_is_away() {
+    let redis = Redis::start();
+    let (mut one, mut two) = (redis.replica(), redis.replica());
+    let setup = Setup {
+        redis,
+        ..Setup::default()
+    };
+    let s = Scenario::start(
+        "two_replicas_are_asked_for_and_one_is_away",
+        setup.args(&["--durability", "replicas=2"]),
+    );
+    let target = s.m.db.lsn();
+    wait_for(DEADLINE, "the slot to follow both", || {
+        (s.m.db.confirmed() >= target).then_some(())
+    });
+    away_for_a_while(&s, &mut two);
+    away_for_a_while(&s, &mut one);
+    s.finish(&[]);
 }
 
 /// `memory=3s`: what is confirmed has been in Redis for three seconds.
