@@ -223,9 +223,12 @@ impl Scenario {
 
     /// The position that Redis stands at; None also when it does not answer.
     pub fn progress(&self) -> Option<Lsn> {
-        let mut redis = self
-            .m
-            .redis
+        self.progress_in(&self.m.redis)
+    }
+
+    /// The same of a Redis that is not the sink's now.
+    pub fn progress_in(&self, redis: &Redis) -> Option<Lsn> {
+        let mut redis = redis
             .client()
             .get_connection_with_timeout(Duration::from_secs(1))
             .ok()?;

@@ -66,6 +66,11 @@ fn only_what_a_replica_has_is_confirmed() {
     while start.elapsed() < Duration::from_secs(3) {
         s.flow();
     }
+    let (before, after) = (s.progress(), s.progress_in(&replica));
+    assert!(
+        after.is_some() && after < before,
+        "nothing is lost: {before:?}, {after:?}"
+    );
     s.watch.may_lose(true);
     s.redis_link.point_to_port(replica.port());
     s.watch.look_at(replica.port());

@@ -169,8 +169,12 @@ fn failover_to_a_replica_that_is_behind() {
         let replica = s.m.redis.replica();
         s.flow();
         let _: String = replica.command("REPLICAOF NO ONE");
+        let after = s.progress_in(&replica);
         // The old master goes on for a while, and nobody will ever see that.
         std::thread::sleep(Duration::from_millis(700));
+        wait_for(DEADLINE, "something to lose", || {
+            (after.is_some() && s.progress() > after).then_some(())
+        });
         s.watch.may_lose(true);
         s.redis_link.point_to_port(replica.port());
         s.watch.look_at(replica.port());
