@@ -248,3 +248,45 @@ fn doctor_warns_when_a_slot_keeps_much() {
         "{told}"
     );
 }
+
+/// The story: without --admin the log never warned, and the disk filled.
+#[test]
+fn the_log_warns_when_the_slot_keeps_much() {
+    let mirror = Mirror::alone("max_slot_wal_keep_size = '64MB'");
+    mirror.sql("CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t')");
+    mirror.start();
+    mirror.settle();
+    // The server keeps what a transaction that runs needs.
+    let mut client = mirror.db.connect();
+    let mut running = client.transaction().unwrap();
+    running.execute("INSERT INTO t VALUES (1)", &[]).unwrap();
+    mirror
+        .sql("SELECT pg_logical_emit_message(false, 'x', repeat('x', 1000000)) FROM generate_series(1, 45)");
+    let warned = || {
+        wait_for(DEADLINE, "the warning", || {
+            let log = mirror.sink(|sink| sink.output());
+            let mut lines = log.lines();
+            lines.find_map(|line| line.contains("the slot keeps").then(|| line.to_owned()))
+        })
+    };
+    let line = warned();
+    let signs = [" WARN ", "64 MiB", "max_slot_wal_keep_size", " next="];
+    assert!(signs.iter().all(|sign| line.contains(sign)), "{line}");
+    // With --admin the figures say so, too.
+    let address = free_address();
+    mirror.start_with(&["--admin", &address]);
+    warned();
+    let safe = || figure(&address, "walmirror_slot_safe_bytes");
+    let some = wait_for(DEADLINE, "the slot to be looked at", safe);
+    // A limit of 64 MB, whole segments of 16 MB.
+    assert!((0.0..48e6).contains(&some), "{some}");
+    let kept = wait_for(DEADLINE, "the slot to be looked at", || {
+        figure(&address, "walmirror_slot_retained_bytes")
+    });
+    assert!(kept > 45e6, "{kept}");
+    mirror.sql("SELECT pg_logical_emit_message(false, 'x', repeat('x', 1000000)) FROM generate_series(1, 5)");
+    wait_for(DEADLINE, "less to be safe", || {
+        safe().filter(|less| *less < some - 4e6)
+    });
+    running.rollback().unwrap();
+}

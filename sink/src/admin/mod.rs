@@ -1,5 +1,6 @@
 //! The admin server of `run --admin`: `/healthz` (the process lives), `/readyz` (Redis is what Postgres says) and `/metrics`
-//! for Prometheus. One thread answers, another looks at the servers now and then; neither is waited for.
+//! for Prometheus. One thread answers, another looks at the servers now and then; neither is waited for. Without `--admin` the second
+//! is there all the same, less often: the log warns of what the slot keeps.
 
 mod metrics;
 mod sample;
@@ -19,7 +20,7 @@ use sample::Sampler;
 /// How often the threads look whether they should end.
 const TICK: Duration = Duration::from_millis(200);
 
-/// The running server; ends when it is dropped.
+/// The running threads; they end when it is dropped.
 #[derive(Debug)]
 pub struct Admin {
     stopped: Arc<AtomicBool>,
@@ -27,25 +28,17 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Listens, and answers from now on.
-    pub fn start(address: SocketAddr, config: &RunConfig, health: &Arc<Health>) -> Result<Self, Error> {
-        let server = Server::http(address)
-            .map_err(|error| Error::config(format!("cannot listen on --admin {address}: {error}")))?;
-        tracing::info!(address = %server.server_addr(), "the admin server listens");
-        let stopped = Arc::new(AtomicBool::new(false));
+    /// Looks at the servers from now on; where there is an address, listens and answers.
+    pub fn start(config: &RunConfig, health: &Arc<Health>) -> Result<Self, Error> {
         let sampler = Arc::new(Sampler::new(config, health));
         let mut admin = Self {
-            stopped: Arc::clone(&stopped),
+            stopped: Arc::default(),
             threads: Vec::new(),
         };
-        let (health, samples, stop) = (Arc::clone(health), Arc::clone(&sampler), Arc::clone(&stopped));
-        admin.spawn("admin", move || {
-            while !stop.load(Ordering::Acquire) {
-                if let Ok(Some(request)) = server.recv_timeout(TICK) {
-                    answer(request, &health, &samples);
-                }
-            }
-        })?;
+        if let Some(address) = config.admin {
+            admin.listen(address, health, &sampler)?;
+        }
+        let stopped = Arc::clone(&admin.stopped);
         admin.spawn("admin samples", move || {
             while !stopped.load(Ordering::Acquire) {
                 sampler.look(&stopped);
@@ -53,6 +46,25 @@ impl Admin {
             }
         })?;
         Ok(admin)
+    }
+
+    fn listen(
+        &mut self,
+        address: SocketAddr,
+        health: &Arc<Health>,
+        sampler: &Arc<Sampler>,
+    ) -> Result<(), Error> {
+        let server = Server::http(address)
+            .map_err(|error| Error::config(format!("cannot listen on --admin {address}: {error}")))?;
+        tracing::info!(address = %server.server_addr(), "the admin server listens");
+        let (health, samples, stopped) = (Arc::clone(health), Arc::clone(sampler), Arc::clone(&self.stopped));
+        self.spawn("admin", move || {
+            while !stopped.load(Ordering::Acquire) {
+                if let Ok(Some(request)) = server.recv_timeout(TICK) {
+                    answer(request, &health, &samples);
+                }
+            }
+        })
     }
 
     fn spawn(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Error> {

@@ -1,5 +1,5 @@
 //! What only the servers know: where the WAL ends, how much of it the slot keeps, and how many keys Redis has noted. Looked at every few seconds
-//! on connections of its own, so that a scrape never waits.
+//! on connections of its own, so that a scrape never waits. Where nobody scrapes, only what the log warns of is looked at, and less often.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,8 +15,10 @@ use crate::redis::Connection;
 use crate::replication::{Retained, flushed, retained};
 use crate::run::Health;
 
-/// How often the servers are asked.
+/// How often the servers are asked …
 const EVERY: Duration = Duration::from_secs(5);
+/// … and where nobody asks for figures.
+const EVERY_UNASKED: Duration = Duration::from_secs(30);
 /// How often the log says the same again.
 const WARN_EVERY: Duration = Duration::from_secs(600);
 /// How long Postgres may take.
@@ -41,11 +43,13 @@ pub(super) struct Sampler {
 
 impl Sampler {
     pub(super) fn new(config: &RunConfig, health: &Arc<Health>) -> Self {
+        // A process that soon ends is not worth another connection, but for figures that somebody may ask for at once.
+        let looked = config.admin.is_none().then(Instant::now);
         Self {
             health: Arc::clone(health),
             config: config.clone(),
             keys: RedisKeys::new(config.slot.as_str()),
-            last: Mutex::default(),
+            last: Mutex::new((looked, Sample::default())),
             warned: Mutex::default(),
         }
     }
@@ -58,7 +62,7 @@ impl Sampler {
     pub(super) fn look(&self, stopped: &AtomicBool) {
         let is_due = {
             let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-            last.0.is_none_or(|at| at.elapsed() >= EVERY)
+            last.0.is_none_or(|at| at.elapsed() >= self.every())
         };
         if !is_due {
             return;
@@ -70,13 +74,20 @@ impl Sampler {
         if let Some(retained) = &retained {
             self.warn(retained);
         }
-        let pending = if stopped.load(Ordering::Acquire) {
+        let pending = if self.config.admin.is_none() || stopped.load(Ordering::Acquire) {
             None
         } else {
             self.pending().ok()
         };
         let sample = Sample { retained, pending };
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = (Some(Instant::now()), sample);
+    }
+
+    fn every(&self) -> Duration {
+        match self.config.admin {
+            Some(_) => EVERY,
+            None => EVERY_UNASKED,
+        }
     }
 
     fn retained(&self) -> Result<Option<Retained>, Error> {

@@ -51,10 +51,7 @@ const BETWEEN: &str = "What is not acknowledged comes again at the next start, a
 /// Mirrors until somebody asks to stop, `--until-lsn` is reached, or an error needs a person.
 pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
     let health = Arc::new(Health::default());
-    let _admin = match config.admin {
-        Some(address) => Some(Admin::start(address, config, &health)?),
-        None => None,
-    };
+    let _admin = Admin::start(config, &health)?;
     let started = Instant::now();
     let mut streamed = false;
     let mut failures = 0;
