@@ -14,7 +14,9 @@ use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
-use walmirror_tests::{Cgroup, DEADLINE, Dir, Resource, Scenario, Setup, Signal, skipped, wait_for};
+use walmirror_tests::{
+    Cgroup, DEADLINE, Dir, Mode, Resource, Scenario, Setup, Signal, Sink, Trap, Way, skipped, wait_for,
+};
 
 /// How often the sink is killed; `KILLS` sets another number.
 fn kills() -> u32 {
@@ -165,6 +167,108 @@ fn the_frozen_one_wakes_up_after_another_took_over() {
         "took over",
         "ended",
     ]);
+}
+
+/// Cuts the sink off from both servers, in the middle of what it sends to Redis and with more to come, and has another take over.
+#[track_caller]
+fn taken_over(s: &Scenario, word: &str) -> Sink {
+    let (walsender, sprung) = (s.walsender(), s.redis_link.sprung());
+    s.redis_link.arm(Trap::StallBefore, word);
+    wait_for(DEADLINE, "the trap to spring", || {
+        (s.redis_link.sprung() > sprung).then_some(())
+    });
+    let passed = s.pg_link.passed(Way::ToClient);
+    wait_for(DEADLINE, "more of the stream", || {
+        (s.pg_link.passed(Way::ToClient) > passed + 10_000).then_some(())
+    });
+    s.pg_link.set_both(Mode::BlackHole);
+    wait_for(Duration::from_secs(30), "the walsender to give up", || {
+        let gone = format!("SELECT FROM pg_stat_activity WHERE pid = {walsender}");
+        s.m.db.rows(&gone).is_empty().then_some(())
+    });
+    let mut second = s.m.second_sink();
+    let before = s.m.db.lsn();
+    wait_for(Duration::from_secs(30), "the second to take over", || {
+        second.assert_running();
+        s.progress().filter(|&lsn| lsn > before)
+    });
+    second
+}
+
+/// What a sink may say that is cut off.
+const CUT_OFF: [&str; 5] = [
+    "the connection to Redis at",
+    "the server is silent",
+    "server closed the connection",
+    "broke",
+    "ended",
+];
+
+/// A sink is cut off from both servers, another takes over, and the links heal: what the first had on its way is older than what is in
+/// Redis now.
+#[test]
+fn cut_off_and_back_after_another_took_over() {
+    let s = Scenario::start("cut_off_and_back_after_another_took_over", Setup::default());
+    s.silence("2s");
+    for word in ["EXEC", "WATCH"] {
+        let seen = s.log().len();
+        let mut second = taken_over(&s, word);
+        s.redis_link.heal();
+        s.pg_link.heal();
+        s.said("next_attempt_in", seen);
+        // It waits for the slot, like any second sink.
+        s.flow();
+        second.kill();
+        s.flow();
+    }
+    s.finish(&CUT_OFF);
+}
+
+/// The same where Redis does not let the second end the connection of the first: only the epoch stands between them. The first finds
+/// it, in the batch that was on its way (its WATCH is broken) or before the next one, and stops.
+#[test]
+fn cut_off_and_back_and_only_the_epoch_is_in_its_way() {
+    let s = Scenario::start(
+        "cut_off_and_back_and_only_the_epoch_is_in_its_way",
+        Setup::default(),
+    );
+    let _: String = s.m.redis.command("ACL SETUSER default -client|kill");
+    s.silence("2s");
+    for word in ["WATCH", "EXEC"] {
+        // Who has waited for 15 seconds for an answer of Redis gives up by himself. A busy machine may take so long.
+        let fenced = (0..5).any(|_| {
+            let seen = s.log().len();
+            let mut second = taken_over(&s, word);
+            // An idle session writes nothing: no WATCH of the first breaks that is set from now on.
+            s.load.rest();
+            s.reach();
+            let reached = s.progress();
+            s.redis_link.heal();
+            let fenced = wait_for(DEADLINE, "the first to fail", || {
+                let log = s.log();
+                let new = log.get(seen..)?;
+                let fenced = new.contains("another walmirror has taken over this slot");
+                (fenced || new.contains("next_attempt_in")).then_some(fenced)
+            });
+            let kept = s.progress();
+            assert!(kept >= reached, "Redis went back from {reached:?} to {kept:?}");
+            let report = s.m.compare();
+            assert!(report.equal(), "{report}");
+            s.pg_link.heal();
+            if fenced {
+                let status = s.m.sink(|sink| sink.wait(DEADLINE));
+                assert_eq!(status.code(), Some(4), "{}", s.log());
+                s.restart_sink();
+            }
+            s.load.resume();
+            s.flow();
+            second.kill();
+            s.flow();
+            fenced
+        });
+        assert!(fenced, "before {word}: {}", s.log());
+    }
+    s.finish(&[&CUT_OFF[..], &["has taken over this slot"]].concat());
 }
 
 /// The clock of the sink's machine is set, forwards and back, by hours. Only what is printed for people shows it.

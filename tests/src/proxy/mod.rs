@@ -48,6 +48,8 @@ pub enum Trap {
     CutBefore,
     /// The server gets what stands before the word, and from then on the connection is silent.
     HoldBefore,
+    /// The server gets what stands before the word, and from then on the link is a black hole: the rest comes through when it heals.
+    StallBefore,
     /// The server gets everything; when it answers, the answer is thrown away and the connection reset.
     LoseReply,
     /// The server gets everything; when it answers, the answer is kept, and the connection stays open.

@@ -58,6 +58,12 @@ fn to_server(
             link.silent.store(true, Ordering::Release);
             Ok(())
         }
+        Trap::StallBefore => {
+            forward(state, link, Way::ToServer, to, &bytes[..at])?;
+            *lock(&state.modes) = [Mode::BlackHole; 2];
+            state.sprung.fetch_add(1, Ordering::AcqRel);
+            forward(state, link, Way::ToServer, to, &bytes[at..])
+        }
         reply => {
             *lock(&link.reply) = Some(reply);
             forward(state, link, Way::ToServer, to, bytes)
