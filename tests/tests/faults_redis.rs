@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 use walmirror_tests::{
-    DEADLINE, Dir, Redis, SOON_AFTER_SILENCE, Scenario, Setup, Signal, Sink, Tmpfs, skipped, wait_for,
+    DEADLINE, Dir, Mirror, Redis, SOON_AFTER_SILENCE, Scenario, Setup, Signal, Sink, Tmpfs, skipped, wait_for,
 };
 
 const LOST: [&str; 3] = [
@@ -253,6 +253,58 @@ fn a_replica_that_takes_writes() {
         follow,
         lead,
     );
+}
+
+/// A session that is never idle is not checked: it asks between its batches. Here each row is written as soon as the one before is in
+/// Redis.
+#[test]
+fn a_replica_that_takes_writes_from_a_busy_session() {
+    let m = Mirror::with("CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t')");
+    let _: String = m.redis.command("CONFIG SET replica-read-only no");
+    let mut redis = m.redis.connect();
+    let mut id = 0;
+    // An idle session is checked after a second. A busy machine may make it so idle, which shows nothing.
+    let shown = (0..20).any(|_| {
+        let seen = m.sink(|sink| sink.output().len());
+        let is_told = || {
+            let log = m.sink(|sink| sink.output());
+            log.get(seen..).is_some_and(|new| new.contains("READONLY"))
+        };
+        let _: String = m.redis.command("REPLICAOF 127.0.0.1 1");
+        let (start, mut last, mut longest) = (Instant::now(), Instant::now(), Duration::ZERO);
+        let told = loop {
+            id += 1;
+            m.sql(&format!("INSERT INTO t VALUES ({id})"));
+            let told = wait_for(DEADLINE, "the row, or that it is not written", || {
+                let written: bool = redis::cmd("EXISTS")
+                    .arg(format!("t:{id}"))
+                    .query(&mut redis)
+                    .unwrap();
+                if written {
+                    return Some(is_told());
+                }
+                is_told().then_some(true)
+            });
+            longest = longest.max(last.elapsed());
+            last = Instant::now();
+            if told || start.elapsed() > Duration::from_secs(3) {
+                break told;
+            }
+        };
+        let _: String = m.redis.command("REPLICAOF NO ONE");
+        m.sync();
+        let was_busy = longest < Duration::from_millis(400);
+        assert!(
+            told || !was_busy,
+            "after {id} rows a busy session has not asked whether this is a master"
+        );
+        told && was_busy
+    });
+    assert!(
+        shown,
+        "the machine was never fast enough for a session that is busy"
+    );
+    m.check();
 }
 
 /// A snapshot that cannot be saved stops all writes.
