@@ -411,6 +411,43 @@ fn no_space_for_the_append_only_file() {
     drop(full);
 }
 
+/// And Redis is killed before there is room: what it took since, and never could write, is not confirmed.
+#[test]
+fn killed_with_no_space_for_the_append_only_file() {
+    let dir = Dir::new("full");
+    let Some(full) = Tmpfs::mount(dir.path(), "2m") else {
+        skipped("this user may not mount a tmpfs");
+        return;
+    };
+    let setup = with(&[&EVERYSEC[..], &["--dir", &dir.path().display().to_string()]].concat());
+    let mut s = Scenario::start("killed_with_no_space_for_the_append_only_file", setup);
+    s.said("MISCONF", 0);
+    // Longer than the window of time: what is in memory only is old by now. The sink tries again and again, and is told no.
+    let start = Instant::now();
+    wait_for(DEADLINE, "more attempts", || {
+        let attempts = s.log().matches("MISCONF").count();
+        (attempts > 5 && start.elapsed() > Duration::from_secs(4)).then_some(())
+    });
+    s.watch.may_lose(true);
+    s.redis_link.refuse();
+    let (confirmed, before) = (s.m.db.confirmed(), s.progress());
+    s.m.redis.stop(Signal::KILL);
+    full.resize("200m");
+    s.m.redis.resume();
+    let after = s.progress();
+    assert!(after < before, "nothing was lost: {before:?}, {after:?}");
+    assert!(
+        Some(confirmed) <= after,
+        "{confirmed} is confirmed, and the file had {after:?}"
+    );
+    s.redis_link.heal();
+    s.flow();
+    s.watch.may_lose(false);
+    assert!(!s.log().contains("do not fit"), "{}", s.log());
+    s.finish(&[&LOST[..], &["MISCONF", "LOADING"]].concat());
+    drop(full);
+}
+
 /// A password is changed on Redis first. It is an ERROR with the next command, until the old one is right again.
 #[test]
 fn the_password_is_changed() {
