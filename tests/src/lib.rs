@@ -15,6 +15,7 @@
 mod cgroup;
 mod compare;
 mod db;
+mod http;
 mod load;
 mod mirror;
 mod pg;
@@ -32,6 +33,7 @@ mod watch;
 pub use cgroup::{Cgroup, Resource};
 pub use compare::{Report, compare};
 pub use db::Db;
+pub use http::{figure, free_address, get};
 pub use load::Load;
 pub use mirror::Mirror;
 pub use pg::Pg;

@@ -7,10 +7,11 @@
     clippy::indexing_slicing
 )]
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
-use walmirror_tests::{DEADLINE, Db, Mirror, Pg, Sink, rng, wait_for};
+use walmirror_tests::{DEADLINE, Db, Mirror, Pg, Sink, figure, free_address, rng, wait_for};
 
 /// Stands in every value: no output may hold it.
 const CANARY: &str = "canary-in-a-row";
@@ -312,12 +313,13 @@ fn a_key_of_another_type_stays_and_is_noted() {
     m.check();
 }
 
-/// However many of one transaction are refused, each is counted, and those between them are written.
+/// However many of one transaction are refused, each is counted, those between them are written, and the latest thousand or so are noted.
 #[test]
 fn thousands_of_keys_of_another_type_do_not_hold_up_the_rest() {
+    let address = free_address();
     let m = mirror(
         "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t')",
-        &["--on-bad-row", "skip"],
+        &["--on-bad-row", "skip", "--admin", &address],
     );
     filled(&m);
     let fill = "for i = 1, 30000, 2 do redis.call('SET', 't:' .. i, 'foreign') end return 'ok'";
@@ -332,7 +334,15 @@ fn thousands_of_keys_of_another_type_do_not_hold_up_the_rest() {
     assert_eq!(m.redis.keys().len(), 30_000);
     assert_eq!(m.redis.hash("t:30000")[1], ("v".into(), "v".into()));
     // They are noted behind the EXEC, and told before that.
-    wait_for(DEADLINE, "the notes", || (notes(&m) >= 1000).then_some(()));
+    let latest = format!("XREVRANGE walmirror:{{{}}}:rejected + - COUNT 1", m.db.name);
+    wait_for(DEADLINE, "the last note", || {
+        let latest: Vec<(String, HashMap<String, String>)> = m.redis.command(&latest);
+        (latest.first()?.1["key"] == "t:29999").then_some(())
+    });
+    let kept = notes(&m);
+    assert!((1000..1200).contains(&kept), "{kept} notes are kept");
+    let counted = figure(&address, "walmirror_rejected_total");
+    assert_eq!(counted, Some(15_000.0));
     let log = log(&m);
     assert!(log.contains("14990 more rows are not mirrored"), "{log}");
     m.sink(Sink::assert_running);
