@@ -108,6 +108,12 @@ impl Redis {
         replica
     }
 
+    /// What the server logged, in all its lives.
+    pub fn log(&self) -> String {
+        let log = std::fs::read(self.dir.path().join("log")).unwrap_or_default();
+        String::from_utf8_lossy(&log).into_owned()
+    }
+
     /// Options for the next start.
     pub fn set_options(&mut self, options: &[&str]) {
         self.options = options.iter().map(|&o| o.to_owned()).collect();

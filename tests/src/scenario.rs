@@ -11,6 +11,7 @@ use rand::Rng;
 use rand::rngs::StdRng;
 
 use crate::load::{Load, tables};
+use crate::logs::{leak, unexpected};
 use crate::redis_server::free_port;
 use crate::watch::Watch;
 use crate::{DEADLINE, Db, Lsn, Mirror, Pg, Proxy, Redis, Signal, Sink, rng, wait_for};
@@ -248,15 +249,19 @@ impl Scenario {
         };
         wait_for(deadline, format!("/readyz to say {status}"), || {
             self.m.sink(Sink::assert_running);
-            let mut stream = TcpStream::connect(("127.0.0.1", self.admin)).ok()?;
-            stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
-            stream
-                .write_all(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                .ok()?;
-            let mut answer = String::new();
-            let _ = stream.read_to_string(&mut answer);
-            (answer.split(' ').nth(1)? == status).then_some(())
+            (self.get("/readyz")?.split(' ').nth(1)? == status).then_some(())
         });
+    }
+
+    /// What the sink's admin server answers, head and all; None where it does not.
+    fn get(&self, path: &str) -> Option<String> {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.admin)).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
+        let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).ok()?;
+        let mut answer = String::new();
+        let _ = stream.read_to_string(&mut answer);
+        Some(answer)
     }
 
     /// Waits for a line of the sink's log that is new since `seen` bytes of it.
@@ -414,6 +419,10 @@ impl Scenario {
             memory > 0 && memory < self.memory_max,
             "the sink took {memory} bytes"
         );
+        let metrics = wait_for(DEADLINE, "the metrics", || {
+            self.get("/metrics").filter(|text| text.contains("\nwalmirror_"))
+        });
+        self.keeps_secret("the metrics", &metrics);
         let status = self.m.sink(|sink| {
             sink.signal(Signal::TERM);
             sink.wait(Duration::from_secs(20))
@@ -426,30 +435,21 @@ impl Scenario {
     #[track_caller]
     pub fn check_logs(&self, allowed: &[&str]) {
         let log = self.log();
-        let unexpected: Vec<&str> = log
-            .lines()
-            .filter(|line| {
-                [" WARN ", " ERROR ", "error:", "panicked", "internal error"]
-                    .iter()
-                    .any(|sign| line.contains(sign))
-            })
-            // The walsender of a connection that was lost takes a moment to notice.
-            .filter(|line| !line.contains("is active for PID"))
-            .filter(|line| !allowed.iter().any(|allowed| line.contains(allowed)))
-            .collect();
+        let unexpected = unexpected(&log, allowed);
         assert!(
             unexpected.is_empty(),
             "not expected in the log:\n{}",
             unexpected.join("\n")
         );
-        // INVARIANT I8, on both sides.
-        assert!(
-            !log.contains(&self.word),
-            "a value of a row is in the sink's log:\n{log}"
-        );
         self.m.db.pg.assert_unharmed();
-        let postgres = self.m.db.pg.log();
-        let line = postgres.lines().find(|line| line.contains(&self.word));
-        assert_eq!(line, None, "a value of a row is in Postgres' log");
+        self.keeps_secret("the sink's log", &log);
+        self.keeps_secret("Postgres' log", &self.m.db.pg.log());
+        self.keeps_secret("Redis' log", &self.m.redis.log());
+    }
+
+    /// INVARIANT I8, on all sides: no value of a row is in what somebody printed.
+    #[track_caller]
+    pub fn keeps_secret(&self, whose: &str, text: &str) {
+        assert_eq!(leak(text, &self.word), None, "a value of a row is in {whose}");
     }
 }

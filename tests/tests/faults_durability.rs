@@ -12,13 +12,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
-use walmirror_tests::{DEADLINE, Lsn, Mirror, Redis, Scenario, Setup, Signal, Sink, wait_for};
-
-const LOST: [&str; 3] = [
-    "the connection to Redis at",
-    "cannot connect to Redis at",
-    "is active for PID",
-];
+use walmirror_tests::{DEADLINE, Lsn, Mirror, REDIS_AWAY, Redis, Scenario, Setup, Signal, Sink, wait_for};
 
 /// Stops a replica for longer than any window of time. Everything goes on but the slot, which follows when the replica is back.
 #[track_caller]
@@ -82,7 +76,7 @@ fn only_what_a_replica_has_is_confirmed() {
     s.flow();
     s.watch.may_lose(false);
     assert!(!s.log().contains("do not fit"), "{}", s.log());
-    s.finish(&LOST);
+    s.finish(&REDIS_AWAY);
     drop(next);
 }
 
@@ -266,7 +260,7 @@ fn only_what_the_append_only_file_holds_is_confirmed() {
         s.flow();
     }
     assert!(!s.log().contains("do not fit"), "{}", s.log());
-    s.finish(&LOST);
+    s.finish(&REDIS_AWAY);
 }
 
 /// Where the disk is never told to keep anything, the slot would wait for ever: the sink says so.

@@ -12,18 +12,9 @@
 use std::path::{Path, PathBuf};
 
 use rand::Rng;
-use walmirror_tests::{DEADLINE, Lsn, Mirror, Scenario, Setup, Signal, Sink, Trap, wait_for};
+use walmirror_tests::{DEADLINE, Lsn, Mirror, POSTGRES_AWAY, Scenario, Setup, Signal, Sink, Trap, wait_for};
 
 /// What the sink may say while Postgres is away.
-const AWAY: [&str; 6] = [
-    "broke",
-    "server closed the connection",
-    "cannot connect to Postgres",
-    "cannot open a replication connection",
-    "the stream ended",
-    "terminating connection",
-];
-
 /// A table that is not mirrored, to have something to write.
 const WASTE: &str = "INSERT INTO waste SELECT repeat('w', 1000) FROM generate_series(1, 300)";
 
@@ -95,7 +86,13 @@ fn put_back_and_written_on_is_a_gap() {
         );
         s.converge();
     }
-    s.finish(&[&AWAY[..], &["its files were put back to an earlier state"]].concat());
+    s.finish(
+        &[
+            &POSTGRES_AWAY[..],
+            &["its files were put back to an earlier state"],
+        ]
+        .concat(),
+    );
 }
 
 #[test]
@@ -113,7 +110,13 @@ fn put_back_and_not_allowed_to_resync() {
             "{log}"
         );
     }
-    s.check_logs(&[&AWAY[..], &["its files were put back to an earlier state"]].concat());
+    s.check_logs(
+        &[
+            &POSTGRES_AWAY[..],
+            &["its files were put back to an earlier state"],
+        ]
+        .concat(),
+    );
 }
 
 /// Redis has applied nothing that is lost, but its position is behind it. What is committed before that position from now on would be
@@ -140,7 +143,7 @@ fn put_back_where_nothing_mirrored_was_lost() {
         s.converge();
         assert_eq!(s.log().contains("do not fit"), is_missed, "{}", s.log());
     }
-    s.finish(&[&AWAY[..], &["which Redis has never seen"]].concat());
+    s.finish(&[&POSTGRES_AWAY[..], &["which Redis has never seen"]].concat());
 }
 
 /// Everything was made anew behind what the copy has, and nothing mirrored was committed since: what Redis has was read by SQL.
@@ -171,7 +174,7 @@ fn put_back_to_before_everything_was_made_anew() {
         "Redis lost the progress key",
         "Redis and the slot do not fit together",
     ];
-    s.finish(&[&AWAY[..], &gaps].concat());
+    s.finish(&[&POSTGRES_AWAY[..], &gaps].concat());
 }
 
 /// More keys than go in one step are removed ahead of the TRUNCATE. Whoever stops there goes on with it, unless Postgres has lost it.
@@ -217,7 +220,7 @@ fn put_back_while_keys_are_removed() {
             s.m.sql(fill);
         }
     }
-    s.finish(&[&AWAY[..], &["Redis has lost keys to transaction"]].concat());
+    s.finish(&[&POSTGRES_AWAY[..], &["Redis has lost keys to transaction"]].concat());
 }
 
 /// The last transaction that was applied may be one of which everything was rolled back but its commit. Whether such a one comes at all

@@ -15,15 +15,9 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 use walmirror_tests::{
-    DEADLINE, Dir, Mirror, Redis, SOON_AFTER_SILENCE, Scenario, Setup, Signal, Sink, Tmpfs, skipped, wait_for,
+    DEADLINE, Dir, Mirror, REDIS_AWAY, Redis, SOON_AFTER_SILENCE, Scenario, Setup, Signal, Sink, Tmpfs, skipped,
+    wait_for,
 };
-
-const LOST: [&str; 3] = [
-    "the connection to Redis at",
-    "cannot connect to Redis at",
-    // The walsender of the session before takes a moment to go.
-    "is active for PID",
-];
 
 fn with(options: &[&str]) -> Setup {
     Setup {
@@ -44,7 +38,7 @@ fn restarted_in_good_order() {
         s.m.redis.resume();
         s.recovers();
     }
-    s.finish(&LOST);
+    s.finish(&REDIS_AWAY);
 }
 
 /// Everything that was appended survives the end of the process.
@@ -57,7 +51,7 @@ fn killed_with_an_append_only_file() {
         s.m.redis.resume();
         s.recovers();
     }
-    s.finish(&LOST);
+    s.finish(&REDIS_AWAY);
 }
 
 /// The last second is lost, as appendfsync everysec may: the stream is replayed from what is left, and nothing is missing,
@@ -80,7 +74,7 @@ fn the_last_second_is_lost() {
         s.watch.may_lose(false);
     }
     assert!(!s.log().contains("do not fit"), "{}", s.log());
-    s.finish(&LOST);
+    s.finish(&REDIS_AWAY);
 }
 
 /// More is lost than the policy allows for: a gap, noticed at once, and every table is made anew.
@@ -97,7 +91,7 @@ fn more_is_lost_than_allowed_for() {
     s.lose_the_tail(length);
     s.resyncs();
     s.said("it lost what is between", 0);
-    s.finish(&[&LOST[..], &["it lost what is between"]].concat());
+    s.finish(&[&REDIS_AWAY[..], &["it lost what is between"]].concat());
 }
 
 /// Without persistence Redis comes back empty.
@@ -108,7 +102,7 @@ fn killed_without_persistence() {
     s.m.redis.stop(Signal::KILL);
     s.m.redis.resume();
     s.said("do not fit", 0);
-    s.finish(&[&LOST[..], &["Redis has no progress of it"]].concat());
+    s.finish(&[&REDIS_AWAY[..], &["Redis has no progress of it"]].concat());
 }
 
 /// Emptied while batches are under way: at once, or by somebody who only takes the progress.
@@ -137,8 +131,12 @@ fn emptied_under_load() {
     s.flow();
     s.finish(
         &[
-            &LOST[..],
-            &["do not fit", "lost the progress key", "somebody changed the key"],
+            &REDIS_AWAY[..],
+            &[
+                "Redis and the slot * do not fit together: ",
+                "lost the progress key",
+                "somebody changed the key",
+            ],
         ]
         .concat(),
     );
@@ -157,7 +155,11 @@ fn emptied_and_not_allowed_to_resync() {
     assert_eq!(status.code(), Some(6), "{}", s.log());
     assert!(s.log().contains("--on-gap resync"), "{}", s.log());
     assert!(s.m.redis.keys().is_empty());
-    s.check_logs(&["lost the progress key", "somebody changed the key", "do not fit"]);
+    s.check_logs(&[
+        "lost the progress key",
+        "somebody changed the key",
+        "Redis and the slot * do not fit together: ",
+    ]);
 }
 
 /// A replica that is behind becomes the master. What it never got comes again.
@@ -187,7 +189,7 @@ fn failover_to_a_replica_that_is_behind() {
         s.watch.may_lose(false);
     }
     assert!(!s.log().contains("do not fit"), "{}", s.log());
-    s.finish(&LOST);
+    s.finish(&REDIS_AWAY);
 }
 
 /// Redis answers every write with an error for a while. Nothing is confirmed meanwhile, and nothing is given up.
@@ -219,7 +221,7 @@ fn refused_and(
         heal(&s);
         s.recovers();
     }
-    s.finish(&[&LOST[..], &[code]].concat());
+    s.finish(&[&REDIS_AWAY[..], &[code]].concat());
 }
 
 fn set(s: &Scenario, command: &str) {
@@ -393,7 +395,7 @@ fn loading() {
     s.m.redis.resume();
     s.said("LOADING", seen);
     s.recovers();
-    s.finish(&[&LOST[..], &["LOADING"]].concat());
+    s.finish(&[&REDIS_AWAY[..], &["LOADING"]].concat());
 }
 
 /// The file system of the append-only file is full.
@@ -409,7 +411,7 @@ fn no_space_for_the_append_only_file() {
     s.said("MISCONF", 0);
     full.resize("200m");
     s.recovers();
-    s.finish(&[&LOST[..], &["MISCONF"]].concat());
+    s.finish(&[&REDIS_AWAY[..], &["MISCONF"]].concat());
     drop(full);
 }
 
@@ -526,5 +528,5 @@ fn frozen(name: &str, seconds: u64) {
             s.log()
         );
     }
-    s.finish(&LOST);
+    s.finish(&REDIS_AWAY);
 }
