@@ -86,7 +86,7 @@ pub fn rights_command(user: &str) -> String {
     )
 }
 
-/// An error reply as an error of the sink. The detail is Redis' own text, which repeats no values.
+/// An error reply as an error of the sink. The detail is Redis' own text, without the values that it may repeat.
 pub fn reply_error(what: impl Into<String>, reply: &ServerError) -> Error {
     let (code, detail) = cause(reply);
     let text = match detail {
@@ -145,10 +145,18 @@ fn cause(reply: &ServerError) -> (&str, Option<&str>) {
         .filter(|_| reply.code() == "EXECABORT")
         .and_then(|detail| detail.split_once("because of: "))
         .map(|(_, reason)| reason.strip_prefix('-').unwrap_or(reason));
-    match nested.map(|reason| reason.split_once(' ').unwrap_or((reason, ""))) {
+    let (code, detail) = match nested.map(|reason| reason.split_once(' ').unwrap_or((reason, ""))) {
         Some((code, detail)) => (code, Some(detail)),
         None => (reply.code(), reply.details()),
-    }
+    };
+    (code, detail.map(without_arguments))
+}
+
+/// INVARIANT I8: of a command that it does not know, as where it was renamed, Redis repeats the arguments, which are values of a row or
+/// a password.
+fn without_arguments(text: &str) -> &str {
+    text.split_once(", with args beginning with")
+        .map_or(text, |(before, _)| before)
 }
 
 /// A failure of the client: no connection, a broken one, a server that refused the greeting, which has so long to be answered.
@@ -176,7 +184,7 @@ pub(super) fn client_error(
         let patience = greeting.unwrap_or(REPLY_TIMEOUT);
         format!("no answer within {} s", patience.as_secs())
     } else {
-        crate::config::scrub(&error.to_string(), secret_holder)
+        crate::config::scrub(without_arguments(&error.to_string()), secret_holder)
     };
     let hidden = ["NOAUTH", "WRONGPASS", "NOPERM", "LOADING", "DENIED"]
         .into_iter()
@@ -223,6 +231,29 @@ mod tests {
         assert!(error.to_string().contains("is this a port for TLS?"), "{error}");
         let error = client_error("it broke", silent(), "rediss://h", None);
         assert_eq!(error.to_string(), "it broke: no answer within 15 s");
+    }
+
+    /// The story: on a Redis whose HSET was renamed, the log had the first values of a row.
+    #[test]
+    fn the_arguments_of_an_unknown_command_are_not_repeated() {
+        let text = "ERR unknown command 'HSET', with args beginning with: 'item:1' 'note' 'my value' ";
+        let replies = [
+            format!("-{text}\r\n"),
+            format!("-EXECABORT Transaction discarded because of: {text}\r\n"),
+        ];
+        for reply in replies {
+            let Ok(redis::Value::ServerError(reply)) = redis::parse_redis_value(reply.as_bytes()) else {
+                panic!("{reply}");
+            };
+            let error = reply_error("Redis refuses HSET", &reply);
+            assert_eq!(
+                error.to_string(),
+                "Redis refuses HSET: ERR unknown command 'HSET'"
+            );
+            assert_eq!(error.class(), Class::Operator);
+            let error = client_error("cannot connect", reply.into(), "redis://h", None);
+            assert!(!error.to_string().contains("my value"), "{error}");
+        }
     }
 
     #[test]
