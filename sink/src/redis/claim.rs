@@ -12,7 +12,7 @@ use super::connection::pairs;
 use super::{Connection, unreadable};
 use crate::continuity::Last;
 use crate::error::{Class, Error};
-use crate::plan::{RedisKeys, Script, Scripts};
+use crate::plan::{Mapping, RedisKeys, Script, Scripts};
 use crate::progress::{COMMIT_TS, FIRST, LAST, PART_FIELDS, PURGING, Progress, RESYNC};
 use crate::replication::SystemInfo;
 
@@ -78,6 +78,7 @@ pub fn read_stored(connection: &mut Connection, keys: &RedisKeys) -> Result<Stor
         let (Some(oid), Ok(relation)) = (oid, relation) else {
             return Err(damaged(&keys.relations, "a field cannot be read"));
         };
+        Mapping::new(&relation).map_err(|error| damaged(&keys.relations, &error.to_string()))?;
         relations.insert(oid, relation);
     }
     Ok(Stored {

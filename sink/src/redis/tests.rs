@@ -467,3 +467,32 @@ fn the_sink_of_another_cluster_is_left_alone_as_long_as_it_is_connected() {
         assert!(std::time::Instant::now() < deadline, "{error}");
     }
 }
+
+/// The story: a definition of which one bit was another one was an internal error.
+#[test]
+fn a_stored_definition_that_is_of_no_use_is_told_with_its_key() {
+    use prost::Message;
+
+    let Some(server) = Server::start() else { return };
+    let mut reader = server.connect();
+    let relation = walmirror_proto::pb::Relation {
+        key: "t:{ie}".into(),
+        ..Default::default()
+    };
+    let fields: [&[u8]; 4] = [
+        b"HSET",
+        b"walmirror:{s}:relations",
+        b"7",
+        &relation.encode_to_vec(),
+    ];
+    reader.call("store", &fields).unwrap();
+    let error = read_stored(&mut reader, &keys()).unwrap_err();
+    assert_eq!(error.class(), Class::Operator, "{error}");
+    let text = error.to_string();
+    assert!(
+        text.starts_with("the key walmirror:{s}:relations was changed by somebody else: "),
+        "{error}"
+    );
+    let next = error.next_command().unwrap_or_default();
+    assert!(next.starts_with("redis-cli UNLINK"), "{next}");
+}
