@@ -119,7 +119,9 @@ impl Scenario {
         let m = Mirror::between(Db::create(Arc::clone(&setup.pg)), setup.redis);
         m.sql(&tables(&word));
         let redis_link = Proxy::to_port(m.redis.port());
+        redis_link.seed(rng.random());
         let pg_link = Proxy::to_socket(setup.pg.socket());
+        pg_link.seed(rng.random());
         let conninfo = if setup.pg.has_standby() {
             // libpq asks the next host when nobody listens; the link would always listen.
             setup.pg.conninfo(&m.db.name)

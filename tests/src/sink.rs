@@ -75,6 +75,11 @@ impl Sink {
         self.process.signal(signal);
     }
 
+    /// How it has ended, if it has.
+    pub fn exited(&mut self) -> Option<ExitStatus> {
+        self.process.exited()
+    }
+
     /// Waits for its end.
     pub fn wait(&mut self, deadline: Duration) -> ExitStatus {
         self.process.wait(deadline)

@@ -9,6 +9,7 @@
     clippy::indexing_slicing
 )]
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
@@ -31,6 +32,9 @@ fn lost(more: &[&'static str]) -> Vec<&'static str> {
 /// A link that is silent is given up after so long, and said to be so; a busy machine takes its time.
 const GIVEN_UP: Duration = Duration::from_secs(15);
 const BUSY: Duration = Duration::from_secs(8);
+
+/// How often bits begin to flip.
+const FLIPS: u32 = 30;
 
 fn sprung(link: &Proxy, count: u64) {
     wait_for(DEADLINE, "the trap to spring", || {
@@ -265,4 +269,89 @@ fn a_bit_of_a_reply_flips() {
         s.recovers();
     }
     s.finish(&lost(&[]));
+}
+
+/// Bits flip anywhere in what one side says, again and again. What is read then may be anything, and is in part wrong where nobody can
+/// know; but there is no panic, no value is told, and who ends says why and can be started again. From a new slot and an empty Redis
+/// everything comes right.
+fn bits_flip(name: &str, link: fn(&Scenario) -> &Proxy, way: Way) {
+    let mut s = Scenario::start(name, Setup::default());
+    s.resyncs();
+    let mut ends: BTreeMap<i32, u32> = BTreeMap::new();
+    let ended = |s: &Scenario| s.m.sink(Sink::exited);
+    for round in 0..FLIPS {
+        let before = link(&s).flipped();
+        let one_in = s.rng.random_range(1..60);
+        link(&s).set(way, Mode::Flip(one_in));
+        let since = Instant::now();
+        wait_for(DEADLINE, "a bit to flip, and time to read it", || {
+            let flipped = link(&s).flipped() > before;
+            let over = since.elapsed() > Duration::from_millis(if flipped { 400 } else { 5_000 });
+            (over || ended(&s).is_some()).then_some(())
+        });
+        link(&s).heal();
+        // What a length of a thousand times as many bytes waits for never comes.
+        link(&s).cut();
+        // A session that broke may be in a long pause: another one is more of a test.
+        let status = ended(&s);
+        if let Some(status) = status {
+            let log = s.log();
+            let code = status.code().unwrap_or_else(|| panic!("{status}:\n{log}"));
+            let last = log.lines().rfind(|line| !line.trim_start().starts_with("next:"));
+            assert!(
+                last.is_some_and(|line| line.contains("error: ")),
+                "{status}, and {last:?}:\n{log}"
+            );
+            // What cannot be read, and whatever a server may refuse at a start.
+            assert!((1..=4).contains(&code), "{status}:\n{log}");
+            println!("exit code {code}: {}", last.unwrap_or_default());
+            *ends.entry(code).or_default() += 1;
+            s.restart_sink();
+        } else if round % 3 == 0 {
+            s.m.sink(Sink::kill);
+            s.restart_sink();
+        }
+    }
+    println!("{} bits flipped; ends by exit code: {ends:?}", link(&s).flipped());
+    assert!(link(&s).flipped() >= u64::from(FLIPS) / 2);
+    if ended(&s).is_none() {
+        s.m.sink(Sink::kill);
+    }
+    wait_for(DEADLINE, "the slot to be dropped", || {
+        let drop = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = current_database()";
+        s.m.db.connect().batch_execute(drop).ok()
+    });
+    let _: String = s.m.redis.command("FLUSHALL");
+    s.restart_sink();
+    s.converge();
+    // Anything may be said of bits that were other ones; a panic and a value of a row never.
+    s.finish(&[""]);
+}
+
+#[test]
+fn bits_of_what_redis_says_flip() {
+    bits_flip("bits_of_what_redis_says_flip", |s| &s.redis_link, Way::ToClient);
+}
+
+#[test]
+fn bits_of_what_redis_is_told_flip() {
+    bits_flip(
+        "bits_of_what_redis_is_told_flip",
+        |s| &s.redis_link,
+        Way::ToServer,
+    );
+}
+
+#[test]
+fn bits_of_what_postgres_says_flip() {
+    bits_flip("bits_of_what_postgres_says_flip", |s| &s.pg_link, Way::ToClient);
+}
+
+#[test]
+fn bits_of_what_postgres_is_told_flip() {
+    bits_flip(
+        "bits_of_what_postgres_is_told_flip",
+        |s| &s.pg_link,
+        Way::ToServer,
+    );
 }

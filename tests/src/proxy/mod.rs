@@ -15,6 +15,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
 use link::{Link, Side, open, reset};
 
 /// How bytes of one direction pass.
@@ -30,6 +33,8 @@ pub enum Mode {
     Throttle(usize),
     /// In pieces of so many bytes.
     Split(usize),
+    /// As they come, but for one bit, anywhere, of one in so many reads.
+    Flip(u32),
 }
 
 /// The two directions.
@@ -77,6 +82,9 @@ struct State {
     armed: Mutex<Option<Armed>>,
     sprung: AtomicU64,
     passed: [AtomicU64; 2],
+    flipped: AtomicU64,
+    /// Decides which bits flip.
+    rng: Mutex<StdRng>,
     links: Mutex<Vec<Arc<Link>>>,
     accepted: AtomicU64,
     refuse: AtomicBool,
@@ -110,6 +118,8 @@ impl Proxy {
             armed: Mutex::new(None),
             sprung: AtomicU64::new(0),
             passed: [AtomicU64::new(0), AtomicU64::new(0)],
+            flipped: AtomicU64::new(0),
+            rng: Mutex::new(StdRng::seed_from_u64(0)),
             links: Mutex::new(Vec::new()),
             accepted: AtomicU64::new(0),
             refuse: AtomicBool::new(false),
@@ -151,6 +161,11 @@ impl Proxy {
         *lock(&self.upstream) = Upstream::Unix(path);
     }
 
+    /// From now on this decides which bits flip.
+    pub fn seed(&self, seed: u64) {
+        *lock(&self.state.rng) = StdRng::seed_from_u64(seed);
+    }
+
     /// Changes how one direction passes.
     pub fn set(&self, way: Way, mode: Mode) {
         lock(&self.state.modes)[way as usize] = mode;
@@ -190,6 +205,11 @@ impl Proxy {
     /// How many traps have done what they do.
     pub fn sprung(&self) -> u64 {
         self.state.sprung.load(Ordering::Acquire)
+    }
+
+    /// How many bits have flipped.
+    pub fn flipped(&self) -> u64 {
+        self.state.flipped.load(Ordering::Acquire)
     }
 
     /// How many connections were accepted.

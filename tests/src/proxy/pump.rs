@@ -4,6 +4,8 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rand::Rng;
+
 use super::link::{Link, Side};
 use super::{Mode, State, Trap, Way, lock};
 
@@ -30,6 +32,7 @@ pub(super) fn pump(state: &State, link: &Link, way: Way) -> std::io::Result<()> 
             return Ok(());
         }
         let bytes = &mut buffer[..read];
+        flip(state, way, bytes);
         match way {
             Way::ToServer => to_server(state, link, &mut to, bytes, &mut tail)?,
             Way::ToClient => to_client(state, link, &mut to, bytes)?,
@@ -116,7 +119,7 @@ fn forward(state: &State, link: &Link, way: Way, to: &mut Side, mut bytes: &[u8]
         }
         let mode = lock(&state.modes)[way as usize];
         let (piece, pause) = match mode {
-            Mode::Pass | Mode::BlackHole => (bytes.len(), Duration::ZERO),
+            Mode::Pass | Mode::BlackHole | Mode::Flip(_) => (bytes.len(), Duration::ZERO),
             Mode::Delay(ms, jitter) => (
                 bytes.len(),
                 Duration::from_millis(ms + rand::random_range(0..=jitter)),
@@ -139,6 +142,19 @@ fn forward(state: &State, link: &Link, way: Way, to: &mut Side, mut bytes: &[u8]
         bytes = &bytes[written..];
     }
     Ok(())
+}
+
+/// One bit of one in so many reads, where the mode is that.
+fn flip(state: &State, way: Way, bytes: &mut [u8]) {
+    let Mode::Flip(one_in) = lock(&state.modes)[way as usize] else {
+        return;
+    };
+    let mut rng = lock(&state.rng);
+    if rng.random_ratio(1, one_in) {
+        let at = rng.random_range(0..bytes.len());
+        bytes[at] ^= 1 << rng.random_range(0..8);
+        state.flipped.fetch_add(1, Ordering::AcqRel);
+    }
 }
 
 /// A slow link must not keep the proxy from ending.
