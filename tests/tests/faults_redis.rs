@@ -133,7 +133,7 @@ fn emptied_under_load() {
         &[
             &REDIS_AWAY[..],
             &[
-                "Redis and the slot * do not fit together: ",
+                "Redis and the slot*do not fit together: ",
                 "lost the progress key",
                 "somebody changed the key",
             ],
@@ -158,7 +158,7 @@ fn emptied_and_not_allowed_to_resync() {
     s.check_logs(&[
         "lost the progress key",
         "somebody changed the key",
-        "Redis and the slot * do not fit together: ",
+        "Redis and the slot*do not fit together: ",
     ]);
 }
 
