@@ -376,6 +376,9 @@ impl Scenario {
             self.watch.may_lose(false);
             self.resyncs = false;
         } else {
+            if !self.refreshes {
+                self.is_ready(true);
+            }
             self.in_time(healed, SOON);
             let report = if self.refreshes {
                 self.m.settle()
