@@ -9,19 +9,20 @@ const NEVER: [&str; 2] = ["panicked", "internal error"];
 pub const REDIS_AWAY: [&str; 3] = [
     "the connection to Redis at * broke: ",
     "cannot connect to Redis at ",
-    "is active for PID",
+    "replication slot * is active for PID",
 ];
 
 /// What the sink says when it lost Postgres, and tries again. What was under way then is named in front of the reason.
-pub const POSTGRES_AWAY: [&str; 8] = [
+pub const POSTGRES_AWAY: [&str; 9] = [
     "the stream of the slot * broke",
     "the stream ended",
     "cannot connect to Postgres",
     "cannot open a replication connection",
     "server closed the connection unexpectedly",
     "terminating connection due to administrator command",
+    ": no connection to the server",
     "terminating connection because of crash of another server process",
-    "is active for PID",
+    "replication slot * is active for PID",
 ];
 
 /// The warnings, errors and panics of a log that none of these phrases explains. `*` in a phrase is whatever stands there.

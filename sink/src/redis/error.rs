@@ -235,6 +235,7 @@ mod tests {
 
     /// The story: on a Redis whose HSET was renamed, the log had the first values of a row.
     #[test]
+    #[allow(clippy::panic)]
     fn the_arguments_of_an_unknown_command_are_not_repeated() {
         let text = "ERR unknown command 'HSET', with args beginning with: 'item:1' 'note' 'my value' ";
         let replies = [
