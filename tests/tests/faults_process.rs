@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 use walmirror_tests::{
-    Cgroup, DEADLINE, Dir, Mode, POSTGRES_AWAY, REDIS_AWAY, Resource, Scenario, Setup, Signal, Sink, Trap, Way,
-    skipped, wait_for,
+    Cgroup, DEADLINE, Dir, Mode, POSTGRES_AWAY, REDIS_AWAY, Resource, Scenario, Setup, Signal, Sink, Trap,
+    Way, skipped, wait_for,
 };
 
 /// How often the sink is killed; `KILLS` sets another number.
@@ -256,7 +256,10 @@ fn cut_off_and_back_and_only_the_epoch_is_in_its_way() {
         });
         assert!(fenced, "before {word}: {}", s.log());
     }
-    let words = ["the server is silent", "another walmirror has taken over this slot"];
+    let words = [
+        "the server is silent",
+        "another walmirror has taken over this slot",
+    ];
     s.finish(&[&REDIS_AWAY[..], &POSTGRES_AWAY, &words].concat());
 }
 

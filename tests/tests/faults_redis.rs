@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 use walmirror_tests::{
-    DEADLINE, Dir, Mirror, REDIS_AWAY, Redis, SOON_AFTER_SILENCE, Scenario, Setup, Signal, Sink, Tmpfs, skipped,
-    wait_for,
+    DEADLINE, Dir, Mirror, REDIS_AWAY, Redis, SOON_AFTER_SILENCE, Scenario, Setup, Signal, Sink, Tmpfs,
+    skipped, wait_for,
 };
 
 fn with(options: &[&str]) -> Setup {
@@ -448,7 +448,7 @@ fn killed_with_no_space_for_the_append_only_file() {
     s.flow();
     s.watch.may_lose(false);
     assert!(!s.log().contains("do not fit"), "{}", s.log());
-    s.finish(&[&LOST[..], &["MISCONF", "LOADING"]].concat());
+    s.finish(&[&REDIS_AWAY[..], &["MISCONF", "LOADING"]].concat());
     drop(full);
 }
 
