@@ -1,66 +1,12 @@
-//! `walmirror verify` and `walmirror backfill`: every true difference is found and mended while writes go on, and nothing
-//! that is merely on its way is called one.
-
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing
-)]
+//! What differs is found, named and mended; what is on its way is no difference.
 
 use std::process::{Child, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use postgres::error::SqlState;
-use walmirror_tests::{DEADLINE, Db, Mirror, Raise, Signal, Sink, wait_for};
+use walmirror_tests::{DEADLINE, Db, Mirror, Sink, wait_for};
 
-/// Stands in every value: no output may hold it.
-const CANARY: &str = "canary-in-a-row";
-
-/// Runs a command against both servers: its exit code and what it printed.
-fn walmirror(m: &Mirror, args: &[&str]) -> (i32, String) {
-    let all = [args, &["--log-level", "warn"][..]].concat();
-    let (code, output) = Sink::run(&m.arguments(&all), Duration::from_secs(120));
-    println!("{args:?}: {code:?}\n{output}");
-    assert!(!output.contains(CANARY), "a value was printed");
-    (code.expect("an exit code"), output)
-}
-
-#[track_caller]
-fn assert_equal(m: &Mirror, args: &[&str]) -> String {
-    let (code, output) = walmirror(m, args);
-    assert_eq!(code, 0, "{output}");
-    output
-}
-
-fn redis(m: &Mirror, words: &[&str]) {
-    let mut command = redis::cmd(words[0]);
-    command.arg(&words[1..]).exec(&mut m.redis.connect()).unwrap();
-}
-
-/// Runs statements again and again in threads of their own while `f` runs.
-fn while_writing<T>(m: &Mirror, statements: &[&str], f: impl FnOnce() -> T) -> T {
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        for statement in statements {
-            let mut client = m.db.connect();
-            let stop = &stop;
-            scope.spawn(move || {
-                while !stop.load(Ordering::Relaxed) {
-                    match client.batch_execute(statement) {
-                        // Loads that meet in the same rows may do so in any order.
-                        Err(error) if error.code() == Some(&SqlState::T_R_DEADLOCK_DETECTED) => {}
-                        result => result.unwrap(),
-                    }
-                }
-            });
-        }
-        let _end = Raise(&stop);
-        f()
-    })
-}
+use crate::{CANARY, assert_equal, many_kinds, redis, walmirror, while_writing};
 
 struct Running(Child);
 
@@ -149,26 +95,6 @@ fn a_commit_that_waits_for_a_standby_is_no_difference() {
             assert_equal(&m, &["verify"]);
         }
     });
-}
-
-/// All value kinds, a composite key, an expiring table, a partitioned one; rows up to 1000 are left alone by the load.
-fn many_kinds() -> Mirror {
-    let m = Mirror::with(&format!(
-        "CREATE TABLE h (id int PRIMARY KEY, v text, n int); CREATE TABLE j (a text, b int, v text, n int, PRIMARY KEY (a, b)); \
-         CREATE TABLE s (id int PRIMARY KEY, v text); CREATE TABLE e (id int PRIMARY KEY, v text); \
-         CREATE TABLE p (id int PRIMARY KEY, v text, n int) PARTITION BY RANGE (id); \
-         CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (0) TO (1000); \
-         CREATE TABLE p2 PARTITION OF p FOR VALUES FROM (1000) TO (100000); \
-         INSERT INTO h SELECT i, '{CANARY} ' || i, 0 FROM generate_series(1, 5000) i; \
-         INSERT INTO j SELECT 'x:' || i, i, '{CANARY} ' || i, 0 FROM generate_series(1, 5000) i; \
-         INSERT INTO s SELECT i, '{CANARY} ' || i FROM generate_series(1, 5000) i; INSERT INTO s VALUES (90000, NULL); \
-         INSERT INTO e SELECT id, v FROM s WHERE id <= 100; INSERT INTO p SELECT * FROM h; \
-         SELECT walmirror.mirror('h'), walmirror.mirror('j', value => 'json'), \
-                walmirror.mirror('s', value => 'string', columns => '{{v}}'), \
-                walmirror.mirror('e', ttl => '1 day'), walmirror.mirror('p', key => 'part/{{id}}')"
-    ));
-    m.settle();
-    m
 }
 
 const LOAD: [&str; 3] = [
@@ -261,36 +187,6 @@ fn an_open_transaction_does_not_hide_a_difference() {
     m.settle();
 }
 
-/// Somebody writes to a key all the time, so that it is never proved to differ, and never seen to be equal.
-#[test]
-fn what_cannot_be_compared_is_not_called_equal() {
-    let m = many_kinds();
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let _end = Raise(&done);
-        scope.spawn(|| {
-            let mut redis = m.redis.connect();
-            for n in 0_u64.. {
-                if done.load(Ordering::Relaxed) {
-                    return;
-                }
-                let key = redis::cmd("HSET").arg("h:1").arg("nobodys").arg(n).clone();
-                key.exec(&mut redis).unwrap();
-            }
-        });
-        let (code, output) = walmirror(&m, &["verify", "--timeout", "1s"]);
-        assert_eq!(code, 2, "{output}");
-        assert!(
-            output.contains("1 unknown") && output.contains("unknown    h:1\n"),
-            "{output}"
-        );
-        assert!(
-            output.contains("1 keys could not be compared within 1s"),
-            "{output}"
-        );
-    });
-}
-
 #[test]
 fn a_cache_must_hold_nothing_wrong_but_need_not_hold_anything() {
     let m = Mirror::new();
@@ -353,120 +249,6 @@ fn a_sample_finds_what_is_widely_wrong() {
     m.check();
 }
 
-#[test]
-fn a_table_is_named_as_in_sql_and_a_cache_has_nothing_to_fill() {
-    let m = Mirror::with(
-        "CREATE SCHEMA \"My Shop\"; CREATE TABLE \"My Shop\".\"Big Orders\" (id int PRIMARY KEY); \
-         SELECT walmirror.mirror('\"My Shop\".\"Big Orders\"', key => 'o:{id}'); \
-         INSERT INTO \"My Shop\".\"Big Orders\" VALUES (1); \
-         CREATE TABLE c (id int PRIMARY KEY); SELECT walmirror.cache('c')",
-    );
-    m.settle();
-    for name in [
-        "\"My Shop\".\"Big Orders\"",
-        "My Shop.Big Orders",
-        "Big Orders",
-        "\"Big Orders\"",
-    ] {
-        assert_equal(&m, &["verify", "--table", name]);
-        assert_equal(&m, &["backfill", "--table", name]);
-    }
-    let (code, output) = walmirror(&m, &["backfill", "--table", "c"]);
-    assert_eq!(code, 2, "{output}");
-    assert!(
-        output.contains("the table public.c is cached on demand"),
-        "{output}"
-    );
-    assert_equal(&m, &["backfill"]);
-}
-
-#[test]
-fn what_cannot_be_told_is_exit_code_2() {
-    let mut m = Mirror::with(
-        "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t'); \
-         INSERT INTO t SELECT i, 'v' FROM generate_series(1, 100) i",
-    );
-    // This waits for the end of the backfill.
-    assert_equal(&m, &["verify"]);
-    m.sink(|sink| sink.signal(Signal::STOP));
-    let (code, output) = walmirror(&m, &["verify", "--timeout", "1s"]);
-    assert_eq!(code, 2, "{output}");
-    assert!(
-        output.contains("does not get to") && output.contains("next: walmirror"),
-        "{output}"
-    );
-    m.sink(|sink| sink.signal(Signal::CONT));
-    assert_equal(&m, &["verify"]);
-    m.sink(Sink::terminate);
-    let (code, output) = walmirror(&m, &["verify", "--timeout", "1s"]);
-    assert_eq!(code, 2, "{output}");
-    assert!(
-        output.contains("no sink runs") && output.contains("walmirror run"),
-        "{output}"
-    );
-    let (code, output) = walmirror(&m, &["backfill"]);
-    assert_eq!(code, 3, "{output}");
-    assert!(
-        output.contains("nobody streams") && output.contains("next: walmirror run"),
-        "{output}"
-    );
-    m.sink(Sink::restart);
-    m.settle();
-    let (code, output) = walmirror(&m, &["verify", "--table", "unknown"]);
-    assert_eq!(code, 2, "{output}");
-    assert!(output.contains("not mirrored"), "{output}");
-    m.redis.stop(Signal::TERM);
-    let (code, output) = walmirror(&m, &["verify"]);
-    assert_eq!(code, 2, "{output}");
-}
-
-/// Requests are in the WAL: a sink that is killed before it has taken one up finds it when it starts again.
-#[test]
-fn a_backfill_that_was_asked_for_survives_the_death_of_the_sink() {
-    let m = Mirror::with(
-        "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t'); \
-         INSERT INTO t SELECT i, 'v' FROM generate_series(1, 3000) i",
-    );
-    redis(&m, &["DEL", "t:1", "t:2000"]);
-    redis(&m, &["HSET", "t:9999", "id", "9999"]);
-    m.sink(|sink| sink.signal(Signal::STOP));
-    let output = assert_equal(&m, &["backfill", "--timeout", "0"]);
-    assert!(output.contains("walmirror status"), "{output}");
-    m.sink(Sink::kill);
-    m.sink(Sink::restart);
-    m.settle();
-    assert_equal(&m, &["verify"]);
-}
-
-/// The story: the command went on to wait for ever, and said nothing, when the sink had stopped meanwhile.
-#[test]
-fn a_backfill_that_is_waited_for_tells_that_the_sink_has_stopped() {
-    let m = Mirror::with(
-        "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t'); \
-         INSERT INTO t SELECT i, 'v' FROM generate_series(1, 100) i",
-    );
-    // The backfill waits until this transaction has ended.
-    let mut open = m.db.connect();
-    open.batch_execute("BEGIN; CREATE TABLE held ()").unwrap();
-    let mut backfill = Sink::start(&m.arguments(&["backfill"]));
-    wait_for(DEADLINE, "the backfill to begin", || {
-        let (_, status) = walmirror(&m, &["status"]);
-        status.contains("backfilling").then_some(())
-    });
-    backfill.assert_running();
-    m.sink(Sink::kill);
-    let code = backfill.wait(DEADLINE).code();
-    let output = backfill.output();
-    assert_eq!(code, Some(3), "{output}");
-    assert!(
-        output.contains("the sink has stopped") && output.contains("next: walmirror run"),
-        "{output}"
-    );
-    open.batch_execute("COMMIT").unwrap();
-    m.sink(Sink::restart);
-    m.settle();
-}
-
 /// What is held at a time does not depend on the size of the table. `WALMIRROR_VERIFY_ROWS` makes it larger.
 #[test]
 fn memory_is_bounded() {
@@ -523,22 +305,6 @@ fn an_old_prepared_transaction_keeps_nothing_from_being_proven() {
     }
 }
 
-/// A table that somebody holds for himself cannot be compared, which is said in time.
-#[test]
-fn a_locked_table_is_not_waited_for_without_end() {
-    let m = Mirror::with(
-        "CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t'); INSERT INTO t VALUES (1)",
-    );
-    let mut client = m.db.connect();
-    client
-        .batch_execute("BEGIN; LOCK TABLE t IN ACCESS EXCLUSIVE MODE")
-        .unwrap();
-    let started = std::time::Instant::now();
-    let (code, output) = walmirror(&m, &["verify", "--timeout", "2s"]);
-    assert_eq!(code, 2, "{output}");
-    assert!(started.elapsed() < Duration::from_secs(30), "{output}");
-}
-
 /// The story: what `verify --repair` asks for came to a mirror that had just been announced. A transaction had changed the row before that,
 /// which is not in the stream, and what was read without it stood in Redis when it had committed.
 #[test]
@@ -570,51 +336,4 @@ fn what_is_read_again_is_no_older_than_what_was_committed() {
     other.batch_execute("COMMIT").unwrap();
     m.settle();
     assert_equal(&m, &["verify"]);
-}
-
-/// The story: a table that was made anew while it was compared lacked its keys, and `--repair` had them read one by one.
-#[test]
-fn a_table_that_is_made_anew_meanwhile_cannot_be_told() {
-    let m = Mirror::with(
-        "CREATE TABLE a (id int PRIMARY KEY); INSERT INTO a VALUES (1); SELECT walmirror.mirror('a'); \
-         CREATE TABLE t (id int PRIMARY KEY, v int); INSERT INTO t VALUES (1, 1); SELECT walmirror.mirror('t')",
-    );
-    m.settle();
-    assert_equal(&m, &["verify"]);
-    let is_there = |what: &str, condition: &str| {
-        wait_for(DEADLINE, what, || {
-            let count = m.db.value(&format!(
-                "SELECT count(*) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = current_database() AND {condition}"
-            ));
-            (count != "0").then_some(())
-        });
-    };
-    m.sink(|sink| sink.signal(Signal::STOP));
-    m.sql("INSERT INTO a VALUES (2)");
-    std::thread::scope(|scope| {
-        let verify = scope.spawn(|| walmirror(&m, &["verify", "--repair", "--timeout", "10s"]));
-        is_there(
-            "verify to wait for the sink",
-            "state = 'idle' AND query LIKE '%walmirror.marker%pg_current_xact_id%'",
-        );
-        let mut lock = m.db.connect();
-        lock.batch_execute("BEGIN; LOCK TABLE a").unwrap();
-        m.sink(|sink| sink.signal(Signal::CONT));
-        is_there("verify to wait for the lock", "wait_event_type = 'Lock'");
-        m.sql("SELECT walmirror.unmirror('t')");
-        let mut writer = m.db.connect();
-        writer
-            .batch_execute("BEGIN; UPDATE t SET v = 2 WHERE id = 1")
-            .unwrap();
-        m.sql("SELECT walmirror.mirror('t')");
-        m.know_announced();
-        lock.batch_execute("COMMIT").unwrap();
-        let (code, output) = verify.join().unwrap();
-        assert_eq!(code, 2, "{output}");
-        assert!(output.contains("public.t is still being backfilled"), "{output}");
-        assert!(m.redis.hash("t:1").is_empty());
-        writer.batch_execute("COMMIT").unwrap();
-    });
-    m.settle();
-    assert_equal(&m, &["verify", "--repair"]);
 }
