@@ -22,12 +22,8 @@ use crate::redis::{Connection, unreadable};
 /// Such rows have TOASTed columns, so a few of them can be many bytes.
 const ROWS_START: usize = 16;
 const ROWS_MAX: usize = 512;
-/// Rows that are read at once should be about so many bytes, and take about so long: a row that is changed before its marker is written
-/// has to be read once more, and some change several times a second.
+/// Rows that are read at once should be about so many bytes.
 const ROWS_BYTES: usize = 1024 * 1024;
-const ROWS_TIME: Duration = Duration::from_millis(20);
-/// But so many at least, however long it takes: each read has a marker that is flushed to the disk.
-const ROWS_SLOW: usize = 4;
 
 /// How many rows are read at once.
 pub(super) struct Pace(usize);
@@ -39,13 +35,10 @@ impl Default for Pace {
 }
 
 impl Pace {
-    /// `took`: where a smaller read takes less time; one that looks at all rows of the table does not.
-    fn note(&mut self, bytes: usize, took: Option<Duration>) {
-        let is_slow = took.is_some_and(|took| took > ROWS_TIME);
+    /// So many bytes were read at once.
+    fn note(&mut self, bytes: usize) {
         self.0 = if bytes > ROWS_BYTES {
             (self.0 / 2).max(1)
-        } else if is_slow {
-            (self.0 / 2).max(ROWS_SLOW)
         } else {
             (self.0 * 2).min(ROWS_MAX)
         };
@@ -254,7 +247,6 @@ fn reread(
         if window.is_stale() {
             return Ok(Reread::Changed);
         }
-        let asked = Instant::now();
         context.reread(relation, &keys);
         let found = match lookup.rows(&AnySnapshot, sql, &task.mapping, keys) {
             // They are looked at under its new name.
@@ -264,11 +256,9 @@ fn reread(
             }
             found => found?,
         };
-        let is_by_index = !task.mapping.template.is_ambiguous();
-        let took = is_by_index.then(|| asked.elapsed());
         let rows = found.iter().flat_map(|found| &found.keys);
         let bytes = rows.filter_map(|(_, row)| row.as_ref()).map(Vec::len).sum();
-        pace.note(bytes, took);
+        pace.note(bytes);
         for found in found {
             misses_writers |= is_mirror && found.snapshot.may_miss_below(horizon);
             context.submit(
@@ -294,16 +284,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_read_at_once_is_bounded_in_rows_bytes_and_time() {
-        let (mut pace, fast, slow) = (Pace::default(), Some(Duration::ZERO), Some(ROWS_TIME * 2));
-        (0..10).for_each(|_| pace.note(0, fast));
+    fn what_is_read_at_once_is_bounded_in_rows_and_bytes() {
+        let mut pace = Pace::default();
+        (0..10).for_each(|_| pace.note(0));
         assert_eq!(pace.0, ROWS_MAX);
-        (0..10).for_each(|_| pace.note(0, slow));
-        assert_eq!(pace.0, ROWS_SLOW);
-        (0..10).for_each(|_| pace.note(ROWS_BYTES + 1, fast));
+        (0..10).for_each(|_| pace.note(ROWS_BYTES + 1));
         assert_eq!(pace.0, 1);
-        // A look at the whole table is no faster for fewer keys.
-        (0..10).for_each(|_| pace.note(0, None));
-        assert_eq!(pace.0, ROWS_MAX);
     }
 }

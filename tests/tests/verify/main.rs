@@ -30,6 +30,7 @@ pub fn walmirror(m: &Mirror, args: &[&str]) -> (i32, String) {
     (code.expect("an exit code"), output)
 }
 
+/// Runs a command that must find nothing, or mend it: what it printed.
 #[track_caller]
 pub fn assert_equal(m: &Mirror, args: &[&str]) -> String {
     let (code, output) = walmirror(m, args);
@@ -37,6 +38,7 @@ pub fn assert_equal(m: &Mirror, args: &[&str]) -> String {
     output
 }
 
+/// Somebody else's command in Redis.
 pub fn redis(m: &Mirror, words: &[&str]) {
     let mut command = redis::cmd(words[0]);
     command.arg(&words[1..]).exec(&mut m.redis.connect()).unwrap();

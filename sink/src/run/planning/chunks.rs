@@ -47,11 +47,20 @@ impl Chunks {
 }
 
 impl Planning {
-    /// Plans a piece of the first chunk that is ready.
+    /// Plans a piece of what is ready: of one chunk, or of many that are small. Where Redis is the bottleneck, there is one piece with each
+    /// segment.
     pub(crate) fn piece(&mut self) -> Result<(), Error> {
-        let Some(chunk) = self.chunks.ready.pop_front() else {
-            return Ok(());
-        };
+        let most = self.assembly.weight() + PIECE_BYTES;
+        while self.assembly.weight() <= most
+            && let Some(chunk) = self.chunks.ready.pop_front()
+        {
+            self.piece_of(chunk, most)?;
+        }
+        Ok(())
+    }
+
+    /// Plans the next items of a chunk, as long as the batch weighs no more than that.
+    fn piece_of(&mut self, chunk: Chunk, most: usize) -> Result<(), Error> {
         let start = std::mem::take(&mut self.chunks.position);
         if let Content::Catalog(catalog) = &chunk.content {
             self.reconcile(catalog)?;
@@ -85,7 +94,6 @@ impl Planning {
             return Ok(());
         }
         self.dirty = true;
-        let weight = self.assembly.weight();
         // What a key was to the table when it was found, it may no longer be.
         let owned = match &chunk.content {
             Content::Absent(keys) if !keys.is_empty() => self.registry.owned(chunk.relation),
@@ -93,7 +101,7 @@ impl Planning {
         };
         let mut position = start;
         while position < chunk.content.len() {
-            if self.assembly.weight() > weight + PIECE_BYTES {
+            if self.assembly.weight() > most {
                 self.chunks.position = position;
                 self.chunks.ready.push_front(chunk);
                 return Ok(());

@@ -117,6 +117,32 @@ fn a_change_does_not_replace_what_was_read_again() {
     }
 }
 
+/// The story: with Redis as the bottleneck there was one chunk with each segment, however small it was.
+#[test]
+fn small_chunks_share_a_piece() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    let window = Arc::new(Window::default());
+    let mut frame = Frame::default();
+    for id in 1..=3 {
+        let key = format!("t:{id}").into_bytes();
+        let content = Content::Keys(vec![(key, Some(packed(1, &id.to_string(), "again")))]);
+        planning.chunk(chunk(&planning, id, content, None, &window));
+        frame = frame.record(pb::Marker {
+            content: format!("m:{id}").into_bytes(),
+            lsn: 11,
+        });
+    }
+    frame.feed(&mut planning);
+    planning.piece().unwrap();
+    let written = flushed(&mut planning);
+    for id in 1..=3 {
+        assert!(
+            written.contains(&format!("HSET t:{id} id {id} v again")),
+            "{written:?}"
+        );
+    }
+}
+
 #[test]
 fn a_chunk_of_another_version_is_dropped_with_those_behind_it() {
     let mut stored = settled();
