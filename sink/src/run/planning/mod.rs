@@ -108,6 +108,8 @@ pub(super) struct Planning {
     rereads: Rereads,
     /// Relations that were announced or forgotten in this session: about them the stream knows better than the catalog.
     announced: HashSet<u32>,
+    /// Relations that may be others by now, while a catalog is on its way that may be too old to tell.
+    doubted: HashSet<u32>,
     forgotten: HashSet<u32>,
     backfill: Arc<Backfill>,
     shared: Arc<Shared>,
@@ -180,6 +182,7 @@ impl Planning {
             chunks: Chunks::default(),
             rereads: Rereads::default(),
             announced: HashSet::new(),
+            doubted: HashSet::new(),
             forgotten: HashSet::new(),
             backfill,
             shared,

@@ -103,14 +103,14 @@ impl Planning {
                 let oid = definition.mapping.oid;
                 if self.registry.get(oid).is_none() {
                     // Or it is the other table that is of the past.
-                    self.doubt(oid);
+                    self.doubt_by_row(oid);
                 }
                 return Ok(());
             }
             Standing::Outdated => {
                 // The catalog has to say which version counts.
                 let oid = definition.mapping.oid;
-                self.doubt(oid);
+                self.doubt_by_row(oid);
                 Trust::Refreshing
             }
             Standing::Stray => {
@@ -233,12 +233,20 @@ impl Planning {
     }
 
     /// The table may be another one than the stream has told: the catalog has to say what it is. What was told behind that still counts more.
-    /// Not while a catalog may be on its way that was read before what was told.
+    /// Not while a catalog may be on its way that was read before what was told: who reads the table tries again.
     pub(super) fn doubt(&mut self, oid: u32) {
         if self.backfill.is_reconciled() {
             self.announced.remove(&oid);
             self.backfill.want_reconcile();
         }
+    }
+
+    /// A row says the same, and may be the last one that does: where such a catalog is on its way, another one is read behind it.
+    fn doubt_by_row(&mut self, oid: u32) {
+        if !self.backfill.is_reconciled() {
+            self.doubted.insert(oid);
+        }
+        self.doubt(oid);
     }
 
     /// A row of a version that is neither the registered one nor was announced: the catalog has to say which one counts.
@@ -493,6 +501,12 @@ impl Planning {
         self.registry.doubt();
         if catalog.locked.is_empty() {
             self.backfill.note_reconciled(catalog.wishes);
+            if self.backfill.is_reconciled() {
+                for oid in std::mem::take(&mut self.doubted) {
+                    self.announced.remove(&oid);
+                    self.backfill.want_reconcile();
+                }
+            }
         }
         Ok(())
     }

@@ -404,6 +404,48 @@ fn what_is_read_of_another_version_has_the_catalog_compared() {
     assert_eq!(planning.registry.get(OID).unwrap().relation.fingerprint, 2);
 }
 
+/// The story: a table had another version for a moment, and that was in the catalog which was on its way when a row told of the next one. No
+/// other row came, and nobody looked again.
+#[test]
+fn a_row_of_a_version_that_counts_again_has_the_catalog_looked_at_behind_the_one_on_its_way() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    planning.backfill.note_reconciled(0);
+    let row = |planning: &mut Planning, fingerprint, xid, lsn| {
+        Frame::default()
+            .relation(relation(fingerprint, "t:{id}"))
+            .begin(xid, lsn)
+            .row(Kind::Insert, "1", Some("a"))
+            .commit(lsn + 1)
+            .feed(planning);
+        flushed(planning);
+    };
+    row(&mut planning, 2, 110, 20);
+    assert!(!planning.backfill.is_reconciled());
+    let catalog = |planning: &mut Planning, id: u64, fingerprint, lsn| {
+        let window = Arc::new(Window::default());
+        let content = Content::Catalog(Catalog {
+            relations: vec![relation(fingerprint, "t:{id}")],
+            wishes: planning.backfill.wishes(),
+            ..Catalog::default()
+        });
+        planning.chunk(chunk(planning, id, content, None, &window));
+        pb::Marker {
+            content: format!("m:{id}").into_bytes(),
+            lsn,
+        }
+    };
+    let marker = catalog(&mut planning, 1, 2, 40);
+    row(&mut planning, 1, 111, 30);
+    Frame::default().record(marker).feed(&mut planning);
+    planning.piece().unwrap();
+    assert!(!planning.backfill.is_reconciled());
+    let marker = catalog(&mut planning, 2, 1, 50);
+    Frame::default().record(marker).feed(&mut planning);
+    planning.piece().unwrap();
+    assert!(planning.backfill.is_reconciled());
+    assert_eq!(planning.registry.get(OID).unwrap().relation.fingerprint, 1);
+}
+
 #[test]
 fn a_table_that_could_not_be_looked_at_stays_as_it_is() {
     let mut planning = planning(settled(), 1 << 20, 1 << 24);
