@@ -8,7 +8,7 @@
 )]
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use redis::Connection;
 use walmirror_tests::{DEADLINE, Mirror, Mode, Proxy, Raise, wait_for};
@@ -169,6 +169,8 @@ fn a_row_that_changes_all_the_time_comes_back() {
             scope.spawn(|| {
                 while !done.load(Ordering::Relaxed) {
                     each(&m, "UPDATE {t} SET n = n + 1 WHERE id = 3");
+                    // A hundred times a second is often enough, and leaves the processors to the others.
+                    std::thread::sleep(Duration::from_millis(5));
                 }
             });
             for _ in 0..3 {
@@ -210,12 +212,20 @@ fn updates_meet_a_running_backfill() {
     watched(&m, 1500, || {
         std::thread::scope(|scope| {
             let _end = Raise(&done);
+            m.start();
             for worker in 0..2 {
-                let (db, done) = (&m.db, &done);
+                let (m, db, done) = (&m, &m.db, &done);
                 scope.spawn(move || {
                     let mut client = db.connect();
                     let mut id = worker * 749;
-                    while !done.load(Ordering::Relaxed) {
+                    for round in 1.. {
+                        if done.load(Ordering::Relaxed) {
+                            return;
+                        }
+                        // At the pace of Redis: a marker that is farther and farther behind in the stream is never there.
+                        if round % 100 == 0 {
+                            m.sync();
+                        }
                         id = (id + 37) % 1500 + 1;
                         for table in TABLES {
                             client
@@ -225,7 +235,6 @@ fn updates_meet_a_running_backfill() {
                     }
                 });
             }
-            m.start();
             let start = Instant::now();
             // As long as it takes for all keys to be there, and a little load after that.
             let all = || (m.redis.keys().len() == 4_500).then_some(());
