@@ -119,6 +119,18 @@ impl Redis {
         self.options = options.iter().map(|&o| o.to_owned()).collect();
     }
 
+    /// Has a script keep it busy until somebody kills that.
+    pub fn keep_busy(&self) {
+        let client = self.client();
+        std::thread::spawn(move || {
+            let mut connection = client.get_connection().unwrap();
+            let _ = redis::cmd("EVAL")
+                .arg("while true do end")
+                .arg(0)
+                .exec(&mut connection);
+        });
+    }
+
     /// Sends the server a signal that does not end it: SIGSTOP, SIGCONT.
     pub fn signal(&mut self, signal: Signal) {
         self.process.as_mut().expect("running").signal(signal);

@@ -309,14 +309,7 @@ fn harm(s: &mut Scenario, broken: &mut Broken, fault: Fault) {
             set(s, "FLUSHALL");
         }
         RedisScriptBusy => {
-            let client = s.m.redis.client();
-            std::thread::spawn(move || {
-                let mut connection = client.get_connection().unwrap();
-                let _ = redis::cmd("EVAL")
-                    .arg("while true do end")
-                    .arg(0)
-                    .exec(&mut connection);
-            });
+            s.m.redis.keep_busy();
             wait_for(DEADLINE, "the script to keep Redis busy", || {
                 ping(s).err().filter(|e| e.code() == Some("BUSY"))
             });

@@ -347,14 +347,7 @@ fn cannot_save() {
 #[test]
 fn busy_with_a_script() {
     let spin = |s: &Scenario| {
-        let client = s.m.redis.client();
-        std::thread::spawn(move || {
-            let mut connection = client.get_connection().unwrap();
-            let _ = redis::cmd("EVAL")
-                .arg("while true do end")
-                .arg(0)
-                .exec(&mut connection);
-        });
+        s.m.redis.keep_busy();
     };
     let kill = |s: &Scenario| {
         wait_for(DEADLINE, "the script to end", || {

@@ -1,5 +1,7 @@
 //! Changes of the keys that are being read again. A row that changes more often than its marker takes to come down the stream is
 //! never what was read, whenever it is read; so what changes while it is read is kept, and written behind it.
+//!
+//! INVARIANT I10 holds for what comes of both: whoever changed the key is seen by the snapshot, or is among what is written behind.
 
 use std::collections::HashMap;
 
