@@ -165,9 +165,14 @@ impl Broken {
     }
 }
 
-/// Whether Redis answers, or what it says instead.
-fn ping(s: &Scenario) -> Result<String, redis::RedisError> {
-    redis::cmd("PING").query(&mut s.m.redis.client().get_connection()?)
+/// Whether a script keeps Redis busy. To PING it says that it cannot save, where both are so.
+fn is_busy(s: &Scenario) -> bool {
+    let asked =
+        s.m.redis
+            .client()
+            .get_connection()
+            .and_then(|mut connection| redis::cmd("DBSIZE").query::<u64>(&mut connection));
+    asked.is_err_and(|e| e.code() == Some("BUSY"))
 }
 
 /// A snapshot has been tried, and this became of it.
@@ -311,7 +316,7 @@ fn harm(s: &mut Scenario, broken: &mut Broken, fault: Fault) {
         RedisScriptBusy => {
             s.m.redis.keep_busy();
             wait_for(DEADLINE, "the script to keep Redis busy", || {
-                ping(s).err().filter(|e| e.code() == Some("BUSY"))
+                is_busy(s).then_some(())
             });
         }
         RedisFrozen => s.m.redis.signal(Signal::STOP),
@@ -353,13 +358,12 @@ fn heal(s: &mut Scenario, broken: &mut Broken) -> String {
     s.pg_link.heal();
     // A link that was held by a trap stays as it is until somebody gives it up: as long as Redis has to answer.
     s.redis_link.cut();
-    wait_for(DEADLINE, "the end of a script", || match ping(s) {
-        Err(e) if e.code() == Some("BUSY") => {
-            let _ = redis::cmd("SCRIPT").arg("KILL").exec(&mut s.m.redis.connect());
-            None
+    wait_for(DEADLINE, "the end of a script", || {
+        if !is_busy(s) {
+            return Some(());
         }
-        // One that cannot save says that.
-        _ => Some(()),
+        let _ = redis::cmd("SCRIPT").arg("KILL").exec(&mut s.m.redis.connect());
+        None
     });
     if std::mem::take(&mut broken.cannot_save) {
         set(s, &format!("CONFIG SET dir {}", s.m.redis.dir().display()));
