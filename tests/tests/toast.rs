@@ -8,10 +8,10 @@
 )]
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use redis::Connection;
-use walmirror_tests::{DEADLINE, Mirror, Raise, wait_for};
+use walmirror_tests::{DEADLINE, Mirror, Mode, Proxy, Raise, wait_for};
 
 const TABLES: [&str; 3] = ["h", "j", "s"];
 
@@ -143,6 +143,46 @@ fn a_row_comes_back_beside_a_transaction_that_is_older_than_the_session() {
     each(&m, "UPDATE {t} SET n = n + 1 WHERE id = 3");
     m.settle();
     m.sql("COMMIT PREPARED 'old'");
+    m.settle();
+}
+
+/// The story: a row that changed more often than its marker took to come down the stream was read again and again, and its key was not
+/// there for as long as that went on.
+#[test]
+fn a_row_that_changes_all_the_time_comes_back() {
+    let m = Mirror::new();
+    setup(&m, 5);
+    let link = Proxy::to_socket(m.db.pg.socket());
+    let conninfo = format!(
+        "host=127.0.0.1 port={} user=postgres dbname={}",
+        link.port(),
+        m.db.name
+    );
+    m.start_at(&conninfo, &m.redis.url(), &[], &[]);
+    m.settle();
+    // Longer than any row stays as it is.
+    link.set_both(Mode::Delay(50, 1));
+    let done = AtomicBool::new(false);
+    watched(&m, 5, || {
+        std::thread::scope(|scope| {
+            let _end = Raise(&done);
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    each(&m, "UPDATE {t} SET n = n + 1 WHERE id = 3");
+                    // A hundred times a second is often enough, and leaves the processors to the others.
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            });
+            for _ in 0..3 {
+                for table in TABLES {
+                    let _: i64 = m.redis.command(&format!("DEL {table}:3"));
+                }
+                let all = || (m.redis.keys().len() == 15).then_some(());
+                wait_for(DEADLINE, "the keys to be back", all);
+            }
+        });
+    });
+    link.heal();
     m.settle();
 }
 
