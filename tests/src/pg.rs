@@ -75,16 +75,8 @@ impl Pg {
         let pg = Pg::create(settings);
         let (data, made) = (pg.data(), pg.dir.path().join("made"));
         let configuration = fs::read_to_string(data.join("postgresql.conf")).unwrap();
-        let mut command = Command::new("setpriv");
-        if let Some(user) = server_user() {
-            let gid = fs::metadata(&data).unwrap().gid();
-            command.args([
-                &format!("--reuid={user}"),
-                &format!("--regid={gid}"),
-                "--clear-groups",
-            ]);
-        }
-        command.arg(pg.bin.join("initdb")).arg("-D").arg(&made);
+        let mut command = pg.own_program("initdb");
+        command.arg("-D").arg(&made);
         let options = [
             "--username=postgres",
             "--auth=trust",
@@ -92,9 +84,31 @@ impl Pg {
             "--locale=C",
             "--no-sync",
         ];
-        run(command.args(options).current_dir("/"));
+        run(command.args(options));
         pg.replace_data(&made);
         fs::write(data.join("postgresql.conf"), configuration).unwrap();
+        pg.resume();
+        pg
+    }
+
+    /// Starts a server that has 32,768 transaction ids left: after 2^32 of them they begin anew.
+    pub fn start_before_wraparound() -> Pg {
+        let pg = Pg::create("autovacuum = off");
+        // Whatever is not frozen may be 2^31 transactions old at most. These are the first ids of a page of the commit log, so
+        // that the server makes the page.
+        for next in [1 << 30, 1 << 31, 3 << 30, (1 << 32) - 32_768_u64] {
+            run(pg
+                .own_program("pg_resetwal")
+                .arg(format!("--next-transaction-id={next}"))
+                .arg(pg.data()));
+            pg.resume();
+            let allow = "UPDATE pg_database SET datallowconn = true WHERE datname = 'template0'";
+            pg.connect("postgres").batch_execute(allow).unwrap();
+            for database in ["postgres", "template1", "template0"] {
+                pg.connect(database).batch_execute("VACUUM (FREEZE)").unwrap();
+            }
+            pg.stop(Signal::INT);
+        }
         pg.resume();
         pg
     }
@@ -194,26 +208,30 @@ impl Pg {
 
     /// Whether this minor version has the parameter (setting an unknown one keeps a server from starting).
     pub fn knows(&self, parameter: &str) -> bool {
-        let mut command = Command::new("setpriv");
-        if let Some(user) = server_user() {
-            let data = fs::metadata(self.data()).unwrap();
-            command
-                .arg(format!("--reuid={user}"))
-                .arg(format!("--regid={}", data.gid()))
-                .arg("--clear-groups");
-        }
-        command
-            .arg(self.bin.join("postgres"))
+        self.own_program("postgres")
             .arg("-C")
             .arg(parameter)
             .arg("-D")
-            .arg(self.data());
-        command
-            .current_dir("/")
+            .arg(self.data())
             .output()
             .expect("run postgres -C")
             .status
             .success()
+    }
+
+    /// One of the server's own programs, run as the user that owns the data directory.
+    fn own_program(&self, name: &str) -> Command {
+        let mut command = Command::new("setpriv");
+        if let Some(user) = server_user() {
+            let gid = fs::metadata(self.data()).unwrap().gid();
+            command.args([
+                &format!("--reuid={user}"),
+                &format!("--regid={gid}"),
+                "--clear-groups",
+            ]);
+        }
+        command.arg(self.bin.join(name)).current_dir("/");
+        command
     }
 
     /// Starts the server (again) and waits until it answers.
