@@ -182,6 +182,40 @@ fn a_shutdown_interrupts_a_long_query() {
     thread.join().unwrap();
 }
 
+/// Whoever is silent because he works is let work, in a query, in a COPY before its first row, and while a lock is waited for.
+#[test]
+fn a_query_that_works_may_take_as_long_as_it_likes() {
+    let conninfo = server!();
+    let mut connection = Connection::connect(&conninfo, &[]).unwrap();
+    connection.look_after(&conninfo, SECOND / 10).unwrap();
+    connection.query("SELECT pg_sleep(7)", &[]).unwrap();
+    let rows = connection
+        .copy_out("COPY (SELECT pg_sleep(2)) TO STDOUT (FORMAT binary)")
+        .unwrap();
+    assert!(rows.map(Result::unwrap).count() >= 1);
+    let mut other = Connection::connect(&conninfo, &[]).unwrap();
+    other.simple("SELECT pg_advisory_lock(4711)").unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(7 * SECOND);
+            other.simple("SELECT pg_advisory_unlock(4711)").unwrap();
+        });
+        connection.query("SELECT pg_advisory_lock(4711)", &[]).unwrap();
+    });
+    // A walsender that waits for a transaction.
+    other.simple("BEGIN; SELECT pg_current_xact_id()").unwrap();
+    let mut replication = replication_connection(&conninfo);
+    replication.look_after(&conninfo, SECOND / 10).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(7 * SECOND);
+            other.simple("COMMIT").unwrap();
+        });
+        let slot = "CREATE_REPLICATION_SLOT patient TEMPORARY LOGICAL test_decoding";
+        replication.simple(slot).unwrap();
+    });
+}
+
 #[test]
 fn changes_arrive_in_frames_and_feedback_moves_the_slot() {
     let conninfo = server!();

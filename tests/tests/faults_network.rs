@@ -235,6 +235,46 @@ fn a_black_hole_in_the_middle_of_a_query() {
     s.finish(&lost(&["the server is silent", "the server does not answer"]));
 }
 
+/// One connection of a worker falls silent, and all others are well: a proxy or a balancer that has lost one half of it, as far as its
+/// other end or in the middle of an answer. TCP is content then, and so is the stream. The table was never read, and nothing said so.
+#[test]
+fn one_connection_of_a_worker_is_a_black_hole() {
+    let s = Scenario::start("one_connection_of_a_worker_is_a_black_hole", Setup::default());
+    s.silence("3s");
+    let traps = [
+        (Trap::HoldBefore, "COPY (SELECT t.ctid"),
+        (Trap::HoldReply, "COPY (SELECT t.ctid"),
+        (Trap::HoldBefore, "walmirror.marker"),
+        (Trap::HoldReply, "pg_current_xact_id"),
+    ];
+    for (count, (trap, word)) in traps.into_iter().enumerate() {
+        // Silences that follow each other are waited for twice as long each time.
+        s.pg_link.cut();
+        s.recovers();
+        let seen = s.log().len();
+        s.pg_link.arm(trap, word);
+        s.m.sql(&format!(
+            "CREATE TABLE late{count} (id int PRIMARY KEY, note text); \
+             INSERT INTO late{count} SELECT i, repeat('x', 1000) FROM generate_series(1, 100) i; \
+             SELECT walmirror.mirror('late{count}')"
+        ));
+        sprung(&s.pg_link, count as u64 + 1);
+        let silent = Instant::now();
+        s.said("the server does not answer", seen);
+        assert!(
+            silent.elapsed() < Duration::from_secs(3 + 5) + BUSY,
+            "{:?}",
+            silent.elapsed()
+        );
+        s.recovers();
+        let key = format!("late{count}:100");
+        wait_for(DEADLINE, "the last row", || {
+            s.m.redis.command::<bool>(&format!("EXISTS {key}")).then_some(())
+        });
+    }
+    s.finish(&lost(&["the server does not answer"]));
+}
+
 /// A refused connection is tried again for as long as it takes, and not more often than that: the pauses double from 100 ms on.
 #[test]
 fn nobody_listens() {

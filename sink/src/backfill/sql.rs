@@ -80,10 +80,14 @@ fn schema_of(name: &str) -> &str {
 }
 
 impl Sql {
-    pub(crate) fn connect(conninfo: &str, interrupt: Waker) -> Result<Self, Error> {
+    /// A server that says nothing for `silence`, and does nothing either, is given up.
+    pub(crate) fn connect(conninfo: &str, interrupt: Waker, silence: Duration) -> Result<Self, Error> {
         let extra = [("fallback_application_name", "walmirror backfill")];
         let mut connection =
             Connection::connect_interrupted_with(conninfo, &extra, interrupt).map_err(connect_failed)?;
+        connection
+            .look_after(conninfo, silence)
+            .map_err(|error| Error::postgres("cannot tell the process of the connection", error))?;
         let role = quote_identifier(&connection.target().user);
         connection
             .simple(SETTINGS)

@@ -49,6 +49,8 @@ pub struct Context {
     pub marker_prefix: String,
     /// Raised when the session ends; ends what a connection waits for.
     pub interrupt: Waker,
+    /// As long as the server may be silent where it does not work.
+    pub silence: Duration,
 }
 
 /// What a thread does.
@@ -140,7 +142,7 @@ fn clear(context: &Context, redis: &mut Connection) -> Result<(), Error> {
 
 impl Context {
     pub(super) fn connect(&self, role: Role) -> Result<Sql, Error> {
-        let mut sql = Sql::connect(self.postgres.expose(), self.interrupt.clone())?;
+        let mut sql = Sql::connect(self.postgres.expose(), self.interrupt.clone(), self.silence)?;
         sql.set_lock_timeout(match role {
             Role::Tables => LOCK_TABLES,
             Role::Pending | Role::Horizons => LOCK_PENDING,

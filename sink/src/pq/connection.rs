@@ -7,11 +7,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use rustix::event::PollFlags;
+
 use super::Waker;
 use super::connect::connect;
 use super::error::{ErrorKind, PqError, Target};
 use super::ffi::{ExecStatusType, PGVerbosity, RawCancel, RawConnection, RawResult, c_string};
 use super::result::QueryResult;
+use super::silence::Lookout;
 use super::wait::{read_and, wait};
 
 /// How long the server may take to answer a cancel request before the connection is given up.
@@ -31,6 +34,7 @@ pub struct Connection {
     pub(super) flush_pending: bool,
     patience: Option<Duration>,
     pub(super) heard: Instant,
+    pub(super) lookout: Option<Lookout>,
 }
 
 impl Connection {
@@ -60,6 +64,7 @@ impl Connection {
             flush_pending: false,
             patience: Some(PREPARE_TIMEOUT),
             heard: Instant::now(),
+            lookout: None,
         };
         // Whoever may create in a schema of the role's search_path could put an operator there that a statement of ours finds, and that runs
         // as us.
@@ -83,6 +88,20 @@ impl Connection {
     /// server that lives: TCP alone does not notice one that hangs, nor a proxy that lost what is behind it.
     pub fn answer_within(&mut self, patience: Option<Duration>) {
         self.patience = patience;
+    }
+
+    /// For what may take long: where the server has said nothing for `silence`, it is asked on another connection, made by the same
+    /// `conninfo`, whether it still works on the statement. One that does has all the time it needs. Takes the place of no
+    /// [`Self::answer_within`].
+    pub fn look_after(&mut self, conninfo: &str, silence: Duration) -> Result<(), PqError> {
+        let before = self.patience.replace(PREPARE_TIMEOUT);
+        let results = self.simple(Lookout::WHO);
+        self.patience = before;
+        let who = results?
+            .pop()
+            .and_then(|result| Some(result.text(0, 0)?.to_owned()));
+        self.lookout = who.map(|who| Lookout::new(conninfo, who, silence));
+        Ok(())
     }
 
     /// When the server last sent anything of a COPY, a part of a message at least.
@@ -155,11 +174,15 @@ impl Connection {
     pub(super) fn wait_result(&mut self) -> Result<Option<RawResult>, PqError> {
         let mut cancelled_at: Option<Instant> = None;
         let asked_at = Instant::now();
+        self.lookout.iter_mut().for_each(Lookout::heard);
         while self.raw.is_busy() {
             let flushed = self.raw.flush()?;
             let timeout = match cancelled_at {
                 None => match self.patience {
-                    None => None,
+                    None => {
+                        self.look_if_due()?;
+                        self.until_look()
+                    }
                     Some(patience) => Some(patience.checked_sub(asked_at.elapsed()).ok_or_else(silent)?),
                 },
                 Some(at) => Some(CANCEL_TIMEOUT.checked_sub(at.elapsed()).ok_or_else(interrupted)?),
@@ -168,15 +191,41 @@ impl Connection {
             let socket = self.raw.socket().ok_or_else(|| self.raw.connection_error())?;
             let ready = wait(socket, read_and(!flushed), interrupt, timeout)?;
             if ready.woken {
-                self.cancel_handle()?.cancel_in_time();
+                // Where the request finds no way, nor does an answer.
                 cancelled_at = Some(Instant::now());
+                self.cancel_handle()?.cancel_in_time();
             }
-            // When the connection is lost, what the server said last may still be in the buffer.
-            if ready.socket && !self.raw.consume_input() {
-                break;
+            if ready.socket {
+                self.lookout.iter_mut().for_each(Lookout::heard);
+                // When the connection is lost, what the server said last may still be in the buffer.
+                if !self.raw.consume_input() {
+                    break;
+                }
             }
         }
         Ok(self.raw.next_result())
+    }
+
+    /// How long the server may say nothing until somebody looks whether it works. None: as long as it likes.
+    pub(super) fn until_look(&self) -> Option<Duration> {
+        self.lookout.as_ref().map(Lookout::left)
+    }
+
+    /// Looks, if that long is over.
+    pub(super) fn look_if_due(&mut self) -> Result<(), PqError> {
+        let Some(lookout) = self.lookout.as_mut().filter(|lookout| lookout.left().is_zero()) else {
+            return Ok(());
+        };
+        let looked = lookout.look(self.interrupt.as_ref());
+        let socket = self.raw.socket().ok_or_else(|| self.raw.connection_error())?;
+        let now = Some(Duration::ZERO);
+        let ready = wait(socket, PollFlags::IN, self.interrupt.as_ref(), now)?;
+        // Meanwhile there was an answer, or somebody ended the look as well as the wait.
+        if ready.socket || ready.woken {
+            Ok(())
+        } else {
+            looked
+        }
     }
 
     /// What can cancel the running query from another thread.
@@ -213,7 +262,7 @@ pub(super) fn interrupted() -> PqError {
     PqError::new(ErrorKind::Connection, "interrupted while waiting for the server")
 }
 
-fn silent() -> PqError {
+pub(super) fn silent() -> PqError {
     PqError::new(ErrorKind::Silence, "the server does not answer")
 }
 

@@ -6,8 +6,12 @@ use rustix::event::PollFlags;
 
 use super::error::{ErrorKind, PqError};
 use super::ffi::{CopyBuffer, CopyState, ExecStatusType, c_string};
+use super::silence::Lookout;
 use super::wait::{Ready, read_and, wait};
 use super::{Connection, Waker};
+
+/// How long a COPY waits at once where nobody looks after it.
+const TICK: Duration = Duration::from_secs(60);
 
 /// What [`Connection::poll_copy_data`] ended with.
 #[derive(Debug)]
@@ -86,6 +90,7 @@ impl Connection {
                 // perhaps among them.
                 None => {
                     self.heard = Instant::now();
+                    self.lookout.iter_mut().for_each(Lookout::heard);
                     alive = self.raw.consume_input();
                 }
             }
@@ -206,7 +211,12 @@ impl Iterator for CopyOut<'_> {
 
     fn next(&mut self) -> Option<Self::Item> {
         while !self.ended {
-            match self.connection.poll_copy_data(Duration::from_secs(60), None) {
+            let until_look = self.connection.until_look().unwrap_or(TICK);
+            let copied = match self.connection.poll_copy_data(until_look, None) {
+                Ok(Copied::Timeout) => self.connection.look_if_due().map(|()| Copied::Timeout),
+                copied => copied,
+            };
+            match copied {
                 Ok(Copied::Data(buffer)) => return Some(Ok(buffer)),
                 Ok(Copied::Timeout | Copied::Woken) => {}
                 Ok(Copied::Done) => self.ended = true,

@@ -12,6 +12,7 @@ mod error;
 mod explain;
 mod ffi;
 mod result;
+mod silence;
 mod wait;
 mod wake;
 

@@ -44,6 +44,9 @@ const STEADY: Duration = Duration::from_secs(10);
 
 /// The longest silence is so many doublings of the first one.
 const SILENCES_MAX: u32 = 6;
+/// A session that lasted this long, and longer with each doubling, did more than wait for a silent server: where one ends it, that has
+/// nothing to do with the silence before.
+const SILENCE_ANEW: Duration = Duration::from_secs(3600);
 
 /// What may be said of an end outside of a session.
 const BETWEEN: &str = "What is not acknowledged comes again at the next start, and nothing is lost";
@@ -60,7 +63,7 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
     loop {
         let session = Instant::now();
         // What keeps a server silent may be work that it would begin anew each time: it gets twice as long the next time.
-        let patience = 1 << silences.min(SILENCES_MAX);
+        let patience = patience(silences);
         let result = session::run(config, shutdown, &health, patience, &mut found, || {
             streamed = true
         });
@@ -106,7 +109,7 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
                 "there is no room for transactions in progress: until the next start Postgres keeps them until they commit"
             );
         }
-        silences = if error.is_silence() { silences + 1 } else { 0 };
+        silences = silent(silences, error.is_silence(), session.elapsed());
         if passes {
             tracing::warn!(next_attempt_in = ?pause, "{error}");
         } else {
@@ -117,6 +120,21 @@ pub fn run(config: &RunConfig, shutdown: &Shutdown) -> Result<(), Error> {
             tracing::info!("the mirror has stopped between two attempts. {BETWEEN}");
             return Ok(());
         }
+    }
+}
+
+/// How many times longer than usual the server may be silent, after so many silences.
+fn patience(silences: u32) -> u32 {
+    1 << silences.min(SILENCES_MAX)
+}
+
+/// How many silences have followed each other, with the end of a session that lasted so long.
+fn silent(silences: u32, is_silence: bool, lasted: Duration) -> u32 {
+    let is_new = lasted >= SILENCE_ANEW.saturating_mul(patience(silences));
+    match (is_silence, is_new) {
+        (false, _) => 0,
+        (true, true) => 1,
+        (true, false) => silences + 1,
     }
 }
 
@@ -133,6 +151,21 @@ fn pause(failures: u32) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The story: a network that falls silent once a week was noticed after a minute at first, and after more than an hour in the end.
+    #[test]
+    fn a_silence_counts_with_those_that_it_follows_soon() {
+        let (soon, later) = (Duration::from_secs(120), Duration::from_secs(100 * 3600));
+        let mut silences = 0;
+        for count in 1..=9 {
+            // What is done before the silence is done anew each time, and then it is waited for longer.
+            silences = silent(silences, true, soon * patience(silences));
+            assert_eq!(silences, count);
+        }
+        assert_eq!(patience(silences), 1 << SILENCES_MAX);
+        assert_eq!(silent(silences, true, later), 1);
+        assert_eq!(silent(silences, false, soon), 0);
+    }
 
     #[test]
     fn pauses_grow_to_a_limit() {

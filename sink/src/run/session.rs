@@ -64,6 +64,7 @@ pub(super) fn run(
         silence,
         horizon,
     } = unless_stopped(shutdown, "handshake", begin)?;
+    let silence = silence.saturating_mul(patience);
     let start_lsn = fresh.unwrap_or_else(|| {
         stored
             .progress
@@ -135,6 +136,7 @@ pub(super) fn run(
         keys: keys.clone(),
         marker_prefix: marker_prefix.clone(),
         interrupt: interrupt.clone(),
+        silence,
     };
     let contexts: Vec<(Role, Context)> = Role::ALL
         .into_iter()
@@ -145,14 +147,7 @@ pub(super) fn run(
     let ended = std::thread::scope(|scope| {
         let sender = input_sender.clone();
         let receiver = guard(scope, shared, "receiver", move || {
-            receiver::receive(
-                stream,
-                shared,
-                &sender,
-                config.durability,
-                confirmed,
-                silence.saturating_mul(patience),
-            )
+            receiver::receive(stream, shared, &sender, config.durability, confirmed, silence)
         })?;
         let channels = Channels {
             input,

@@ -31,6 +31,9 @@ use sides::{Origin, Sides};
 use table::Table;
 pub(crate) use table::resolve;
 
+/// As long as Postgres may be silent where it does not work.
+const SILENCE: Duration = Duration::from_secs(60);
+
 /// What is to be compared.
 #[derive(Clone, Debug)]
 pub struct Job {
@@ -63,7 +66,7 @@ pub struct Outcome {
 
 /// Compares. An error means that nobody can tell.
 pub fn run(job: &Job, shutdown: &Shutdown) -> Result<Outcome, Error> {
-    let mut sql = Sql::connect(job.postgres.expose(), shutdown.waker()?)?;
+    let mut sql = Sql::connect(job.postgres.expose(), shutdown.waker()?, SILENCE)?;
     // Somebody may hold a table for himself for hours.
     sql.set_lock_timeout(job.timeout)?;
     let mut redis = Connection::connect(&job.redis)?;
