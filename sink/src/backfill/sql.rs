@@ -207,10 +207,13 @@ impl Sql {
     }
 
     /// One that is prepared is still listed while its COMMIT PREPARED waits for a standby, so none of this database counts while somebody
-    /// may be at that: who is, is looked for first, and whoever begins later commits behind that.
+    /// may be at that: who is, is looked for first, and whoever begins later commits behind that. Who applies a subscription says that he
+    /// is idle meanwhile; then he does not wait for his publisher.
     fn prepared(&mut self) -> Result<Vec<u32>, Error> {
         let statement = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() \
-                         AND (state IS NULL OR state = 'disabled' OR state = 'active' AND query ~* 'commit.*prepared')";
+                         AND (state IS NULL OR state = 'disabled' OR state = 'active' AND query ~* 'commit.*prepared' \
+                         OR backend_type ~ '^logical replication' AND (state <> 'active' OR wait_event = 'SyncRep') \
+                            AND coalesce(wait_event, '') !~* '^(logical|libpqwalreceiver)')";
         let result = self.query("cannot look at the sessions", statement, &[])?;
         let is_at_none = (result.text(0, 0) == Some("0")).to_string();
         let statement =

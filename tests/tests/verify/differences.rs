@@ -305,6 +305,53 @@ fn an_old_prepared_transaction_keeps_nothing_from_being_proven() {
     }
 }
 
+/// The story: who applies a subscription says that he is idle while he is at a COMMIT PREPARED that waits for a standby, so what this
+/// transaction did was in Redis, invisible, and called a key without a row.
+#[test]
+fn a_commit_prepared_of_a_subscription_is_no_difference() {
+    let m = Mirror::alone("");
+    if m.db.pg.version() < 15 {
+        println!("no subscription takes prepared transactions before 15");
+        return;
+    }
+    m.sql("CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t')");
+    m.start();
+    m.sync();
+    // This waits for the end of the backfill.
+    assert_equal(&m, &["verify"]);
+    let source = Db::create(Arc::clone(&m.db.pg));
+    source.sql("CREATE TABLE t (id int PRIMARY KEY); CREATE PUBLICATION p FOR TABLE t");
+    source.sql("SELECT pg_create_logical_replication_slot('subscription', 'pgoutput', false, true)");
+    let conninfo = m.db.pg.conninfo(&source.name);
+    m.sql(&format!(
+        "CREATE SUBSCRIPTION s CONNECTION '{conninfo}' PUBLICATION p WITH (create_slot = false, slot_name = 'subscription', \
+         copy_data = false, two_phase = true, synchronous_commit = 'on')"
+    ));
+    source.sql("SET synchronous_commit = local; BEGIN; INSERT INTO t VALUES (1); PREPARE TRANSACTION 'one'");
+    wait_for(DEADLINE, "the subscription to have it prepared", || {
+        let prepared = "SELECT count(*) FROM pg_prepared_xacts WHERE gid LIKE 'pg_gid%' AND database = current_database()";
+        (m.db.value(prepared) == "1").then_some(())
+    });
+    // Nobody is that standby.
+    m.db.pg.configure("synchronous_standby_names = 'nobody'");
+    m.db.pg.reload();
+    source.sql("SET synchronous_commit = local");
+    wait_for(DEADLINE, "commits to wait for a standby", || {
+        (source.value("SHOW synchronous_standby_names") == "nobody").then_some(())
+    });
+    source.sql("COMMIT PREPARED 'one'");
+    wait_for(DEADLINE, "the row to be in Redis", || {
+        (!m.redis.hash("t:1").is_empty()).then_some(())
+    });
+    assert_eq!(m.db.value("SELECT count(*) FROM t"), "0");
+    let (code, output) = walmirror(&m, &["verify", "--timeout", "3s"]);
+    assert_eq!(code, 2, "{output}");
+    m.db.pg.configure("synchronous_standby_names = ''");
+    m.db.pg.reload();
+    assert_equal(&m, &["verify"]);
+    m.sql("DROP SUBSCRIPTION s");
+}
+
 /// The story: what `verify --repair` asks for came to a mirror that had just been announced. A transaction had changed the row before that,
 /// which is not in the stream, and what was read without it stood in Redis when it had committed.
 #[test]
