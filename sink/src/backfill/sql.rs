@@ -181,6 +181,18 @@ impl Sql {
             .map_err(|error| explain(what, &self.role, error))
     }
 
+    /// The same; the values of the rows are in binary.
+    pub(crate) fn query_binary(
+        &mut self,
+        what: &str,
+        sql: &str,
+        params: &[Option<&[u8]>],
+    ) -> Result<QueryResult, Error> {
+        self.connection
+            .query_binary(sql, params)
+            .map_err(|error| explain(what, &self.role, error))
+    }
+
     /// The oldest transaction id that is still running; all below it are over, for snapshots too.
     pub(super) fn oldest_running(&mut self) -> Result<u64, Error> {
         let statement = "SELECT pg_snapshot_xmin(pg_current_snapshot())";

@@ -24,6 +24,9 @@ const PAUSE_MAX: Duration = Duration::from_millis(50);
 /// A transaction that lasts longer than this is looked at more closely.
 const LONG: Duration = Duration::from_millis(50);
 
+/// How often it is looked whether a table that is waited for is still the same.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
 /// Where a key that is compared comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Origin {
@@ -110,10 +113,16 @@ impl Sides {
         }
     }
 
-    /// A table that is being filled differs in any case.
+    /// A table that is being filled differs in any case. One that is another one by now never is what is waited for.
     pub(super) fn wait_for_backfill(&mut self, table: &Table) -> Result<(), Error> {
-        let mut wait = self.wait();
+        let (mut wait, mut looked) = (self.wait(), None::<Instant>);
         while !self.is_filled(table)? {
+            if looked.is_none_or(|looked| looked.elapsed() > LOOK_EVERY) {
+                if !table.is_same(&mut self.sql)? {
+                    return Err(table.changed());
+                }
+                looked = Some(Instant::now());
+            }
             if !wait.pause(self)? {
                 return Err(
                     Error::timeout(format!("the table {} is still being backfilled", table.name))

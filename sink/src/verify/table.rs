@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use prost::Message;
 use walmirror_proto::key::KeyTemplate;
 use walmirror_proto::pb::{self, Mode};
 use walmirror_proto::row::TupleRef;
@@ -144,6 +145,18 @@ impl Table {
             self.shape.expected(&self.mapping, &row, text)
         };
         Ok(Some((key, expected)))
+    }
+
+    /// Whether the table is what it was when its definition was read.
+    pub(super) fn is_same(&self, sql: &mut Sql) -> Result<bool, Error> {
+        let (what, oid) = ("cannot look at a mirrored table", self.oid.to_string());
+        let statement = "SELECT walmirror.relation($1::oid)";
+        let found = match sql.query_binary(what, statement, &[Some(oid.as_bytes())]) {
+            Err(error) if error.is_of_a_changed_table() => return Ok(false),
+            found => found?,
+        };
+        let found = found.get(0, 0).map(pb::Relation::decode);
+        Ok(found.is_some_and(|found| found.is_ok_and(|found| found.fingerprint == self.fingerprint)))
     }
 
     /// The error for a table that is no longer what it was.

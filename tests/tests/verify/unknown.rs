@@ -1,7 +1,7 @@
 //! What cannot be told is not called equal.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use walmirror_tests::{DEADLINE, Mirror, Raise, Signal, Sink, wait_for};
 
@@ -87,7 +87,7 @@ fn a_locked_table_is_not_waited_for_without_end() {
     client
         .batch_execute("BEGIN; LOCK TABLE t IN ACCESS EXCLUSIVE MODE")
         .unwrap();
-    let started = std::time::Instant::now();
+    let started = Instant::now();
     let (code, output) = walmirror(&m, &["verify", "--timeout", "2s"]);
     assert_eq!(code, 2, "{output}");
     assert!(started.elapsed() < Duration::from_secs(30), "{output}");
@@ -138,4 +138,44 @@ fn a_table_that_is_made_anew_meanwhile_cannot_be_told() {
     });
     m.settle();
     assert_equal(&m, &["verify", "--repair"]);
+}
+
+/// The story: a table was altered while its backfill was waited for, and from then on what was waited for was a version that there was no
+/// more: the whole `--timeout`, and then a word about a backfill.
+#[test]
+fn a_table_that_is_altered_meanwhile_is_said_to_be_so_at_once() {
+    let m = Mirror::with("CREATE TABLE t (id int PRIMARY KEY, v int); INSERT INTO t VALUES (1, 1)");
+    m.sync();
+    let mut writer = m.db.connect();
+    writer
+        .batch_execute("BEGIN; SELECT pg_current_xact_id()")
+        .unwrap();
+    // Its backfill waits for who may have written to it.
+    m.sql("SELECT walmirror.mirror('t')");
+    m.know_announced();
+    let started = Instant::now();
+    std::thread::scope(|scope| {
+        let verify = scope.spawn(|| walmirror(&m, &["verify", "--timeout", "60s"]));
+        wait_for(DEADLINE, "verify to wait for the backfill", || {
+            let query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
+                         AND query LIKE '%walmirror.relation(%' AND pid <> pg_backend_pid()";
+            (m.db.value(query) != "0" || verify.is_finished()).then_some(())
+        });
+        m.sql("ALTER TABLE t ADD w int");
+        let (code, output) = verify.join().unwrap();
+        assert_eq!(code, 2, "{output}");
+        assert!(
+            output.contains("public.t changed while it was compared")
+                && output.contains("walmirror verify --table public.t"),
+            "{output}"
+        );
+        assert!(
+            started.elapsed() < Duration::from_secs(30),
+            "{:?}",
+            started.elapsed()
+        );
+    });
+    writer.batch_execute("COMMIT").unwrap();
+    m.settle();
+    assert_equal(&m, &["verify"]);
 }
