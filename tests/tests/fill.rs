@@ -215,6 +215,49 @@ fn a_locked_table_holds_up_itself_alone() {
     m.settle();
 }
 
+/// The story: an ALTER TABLE that waits for a long SELECT was taken for one that may be committing, so that no label was looked at as long as it
+/// waited, and it was not told of as the one that all who come later wait for.
+#[test]
+fn who_waits_for_a_lock_holds_up_that_table_alone() {
+    let m = Mirror::with(
+        "CREATE TABLE a (id int PRIMARY KEY); CREATE TABLE t (id int PRIMARY KEY, v text); \
+         INSERT INTO a VALUES (1); INSERT INTO t VALUES (1, 'v'); SELECT walmirror.mirror('a'), walmirror.mirror('t')",
+    );
+    m.settle();
+    m.sink(Sink::kill);
+    let seen = m.sink(|sink| sink.output()).len();
+    std::thread::scope(|scope| {
+        let mut reader = m.db.connect();
+        reader.batch_execute("BEGIN; SELECT FROM a").unwrap();
+        let mut locker = m.db.connect();
+        scope.spawn(move || locker.batch_execute("BEGIN; LOCK TABLE a; COMMIT").unwrap());
+        wait_for(DEADLINE, "the lock to be waited for", || {
+            let waits = "SELECT count(*) FROM pg_locks WHERE relation = 'a'::regclass AND NOT granted";
+            (m.db.value(waits) == "1").then_some(())
+        });
+        // Only the catalog tells of this one.
+        m.sql(
+            "ALTER EVENT TRIGGER walmirror_ddl_command_end DISABLE; ALTER TABLE t ADD w int DEFAULT 7; \
+             ALTER EVENT TRIGGER walmirror_ddl_command_end ENABLE ALWAYS",
+        );
+        m.sink(Sink::restart);
+        let log = || m.sink(|sink| sink.output()).split_off(seen);
+        // Its rows wait for all that ran then.
+        let is_begun = |line: &str| line.contains("mirroring a table") && line.contains("public.t");
+        wait_for(DEADLINE, "the other table to be begun anew", || {
+            log().lines().any(is_begun).then_some(())
+        });
+        let log = log();
+        let told = log.lines().find(|line| line.contains("the table is locked"));
+        assert!(
+            told.is_some_and(|line| line.contains("public.a") && line.contains("state active")),
+            "{log}"
+        );
+        reader.batch_execute("COMMIT").unwrap();
+    });
+    m.settle();
+}
+
 /// Commits wait for no standby any more, also where the test fails.
 struct LetGo<'m>(&'m Mirror);
 

@@ -208,10 +208,10 @@ impl Sql {
     }
 
     /// The (32-bit) ids of transactions that have changed nothing here by now, however long they last: those whose sessions wait for their
-    /// clients and those that are prepared, as they have not committed, and all of other databases.
+    /// clients or for a lock and those that are prepared, as they have not committed, and all of other databases.
     pub(crate) fn undecided(&mut self) -> Result<Vec<u32>, Error> {
         let statement = "SELECT backend_xid FROM pg_stat_activity WHERE backend_xid IS NOT NULL \
-                         AND (state LIKE 'idle in transaction%' OR datname <> current_database())";
+                         AND (state LIKE 'idle in transaction%' OR wait_event_type = 'Lock' OR datname <> current_database())";
         let idle = self.query("cannot look at the sessions", statement, &[])?;
         let mut undecided: Vec<u32> = idle.rows().filter_map(|row| row.parse(0)).collect();
         undecided.extend(self.prepared()?);
@@ -249,7 +249,8 @@ impl Sql {
         Ok(result.text(0, 0).unwrap_or("it has just ended").to_owned())
     }
 
-    /// Who holds a mirrored table (0: any of them), or an index, a partition or the TOAST table of it, for himself; for a log line.
+    /// Who holds a mirrored table (0: any of them), or an index, a partition or the TOAST table of it, for himself, or waits to: he has all
+    /// who come later wait behind him. For a log line.
     pub(super) fn whoever_locks(&mut self, relation: u32) -> String {
         let who = self.locker(relation);
         who.unwrap_or_else(|| "whoever held it has just let it go".to_owned())
@@ -264,8 +265,9 @@ impl Sql {
                    SELECT coalesce(format('pid %s (%s, state %s, since %s)', a.pid, coalesce(a.application_name, ''), a.state, a.xact_start), \
                        'a prepared transaction') \
                    FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid \
-                   WHERE l.locktype = 'relation' AND l.granted AND l.mode = 'AccessExclusiveLock' AND l.relation IN (SELECT oid FROM parts) \
-                   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) LIMIT 1";
+                   WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' AND l.relation IN (SELECT oid FROM parts) \
+                   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
+                   ORDER BY l.granted DESC LIMIT 1";
         let oid = relation.to_string();
         let result = self.query("cannot look for a lock", sql, &[Some(oid.as_bytes())]);
         // Nothing hangs on it; should the connection have failed, whoever uses it next finds out.

@@ -24,6 +24,8 @@ const TURN: Duration = Duration::from_secs(10);
 const TURN_SHORT: Duration = Duration::from_millis(500);
 /// So long each table is waited for when the catalog is read: one that is locked is compared later.
 const LOCK_CATALOG: Duration = Duration::from_millis(100);
+/// Where a table is locked, the catalog is read again after so many times as long as that took.
+const CATALOG_SHARE: u32 = 10;
 /// Where troubles with the list of tables are noted: no table has this oid.
 const LIST: u32 = 0;
 /// How long a table that is filled waits for others before its keys are checked.
@@ -267,7 +269,9 @@ impl<'c> Tables<'c> {
             return Ok(false);
         }
         sql.set_lock_timeout(LOCK_CATALOG)?;
+        let started = Instant::now();
         let catalog = Catalog::read(sql, committing.wishes);
+        let took = started.elapsed();
         sql.set_lock_timeout(LOCK_TABLES)?;
         let catalog = match catalog {
             // It is of all of them.
@@ -280,7 +284,11 @@ impl<'c> Tables<'c> {
         };
         self.misfits.tell(&catalog.misfits);
         match catalog.locked.first() {
-            Some((relation, table)) => self.troubles.locked(LIST, table, || sql.whoever_locks(*relation)),
+            Some((relation, table)) => {
+                self.troubles.locked(LIST, table, || sql.whoever_locks(*relation));
+                // All tables are looked at, and each one that is locked is waited for.
+                self.troubles.leave_for(LIST, took.saturating_mul(CATALOG_SHARE));
+            }
             None => self.troubles.clear(LIST),
         }
         let (window, nothing) = (Arc::new(Window::default()), Snapshot::default());

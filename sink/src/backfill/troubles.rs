@@ -90,6 +90,13 @@ impl Troubles {
         self.note(relation, Instant::now(), min, max);
     }
 
+    /// Has one that is in trouble left alone for at least so long from now on.
+    pub(super) fn leave_for(&mut self, relation: u32, time: Duration) {
+        if let Some(trouble) = self.tables.get_mut(&relation) {
+            trouble.until = trouble.until.max(Instant::now() + time);
+        }
+    }
+
     fn note(&mut self, relation: u32, now: Instant, min: Duration, max: Duration) -> Duration {
         let before = self.tables.get(&relation);
         let pause = before.map_or(min, |before| (before.pause * 2).clamp(min, max));
@@ -207,6 +214,23 @@ mod tests {
         assert!(troubles.note_lock(7, now + TOLD_EVERY));
         troubles.clear(7);
         assert!(troubles.note_lock(7, now));
+    }
+
+    /// The story: where thousands of tables have labels, or some are locked, reading the catalog took as long as the pause between two reads.
+    #[test]
+    fn what_takes_long_is_tried_again_later() {
+        let mut troubles = Troubles::default();
+        troubles.leave_for(7, Duration::from_secs(60));
+        assert!(!troubles.is_paused(7));
+        let now = Instant::now();
+        troubles.note_lock(7, now);
+        troubles.leave_for(7, Duration::ZERO);
+        assert!(!troubles.is_paused_at(7, now + PAUSE_MIN));
+        troubles.leave_for(7, Duration::from_secs(60));
+        assert!(troubles.is_paused_at(7, now + Duration::from_secs(59)));
+        // What is told of it, and the pauses without that, stay.
+        assert!(!troubles.note_lock(7, now));
+        assert!(!troubles.is_paused_at(7, now + LOCKED_PAUSE_MAX));
     }
 
     #[test]

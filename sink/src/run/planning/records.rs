@@ -1,5 +1,6 @@
 //! The records of the stream, one by one.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use walmirror_proto::Lsn;
@@ -488,12 +489,13 @@ impl Planning {
                 self.outdate_misfit(misfit.oid)?;
             }
         }
+        // What has a label that does not fit it, or that could not be looked at, stays as it is.
+        let fitting = catalog.relations.iter().map(|relation| relation.oid);
+        let others = catalog.misfits.iter().map(|misfit| misfit.oid);
+        let locked = catalog.locked.iter().map(|(locked, _)| *locked);
+        let labelled: BTreeSet<u32> = fitting.chain(others).chain(locked).collect();
         for oid in self.registry.oids() {
-            // What has a label that does not fit it, or that could not be looked at, stays as it is.
-            let is_labelled = catalog.relations.iter().any(|relation| relation.oid == oid)
-                || catalog.misfits.iter().any(|misfit| misfit.oid == oid)
-                || catalog.locked.iter().any(|(locked, _)| *locked == oid);
-            if !self.announced.contains(&oid) && !is_labelled {
+            if !self.announced.contains(&oid) && !labelled.contains(&oid) {
                 self.forget_relation(oid, false)?;
             }
         }
