@@ -15,6 +15,7 @@ use crate::error::{Class, Error};
 use crate::plan::{Mapping, RedisKeys, Script, Scripts};
 use crate::progress::{COMMIT_TS, FIRST, LAST, PART_FIELDS, PURGING, Progress, RESYNC};
 use crate::replication::SystemInfo;
+use crate::shell::{THE_USER, word};
 
 /// What earlier sessions left.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -245,7 +246,7 @@ fn load_scripts(connection: &mut Connection) -> Result<Scripts, Error> {
 }
 
 /// Closes the window in which a command that an older session has sent already could still arrive. The epoch fences it
-/// off anyway, so a Redis that does not allow this is fine. Epochs begin at 1 again when Redis is emptied, so that of another
+/// off anyway, so a Redis that does not allow this is fine, but its older sink notices only with its next batch. Epochs begin at 1 again when Redis is emptied, so that of another
 /// connection may be the same.
 fn kill_older(connection: &mut Connection, slot: &str, epoch: u64) {
     let name = client_name(slot, epoch);
@@ -256,7 +257,18 @@ fn kill_older(connection: &mut Connection, slot: &str, epoch: u64) {
     for client in clients.iter().filter(|client| client.epoch <= epoch) {
         tracing::info!(epoch, "ending the Redis connection of an older walmirror");
         let id = client.id.to_string();
-        let _ = connection.call("end a connection", &[b"CLIENT", b"KILL", b"ID", id.as_bytes()]);
+        let killed = connection.call("end a connection", &[b"CLIENT", b"KILL", b"ID", id.as_bytes()]);
+        if let Err(error) = killed
+            && error.class() == Class::Access
+        {
+            let next = format!("redis-cli ACL SETUSER {} '+client|kill'", word(THE_USER));
+            tracing::warn!(
+                epoch,
+                next = connection.complete(&next),
+                "the connection of an older walmirror stays: {error}. What it still writes is refused, as the right to write is this one's"
+            );
+            return;
+        }
     }
 }
 

@@ -64,6 +64,11 @@ impl std::fmt::Debug for Connection {
 }
 
 impl Connection {
+    /// [`RedisUrl::complete`].
+    pub(super) fn complete(&self, command: &str) -> String {
+        self.url.complete(command)
+    }
+
     /// Connects and greets.
     pub fn connect(url: &RedisUrl) -> Result<Self, Error> {
         let failed = |error| {

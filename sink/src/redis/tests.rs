@@ -124,7 +124,7 @@ fn who_lost_the_claim_writes_nothing() {
     old.rename_for_test();
     let mut new = claim(&server, None);
     let error = failed(&mut old, set(2, "a"));
-    assert_eq!(error.class(), Class::Operator, "{error}");
+    assert_eq!(error.class(), Class::Retry, "{error}");
     assert!(error.to_string().contains("another walmirror"), "{error}");
     assert_eq!(get(&mut server.connect(), &["EXISTS", "a"]), "int(0)");
     assert!(new.apply(set(2, "b"), None, &|| false).unwrap().is_some());

@@ -405,7 +405,8 @@ impl Writer {
             "this one has epoch {}, Redis belongs to epoch {other}",
             self.epoch
         );
-        Error::redis("another walmirror has taken over this slot", Class::Operator, text)
+        // The next session waits for the slot, as any second sink does: that is what keeps two of them from taking it in turns.
+        Error::redis("another walmirror has taken over this slot", Class::Retry, text)
             .next("redis-cli CLIENT LIST   # the connection named walmirror:<slot>:<epoch> shows where the other one runs")
     }
 }

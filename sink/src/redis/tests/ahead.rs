@@ -37,7 +37,7 @@ fn who_lost_the_claim_does_nothing_of_what_it_sent_ahead() {
     apply_before(&mut old, set(2, "a"), &next).unwrap();
     let _new = claim(&server, None);
     let error = failed(&mut old, next);
-    assert_eq!(error.class(), Class::Operator, "{error}");
+    assert_eq!(error.class(), Class::Retry, "{error}");
     let mut reader = server.connect();
     assert!(exists(&mut reader, "a") && !exists(&mut reader, "b"));
     assert_eq!(get(&mut reader, &["HGET", PROGRESS, "lsn"]), "0/2");
