@@ -139,6 +139,14 @@ impl KeyTemplate {
         overlap::overlaps(self, other)
     }
 
+    /// Whether this template begins with more literal text, or with as much and has more of it in all, and some key can be of both: such
+    /// a key is this one's.
+    pub fn takes_from(&self, other: &Self) -> bool {
+        self.prefix().starts_with(other.prefix())
+            && self.specificity() > other.specificity()
+            && self.overlaps(other)
+    }
+
     /// Whether some key can be of both, and neither is more specific: nobody can tell whose it is, as for `x:{a}-{b}` and
     /// `x:{a}_{b}`. Templates that are the same but for the names of their columns are not meant: those are known by their skeletons.
     pub fn ties_with(&self, other: &Self) -> bool {

@@ -149,6 +149,54 @@ fn a_row_with_a_bookkeeping_key_is_noted_and_the_rest_flows() {
     m.settle();
 }
 
+/// The story: it took the place of the other table's row, its DELETE removed that, and `verify --repair` and the stream took turns.
+#[test]
+fn a_row_with_a_key_of_a_more_specific_table_is_noted_and_the_rest_flows() {
+    let m = mirror(
+        "CREATE TABLE wide (id text PRIMARY KEY, v text); CREATE TABLE narrow (id int PRIMARY KEY, v text, n int); \
+         INSERT INTO wide VALUES ('a:1', 'wide'), ('a', 'wide'); INSERT INTO narrow VALUES (1, 'narrow', 0), (2, 'narrow', 0); \
+         SELECT walmirror.mirror('wide', key => 'u:{id}'), walmirror.mirror('narrow', key => 'u:a:{id}')",
+        &[],
+    );
+    filled(&m);
+    assert_eq!(notes(&m), 1);
+    m.sql(
+        "INSERT INTO wide VALUES ('a:2', 'wide'), ('a:3', 'wide'), ('b', 'wide'); UPDATE wide SET v = 'w' WHERE id = 'a:1'; \
+         UPDATE wide SET id = 'a:4' WHERE id = 'a'; DELETE FROM wide WHERE id IN ('a:2', 'a:4')",
+    );
+    m.sync();
+    assert_eq!(notes(&m), 5);
+    let v = |key: &str| {
+        m.redis
+            .hash(key)
+            .into_iter()
+            .find(|(field, _)| field == "v")
+            .map(|(_, v)| v)
+    };
+    assert_eq!(m.redis.keys(), ["u:a:1", "u:a:2", "u:b"]);
+    for key in ["u:a:1", "u:a:2"] {
+        assert_eq!(v(key).as_deref(), Some("narrow"));
+    }
+    // It is told that two rows are not mirrored, and nothing can repair that, nor spoils anything.
+    let (code, output) = walmirror(&m, "verify --repair");
+    assert_eq!(code, 1, "{output}");
+    assert!(
+        output.contains("  different  u:a:1\n") && output.contains("  missing    u:a:3\n"),
+        "{output}"
+    );
+    assert_eq!(v("u:a:1").as_deref(), Some("narrow"));
+    let (_, output) = walmirror(&m, "status");
+    assert!(output.contains("one of the table public.narrow"), "{output}");
+    // Mended, they are there; and where the other table is gone, its keys are this one's again.
+    m.sql("UPDATE wide SET id = 'c' WHERE id = 'a:1'; UPDATE wide SET id = 'd' WHERE id = 'a:3'");
+    m.settle();
+    m.sql("INSERT INTO wide VALUES ('a:1', 'wide')");
+    m.sync();
+    m.sql("SELECT walmirror.unmirror('narrow')");
+    m.settle();
+    assert_eq!(v("u:a:1").as_deref(), Some("wide"));
+}
+
 #[test]
 fn a_row_that_cannot_be_encoded_is_noted() {
     let m = mirror(

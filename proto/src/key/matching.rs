@@ -3,6 +3,8 @@
 
 use std::collections::HashSet;
 
+use memchr::memmem;
+
 use super::KeyTemplate;
 
 /// The most places that are tried for one key, besides a few for each of its bytes.
@@ -32,6 +34,9 @@ pub(super) fn match_key(template: &KeyTemplate, key: &[u8]) -> Option<Vec<Vec<u8
     if let ([suffix], false) = (rest, template.escapes()) {
         return Some(vec![key.strip_suffix(suffix.as_bytes())?.to_vec()]);
     }
+    if !holds_in_order(rest, key) {
+        return None;
+    }
     let mut search = Search {
         template,
         values: vec![None; template.names.len()],
@@ -42,6 +47,18 @@ pub(super) fn match_key(template: &KeyTemplate, key: &[u8]) -> Option<Vec<Vec<u8
     };
     search.slot(0, key)?;
     search.values.into_iter().collect()
+}
+
+/// The cheap question first: rows are asked whether their keys are another template's, and nearly none is.
+fn holds_in_order(literals: &[String], key: &[u8]) -> bool {
+    let mut rest = key;
+    literals.iter().all(|literal| {
+        let at = memmem::find(rest, literal.as_bytes());
+        rest = at
+            .and_then(|at| rest.get(at + literal.len()..))
+            .unwrap_or_default();
+        at.is_some()
+    })
 }
 
 /// See [`KeyTemplate::match_all`].

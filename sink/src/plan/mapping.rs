@@ -6,7 +6,7 @@ use walmirror_proto::pb::{Encoding, Mode, OnWrite, Relation, ValueKind};
 use walmirror_proto::row::{Datum, TupleRef, WireError, encodings};
 use walmirror_proto::value::JsonShape;
 
-use super::RedisKeys;
+use super::{Claims, RedisKeys};
 use crate::resp::bulk;
 
 /// A relation definition that cannot be used. The extension checks labels, so this is a bug of the decoder.
@@ -76,6 +76,8 @@ pub struct Mapping {
     pub key_columns: Vec<usize>,
     /// Whether the template can make bookkeeping keys, as `{id}` can.
     may_be_reserved: bool,
+    /// The keys that it can make and that are other tables'. Who knows the other tables sets it.
+    pub claims: Claims,
     /// The columns of the value.
     pub fields: Vec<Field>,
     /// How a row looks as JSON.
@@ -93,6 +95,8 @@ pub enum Keyed {
     Null,
     /// No: what is rendered is a bookkeeping key.
     Reserved,
+    /// No: what is rendered is a key of the table with this oid, whose template is more specific.
+    Claimed(u32),
 }
 
 /// A column of the value.
@@ -173,6 +177,7 @@ impl Mapping {
             ),
             table,
             may_be_reserved: RedisKeys::may_be_reserved(template.prefix().as_bytes()),
+            claims: Claims::default(),
             template,
             key_columns,
             fields,
@@ -240,7 +245,7 @@ impl Mapping {
         if self.may_be_reserved && RedisKeys::is_reserved(key) {
             Keyed::Reserved
         } else {
-            Keyed::Yes
+            self.claims.of(key).map_or(Keyed::Yes, Keyed::Claimed)
         }
     }
 

@@ -6,6 +6,7 @@
 //! (INVARIANT I2) keeps it from being applied twice.
 
 mod batch;
+mod claims;
 mod full;
 mod keys;
 mod mapping;
@@ -20,6 +21,7 @@ use walmirror_proto::pb::{self, Kind, Mode, OnWrite};
 use walmirror_proto::row::{Datum, TupleRef, WireError};
 
 pub use batch::{Batch, Op, OpKind};
+pub use claims::Claims;
 pub use keys::RedisKeys;
 pub use mapping::{Field, Keyed, Mapping, MappingError, OUTDATED};
 pub(crate) use owned::is_text;
@@ -58,6 +60,9 @@ pub enum Planned {
     NoKey,
     /// Its key would be a bookkeeping key, so it is not written; a key that it had before is removed.
     Reserved,
+    /// Its key is one of the table with this oid, whose template is more specific, so it is not written; a key that it had before is
+    /// removed.
+    Claimed(u32),
     /// Redis takes no value as large as one of the row's; the key is removed.
     TooLarge,
 }
@@ -160,6 +165,7 @@ impl Planner {
             }
             return Ok(match keyed {
                 Keyed::Reserved if !removes => Planned::Reserved,
+                Keyed::Claimed(by) if !removes => Planned::Claimed(by),
                 _ => Planned::NoKey,
             });
         }

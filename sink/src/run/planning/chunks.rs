@@ -216,6 +216,10 @@ impl Planning {
                 return Ok(true);
             }
             Keyed::Reserved => return self.reject_reserved(mapping.table.clone()).map(|()| true),
+            // Where it was noted, the note is that one's business.
+            Keyed::Claimed(by) => {
+                return self.reject_claimed(mapping.table.clone(), by).map(|()| true);
+            }
         }
         let hash = self.gate.hash(self.planner.key());
         let since = pending.and_then(|_| self.changes_since(chunk, &mapping, hash));
@@ -315,6 +319,10 @@ impl Planning {
 
     /// A key that has no row.
     fn absent(&mut self, chunk: &Chunk, key: &[u8], pending: bool) {
+        if self.is_claimed(chunk.relation, key) {
+            // Another table has taken it since it was noted, and so the note.
+            return;
+        }
         let hash = self.gate.hash(key);
         match self.gate.admit(chunk.relation, hash, &chunk.snapshot) {
             Verdict::Admit if pending && self.may_miss_a_writer(chunk, hash) => {}
@@ -338,7 +346,7 @@ impl Planning {
     fn left_out(&mut self, chunk: &Chunk, key: &[u8]) -> Result<(), Error> {
         let hash = self.gate.hash(key);
         match self.gate.admit(chunk.relation, hash, &chunk.snapshot) {
-            Verdict::Admit if RedisKeys::is_reserved(key) => {}
+            Verdict::Admit if RedisKeys::is_reserved(key) || self.is_claimed(chunk.relation, key) => {}
             Verdict::Admit => {
                 self.remove(chunk.relation, key);
                 self.settle(key, hash);
@@ -357,6 +365,12 @@ impl Planning {
             lsn: self.lsn,
             reason: "it cannot be read: it has more than 1 GB, or what is stored of it is damaged".to_owned(),
         })
+    }
+
+    /// Whether a key that a table's template can make is another table's.
+    fn is_claimed(&self, relation: u32, key: &[u8]) -> bool {
+        let registered = self.registry.get(relation);
+        registered.is_some_and(|registered| registered.mapping.claims.of(key).is_some())
     }
 
     fn remove(&mut self, relation: u32, key: &[u8]) {

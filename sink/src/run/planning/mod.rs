@@ -306,6 +306,10 @@ impl Planning {
         for definition in self.definitions.iter_mut().flatten() {
             definition.standing = standing(registry, forgotten, &definition.relation);
             definition.horizon = registry.cache_horizon(definition.relation.oid);
+            let claims = registry.claims(&definition.relation);
+            if definition.mapping.claims != claims {
+                Arc::make_mut(&mut definition.mapping).claims = claims;
+            }
         }
     }
 }

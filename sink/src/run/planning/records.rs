@@ -164,6 +164,10 @@ impl Planning {
                 let table = definition.mapping.table.clone();
                 self.reject_reserved(table)
             }
+            Ok(Planned::Claimed(by)) => {
+                let table = definition.mapping.table.clone();
+                self.reject_claimed(table, by)
+            }
             Ok(Planned::NoKey) => {
                 add(&self.shared.metrics.rows_without_key, 1);
                 Ok(())
@@ -197,7 +201,7 @@ impl Planning {
         if index == 0 || index > INDEX_MAX {
             return Err(self.broken("RELATION", format!("its index is {index}")));
         }
-        let mapping = Mapping::new(&relation).map_err(|error| self.broken("RELATION", error))?;
+        let mut mapping = Mapping::new(&relation).map_err(|error| self.broken("RELATION", error))?;
         if relation.announced {
             // The keys of a cached table go.
             self.cut_before_purge();
@@ -222,6 +226,7 @@ impl Planning {
         }
         let standing = standing(&self.registry, &self.forgotten, &relation);
         let horizon = self.registry.cache_horizon(relation.oid);
+        mapping.claims = self.registry.claims(&relation);
         if let Some(place) = self.definitions.get_mut(index) {
             *place = Some(Definition {
                 relation,

@@ -9,7 +9,7 @@ use walmirror_proto::key::KeyTemplate;
 use walmirror_proto::pb::{self, Mode};
 
 use crate::backfill::{Backfill, Cursor, Task};
-use crate::plan::{Batch, Belongs, Mapping, MappingError, OUTDATED, Owned, Purge, RedisKeys};
+use crate::plan::{Batch, Belongs, Claims, Mapping, MappingError, OUTDATED, Owned, Purge, RedisKeys};
 use crate::progress::write_cursor;
 
 /// One mirrored table.
@@ -140,7 +140,9 @@ impl Registry {
             }
         }
         // What somebody left there: an older version, another table that had it, one that kept its keys, be it this one long ago.
-        let may_hold = !self.nothing_else || old_keys.contains(&relation.key);
+        // Or a table that had written what is this one's from here on.
+        let takes = KeyTemplate::parse(&relation.key).is_ok_and(|template| self.takes(oid, &template));
+        let may_hold = !self.nothing_else || takes || old_keys.contains(&relation.key);
         old_keys.retain(|key| *key != relation.key);
         old_keys.dedup();
         if is_cache(&relation) {
@@ -150,7 +152,8 @@ impl Registry {
             purges.extend(template.map(|template| self.purge(oid, &template).of_anybody()));
         }
         let mut cursor = fresh(&relation, old_keys);
-        cursor.on_nothing = self.nothing_else && !self.relations.contains_key(&oid) && !cursor.is_done();
+        cursor.on_nothing =
+            self.nothing_else && !takes && !self.relations.contains_key(&oid) && !cursor.is_done();
         self.store(batch, &relation);
         write_cursor(batch.bookkeeping(), &self.keys, oid, Some(&cursor.to_json()));
         self.insert(relation, cursor)?;
@@ -170,13 +173,7 @@ impl Registry {
 
     /// The other tables that these templates took keys from, by being more specific. What those keys hold now is of neither.
     pub(super) fn heirs(&self, oid: u32, left: &[KeyTemplate]) -> Vec<pb::Relation> {
-        let inherits = |heir: &KeyTemplate| {
-            left.iter().any(|left| {
-                left.prefix().starts_with(heir.prefix())
-                    && left.specificity() > heir.specificity()
-                    && left.overlaps(heir)
-            })
-        };
+        let inherits = |heir: &KeyTemplate| left.iter().any(|left| left.takes_from(heir));
         let heirs = self.relations.values().filter(|other| {
             other.relation.oid != oid && !other.is_outdated() && inherits(&other.mapping.template)
         });
@@ -186,7 +183,7 @@ impl Registry {
     /// The definition changed in a way that changes no key and no value.
     pub(super) fn amend(&mut self, batch: &mut Batch, relation: pb::Relation) -> Result<(), MappingError> {
         self.store(batch, &relation);
-        let mapping = Arc::new(Mapping::new(&relation)?);
+        let mapping = self.mapping(&relation)?;
         if let Some(registered) = self.relations.get_mut(&relation.oid) {
             let name = |relation: &pb::Relation| (relation.schema.clone(), relation.name.clone());
             if name(&registered.relation) != name(&relation) {
@@ -216,6 +213,7 @@ impl Registry {
             self.purges(oid)
         };
         self.relations.remove(&oid)?;
+        self.claim(oid, None);
         // Its keys may be kept, and another table may get their template.
         self.nothing_else = false;
         self.backfill.remove(oid);
@@ -375,7 +373,8 @@ impl Registry {
     }
 
     fn insert(&mut self, relation: pb::Relation, cursor: Cursor) -> Result<(), MappingError> {
-        let mapping = Arc::new(Mapping::new(&relation)?);
+        let mapping = self.mapping(&relation)?;
+        self.claim(relation.oid, Some(&mapping.template));
         self.generations += 1;
         let registered = Registered {
             mapping,
@@ -386,6 +385,41 @@ impl Registry {
         self.tell(registered.clone());
         self.relations.insert(registered.relation.oid, registered);
         Ok(())
+    }
+
+    /// A definition, compiled as of now.
+    fn mapping(&self, relation: &pb::Relation) -> Result<Arc<Mapping>, MappingError> {
+        let mut mapping = Mapping::new(relation)?;
+        let others = self.others(relation.oid);
+        mapping.claims = Claims::new(
+            &mapping.template,
+            others.map(|(oid, other)| (oid, &other.mapping.template)),
+        );
+        Ok(Arc::new(mapping))
+    }
+
+    /// A table has this template from now on, or none: what it takes from the others changes.
+    fn claim(&mut self, oid: u32, template: Option<&KeyTemplate>) {
+        for (_, other) in self.relations.iter_mut().filter(|(other, _)| **other != oid) {
+            let taking = template.filter(|template| template.takes_from(&other.mapping.template));
+            if taking.is_some() || other.mapping.claims.has(oid) {
+                Arc::make_mut(&mut other.mapping).claims.set(oid, taking);
+            }
+        }
+    }
+
+    /// Whether some keys of other tables are this one's once it has the template.
+    fn takes(&self, oid: u32, template: &KeyTemplate) -> bool {
+        self.others(oid)
+            .any(|(_, other)| template.takes_from(&other.mapping.template))
+    }
+
+    /// The keys that rows of this version could have and that are other tables'. Where its template is not that of the table now, nobody
+    /// takes any: else it would not be of interest (see [`Self::is_taken`]).
+    pub(super) fn claims(&self, relation: &pb::Relation) -> Claims {
+        let registered = self.relations.get(&relation.oid);
+        let registered = registered.filter(|registered| registered.relation.key == relation.key);
+        registered.map_or_else(Claims::default, |registered| registered.mapping.claims.clone())
     }
 
     fn tell(&self, registered: Registered) {
@@ -406,10 +440,14 @@ impl Registry {
     }
 
     fn templates(&self, without: u32) -> Vec<KeyTemplate> {
-        let others = self.relations.iter().filter(|(oid, _)| **oid != without);
-        others
+        self.others(without)
             .map(|(_, registered)| registered.mapping.template.clone())
             .collect()
+    }
+
+    fn others(&self, without: u32) -> impl Iterator<Item = (u32, &Registered)> {
+        let others = self.relations.iter().filter(move |(oid, _)| **oid != without);
+        others.map(|(oid, registered)| (*oid, registered))
     }
 }
 

@@ -75,6 +75,23 @@ impl Planning {
             reason: "keys that start with walmirror:{ are walmirror's own".to_owned(),
         })
     }
+
+    /// The row whose key was rendered last would have a key of this other table.
+    pub(super) fn reject_claimed(&mut self, table: String, by: u32) -> Result<(), Error> {
+        let owner = self.registry.get(by).map(|owner| &owner.mapping);
+        let reason = owner.map_or_else(String::new, |owner| {
+            format!(
+                "the key is one of the table {}, whose template has more literal text",
+                owner.table
+            )
+        });
+        self.reject(Rejected {
+            key: self.planner.key().to_vec(),
+            table,
+            lsn: self.lsn,
+            reason,
+        })
+    }
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 
 mod captures;
 mod chunks;
+mod claims;
 mod horizon;
 mod in_progress;
 mod nothing;
