@@ -134,6 +134,13 @@ impl KeyTemplate {
         (self.prefix().len(), all)
     }
 
+    /// Whether it has a key space of its own: it begins with literal text, or has a letter or a digit in it. The keys of `{id}` and
+    /// `{a}:{b}` could be anybody's.
+    pub fn has_own_space(&self) -> bool {
+        let mut chars = self.literals.iter().flat_map(|literal| literal.chars());
+        !self.prefix().is_empty() || chars.any(char::is_alphanumeric)
+    }
+
     /// Whether some key can be of both templates. A column that one of them names twice counts as two.
     pub fn overlaps(&self, other: &Self) -> bool {
         overlap::overlaps(self, other)

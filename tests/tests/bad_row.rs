@@ -126,11 +126,11 @@ fn rows_larger_than_redis_takes_are_left_out_and_the_rest_flows() {
 #[test]
 fn a_row_with_a_bookkeeping_key_is_noted_and_the_rest_flows() {
     let m = mirror(
-        "CREATE TABLE t (token text PRIMARY KEY, lsn text, epoch text); SELECT walmirror.mirror('t', key => '{token}')",
+        "CREATE TABLE t (token text PRIMARY KEY, lsn text, epoch text); SELECT walmirror.mirror('t', key => 'w{token}')",
         &[],
     );
     filled(&m);
-    let own = format!("walmirror:{{{}}}", m.db.name);
+    let own = format!("almirror:{{{}}}", m.db.name);
     m.sql(&format!("INSERT INTO t VALUES ('{own}:progress', '0/1', '99'), ('{own}:pending', 'x', 'y'), ('free', 'x', 'y')"));
     m.sync();
     assert_eq!(notes(&m), 2);
@@ -145,7 +145,7 @@ fn a_row_with_a_bookkeeping_key_is_noted_and_the_rest_flows() {
     m.sync();
     let mut keys = m.redis.keys();
     keys.retain(|key| !key.starts_with("walmirror:"));
-    assert_eq!(keys, ["free", "mended"]);
+    assert_eq!(keys, ["wfree", "wmended"]);
     m.settle();
 }
 

@@ -461,6 +461,11 @@ fn tables_without_a_usable_key_are_refused() {
         "SELECT walmirror.mirror('ok', key => 'x:{}')",
         "SELECT walmirror.mirror('ok', key => 'k:{id}')",
         "SELECT walmirror.mirror('ok', key => 'walmirror:{id}')",
+        "SELECT walmirror.mirror('ok', key => 'walmirror:{{x}}:{id}')",
+        // Keys of anybody could be theirs, and would go.
+        "SELECT walmirror.mirror('ok', key => '{id}')",
+        "SELECT walmirror.cache('ok', key => '{id}')",
+        "SELECT walmirror.mirror('ok', key => '{id}:{v}')",
         "SELECT walmirror.mirror('ok', value => 'xml')",
         "SELECT walmirror.mirror('ok', value => 'string')",
         "SELECT walmirror.mirror('ok', value => 'string', columns => '{email,v}')",

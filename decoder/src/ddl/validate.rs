@@ -86,7 +86,7 @@ pub fn check_table(
     plan.release();
     let template =
         KeyTemplate::parse(&key).map_err(|error| Refusal::invalid(error.to_string(), "user:{id}"))?;
-    check_options(label, &template)?;
+    check_options(label, &key, &template)?;
     check_partitions(table, &relation)?;
     let unique = check_unique(table, &name, template.placeholders(), check.gone());
     match check {
@@ -113,7 +113,15 @@ pub fn check_table(
 /// 10,000 years: Redis counts milliseconds since 1970 in 63 bits.
 const TTL_MS_MAX: u64 = 10_000 * 365 * 86_400_000;
 
-fn check_options(label: &Label, template: &KeyTemplate) -> Result<(), Refusal> {
+fn check_options(label: &Label, key: &str, template: &KeyTemplate) -> Result<(), Refusal> {
+    if !template.has_own_space() {
+        return Err(Refusal::invalid(
+            format!(
+                "key template \"{key}\" has no text of its own, so that keys of others in Redis would be taken for keys without a row, and removed"
+            ),
+            "Begin it with a name: key => 'user:{id}'.",
+        ));
+    }
     if template.skeleton().starts_with("walmirror:") {
         return Err(Refusal::invalid(
             "keys that start with walmirror: are walmirror's own",

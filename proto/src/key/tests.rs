@@ -225,6 +225,17 @@ fn scan_patterns_escape_what_globs_mean() {
 }
 
 #[test]
+fn a_template_has_a_key_space_of_its_own_or_everybodys() {
+    let has = |text: &str| KeyTemplate::parse(text).unwrap().has_own_space();
+    for own in ["user:{id}", "#{id}", "{{{id}}}", "{t}:users:{id}", "{id}ä"] {
+        assert!(has(own), "{own}");
+    }
+    for everybodys in ["{id}", "{a}:{b}", "{a}{b}", "{a}-{b}_"] {
+        assert!(!has(everybodys), "{everybodys}");
+    }
+}
+
+#[test]
 fn templates_that_can_make_one_key() {
     let overlap = |one: &str, other: &str| {
         let (one, other) = (
