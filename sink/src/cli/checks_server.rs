@@ -54,9 +54,14 @@ pub fn extension(connection: &mut Connection) -> Result<Outcome, PqError> {
         "SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'walmirror'",
     )?;
     if !installed.is_empty() {
-        return Ok(Outcome::Ok(format!(
-            "walmirror {installed} in the database {database}"
-        )));
+        let own = env!("CARGO_PKG_VERSION");
+        let found = format!("walmirror {installed} in the database {database}");
+        return Ok(if installed == own {
+            Outcome::Ok(found)
+        } else {
+            // What they say to each other has a version of its own, so this may well do.
+            Outcome::Note(format!("{found}, and this program is {own}"), None)
+        });
     }
     let available = value(
         connection,

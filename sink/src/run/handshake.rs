@@ -6,6 +6,7 @@ use std::time::Duration;
 use walmirror_proto::Lsn;
 
 use super::decide::{Decision, Found, Server, decide, still_fits};
+use super::versions;
 use crate::config::{OnGap, RedisUrl, RunConfig};
 use crate::continuity::{Continuity, Last};
 use crate::error::{Class, Error};
@@ -42,6 +43,8 @@ pub(super) struct Handshake {
     pub(super) silence: Duration,
     /// A transaction id above those of all transactions that earlier sessions applied.
     pub(super) horizon: u64,
+    /// The version of the extension.
+    pub(super) extension: String,
 }
 
 /// How long the server may take to answer what takes it a moment.
@@ -71,7 +74,7 @@ pub(super) fn shake(
     };
     let mut sql = connect(&extra).map_err(|error| Error::postgres("cannot connect to Postgres", error))?;
     sql.answer_within(Some(ANSWER));
-    check_database(&mut sql)?;
+    let extension = check_database(&mut sql)?;
     let info = slot_info(&mut sql, slot)?;
     check_slot(slot, info.as_ref(), &sql)?;
     let mut replication = connect(&[("replication", "database"), extra[0]])
@@ -177,7 +180,7 @@ pub(super) fn shake(
         .and_then(|slot| slot.confirmed_flush_lsn)
         .map_or(from, |confirmed| from.max(confirmed));
     let stream = Stream::start_on(replication, slot, from, &options, config.status_interval)
-        .map_err(|error| look_again(error, slot))?;
+        .map_err(|error| versions::explain(look_again(error, slot), slot, &extension))?;
     // Whoever had the slot before may have confirmed more since it was looked at: then the server begins there. From here
     // on only this session confirms.
     let info = slot_info(&mut sql, slot)?;
@@ -222,6 +225,7 @@ pub(super) fn shake(
         confirmed,
         silence,
         horizon,
+        extension,
     })
 }
 
@@ -264,7 +268,8 @@ fn warn_of_eviction(redis: &mut Redis, url: &RedisUrl) -> Result<(), Error> {
     Ok(())
 }
 
-fn check_database(sql: &mut Postgres) -> Result<(), Error> {
+/// Returns the version of the extension.
+fn check_database(sql: &mut Postgres) -> Result<String, Error> {
     let database = sql.database().unwrap_or_default();
     let result = sql
         .query(
@@ -284,7 +289,7 @@ fn check_database(sql: &mut Postgres) -> Result<(), Error> {
         return Err(Error::postgres("cannot mirror from this server", error)
             .next("walmirror run --postgres '… target_session_attrs=read-write' …"));
     }
-    Ok(())
+    Ok(result.text(0, 0).unwrap_or_default().to_owned())
 }
 
 fn check_slot(slot: &str, info: Option<&SlotInfo>, sql: &Postgres) -> Result<(), Error> {

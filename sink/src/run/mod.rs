@@ -22,6 +22,7 @@ mod shared;
 #[cfg(test)]
 mod simulator;
 mod stalled;
+mod versions;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -15,7 +15,7 @@ use super::health::{Began, Health};
 use super::plan_loop::{self, Channels};
 use super::planning::{Limits, Planning, Start};
 use super::shared::{Input, Phase, Shared};
-use super::{applier, receiver};
+use super::{applier, receiver, versions};
 use crate::backfill::{Backfill, Context, Role, work};
 use crate::config::{RunConfig, Streaming};
 use crate::continuity::Last;
@@ -63,6 +63,7 @@ pub(super) fn run(
         confirmed,
         silence,
         horizon,
+        extension,
     } = unless_stopped(shutdown, "handshake", begin)?;
     let silence = silence.saturating_mul(patience);
     let start_lsn = fresh.unwrap_or_else(|| {
@@ -217,7 +218,7 @@ pub(super) fn run(
                 epoch,
                 slot_is_lost,
             });
-            Err(error)
+            Err(versions::explain(error, config.slot.as_str(), &extension))
         }
         None => Ok(End::of(ended, shared)),
     }

@@ -342,3 +342,39 @@ fn a_row_never_has_a_bookkeeping_key() {
     let lines = flushed(&mut planning);
     assert_eq!(noted(&lines), 1, "{lines:?}");
 }
+
+/// What a decoder of a later version may write: none of it is skipped, as that would lose data, and the position stays before it.
+#[test]
+fn what_a_later_version_writes_ends_the_session_before_it() {
+    let later = |broken: fn(&mut pb::Relation)| {
+        let mut relation = relation(1, "t:{id}");
+        broken(&mut relation);
+        let mut frame = FrameWriter::default();
+        frame.record(&relation.into());
+        frame.as_bytes().to_vec()
+    };
+    let records = [
+        // A record whose kind is 40.
+        (vec![0x0a, 2, 8, 40], "record kind 40"),
+        (
+            later(|relation| relation.columns[1].encoding = 99),
+            "column encoding",
+        ),
+        (later(|relation| relation.value = 99), "value kind"),
+        (later(|relation| relation.mode = 99), "mode"),
+        (later(|relation| relation.on_write = 99), "on_write"),
+    ];
+    for (record, what) in records {
+        let mut planning = planning(settled(), 1 << 20, 1 << 24);
+        let frame = Frame::default()
+            .relation(relation(1, "t:{id}"))
+            .begin(100, 100)
+            .row(Kind::Insert, "1", Some("a"));
+        let bytes = [frame.0.as_bytes(), &record].concat();
+        let error = planning.frame(&bytes, Lsn::INVALID).unwrap_err();
+        assert!(error.to_string().contains(what), "{error}");
+        assert_eq!(error.class(), crate::error::Class::Bug);
+        assert_eq!(error.exit_code(), crate::error::exit::INTERNAL);
+        assert_eq!(flushed(&mut planning), Vec::<String>::new(), "{what}");
+    }
+}
