@@ -82,7 +82,7 @@ fn next_command(code: &str) -> Option<String> {
 pub fn rights_command(user: &str) -> String {
     let user = word(user);
     format!(
-        "redis-cli ACL SETUSER {user} '~*' +@read +@write +@transaction +@scripting +@connection +info '+config|get'"
+        "redis-cli ACL SETUSER {user} '~*' +@read +@write +@transaction +@scripting +@connection +select +wait +info '+config|get'"
     )
 }
 
