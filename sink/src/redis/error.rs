@@ -188,7 +188,9 @@ pub(super) fn client_error(
     };
     let hidden = ["NOAUTH", "WRONGPASS", "NOPERM", "LOADING", "DENIED"]
         .into_iter()
-        .find(|code| text.contains(code));
+        .find(|code| text.contains(code))
+        // Of a refused SELECT the client keeps the words alone.
+        .or_else(|| text.contains("has no permissions").then_some("NOPERM"));
     let class = hidden.map_or(class, |code| class_of(code, None));
     if text.contains("invalid peer certificate") {
         // It does not mend itself, so it is told as a refused login is.

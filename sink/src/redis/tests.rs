@@ -416,6 +416,17 @@ fn a_replica_is_waited_for_and_an_eviction_policy_is_told() {
     assert_eq!(require_master(&mut reader).unwrap_err().class(), Class::Retry);
 }
 
+/// The story: it was told as an internal error, and a sink whose user lost the right ended instead of waiting for it.
+#[test]
+fn a_login_that_may_not_select_its_database_is_told_which_rights_it_needs() {
+    let Some(server) = Server::start() else { return };
+    get(&mut server.connect(), &["ACL", "SETUSER", "default", "-select"]);
+    let error = Connection::connect(&server.url_with("?db=1")).unwrap_err();
+    assert_eq!((error.class(), error.exit_code()), (Class::Access, 4), "{error}");
+    let next = error.next_command().unwrap_or_default();
+    assert!(next.contains("ACL SETUSER"), "{next}");
+}
+
 /// The rights that an error names as the next command are all that a sink needs.
 #[test]
 fn the_rights_that_are_recommended_are_enough() {
