@@ -175,7 +175,7 @@ pub fn setting(connection: &mut Connection, name: &str) -> Result<Option<String>
 }
 
 /// What RESP3 answers as a map, and RESP2 as an array of names and values; anything else is empty.
-pub(super) fn pairs(reply: Value) -> Vec<(Value, Value)> {
+pub(crate) fn pairs(reply: Value) -> Vec<(Value, Value)> {
     match reply {
         Value::Map(pairs) => pairs,
         Value::Array(items) => {

@@ -18,6 +18,7 @@ pub use claim::{Claim, Identity, Stored, begin_first, read_stored};
 pub use clients::{Other, other_cluster, require_own};
 #[cfg(test)]
 pub(crate) use connection::Wire;
+pub(crate) use connection::pairs;
 pub use connection::{Answers, Connection, setting, value_limit};
 pub use error::{class_of, reply_error, rights_command, unreadable};
 pub(crate) use prefixes::Prefixes;

@@ -49,10 +49,12 @@ pub(super) fn judge_role(told: Value) -> Result<(), Error> {
 
 /// What names this process among all servers that are or were at its address. None where the login may not ask.
 pub fn run_id(connection: &mut Connection) -> Result<Option<String>, Error> {
-    let Value::BulkString(text) = connection.ask(&[b"INFO", b"server"])? else {
-        return Ok(None);
+    let text = match connection.ask(&[b"INFO", b"server"])? {
+        Value::BulkString(text) => String::from_utf8_lossy(&text).into_owned(),
+        // What RESP3 calls a text.
+        Value::VerbatimString { text, .. } => text,
+        _ => return Ok(None),
     };
-    let text = String::from_utf8_lossy(&text);
     let mut lines = text.lines();
     Ok(lines.find_map(|line| line.strip_prefix("run_id:").map(str::to_owned)))
 }

@@ -394,6 +394,7 @@ fn everything_is_the_same_in_resp3() {
     assert!(error.to_string().contains("broke"), "{error}");
     assert!(new.apply(set(3, "a"), None, &|| false).unwrap().is_some());
     new.check().unwrap();
+    assert!(run_id(&mut reader).unwrap().is_some());
     let mut scan = Scan::of_prefix(b"a");
     assert_eq!(scan.page(&mut reader).unwrap(), Some(vec![b"a".to_vec()]));
     let stored = read_stored(&mut reader, &keys()).unwrap().progress.unwrap();

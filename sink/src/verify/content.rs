@@ -9,7 +9,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::Finding;
 use crate::error::Error;
 use crate::plan::Mapping;
-use crate::redis::{reply_error, unreadable};
+use crate::redis::{pairs, reply_error, unreadable};
 
 /// What a key holds or should hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,18 +104,18 @@ impl Shape {
         match reply {
             Value::Nil => return Ok(Content::Absent),
             Value::BulkString(text) => print.part(&text),
-            Value::Array(items) if items.is_empty() => return Ok(Content::Absent),
-            Value::Array(items) => {
-                let mut pairs = Vec::with_capacity(items.len() / 2);
-                let mut items = items.into_iter();
-                while let (Some(name), Some(value)) = (items.next(), items.next()) {
-                    let (Value::BulkString(name), Value::BulkString(value)) = (name, value) else {
-                        return Err(unreadable());
-                    };
-                    pairs.push((name, value));
+            Value::Array(_) | Value::Map(_) => {
+                let bytes = |pair| match pair {
+                    (Value::BulkString(name), Value::BulkString(value)) => Ok((name, value)),
+                    _ => Err(unreadable()),
+                };
+                let fields: Result<Vec<_>, Error> = pairs(reply).into_iter().map(bytes).collect();
+                let mut fields = fields?;
+                if fields.is_empty() {
+                    return Ok(Content::Absent);
                 }
-                pairs.sort_unstable();
-                for (name, value) in &pairs {
+                fields.sort_unstable();
+                for (name, value) in &fields {
                     print.part(name);
                     print.part(value);
                 }
@@ -233,6 +233,17 @@ mod tests {
             string.expected(&mapping, &[Datum::Int(7), Datum::Null], &mut text),
             Content::Absent
         );
+    }
+
+    /// The story: with `?protocol=resp3` no table of hashes could be verified.
+    #[test]
+    fn a_hash_is_read_as_a_map_too() {
+        let (shape, _) = shape(ValueKind::Hash);
+        let found = |reply| shape.found(reply, Value::Int(-1)).unwrap();
+        let pairs = vec![(bulk("id"), bulk("7")), (bulk("a"), bulk("x"))];
+        let array = vec![bulk("id"), bulk("7"), bulk("a"), bulk("x")];
+        assert_eq!(found(Value::Map(pairs)), found(Value::Array(array)));
+        assert_eq!(found(Value::Map(Vec::new())), Content::Absent);
     }
 
     #[test]
