@@ -122,6 +122,30 @@ fn rows_larger_than_redis_takes_are_left_out_and_the_rest_flows() {
     assert!(log(&m).contains("a row is not mirrored"));
 }
 
+/// The story: Redis closed the connection over such a key, each time that it came, and nothing flowed any more.
+#[test]
+fn a_row_whose_key_is_longer_than_redis_takes_is_noted_and_the_rest_flows() {
+    let m = mirror(
+        "CREATE TABLE t (id int PRIMARY KEY, v text, n int); ALTER TABLE t REPLICA IDENTITY FULL; \
+         INSERT INTO t VALUES (1, 'v', 0), (2, repeat('x', 1048576), 0); SELECT walmirror.mirror('t', key => 't:{id}:{v}', columns => '{id,n}')",
+        &[],
+    );
+    filled(&m);
+    assert_eq!(notes(&m), 1);
+    m.sql("UPDATE t SET n = 1; INSERT INTO t VALUES (3, 'v', 0)");
+    m.sync();
+    assert_eq!(notes(&m), 2);
+    m.sql("UPDATE t SET v = repeat('y', 1048576) WHERE id = 1; DELETE FROM t WHERE id = 2");
+    m.sync();
+    assert_eq!(notes(&m), 3);
+    assert_eq!(m.redis.keys(), ["t:3:v"]);
+    let (code, output) = walmirror(&m, "verify");
+    assert_eq!(code, 0, "{output}");
+    m.sql("UPDATE t SET v = 'w' WHERE id = 1");
+    m.settle();
+    assert_eq!(m.redis.keys(), ["t:1:w", "t:3:v"]);
+}
+
 /// It would overwrite what the sink knows of itself, and no sink could go on.
 #[test]
 fn a_row_with_a_bookkeeping_key_is_noted_and_the_rest_flows() {

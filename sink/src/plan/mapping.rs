@@ -1,7 +1,7 @@
 //! A relation's definition, worked out once so that a row costs only its values: which columns make the key, what the
 //! fields of the hash are called on the wire, in which order the members of the JSON object stand.
 
-use walmirror_proto::key::KeyTemplate;
+use walmirror_proto::key::{KeyError, KeyTemplate};
 use walmirror_proto::pb::{Encoding, Mode, OnWrite, Relation, ValueKind};
 use walmirror_proto::row::{Datum, TupleRef, WireError, encodings};
 use walmirror_proto::value::JsonShape;
@@ -97,6 +97,8 @@ pub enum Keyed {
     Reserved,
     /// No: what is rendered is a key of the table with this oid, whose template is more specific.
     Claimed(u32),
+    /// No: Redis takes no key that long. Of what is rendered there may be nothing.
+    TooLong,
 }
 
 /// A column of the value.
@@ -231,13 +233,14 @@ impl Mapping {
                 datum.write_text(out);
             }
         };
-        self.template
-            .render(value, out)
-            .map_err(|error| MappingError::Template {
+        match self.template.render(value, out) {
+            Ok(()) => Ok(self.keyed(out)),
+            Err(KeyError::TooLong(_)) => Ok(Keyed::TooLong),
+            Err(error) => Err(MappingError::Template {
                 table: self.table.clone(),
                 reason: error.to_string(),
-            })?;
-        Ok(self.keyed(out))
+            }),
+        }
     }
 
     /// Whether a row may have this key, which the template made.

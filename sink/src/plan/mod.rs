@@ -65,6 +65,8 @@ pub enum Planned {
     Claimed(u32),
     /// Redis takes no value as large as one of the row's; the key is removed.
     TooLarge,
+    /// Redis takes no key as long as the row's, so it is not written; a key that it had before is removed.
+    KeyTooLong,
 }
 
 /// One change of the stream.
@@ -145,11 +147,13 @@ impl Planner {
         let row = mapping.datums(&change.tuple).map_err(broken)?;
         let has_old_key = match &change.old_key {
             Some(tuple) => {
-                mapping.key(&mapping.datums(tuple).map_err(broken)?, &mut self.old_key)? == Keyed::Yes
+                let old_row = mapping.datums(tuple).map_err(broken)?;
+                let keyed = mapping.key(&old_row, &mut self.old_key)?;
+                self.limited(keyed, &self.old_key) == Keyed::Yes
             }
             None => false,
         };
-        let keyed = mapping.key(&row, &mut self.key)?;
+        let keyed = self.read_key(mapping, &row)?;
         let has_key = keyed == Keyed::Yes;
         let old_hash = gate.hash(&self.old_key);
         let moved = has_old_key && (!has_key || self.old_key != self.key);
@@ -166,6 +170,7 @@ impl Planner {
             return Ok(match keyed {
                 Keyed::Reserved if !removes => Planned::Reserved,
                 Keyed::Claimed(by) if !removes => Planned::Claimed(by),
+                Keyed::TooLong if !removes => Planned::KeyTooLong,
                 _ => Planned::NoKey,
             });
         }
@@ -198,9 +203,19 @@ impl Planner {
         Ok(Planned::Done)
     }
 
-    /// Renders the key of a row that SQL read.
+    /// Renders the key of a row.
     pub fn read_key(&mut self, mapping: &Mapping, row: &[Datum<'_>]) -> Result<Keyed, PlanError> {
-        Ok(mapping.key(row, &mut self.key)?)
+        let keyed = mapping.key(row, &mut self.key)?;
+        Ok(self.limited(keyed, &self.key))
+    }
+
+    /// A key has the limit of a value: Redis would refuse it, and close the connection.
+    fn limited(&self, keyed: Keyed, key: &[u8]) -> Keyed {
+        if keyed == Keyed::Yes && key.len() > self.value_bytes {
+            Keyed::TooLong
+        } else {
+            keyed
+        }
     }
 
     /// Plans a row that SQL read and the gate has admitted, after [`Self::read_key`] has rendered its key: the row

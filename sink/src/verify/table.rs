@@ -15,7 +15,7 @@ use crate::backfill::lookup::Lookup;
 use crate::backfill::sql::Sql;
 use crate::error::Error;
 use crate::plan::{Keyed, Mapping, Purge, RedisKeys};
-use crate::redis::{Connection, read_stored};
+use crate::redis::{Connection, read_stored, value_limit};
 use crate::shell::word;
 
 /// One of them.
@@ -29,6 +29,8 @@ pub(super) struct Table {
     pub(super) own: Purge,
     pub(super) tally: Tally,
     shape: Shape,
+    /// Redis takes no longer key.
+    key_bytes: usize,
 }
 
 impl Table {
@@ -69,9 +71,11 @@ impl Table {
             .filter_map(|(oid, relation)| Some((*oid, KeyTemplate::parse(&relation.key).ok()?)))
             .collect();
         let mut tables = Vec::new();
+        let key_bytes = value_limit(redis)?;
         for (oid, relation) in &relations {
             let others = templates.iter().filter(|(other, _)| *other != oid);
-            tables.extend(Self::new(sql, relation, others.map(|(_, template)| template))?);
+            let others = others.map(|(_, template)| template);
+            tables.extend(Self::new(sql, relation, others, key_bytes)?);
         }
         Ok(tables)
     }
@@ -80,6 +84,7 @@ impl Table {
         sql: &mut Sql,
         relation: &pb::Relation,
         others: impl Iterator<Item = &'t KeyTemplate>,
+        key_bytes: usize,
     ) -> Result<Option<Self>, Error> {
         let mapping = Mapping::new(relation).map_err(|error| Error::bug(error.to_string()))?;
         let Some(lookup) = Lookup::new(sql, &mapping)? else {
@@ -100,6 +105,7 @@ impl Table {
             lookup,
             mapping,
             tally,
+            key_bytes,
         }))
     }
 
@@ -135,7 +141,8 @@ impl Table {
             .mapping
             .key(&row, &mut key)
             .map_err(|error| unreadable(error.to_string()))?;
-        if keyed != Keyed::Yes {
+        // Redis would close the connection over a key that is too long.
+        if keyed != Keyed::Yes || key.len() > self.key_bytes {
             return Ok(None);
         }
         // A row that cannot be encoded has no key in Redis.

@@ -216,6 +216,7 @@ impl Planning {
                 return Ok(true);
             }
             Keyed::Reserved => return self.reject_reserved(mapping.table.clone()).map(|()| true),
+            Keyed::TooLong => return self.reject_long_key(mapping.table.clone()).map(|()| true),
             // Where it was noted, the note is that one's business.
             Keyed::Claimed(by) => {
                 return self.reject_claimed(mapping.table.clone(), by).map(|()| true);

@@ -164,6 +164,10 @@ impl Planning {
                 let table = definition.mapping.table.clone();
                 self.reject_reserved(table)
             }
+            Ok(Planned::KeyTooLong) => {
+                let table = definition.mapping.table.clone();
+                self.reject_long_key(table)
+            }
             Ok(Planned::Claimed(by)) => {
                 let table = definition.mapping.table.clone();
                 self.reject_claimed(table, by)

@@ -9,6 +9,9 @@ use crate::error::Error;
 use crate::rejected::Rejected;
 use crate::request::Request;
 
+/// So much of a key that is too long is noted.
+const LONG_KEY_SHOWN: usize = 100;
+
 impl Planning {
     /// What the command line asked for. It is written in the EXEC whose progress passes the marker, so a crash loses no
     /// request; a repeated one does no harm.
@@ -64,6 +67,20 @@ impl Planning {
             ),
         };
         self.reject(rejected)
+    }
+
+    /// The row whose key was rendered last has one that is too long.
+    pub(super) fn reject_long_key(&mut self, table: String) -> Result<(), Error> {
+        let key = self.planner.key();
+        self.reject(Rejected {
+            key: key.get(..LONG_KEY_SHOWN).unwrap_or(key).to_vec(),
+            table,
+            lsn: self.lsn,
+            reason: format!(
+                "its key, which begins like that, is longer than the {} bytes that Redis takes (proto-max-bulk-len)",
+                self.limits.value_bytes
+            ),
+        })
     }
 
     /// The row whose key was rendered last would have a bookkeeping key.
@@ -148,6 +165,30 @@ mod tests {
                 ["HSET walmirror:{s}:progress lsn 0/50"]
             );
         }
+    }
+
+    /// The story: Redis closed the connection over it, each time anew, or the sink ended.
+    #[test]
+    fn a_row_whose_key_is_too_long_is_noted_and_the_rest_flows() {
+        let mut planning = planning(settled(), 1 << 20, 1 << 24);
+        planning.limits.value_bytes = 200;
+        planning.planner.limit_values(200);
+        let long = "x".repeat(199);
+        Frame::default()
+            .relation(relation(1, "t:{id}"))
+            .begin(100, 100)
+            .row(Kind::Insert, &long, Some("v"))
+            .row(Kind::Insert, "1", Some("v"))
+            .row(Kind::Delete, &long, None)
+            .commit(105)
+            .feed(&mut planning);
+        let lines = flushed(&mut planning);
+        let is_long = |line: &&String| line.contains(&long[..150]);
+        assert_eq!(lines.iter().find(is_long), None);
+        assert!(lines.contains(&"HSET t:1 id 1 v v".to_owned()), "{lines:?}");
+        let noted: Vec<_> = lines.iter().filter(|line| line.starts_with("XADD")).collect();
+        assert_eq!(noted.len(), 1, "{lines:?}");
+        assert!(noted[0].contains(" key t:xxx") && noted[0].contains("proto-max-bulk-len"));
     }
 
     #[test]
