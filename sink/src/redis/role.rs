@@ -49,20 +49,36 @@ pub(super) fn judge_role(told: Value) -> Result<(), Error> {
 
 /// What names this process among all servers that are or were at its address. None where the login may not ask.
 pub fn run_id(connection: &mut Connection) -> Result<Option<String>, Error> {
-    let text = match connection.ask(&[b"INFO", b"server"])? {
+    let text = info(connection, b"server")?;
+    Ok(line(&text, "run_id"))
+}
+
+/// A section of INFO; empty where the login may not ask.
+fn info(connection: &mut Connection, section: &[u8]) -> Result<String, Error> {
+    Ok(match connection.ask(&[b"INFO", section])? {
         Value::BulkString(text) => String::from_utf8_lossy(&text).into_owned(),
         // What RESP3 calls a text.
         Value::VerbatimString { text, .. } => text,
-        _ => return Ok(None),
-    };
-    let mut lines = text.lines();
-    Ok(lines.find_map(|line| line.strip_prefix("run_id:").map(str::to_owned)))
+        _ => String::new(),
+    })
 }
 
-/// The policy by which Redis removes keys when it is full, if it does. None also where the login may not ask.
+fn line(info: &str, name: &str) -> Option<String> {
+    let mut lines = info.lines();
+    lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::to_owned))
+}
+
+/// The policy by which Redis removes keys when it is full, if it does. None also where the login may not ask: neither INFO nor CONFIG,
+/// which who rents a Redis often may not.
 pub fn eviction(connection: &mut Connection) -> Result<Option<String>, Error> {
-    let limit = setting(connection, "maxmemory")?;
-    let policy = setting(connection, "maxmemory-policy")?;
+    let text = info(connection, b"memory")?;
+    let (limit, policy) = match (line(&text, "maxmemory"), line(&text, "maxmemory_policy")) {
+        (Some(limit), Some(policy)) => (Some(limit), Some(policy)),
+        _ => (
+            setting(connection, "maxmemory")?,
+            setting(connection, "maxmemory-policy")?,
+        ),
+    };
     Ok(match (limit, policy) {
         (Some(limit), Some(policy)) if evicts(&limit, &policy) => Some(policy),
         _ => None,

@@ -413,6 +413,16 @@ fn a_replica_is_waited_for_and_an_eviction_policy_is_told() {
     assert_eq!(eviction(&mut reader).unwrap(), None);
     get(&mut reader, &["CONFIG", "SET", "maxmemory", "1gb"]);
     assert_eq!(eviction(&mut reader).unwrap().as_deref(), Some("allkeys-lru"));
+    // Who rents a Redis may not ask for settings, and has it evict more often than others.
+    for refused in ["-config", "-info"] {
+        let right = if refused == "-info" { "+config" } else { "+info" };
+        get(&mut reader, &["ACL", "SETUSER", "default", refused, right]);
+        assert_eq!(
+            eviction(&mut reader).unwrap().as_deref(),
+            Some("allkeys-lru"),
+            "{refused}"
+        );
+    }
     get(&mut reader, &["REPLICAOF", "127.0.0.1", "1"]);
     assert_eq!(require_master(&mut reader).unwrap_err().class(), Class::Retry);
 }
