@@ -51,6 +51,45 @@ fn what_a_more_specific_table_leaves_is_the_other_tables_again() {
     assert_eq!(m.redis.keys(), ["x:b1", "x:c1"]);
 }
 
+/// A key that the other table had written goes when it is taken, whatever the table that takes it has, and whatever becomes of the row then.
+#[test]
+fn what_a_more_specific_table_takes_holds_no_row_of_the_other() {
+    let m = Mirror::with(
+        "CREATE TABLE wide (id text PRIMARY KEY, v text, doc text); ALTER TABLE wide ALTER doc SET STORAGE EXTERNAL; \
+         INSERT INTO wide VALUES ('a:1', 'w', repeat('x', 9000)), ('b', 'w', repeat('x', 9000)); \
+         CREATE TABLE narrow (id int PRIMARY KEY, v text); INSERT INTO narrow VALUES (2, 'n'); \
+         SELECT walmirror.mirror('wide', key => 'x:{id}')",
+    );
+    m.settle();
+    for (label, keys) in [
+        ("mirror('narrow', key => 'x:a:{id}')", &["x:a:2", "x:b"][..]),
+        ("cache('narrow', key => 'x:a:{id}')", &["x:b"]),
+        (
+            "mirror('narrow', key => 'x:a:{id}', value => 'json')",
+            &["x:a:2", "x:b"],
+        ),
+    ] {
+        assert_eq!(m.redis.keys(), ["x:a:1", "x:b"], "{label}");
+        m.sql(&format!(
+            "UPDATE wide SET v = 'before'; SELECT walmirror.{label}; UPDATE wide SET v = 'after'"
+        ));
+        wait_for(DEADLINE, "what was taken", || {
+            (m.redis.keys() == keys).then_some(())
+        });
+        // The large column is left alone, and the row moves away and back.
+        m.sql("UPDATE wide SET id = 'c' WHERE id = 'a:1'; UPDATE wide SET v = 'c' WHERE id = 'c'");
+        m.settle();
+        m.sql("UPDATE wide SET id = 'a:1' WHERE id = 'c'; UPDATE wide SET v = 'again'; UPDATE narrow SET v = v || 'n'");
+        m.sync();
+        assert_eq!(m.redis.keys(), keys, "{label}");
+        m.sql("BEGIN; TRUNCATE wide; INSERT INTO wide VALUES ('a:1', 'w', repeat('y', 9000)), ('b', 'w', repeat('y', 9000)); COMMIT");
+        m.sync();
+        assert_eq!(m.redis.keys(), keys, "{label}");
+        m.sql("SELECT walmirror.unmirror('narrow')");
+        m.settle();
+    }
+}
+
 /// The story: keys that a cache was told to leave behind were its own again when it got their template back, and as old as they were.
 #[test]
 fn kept_keys_are_not_taken_for_those_of_a_cache() {
