@@ -215,8 +215,9 @@ impl Scenario {
         self.reach_lsn_within(target, RECOVERY);
     }
 
+    /// [`Scenario::reach_lsn`] with another time.
     #[track_caller]
-    fn reach_lsn_within(&self, target: Lsn, time: Duration) {
+    pub fn reach_lsn_within(&self, target: Lsn, time: Duration) {
         wait_for(time, format!("progress to reach {target}"), || {
             self.m.sink(Sink::assert_running);
             self.watch.assert_holds();
