@@ -1,5 +1,6 @@
 //! A private Redis server.
 
+use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -203,6 +204,18 @@ impl Redis {
             .arg(key)
             .query(&mut self.connect())
             .unwrap_or_else(|e| panic!("{key}: {e}"))
+    }
+
+    /// All there is, the mirror's own keys too, byte for byte. A key that expires meanwhile is left out.
+    pub fn dump(&self) -> BTreeMap<Vec<u8>, Vec<u8>> {
+        let mut redis = self.connect();
+        let keys: Vec<Vec<u8>> = redis::cmd("KEYS").arg("*").query(&mut redis).unwrap();
+        keys.into_iter()
+            .filter_map(|key| {
+                let dump: Option<Vec<u8>> = redis::cmd("DUMP").arg(&key).query(&mut redis).unwrap();
+                dump.map(|dump| (key, dump))
+            })
+            .collect()
     }
 
     /// All keys but the mirror's own, sorted.

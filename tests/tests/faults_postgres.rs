@@ -193,7 +193,7 @@ fn another_cluster_takes_its_place() {
 #[test]
 fn another_cluster_takes_its_place_and_no_resync_is_allowed() {
     let (m, _link) = another_cluster(&["--on-gap", "fail"]);
-    let before = m.redis.keys().len();
+    let before = m.redis.dump();
     let status = m.sink(|sink| sink.wait(DEADLINE));
     let log = m.sink(|sink| sink.output());
     assert_eq!(status.code(), Some(6), "{log}");
@@ -201,7 +201,12 @@ fn another_cluster_takes_its_place_and_no_resync_is_allowed() {
         log.contains(ANOTHER_CLUSTER) && log.contains("--on-gap resync"),
         "{log}"
     );
-    assert_eq!(m.redis.keys().len(), before, "nothing is touched");
+    assert!(m.redis.dump() == before, "Redis was touched");
+    assert_eq!(
+        m.db.value("SELECT count(*) FROM pg_replication_slots"),
+        "0",
+        "a slot was made"
+    );
 }
 
 /// Nobody reads for so long that Postgres drops the WAL: its disk is worth more than a resync.
