@@ -256,15 +256,39 @@ impl Scenario {
         });
     }
 
+    /// For ten seconds from now on whatever fails is tried again, and not more often than its pauses say: 100 ms, and each twice as long.
+    /// Nor does the sink spend its time otherwise. `link` is the one that attempts come through.
+    #[track_caller]
+    pub fn tries_seldom(&self, link: &Proxy) {
+        let (seen, accepted, since) = (self.log().len(), link.accepted(), Instant::now());
+        let spent = self.m.sink(|sink| sink.processor_time());
+        wait_for(DEADLINE, "ten seconds of refusing", || {
+            self.m.sink(Sink::assert_running);
+            (since.elapsed() > Duration::from_secs(10)).then_some(())
+        });
+        let attempts = self.log()[seen..].matches("next_attempt_in").count();
+        let accepted = link.accepted() - accepted;
+        let spent = self.m.sink(|sink| sink.processor_time()) - spent;
+        println!("{attempts} attempts, {accepted} connections, {spent:?} of processor time in ten seconds");
+        // Seven of the shortest pauses are 8.5 s. libpq tries once with TLS and once without, and the admin server looks for itself.
+        assert!(
+            (1..=9).contains(&attempts),
+            "{attempts} attempts:\n{}",
+            self.log()
+        );
+        assert!(accepted <= 30, "{accepted} connections");
+        assert!(spent < Duration::from_secs(2), "{spent:?} of processor time");
+    }
+
     /// What the sink's admin server answers, head and all; None where it does not.
-    fn get(&self, path: &str) -> Option<String> {
+    pub fn get(&self, path: &str) -> Option<String> {
         let mut stream = TcpStream::connect(("127.0.0.1", self.admin)).ok()?;
         stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
         let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).ok()?;
         let mut answer = String::new();
         let _ = stream.read_to_string(&mut answer);
-        Some(answer)
+        Some(answer).filter(|answer| !answer.is_empty())
     }
 
     /// Waits for a line of the sink's log that is new since `seen` bytes of it.

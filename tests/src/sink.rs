@@ -108,6 +108,11 @@ impl Sink {
         self.process.memory()
     }
 
+    /// The time that all its threads have spent so far.
+    pub fn processor_time(&self) -> Duration {
+        self.process.processor_time()
+    }
+
     /// How many files and sockets it has open.
     pub fn open_files(&self) -> usize {
         self.process.open_files()

@@ -2,19 +2,20 @@
 //! for Prometheus. One thread answers, another looks at the servers now and then; neither is waited for. Without `--admin` the second
 //! is there all the same, less often: the log warns of what the slot keeps.
 
+mod http;
 mod metrics;
 mod sample;
 
-use std::net::SocketAddr;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tiny_http::{Header, Method, Request, Response, Server};
-
 use crate::config::RunConfig;
 use crate::error::Error;
 use crate::run::Health;
+use http::Answer;
 use sample::Sampler;
 
 /// How often the threads look whether they should end.
@@ -54,17 +55,14 @@ impl Admin {
         health: &Arc<Health>,
         sampler: &Arc<Sampler>,
     ) -> Result<(), Error> {
-        let server = Server::http(address)
-            .map_err(|error| Error::config(format!("cannot listen on --admin {address}: {error}")))?;
-        tracing::info!(address = %server.server_addr(), "the admin server listens");
+        let cannot = |error: io::Error| Error::config(format!("cannot listen on --admin {address}: {error}"));
+        let listener = TcpListener::bind(address).map_err(cannot)?;
+        // Whoever is gone before he is taken is not waited for.
+        listener.set_nonblocking(true).map_err(cannot)?;
+        tracing::info!(address = %listener.local_addr().map_err(cannot)?, "the admin server listens");
         let (health, samples, stopped) = (Arc::clone(health), Arc::clone(sampler), Arc::clone(&self.stopped));
-        self.spawn("admin", move || {
-            while !stopped.load(Ordering::Acquire) {
-                if let Ok(Some(request)) = server.recv_timeout(TICK) {
-                    answer(request, &health, &samples);
-                }
-            }
-        })
+        let page: Arc<http::Page> = Arc::new(move |path| answer(path, &health, &samples));
+        self.spawn("admin", move || http::serve(&listener, &stopped, &page))
     }
 
     fn spawn(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
@@ -82,30 +80,23 @@ impl Drop for Admin {
     }
 }
 
-fn answer(request: Request, health: &Health, sampler: &Sampler) {
-    let path = request.url().split('?').next().unwrap_or_default();
-    let (status, text) = match (request.method(), path) {
-        (Method::Get | Method::Head, "/healthz") => (200, "alive\n".to_owned()),
-        (Method::Get | Method::Head, "/readyz") => match health.ready() {
+fn answer(path: Option<&str>, health: &Health, sampler: &Sampler) -> Answer {
+    let mut kind = "text/plain; charset=utf-8";
+    let (status, text) = match path {
+        Some("/healthz") => (200, "alive\n".to_owned()),
+        Some("/readyz") => match health.ready() {
             Ok(()) => (200, "ready\n".to_owned()),
             Err(why) => (503, format!("not ready: {why}\n")),
         },
-        (Method::Get | Method::Head, "/metrics") => match metrics::text(health, sampler.last()) {
-            Ok(text) => (200, text),
+        Some("/metrics") => match metrics::text(health, sampler.last()) {
+            Ok(text) => {
+                kind = metrics::CONTENT_TYPE;
+                (200, text)
+            }
             Err(error) => (500, format!("{error}\n")),
         },
-        (Method::Get | Method::Head, _) => (404, "/healthz, /readyz, /metrics\n".to_owned()),
-        _ => (405, "GET only\n".to_owned()),
+        Some(_) => (404, "/healthz, /readyz, /metrics\n".to_owned()),
+        None => (405, "GET only\n".to_owned()),
     };
-    let kind = if path == "/metrics" && status == 200 {
-        metrics::CONTENT_TYPE
-    } else {
-        "text/plain; charset=utf-8"
-    };
-    let mut response = Response::from_string(text).with_status_code(status);
-    if let Ok(header) = Header::from_bytes("Content-Type", kind) {
-        response = response.with_header(header);
-    }
-    // Whoever asked may be gone.
-    let _ = request.respond(response);
+    Answer { status, kind, text }
 }
