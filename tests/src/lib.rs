@@ -38,7 +38,7 @@ pub use http::{figure, free_address, get};
 pub use load::Load;
 pub use logs::{POSTGRES_AWAY, REDIS_AWAY, unexpected};
 pub use mirror::Mirror;
-pub use pg::Pg;
+pub use pg::{Frozen, Pg};
 pub use process::{Dir, Process, Signal, remove_dirs};
 pub use proxy::{Mode, Proxy, Trap, Way};
 pub use redis_server::{Redis, free_port};

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use postgres::config::TargetSessionAttrs;
 use postgres::{Client, NoTls};
+use rustix::process::{Pid, kill_process};
 
 use crate::{DEADLINE, Dir, Process, Signal, wait_for};
 
@@ -194,6 +195,29 @@ impl Pg {
         );
         fs::remove_dir_all(self.data()).unwrap();
         fs::rename(with, self.data()).unwrap();
+    }
+
+    /// Stops all processes of the server, until what this returns is dropped.
+    pub fn freeze(&self) -> Frozen {
+        let postmaster = self.pid();
+        let mut frozen = Frozen(Vec::new());
+        // First the one that makes others.
+        frozen.stop(postmaster);
+        for process in fs::read_dir("/proc").unwrap().flatten() {
+            let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            // Behind the name, which may have anything in it: the state, and the parent.
+            let stat = fs::read_to_string(process.path().join("stat")).unwrap_or_default();
+            let parent = stat
+                .rsplit(')')
+                .next()
+                .and_then(|rest| rest.split_whitespace().nth(1));
+            if parent.is_some_and(|parent| parent == postmaster.to_string()) {
+                frozen.stop(pid);
+            }
+        }
+        frozen
     }
 
     /// Makes the server read its configuration again.
@@ -413,6 +437,27 @@ impl Pg {
     /// Where its programs are.
     pub fn bin(&self) -> &Path {
         &self.bin
+    }
+}
+
+/// Processes that are stopped, and go on when it is dropped.
+pub struct Frozen(Vec<Pid>);
+
+impl Frozen {
+    fn stop(&mut self, pid: u32) {
+        let pid = Pid::from_raw(pid as i32).unwrap();
+        // One that has ended by itself is no matter.
+        if kill_process(pid, Signal::STOP).is_ok() {
+            self.0.push(pid);
+        }
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        for pid in self.0.drain(..) {
+            let _ = kill_process(pid, Signal::CONT);
+        }
     }
 }
 

@@ -18,11 +18,15 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 use walmirror_tests::{
-    DEADLINE, Dir, Mirror, POSTGRES_AWAY, Pg, Proxy, Raise, Scenario, Setup, Signal, Sink, Tmpfs, skipped,
-    wait_for,
+    DEADLINE, Dir, Mirror, POSTGRES_AWAY, Pg, Proxy, Raise, SOON_AFTER_SILENCE, Scenario, Setup, Signal,
+    Sink, Tmpfs, skipped, wait_for,
 };
 
-/// What the sink may say while Postgres is away.
+/// How long an attempt to connect lasts where nobody answers.
+const CONNECTING: Duration = Duration::from_secs(10);
+/// What a busy machine may add to the time after which a silence is noticed.
+const BUSY: Duration = Duration::from_secs(8);
+
 #[test]
 fn the_walsender_is_terminated_under_load() {
     let mut s = Scenario::start("the_walsender_is_terminated_under_load", Setup::default());
@@ -56,6 +60,36 @@ fn the_walsender_is_frozen() {
     s.said("is active for PID", 0);
     rustix::process::kill_process(walsender, Signal::CONT).unwrap();
     s.recovers();
+    s.finish(&[&POSTGRES_AWAY[..], &["the server is silent"]].concat());
+}
+
+/// The whole server stands still, as on a machine that swaps or is being moved, with its listener: connections are taken, and nobody
+/// answers. The session is given up, and so is each attempt after it.
+#[test]
+fn all_of_postgres_is_frozen() {
+    let s = Scenario::start("all_of_postgres_is_frozen", Setup::alone(""));
+    let silence = Duration::from_secs(3);
+    s.silence("3s");
+    for _ in 0..2 {
+        let seen = s.log().len();
+        let frozen = s.m.db.pg.freeze();
+        let since = Instant::now();
+        s.is_ready(false);
+        s.said("the server is silent", seen);
+        // A worker may just be connecting, which it gives up by itself.
+        assert!(
+            since.elapsed() < silence + CONNECTING + BUSY,
+            "{:?}",
+            since.elapsed()
+        );
+        wait_for(DEADLINE, "attempts", || {
+            (since.elapsed() > Duration::from_secs(30)).then_some(())
+        });
+        let attempts = s.log()[seen..].matches("no answer from").count();
+        assert!((1..=4).contains(&attempts), "{attempts} attempts: {}", s.log());
+        drop(frozen);
+        s.recovers_within(SOON_AFTER_SILENCE);
+    }
     s.finish(&[&POSTGRES_AWAY[..], &["the server is silent"]].concat());
 }
 
@@ -375,6 +409,7 @@ fn nobody_is_let_in() {
         let seen = s.log().len();
         harm();
         s.pg_link.cut();
+        s.tries_seldom(&s.pg_link);
         if said.starts_with("too many connections") {
             s.said(said, seen);
         } else {
