@@ -1,6 +1,6 @@
 //! The admin server of `run --admin`: `/healthz` (the process lives), `/readyz` (Redis is what Postgres says) and `/metrics`
-//! for Prometheus. One thread answers, another looks at the servers now and then; neither is waited for. Without `--admin` the second
-//! is there all the same, less often: the log warns of what the slot keeps.
+//! for Prometheus. One thread answers, two others look at Postgres and at Redis now and then; none is waited for. Without `--admin` the one
+//! for Postgres is there all the same, less often: the log warns of what the slot keeps.
 
 mod http;
 mod metrics;
@@ -39,13 +39,11 @@ impl Admin {
         if let Some(address) = config.admin {
             admin.listen(address, health, &sampler)?;
         }
-        let stopped = Arc::clone(&admin.stopped);
-        admin.spawn("admin samples", move || {
-            while !stopped.load(Ordering::Acquire) {
-                sampler.look(&stopped);
-                std::thread::sleep(TICK);
-            }
-        })?;
+        let looks = Arc::clone(&sampler);
+        admin.repeat("admin samples", move || looks.look_at_postgres())?;
+        if config.admin.is_some() {
+            admin.repeat("admin pending", move || sampler.look_at_redis())?;
+        }
         Ok(admin)
     }
 
@@ -63,6 +61,17 @@ impl Admin {
         let (health, samples, stopped) = (Arc::clone(health), Arc::clone(sampler), Arc::clone(&self.stopped));
         let page: Arc<http::Page> = Arc::new(move |path| answer(path, &health, &samples));
         self.spawn("admin", move || http::serve(&listener, &stopped, &page))
+    }
+
+    /// Does it again and again until the end.
+    fn repeat(&mut self, name: &str, work: impl Fn() + Send + 'static) -> Result<(), Error> {
+        let stopped = Arc::clone(&self.stopped);
+        self.spawn(name, move || {
+            while !stopped.load(Ordering::Acquire) {
+                work();
+                std::thread::sleep(TICK);
+            }
+        })
     }
 
     fn spawn(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Error> {

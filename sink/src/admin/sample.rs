@@ -1,8 +1,7 @@
 //! What only the servers know: where the WAL ends, how much of it the slot keeps, and how many keys Redis has noted. Looked at every few seconds
 //! on connections of its own, so that a scrape never waits. Where nobody scrapes, only what the log warns of is looked at, and less often.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use redis::Value;
@@ -32,12 +31,41 @@ pub(super) struct Sample {
     pub(super) pending: Option<u64>,
 }
 
+/// When one of the two was looked at, and what was seen.
+#[derive(Debug)]
+struct Looked<T>(Mutex<(Option<Instant>, Option<T>)>);
+
+impl<T> Default for Looked<T> {
+    fn default() -> Self {
+        Self(Mutex::new((None, None)))
+    }
+}
+
+impl<T: Clone> Looked<T> {
+    fn lock(&self) -> MutexGuard<'_, (Option<Instant>, Option<T>)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_due(&self, every: Duration) -> bool {
+        self.lock().0.is_none_or(|at| at.elapsed() >= every)
+    }
+
+    fn set(&self, seen: Option<T>) {
+        *self.lock() = (Some(Instant::now()), seen);
+    }
+
+    fn last(&self) -> Option<T> {
+        self.lock().1.clone()
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Sampler {
     config: RunConfig,
     keys: RedisKeys,
     health: Arc<Health>,
-    last: Mutex<(Option<Instant>, Sample)>,
+    retained: Looked<Retained>,
+    pending: Looked<u64>,
     warned: Mutex<Option<Instant>>,
 }
 
@@ -49,38 +77,39 @@ impl Sampler {
             health: Arc::clone(health),
             config: config.clone(),
             keys: RedisKeys::new(config.slot.as_str()),
-            last: Mutex::new((looked, Sample::default())),
+            retained: Looked(Mutex::new((looked, None))),
+            pending: Looked::default(),
             warned: Mutex::default(),
         }
     }
 
     pub(super) fn last(&self) -> Sample {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner).1.clone()
+        Sample {
+            retained: self.retained.last(),
+            pending: self.pending.last(),
+        }
     }
 
-    /// Looks, if it is time to.
-    pub(super) fn look(&self, stopped: &AtomicBool) {
-        let is_due = {
-            let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-            last.0.is_none_or(|at| at.elapsed() >= self.every())
-        };
-        if !is_due {
+    /// Looks at Postgres, if it is time to.
+    pub(super) fn look_at_postgres(&self) {
+        if !self.retained.is_due(self.every()) {
             return;
         }
-        let retained = self.retained().unwrap_or_else(|error| {
+        let retained = self.ask_postgres().unwrap_or_else(|error| {
             tracing::debug!("what the slot keeps could not be looked at: {error}");
             None
         });
         if let Some(retained) = &retained {
             self.warn(retained);
         }
-        let pending = if self.config.admin.is_none() || stopped.load(Ordering::Acquire) {
-            None
-        } else {
-            self.pending().ok()
-        };
-        let sample = Sample { retained, pending };
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = (Some(Instant::now()), sample);
+        self.retained.set(retained);
+    }
+
+    /// Looks at Redis, if it is time to. A thread of its own does it: a Redis that is silent keeps it for long.
+    pub(super) fn look_at_redis(&self) {
+        if self.pending.is_due(self.every()) {
+            self.pending.set(self.ask_redis().ok());
+        }
     }
 
     fn every(&self) -> Duration {
@@ -90,7 +119,7 @@ impl Sampler {
         }
     }
 
-    fn retained(&self) -> Result<Option<Retained>, Error> {
+    fn ask_postgres(&self) -> Result<Option<Retained>, Error> {
         let extra = [("fallback_application_name", "walmirror admin")];
         let mut connection = pq::Connection::connect(self.config.postgres.expose(), &extra)
             .map_err(|error| Error::postgres("cannot connect to Postgres", error))?;
@@ -101,7 +130,7 @@ impl Sampler {
         retained(&mut connection, self.config.slot.as_str())
     }
 
-    fn pending(&self) -> Result<u64, Error> {
+    fn ask_redis(&self) -> Result<u64, Error> {
         let mut connection = Connection::connect(&self.config.redis)?;
         match connection.call("count the pending keys", &[b"HLEN", &self.keys.pending])? {
             Value::Int(count) => Ok(u64::try_from(count).unwrap_or(0)),
