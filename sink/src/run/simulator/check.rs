@@ -141,7 +141,7 @@ fn check_table(
                 "at {lsn}, table {}",
                 if is_done { "complete" } else { "being filled" }
             );
-            return Err(differs(&place, &key, found, wanted.as_ref()));
+            return Err(format!("{} (I10)", differs(&place, &key, found, wanted.as_ref())));
         }
     }
     Ok(())

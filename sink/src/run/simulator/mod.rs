@@ -81,30 +81,48 @@ fn whatever_happens_redis_is_what_the_position_says() {
     );
 }
 
-/// The test of the test: a sink that lacks one of the things that keep it right is found out.
+/// The test of the test: a sink that lacks one of the things that keep it right is found out, and by the promise that this thing is there
+/// for. Some schedules show something else of it first, as that it never comes to an end: those are passed over.
 #[test]
 fn what_is_broken_on_purpose_is_found() {
-    for broken in [
-        Broken::ProgressBefore,
-        Broken::ConfirmAhead,
-        Broken::GateByLsn,
-        Broken::NoFence,
-        Broken::ForgetPosition,
-        Broken::NoMarker,
-        Broken::IgnoreGap,
-        Broken::AnyHistory,
-        Broken::ConfirmUnproved,
-        Broken::NoLandmark,
-        Broken::SweepAhead,
-        Broken::HalfKey,
-        Broken::KeepKeys,
-        Broken::NoHorizon,
+    const NOT_CONFIRMED_AHEAD: &str = "(I1)";
+    const IN_ONE_STEP: &str = "(I2)";
+    const NEVER_BACK: &str = "(I4)";
+    const NOT_OLDER: &str = "(I10)";
+    const AT_REST: &str = "at rest: ";
+    for (broken, promise) in [
+        (Broken::ProgressBefore, IN_ONE_STEP),
+        (Broken::ConfirmAhead, NOT_CONFIRMED_AHEAD),
+        (Broken::GateByLsn, NOT_OLDER),
+        (Broken::NoFence, NEVER_BACK),
+        (Broken::ForgetPosition, NEVER_BACK),
+        (Broken::NoMarker, NOT_OLDER),
+        (Broken::IgnoreGap, NOT_OLDER),
+        (Broken::AnyHistory, NOT_CONFIRMED_AHEAD),
+        (Broken::ConfirmUnproved, NOT_CONFIRMED_AHEAD),
+        (Broken::NoLandmark, NOT_OLDER),
+        (Broken::SweepAhead, AT_REST),
+        (Broken::HalfKey, NOT_OLDER),
+        (Broken::KeepKeys, AT_REST),
+        (Broken::NoHorizon, NOT_OLDER),
     ] {
-        // That one is rare. What is drawn at which seed changes with the model: then it is farther off, and takes longer.
-        let from = if broken == Broken::NoHorizon { 20_000 } else { 0 };
-        let found =
-            (from..60_000).find_map(|seed| World::new(seed, broken).run().err().map(|fault| (seed, fault)));
-        let (seed, fault) = found.unwrap_or_else(|| panic!("{broken:?} is not noticed"));
-        println!("{broken:?}: seed {seed}: {fault}");
+        // These are rare. What is drawn at which seed changes with the model: then it is farther off, and takes longer.
+        let from = match broken {
+            Broken::NoHorizon => 20_000,
+            Broken::IgnoreGap => 1_800,
+            _ => 0,
+        };
+        let mut others = Vec::new();
+        let found = (from..60_000).find_map(|seed| {
+            let fault = World::new(seed, broken).run().err()?;
+            if fault.contains(promise) {
+                return Some((seed, fault));
+            }
+            others.push(fault);
+            None
+        });
+        let (seed, fault) =
+            found.unwrap_or_else(|| panic!("{broken:?} is not noticed as {promise}: {others:#?}"));
+        println!("{broken:?}: seed {seed}, behind {} others: {fault}", others.len());
     }
 }

@@ -307,11 +307,9 @@ impl Redis {
     /// INVARIANT I2: rows change in a step that moves the position.
     fn check_step(&mut self) {
         let data = self.before.keys().find(|key| !key.starts_with(b"walmirror:{"));
-        if let Some(key) =
-            data.filter(|_| !self.before.contains_key(PROGRESS) && self.broken == Broken::Nothing)
-        {
+        if let Some(key) = data.filter(|_| !self.before.contains_key(PROGRESS)) {
             self.violation = Some(format!(
-                "{} changed without the progress",
+                "{} changed without the progress (I2)",
                 String::from_utf8_lossy(key)
             ));
         }

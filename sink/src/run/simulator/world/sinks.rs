@@ -144,10 +144,7 @@ impl World {
         }
         if let Some(slot) = &mut self.postgres.slot {
             // An emptied Redis has nothing to be safe, and the gap is seen by that the progress is gone.
-            if flushed > durable.max(slot.confirmed).max(self.was_durable)
-                && has_progress
-                && broken != Broken::ConfirmAhead
-            {
+            if flushed > durable.max(slot.confirmed).max(self.was_durable) && has_progress {
                 return Err(format!(
                     "{flushed} is confirmed, but only {durable} is durable (I1)"
                 ));
