@@ -105,6 +105,53 @@ fn a_failure_while_a_transaction_in_progress_comes() {
     fails(&db, &peek, &[&CALLBACKS[..], &others].concat());
 }
 
+/// Where the decoder is freed there is nobody to take an error, perhaps because another one is under way: a warning, and all goes on.
+#[test]
+fn a_failure_where_the_decoder_is_freed_is_a_warning() {
+    let db = with_slot(&["INSERT INTO t SELECT generate_series(1, 10)"]);
+    let postmaster = db.value("SELECT pg_postmaster_start_time()");
+    let whole = db.value(PEEK);
+    let warnings = || {
+        db.pg
+            .log()
+            .matches("the memory of the decoder could not be freed")
+            .count()
+    };
+    for free in [1 << 26, 1 << 27] {
+        for other in [0, 16, 32] {
+            let before = warnings();
+            let mut session = db.connect();
+            session
+                .batch_execute(&format!("SET walmirror.failpoint = {}", free | other))
+                .unwrap();
+            match session.query_one(PEEK, &[]) {
+                Ok(row) => assert_eq!((other, row.get::<_, i64>(0).to_string()), (0, whole.clone())),
+                Err(error) => {
+                    let message = error
+                        .as_db_error()
+                        .expect("the session goes on")
+                        .message()
+                        .to_owned();
+                    assert_eq!(message, format!("walmirror.failpoint {other}"));
+                }
+            }
+            session.batch_execute("SET walmirror.failpoint = 0").unwrap();
+            // What an ERROR leaves is freed once the client has been told.
+            assert_eq!(warnings(), before + 1, "{free} and {other}");
+            assert_eq!(
+                session.query_one(PEEK, &[]).unwrap().get::<_, i64>(0).to_string(),
+                whole
+            );
+        }
+    }
+    assert_eq!(
+        db.value("SELECT pg_postmaster_start_time()"),
+        postmaster,
+        "the server was restarted"
+    );
+    db.sql("SELECT pg_drop_replication_slot(current_database())");
+}
+
 /// In a backlog of small transactions the walsender decodes several WAL records a turn, so that is where the failures strike.
 #[test]
 fn a_failure_in_a_backlog_ends_one_walsender_and_nothing_is_lost() {

@@ -132,11 +132,19 @@ unsafe extern "C-unwind" fn startup(
     settings::failpoint(settings::Failpoint::Startup);
 }
 
+/// Runs where Postgres cleans up, perhaps after an ERROR: a second one would end the session at best. So whatever fails here is told, and
+/// what it leaves behind is not freed.
 unsafe extern "C-unwind" fn free_decoder(decoder: *mut c_void) {
     hold::stop();
-    // SAFETY: registered once, with the pointer that Box::into_raw gave; Postgres calls it once. Dropping the decoder
-    // touches no Postgres memory: its plans have no destructors that do.
-    drop(unsafe { Box::from_raw(decoder.cast::<Decoder>()) });
+    let freed = std::panic::catch_unwind(|| {
+        settings::failpoint(settings::Failpoint::Free);
+        // SAFETY: registered once, with the pointer that Box::into_raw gave; Postgres calls it once. Dropping the decoder
+        // touches no Postgres memory: its plans have no destructors that do.
+        drop(unsafe { Box::from_raw(decoder.cast::<Decoder>()) });
+    });
+    if freed.is_err() {
+        warning!("walmirror: the memory of the decoder could not be freed");
+    }
 }
 
 /// The options as given: a list of DefElem.

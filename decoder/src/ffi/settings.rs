@@ -170,6 +170,7 @@ pub enum Failpoint {
     Startup = 1 << 20,
     StreamStop = 1 << 22,
     FilterByOrigin = 1 << 24,
+    Free = 1 << 26,
 }
 
 /// Fails here if a test asked for it.
