@@ -7,7 +7,7 @@ mod metrics;
 mod sample;
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -54,13 +54,11 @@ impl Admin {
         sampler: &Arc<Sampler>,
     ) -> Result<(), Error> {
         let cannot = |error: io::Error| Error::config(format!("cannot listen on --admin {address}: {error}"));
-        let listener = TcpListener::bind(address).map_err(cannot)?;
-        // Whoever is gone before he is taken is not waited for.
-        listener.set_nonblocking(true).map_err(cannot)?;
+        let (runtime, listener) = http::listen(address).map_err(cannot)?;
         tracing::info!(address = %listener.local_addr().map_err(cannot)?, "the admin server listens");
         let (health, samples, stopped) = (Arc::clone(health), Arc::clone(sampler), Arc::clone(&self.stopped));
         let page: Arc<http::Page> = Arc::new(move |path| answer(path, &health, &samples));
-        self.spawn("admin", move || http::serve(&listener, &stopped, &page))
+        self.spawn("admin", move || http::serve(&runtime, &listener, &stopped, &page))
     }
 
     /// Does it again and again until the end.
