@@ -158,6 +158,18 @@ fn an_eviction_policy_is_said_at_the_start() {
     assert_eq!(log.matches("maxmemory-policy is allkeys-lru").count(), 1, "{log}");
 }
 
+/// Redis 6.0 and some proxies do not know HELLO. Nothing was said, and a replica that takes writes was written to.
+#[test]
+fn a_redis_that_does_not_say_what_it_is_is_told_of_once() {
+    let redis = Redis::start_with(&["--rename-command", "HELLO", ""]);
+    let m = Mirror::between(Db::create(Pg::shared()), redis);
+    m.sql(TABLE);
+    m.start();
+    m.settle();
+    let log = m.sink(|sink| sink.output());
+    assert_eq!(log.matches("does not know HELLO").count(), 1, "{log}");
+}
+
 /// A mirror whose slot cannot be made yet because a transaction is open, and that transaction. Nothing may be a gap.
 fn while_the_slot_is_made() -> (Mirror, postgres::Client) {
     let m = Mirror::new();

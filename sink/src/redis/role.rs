@@ -1,6 +1,8 @@
 //! What kind of Redis this is: a mirror needs a master that is no cluster, and that evicts nothing. Asked at the start of a session, before
 //! anything is made anywhere, and by `doctor`.
 
+use std::sync::Once;
+
 use redis::Value;
 
 use super::connection::{Connection, pairs, setting};
@@ -19,9 +21,21 @@ pub const REPLICA: (&str, &str) = (
 );
 
 /// Refuses a cluster, and has the sink wait for a replica to be promoted: what that holds may be on its way still. HELLO tells it, which
-/// every login may ask; a Redis that does not know it is taken to be a single master.
+/// every login may ask; a Redis that does not know it is taken to be a single master, and that is said once.
 pub fn require_master(connection: &mut Connection) -> Result<(), Error> {
-    judge_role(connection.ask(&[b"HELLO"])?)
+    static SAID: Once = Once::new();
+    let told = connection.ask(&[b"HELLO"])?;
+    let is_unknown =
+        |text: &str| text.contains("unknown command") || text.contains("wrong number of arguments");
+    if matches!(&told, Value::ServerError(reply) if reply.details().is_some_and(is_unknown)) {
+        SAID.call_once(|| {
+            tracing::warn!(
+                next = "walmirror doctor",
+                "Redis does not know HELLO, so whether it is a master is not known: it is older than 6.2, or something stands in between"
+            );
+        });
+    }
+    judge_role(told)
 }
 
 /// The same from the answer to HELLO. A replica may be told to take writes (`replica-read-only no`): what it says of itself is then all
