@@ -5,6 +5,7 @@ mod assembly;
 mod captures;
 mod chunks;
 mod history;
+mod labels;
 mod records;
 mod registry;
 mod replay;
