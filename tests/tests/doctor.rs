@@ -324,3 +324,17 @@ fn doctor_tells_of_a_slot_that_a_promotion_would_lose() {
     let told = doctor();
     assert!(told.contains(", failover slot\n"), "{told}");
 }
+
+/// The story: who wanted to know what holds up a mirror waited for the same lock, for as long as it was held.
+#[test]
+fn a_locked_table_holds_up_neither_doctor_nor_status() {
+    let mirror = Mirror::with(TABLE);
+    mirror.settle();
+    let mut holder = mirror.db.connect();
+    holder.batch_execute("BEGIN; LOCK TABLE t").unwrap();
+    for (command, told) in [("doctor", "the table public.t is locked"), ("status", "t:{id}")] {
+        let (code, output) = mirror.run(&[command]);
+        assert_eq!(code, Some(0), "{command}: {output}");
+        assert!(output.contains(told), "{output}");
+    }
+}

@@ -9,12 +9,13 @@ use walmirror_proto::Lsn;
 use super::args::BackfillArgs;
 use super::checks_redis::connect;
 use super::checks_tables::unreadable;
+use super::connect_postgres;
 use super::say;
 use crate::backfill::{Cursor, Stage};
 use crate::config::{Conninfo, Options, SlotName};
 use crate::error::Error;
 use crate::plan::RedisKeys;
-use crate::pq::{Connection, connect_failed};
+use crate::pq::Connection;
 use crate::progress::Progress;
 use crate::redis::{Connection as Redis, read_stored};
 use crate::replication::{SlotInfo, slot_info, slots_there};
@@ -45,7 +46,7 @@ pub fn run(options: &Options, args: &BackfillArgs) -> Result<(), Error> {
     let (conninfo, slot) = (options.postgres()?, options.slot());
     let keys = RedisKeys::new(slot.as_str());
     let mut redis = connect(&options.redis()?)?;
-    let mut sql = Connection::connect(conninfo.expose(), &[]).map_err(connect_failed)?;
+    let mut sql = connect_postgres(conninfo.expose())?;
     let Some(info) = slot_info(&mut sql, slot.as_str())? else {
         let others = slots_there(&mut sql);
         let what = format!("there is no slot {slot}, so no sink runs that could fill a table{others}");
@@ -115,7 +116,7 @@ impl Watch {
     /// A server that was restarted has another chance at the next look.
     fn is_active(&mut self) -> Result<bool, Error> {
         if !self.sql.is_ok() {
-            self.sql = Connection::connect(self.conninfo.expose(), &[]).map_err(connect_failed)?;
+            self.sql = connect_postgres(self.conninfo.expose())?;
         }
         let info = slot_info(&mut self.sql, self.slot.as_str())?;
         Ok(info.is_some_and(|info| info.active))

@@ -6,9 +6,10 @@ use std::fmt;
 use super::checks_server as server;
 use super::checks_slot::{free, retained_outcome, slot_outcome};
 use super::checks_tables as tables;
+use super::connect_postgres;
 use crate::config::{Conninfo, RedisUrl, SlotName};
 use crate::error::Error;
-use crate::pq::{Connection, PqError, connect_failed, quote_identifier};
+use crate::pq::{Connection, PqError, quote_identifier};
 use crate::replication;
 
 /// How a check ended.
@@ -85,7 +86,7 @@ pub fn from_error(name: &'static str, error: &Error) -> Check {
 
 /// Connects, and runs every check in the order in which a person would repair.
 pub fn postgres(conninfo: &Conninfo, slot: &SlotName) -> Result<Vec<Check>, Error> {
-    let mut connection = Connection::connect(conninfo.expose(), &[]).map_err(connect_failed)?;
+    let mut connection = connect_postgres(conninfo.expose())?;
     let mut checks = vec![server::server(&mut connection)];
     type Step = fn(&mut Connection) -> Result<Outcome, PqError>;
     let steps: [(&'static str, Step); 6] = [

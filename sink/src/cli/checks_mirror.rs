@@ -2,11 +2,12 @@
 
 use super::checks::{Check, Outcome};
 use super::checks_redis::connect;
+use super::connect_postgres;
 use crate::backfill::Cursor;
 use crate::config::{Conninfo, RedisUrl, SlotName};
 use crate::error::Error;
 use crate::plan::RedisKeys;
-use crate::pq::{Connection, connect_failed};
+use crate::pq::Connection;
 use crate::progress::Progress;
 use crate::redis::read_stored;
 use crate::replication::{SlotInfo, slot_info};
@@ -14,7 +15,7 @@ use crate::run::{Outlook, outlook};
 
 /// Runs them. What cannot be asked was told by the checks of one side.
 pub fn mirror(conninfo: &Conninfo, redis: Option<&RedisUrl>, slot: &SlotName) -> Result<Vec<Check>, Error> {
-    let mut sql = Connection::connect(conninfo.expose(), &[]).map_err(connect_failed)?;
+    let mut sql = connect_postgres(conninfo.expose())?;
     let mut checks = Vec::new();
     if let Some(info) = slot_info(&mut sql, slot.as_str())? {
         checks.push(Check {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::checks::{Outcome, value};
+use super::connect_postgres;
 use crate::backfill::{Catalog, Misfit};
 use crate::config::Conninfo;
 use crate::error::Error;
@@ -24,9 +25,14 @@ pub fn labels(connection: &mut Connection) -> Result<Outcome, Error> {
     if !has_extension(connection).map_err(failed)? {
         return Ok(Outcome::Note(NO_EXTENSION.into(), None));
     }
-    let misfits = Catalog::read_from(connection)?.misfits;
+    let Catalog { misfits, locked, .. } = Catalog::read_from(connection)?;
     let errors: Vec<Error> = misfits.iter().map(Misfit::error).collect();
     let Some(first) = errors.first() else {
+        if let Some((_, table)) = locked.first() {
+            let what = format!("the table {table} is locked, so its label could not be looked at");
+            let next = "SELECT pid, relation::regclass, mode, granted FROM pg_locks WHERE mode = 'AccessExclusiveLock';";
+            return Ok(Outcome::Note(what, Some(next.into())));
+        }
         return Ok(Outcome::Ok("every label fits its table".into()));
     };
     let text: Vec<String> = errors.iter().map(ToString::to_string).collect();
@@ -38,7 +44,7 @@ pub fn labels(connection: &mut Connection) -> Result<Outcome, Error> {
 
 /// The key templates of the mirrored tables; none where they cannot be asked for, which another check says.
 pub fn templates(conninfo: &Conninfo) -> Vec<String> {
-    let Ok(mut connection) = Connection::connect(conninfo.expose(), &[]) else {
+    let Ok(mut connection) = connect_postgres(conninfo.expose()) else {
         return Vec::new();
     };
     let result = connection.query("SELECT DISTINCT key FROM walmirror.mirrors ORDER BY 1", &[]);

@@ -17,12 +17,14 @@ mod verify;
 mod wait;
 
 use std::io::{ErrorKind, Write};
+use std::time::Duration;
 
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
 
 use crate::config::{LogFormat, Options, RunConfig, RunOptions, scrub};
 use crate::error::{Error, exit};
+use crate::pq::{Connection, connect_failed};
 use crate::shutdown::Shutdown;
 use crate::{logging, tail};
 use args::{Cli, Command};
@@ -184,6 +186,19 @@ fn next_command(error: &Error, given: &Options) -> Option<String> {
         }
         _ => None,
     }
+}
+
+/// How long Postgres may take to answer somebody who waits for it.
+const ANSWER: Duration = Duration::from_secs(60);
+
+/// Connects for a command that somebody waits for. Who looks what holds up a mirror must not be held up by the same lock.
+fn connect_postgres(conninfo: &str) -> Result<Connection, Error> {
+    let mut connection = Connection::connect(conninfo, &[]).map_err(connect_failed)?;
+    connection.answer_within(Some(ANSWER));
+    connection
+        .simple("SET lock_timeout = '200ms'")
+        .map_err(|error| Error::postgres("cannot set lock_timeout", error))?;
+    Ok(connection)
 }
 
 /// Writes a line to standard output.

@@ -8,12 +8,12 @@ use super::args::StatusArgs;
 use super::checks::Outcome;
 use super::checks_redis::connect;
 use super::checks_slot::slot_outcome;
+use super::connect_postgres;
 use super::say;
 use crate::backfill::Catalog;
 use crate::config::{Options, RedisUrl, SlotName};
 use crate::error::Error;
 use crate::plan::RedisKeys;
-use crate::pq::{Connection, connect_failed};
 use crate::progress::Progress;
 use crate::redis::read_stored;
 use crate::rejected::{self, Rejected};
@@ -86,7 +86,7 @@ fn apart<T>(answer: Option<Result<T, Error>>) -> (Option<T>, Option<Error>) {
 
 fn ask_postgres(conninfo: &str, slot: &SlotName) -> Result<Postgres, Error> {
     let failed = |error| Error::postgres("cannot ask Postgres for the state of the mirror", error);
-    let mut connection = Connection::connect(conninfo, &[]).map_err(connect_failed)?;
+    let mut connection = connect_postgres(conninfo)?;
     let info = replication::slot_info(&mut connection, slot)?;
     let unfit = match slot_outcome(slot, info.as_ref(), &connection.target().database) {
         Outcome::Fail(what, next) => Some((what, next)),

@@ -7,15 +7,18 @@ use walmirror_proto::Lsn;
 
 use super::args::{Position, WaitArgs};
 use super::checks_redis::connect;
+use super::connect_postgres;
 use crate::config::Options;
 use crate::error::Error;
 use crate::plan::RedisKeys;
-use crate::pq::{Connection, connect_failed};
 use crate::redis::{Connection as Redis, read_stored};
 
 /// The first pause between two looks, and the longest one.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_millis(50);
+
+/// Postgres has so long to answer at least.
+const ANSWER_MIN: Duration = Duration::from_secs(1);
 
 /// Waits; exit code 7 when the time is over.
 pub fn run(options: &Options, args: &WaitArgs) -> Result<(), Error> {
@@ -26,7 +29,7 @@ pub fn run(options: &Options, args: &WaitArgs) -> Result<(), Error> {
     let mut redis = connect(&options.redis()?)?;
     let target = match args.lsn {
         Position::At(lsn) => lsn,
-        Position::Current => current_lsn(options.postgres()?.expose())?,
+        Position::Current => current_lsn(options.postgres()?.expose(), deadline)?,
     };
     let mut pause = PAUSE_MIN;
     loop {
@@ -51,8 +54,13 @@ pub fn run(options: &Options, args: &WaitArgs) -> Result<(), Error> {
 ///
 /// Neither the insert nor the write position would do. The first may lie in WAL that nobody flushes for minutes, the second
 /// in the middle of a record; no stream gets to either. So a message goes into the WAL, and its own commit flushes it.
-fn current_lsn(conninfo: &str) -> Result<Lsn, Error> {
-    let mut connection = Connection::connect(conninfo, &[]).map_err(connect_failed)?;
+fn current_lsn(conninfo: &str, deadline: Option<Instant>) -> Result<Lsn, Error> {
+    let mut connection = connect_postgres(conninfo)?;
+    if let Some(deadline) = deadline {
+        connection.answer_within(Some(
+            deadline.saturating_duration_since(Instant::now()).max(ANSWER_MIN),
+        ));
+    }
     let results = connection
         .simple(
             "SET synchronous_commit = local; \

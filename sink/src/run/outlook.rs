@@ -5,6 +5,8 @@ use super::handshake::ancestors;
 use crate::config::Conninfo;
 use crate::error::Error;
 use crate::plan::RedisKeys;
+use std::time::Duration;
+
 use crate::pq::{Connection as Postgres, connect_failed};
 use crate::redis::{Connection as Redis, Identity, read_stored};
 use crate::replication::{identify_system, slot_info};
@@ -20,10 +22,14 @@ pub enum Outlook {
     Gap(String),
 }
 
+/// How long Postgres may take to answer.
+const ANSWER: Duration = Duration::from_secs(60);
+
 /// Looks at both sides.
 pub fn outlook(conninfo: &Conninfo, redis: &mut Redis, slot: &str) -> Result<Outlook, Error> {
     let extra = [("replication", "database")];
     let mut replication = Postgres::connect(conninfo.expose(), &extra).map_err(connect_failed)?;
+    replication.answer_within(Some(ANSWER));
     // In this order, because a sink may run meanwhile: what it confirms is in Redis before, and in the WAL before that.
     let info = slot_info(&mut replication, slot)?;
     let stored = read_stored(redis, &RedisKeys::new(slot))?;
