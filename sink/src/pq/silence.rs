@@ -98,7 +98,7 @@ impl Lookout {
                 tracing::debug!("the server is silent, and says that it waits for us: {at}");
                 self.is_doubted = true;
             }
-            Found::Unknown => self.tell("it does not say on what"),
+            Found::Unknown => self.tell("or so it is taken: it does not tell"),
         }
         Ok(())
     }
@@ -107,9 +107,9 @@ impl Lookout {
         let silence = self.since.elapsed();
         if silence >= self.tell_at {
             self.tell_at = self.tell_at.max(silence) * 2;
-            let who = &self.who;
+            let who = self.who.split(" since").next().unwrap_or_default();
             tracing::info!(
-                "a statement takes long; {silence:.0?} ago the server said something of it last: {who}, {at}"
+                "a statement takes long: the server was heard of {silence:.0?} ago, and works on it ({who}, {at})"
             );
         }
     }
