@@ -1,12 +1,12 @@
 //! What a session that began now would find, for `doctor`: the same questions and the same decision, and nothing is changed.
 
+use std::time::Duration;
+
 use super::decide::{Decision, Server, decide};
 use super::handshake::ancestors;
 use crate::config::Conninfo;
 use crate::error::Error;
 use crate::plan::RedisKeys;
-use std::time::Duration;
-
 use crate::pq::{Connection as Postgres, connect_failed};
 use crate::redis::{Connection as Redis, Identity, read_stored};
 use crate::replication::{identify_system, slot_info};
