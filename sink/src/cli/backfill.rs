@@ -236,12 +236,19 @@ fn follow(redis: &mut Redis, keys: &RedisKeys, table: &Table, watch: &mut Watch)
             continue;
         };
         if let Some(bar) = &bar {
-            bar.set_length(table.rows.max(cursor.rows));
-            bar.set_position(cursor.rows);
-            bar.set_message(match cursor.stage {
-                Stage::Fill => "reading rows",
-                Stage::Sweep | Stage::Done => "looking for keys without a row",
-            });
+            let length = table.rows.max(cursor.rows);
+            bar.set_length(length);
+            match cursor.stage {
+                Stage::Fill => {
+                    bar.set_position(cursor.rows);
+                    bar.set_message("reading rows");
+                }
+                // All rows are read, whatever the estimate was; then the cursor does not count them any more.
+                Stage::Sweep | Stage::Done => {
+                    bar.set_position(length);
+                    bar.set_message("looking for keys without a row");
+                }
+            }
         }
         if cursor.is_done() {
             break;

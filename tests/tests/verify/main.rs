@@ -10,6 +10,7 @@
 
 mod backfill;
 mod differences;
+mod progress;
 mod unknown;
 
 use std::sync::atomic::{AtomicBool, Ordering};
