@@ -335,6 +335,8 @@ fn no_file_descriptors_left() {
     s.tries_seldom(&s.redis_link);
     s.said("Too many open files", seen);
     // Nor for whoever asks how it is. The story: with the first one it could not take, the admin server ended for good.
+    // What the session before has closed may be free, so that the limit is lower still.
+    limit(3);
     for _ in 0..3 {
         assert_eq!(s.get("/readyz"), None, "a descriptor was left");
     }
