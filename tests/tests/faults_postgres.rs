@@ -423,7 +423,9 @@ fn nobody_is_let_in() {
         s.flow();
     }
     assert!(!s.log().contains("password=first"), "{}", s.log());
-    s.finish(&POSTGRES_AWAY);
+    // Meanwhile the load goes on, and no sink lives for as long as --durability waits.
+    let kept = "the slot keeps * MiB of WAL, and nothing limits it";
+    s.finish(&[&POSTGRES_AWAY[..], &[kept]].concat());
 }
 
 /// Others write in another database: the slot of one where nothing happens keeps no WAL because of that.
