@@ -4,6 +4,7 @@
 //! the decoder reads them as of the WAL position that it decodes.
 
 use serde::Deserialize;
+use serde_json::Value as Json;
 use walmirror_proto::pb;
 
 use crate::error::Refusal;
@@ -61,7 +62,8 @@ pub enum OnWrite {
 }
 
 impl Label {
-    /// Reads the JSON of a label. What jsonb does not hold is refused, because the extension's SQL reads labels as jsonb.
+    /// Reads the JSON of a label. What the extension's SQL, which reads labels as jsonb, does not know as one is refused: what jsonb does
+    /// not hold, and what serde would take for a label besides, an array of the options' values and `{"mirror":null}` for `"mirror"`.
     pub fn parse(json: &str) -> Result<Self, Refusal> {
         let invalid = |error: String| {
             Refusal::invalid(
@@ -71,6 +73,15 @@ impl Label {
                  invalidate) and capture. SELECT walmirror.mirror('table') writes it for you.",
             )
         };
+        let options: serde_json::Map<String, Json> =
+            serde_json::from_str(json).map_err(|error| invalid(error.to_string()))?;
+        let words = ["mode", "value", "on_write"].map(|name| (name, options.get(name)));
+        if let Some((name, _)) = words
+            .iter()
+            .find(|(_, word)| word.is_some_and(|word| !word.is_string()))
+        {
+            return Err(invalid(format!("{name} is not a string")));
+        }
         let label: Self = serde_json::from_str(json).map_err(|error| invalid(error.to_string()))?;
         let columns = label.columns.iter().flatten();
         if columns.chain(&label.key).any(|text| text.contains('\0')) {

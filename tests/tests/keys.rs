@@ -518,7 +518,10 @@ fn tables_without_a_usable_key_are_refused() {
         "SECURITY LABEL FOR walmirror ON TABLE ok IS 'not json'",
         "SECURITY LABEL FOR walmirror ON TABLE ok IS '{\"mode\":\"mirror\",\"colour\":\"red\"}'",
         "SECURITY LABEL FOR walmirror ON TABLE ok IS '{\"mode\":\"both\"}'",
-        // The extension's SQL reads labels as jsonb, which has no such character, and lists columns.
+        // The extension's SQL reads labels as jsonb objects: jsonb has no such character, and columns are listed.
+        "SECURITY LABEL FOR walmirror ON TABLE ok IS '[\"mirror\",\"ok:{id}\",\"hash\",[\"v\"],5]'",
+        "SECURITY LABEL FOR walmirror ON TABLE ok IS '{\"mode\":{\"mirror\":null}}'",
+        "SECURITY LABEL FOR walmirror ON TABLE ok IS '{\"mode\":\"mirror\",\"value\":{\"json\":null}}'",
         "SECURITY LABEL FOR walmirror ON TABLE ok IS '{\"mode\":\"mirror\",\"key\":\"a\\u0000{id}\"}'",
         "SECURITY LABEL FOR walmirror ON TABLE ok IS '{\"mode\":\"mirror\",\"columns\":null}'",
         "SECURITY LABEL FOR walmirror ON COLUMN ok.v IS '{\"mode\":\"mirror\"}'",
