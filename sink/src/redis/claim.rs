@@ -246,8 +246,8 @@ fn load_scripts(connection: &mut Connection) -> Result<Scripts, Error> {
 }
 
 /// Closes the window in which a command that an older session has sent already could still arrive. The epoch fences it
-/// off anyway, so a Redis that does not allow this is fine, but its older sink notices only with its next batch. Epochs begin at 1 again when Redis is emptied, so that of another
-/// connection may be the same.
+/// off anyway, so a Redis that does not allow this is fine, but the older sink notices only with its next batch. Epochs begin at 1
+/// again when Redis is emptied, so that of another connection may be the same.
 fn kill_older(connection: &mut Connection, slot: &str, epoch: u64) {
     let name = client_name(slot, epoch);
     let _ = connection.call("name the connection", &[b"CLIENT", b"SETNAME", name.as_bytes()]);
