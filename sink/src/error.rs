@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use walmirror_proto::lsn::Lsn;
 
-use crate::pq::{PqError, next_after_connect};
+use crate::pq::{ErrorKind, PqError, next_after_connect};
 
 /// What can be done about an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,7 +83,7 @@ pub enum Error {
     /// Redis, with what can be done about it.
     #[error("{0}: {2}")]
     Redis(Report, Class, #[source] Source),
-    /// A bug of the decoder or a broken stream: bytes that are no frames, records in an impossible order.
+    /// A bug of the decoder or a broken stream: bytes that are no frames, no row or no definition of a table, records in an impossible order.
     #[error("{0}: {1}")]
     Stream(Report, #[source] Source),
     /// Redis holds another history than the slot (another system, another timeline, lost progress).
@@ -127,6 +127,14 @@ impl Error {
     pub fn postgres(what: impl Into<String>, source: PqError) -> Self {
         let next = next_after_connect(&source);
         Self::Postgres(Report { next, ..report(what) }, Box::new(source))
+    }
+
+    /// PostgreSQL answered what nobody can read, with what was tried. The answer is left out: it could be anything.
+    pub fn answer(what: impl Into<String>) -> Self {
+        Self::postgres(
+            what,
+            PqError::new(ErrorKind::Protocol, "Postgres' answer cannot be read"),
+        )
     }
 
     /// PostgreSQL is not set up for what was asked.
@@ -252,13 +260,13 @@ impl Error {
             return false;
         };
         let class = source.sqlstate.as_deref().and_then(|state| state.get(..2));
-        source.kind == crate::pq::ErrorKind::Server
+        source.kind == ErrorKind::Server
             && class.is_some_and(|class| !["08", "25", "28", "40", "53", "57", "58"].contains(&class))
     }
 
     /// Whether Postgres was given up because it said nothing.
     pub fn is_silence(&self) -> bool {
-        matches!(self, Self::Postgres(_, source) if source.kind == crate::pq::ErrorKind::Silence)
+        matches!(self, Self::Postgres(_, source) if source.kind == ErrorKind::Silence)
     }
 
     /// What can be done about it.
@@ -290,7 +298,7 @@ impl Error {
     pub fn heals_later(&self) -> bool {
         match self {
             // The same connection string has worked: its certificate or service file is being replaced.
-            Self::Postgres(_, source) if source.kind == crate::pq::ErrorKind::Settings => true,
+            Self::Postgres(_, source) if source.kind == ErrorKind::Settings => true,
             _ => self.class() == Class::Access,
         }
     }
@@ -304,9 +312,7 @@ impl Error {
             (Self::Checks(_, code), _) => *code,
             (Self::Timeout(_), _) => exit::TIMEOUT,
             (Self::Unreachable(..), _) | (_, Class::Retry) => exit::UNREACHABLE,
-            (Self::Postgres(_, source), Class::Operator) if source.kind == crate::pq::ErrorKind::Settings => {
-                exit::USAGE
-            }
+            (Self::Postgres(_, source), Class::Operator) if source.kind == ErrorKind::Settings => exit::USAGE,
             (Self::Postgres(..), Class::Operator | Class::Access) => exit::POSTGRES,
             (Self::Redis(..), Class::Operator | Class::Access) => exit::REDIS,
             _ => exit::INTERNAL,
@@ -351,7 +357,6 @@ impl Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pq::ErrorKind;
 
     #[test]
     fn a_message_names_object_lsn_and_next_command() {
@@ -388,6 +393,7 @@ mod tests {
             exit::UNREACHABLE
         );
         assert_eq!(Error::bug("x").exit_code(), exit::INTERNAL);
+        assert_eq!(Error::answer("x").exit_code(), exit::INTERNAL);
         let last = Error::postgres("x", connection());
         assert_eq!(
             Error::unreachable("Postgres", Duration::from_secs(1), last).exit_code(),
@@ -437,6 +443,17 @@ mod tests {
         ] {
             assert_eq!(error(sqlstate, message).is_slot_gone(), is_gone, "{message}");
         }
+    }
+
+    /// The story: bits flipped on the way, and a snapshot that was none any more was told as an internal error, with what it held.
+    #[test]
+    fn an_answer_that_cannot_be_read_is_told_without_it() {
+        let error = Error::answer("cannot take a snapshot");
+        assert_eq!(
+            error.to_string(),
+            "cannot take a snapshot: Postgres' answer cannot be read"
+        );
+        assert_eq!(error.next_command(), None);
     }
 
     #[test]

@@ -82,7 +82,7 @@ impl Request {
         let failed = |error: PqError| Error::postgres("cannot write a request into the WAL", error);
         let result = sql.query(statement, &[Some(&hex)]).map_err(failed)?;
         let lsn = result.text(0, 0).and_then(|text| text.parse().ok());
-        lsn.ok_or_else(|| Error::bug("Postgres' current LSN cannot be read"))
+        lsn.ok_or_else(|| Error::answer("cannot write a request into the WAL"))
     }
 }
 

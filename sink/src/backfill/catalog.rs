@@ -74,7 +74,7 @@ impl Catalog {
         for row in result.rows() {
             if let Some(bytes) = row.get(0) {
                 let relation = pb::Relation::decode(bytes)
-                    .map_err(|error| Error::bug(format!("walmirror.relations() cannot be read: {error}")))?;
+                    .map_err(|error| Error::stream("walmirror.relations() cannot be read", error))?;
                 catalog.relations.push(relation);
                 continue;
             }

@@ -50,7 +50,7 @@ pub(super) fn transaction_id(sql: &mut Sql) -> Result<u64, Error> {
 #[allow(clippy::needless_pass_by_value)]
 fn id(result: QueryResult) -> Result<u64, Error> {
     let id = result.text(0, 0).and_then(|text| text.parse().ok());
-    id.ok_or_else(|| Error::bug("a transaction id cannot be read"))
+    id.ok_or_else(|| Error::answer("cannot take a transaction id"))
 }
 
 /// Gives an error of the server the command that helps this role, whose name is quoted.
@@ -143,12 +143,10 @@ impl Sql {
             .connection
             .simple(sql)
             .map_err(|error| explain("cannot take a snapshot", &self.role, error))?;
-        let text = results
+        results
             .last()
-            .and_then(|result| result.text(0, 0))
-            .unwrap_or_default();
-        text.parse()
-            .map_err(|error: crate::gate::ParseSnapshotError| Error::bug(error.to_string()))
+            .and_then(|result| result.text(0, 0)?.parse().ok())
+            .ok_or_else(|| Error::answer("cannot take a snapshot"))
     }
 
     pub(crate) fn end(&mut self) -> Result<(), Error> {
@@ -201,10 +199,10 @@ impl Sql {
 
     /// What a transaction that begins now would see.
     pub(crate) fn snapshot(&mut self) -> Result<Snapshot, Error> {
-        let result = self.query("cannot take a snapshot", "SELECT pg_current_snapshot()", &[])?;
-        let text = result.text(0, 0).unwrap_or_default();
-        text.parse()
-            .map_err(|error: crate::gate::ParseSnapshotError| Error::bug(error.to_string()))
+        let what = "cannot take a snapshot";
+        let result = self.query(what, "SELECT pg_current_snapshot()", &[])?;
+        let snapshot = result.text(0, 0).and_then(|text| text.parse().ok());
+        snapshot.ok_or_else(|| Error::answer(what))
     }
 
     /// The (32-bit) ids of transactions that have changed nothing here by now, however long they last: those whose sessions wait for their

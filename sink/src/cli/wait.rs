@@ -71,7 +71,7 @@ fn current_lsn(conninfo: &str, deadline: Option<Instant>) -> Result<Lsn, Error> 
         .last()
         .and_then(|result| result.text(0, 0))
         .and_then(|text| text.parse().ok());
-    lsn.ok_or_else(|| Error::bug("Postgres' current LSN cannot be read"))
+    lsn.ok_or_else(|| Error::answer("cannot ask Postgres for its current LSN"))
 }
 
 /// How far Redis is; None: there is no progress key.

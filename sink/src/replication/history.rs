@@ -58,7 +58,7 @@ pub fn history(connection: &mut Connection, timeline: u32) -> Result<History, Er
         .first()
         .and_then(|result| result.get(0, 1))
         .and_then(|file| History::parse(&String::from_utf8_lossy(file)))
-        .ok_or_else(|| Error::bug("Postgres' answer to TIMELINE_HISTORY cannot be read"))
+        .ok_or_else(|| Error::answer("cannot ask Postgres for the history of its timeline"))
 }
 
 #[cfg(test)]

@@ -32,7 +32,7 @@ pub fn make_slot(sql: &mut Connection, replication: &mut Connection, slot: &str)
                     look(sql, &pid, slot, &is_made);
                 }
             })
-            .map_err(|error| Error::bug(format!("cannot start a thread: {error}")))?;
+            .map_err(|error| Error::io("cannot start a thread", error))?;
         let result = create_slot(replication, slot, PLUGIN, false);
         drop(made);
         result

@@ -81,7 +81,7 @@ pub fn create_slot(
     results
         .first()
         .and_then(|result| lsn(result, 1))
-        .ok_or_else(|| Error::bug(format!("{}: the server gave no consistent point", what())))
+        .ok_or_else(|| Error::answer(what()))
 }
 
 /// Drops a slot that nobody uses.
@@ -161,7 +161,7 @@ pub fn identify_system(connection: &mut Connection) -> Result<SystemInfo, Error>
     results
         .first()
         .and_then(parse)
-        .ok_or_else(|| Error::bug("Postgres' answer to IDENTIFY_SYSTEM cannot be read"))
+        .ok_or_else(|| Error::answer("cannot ask Postgres for its system identifier"))
 }
 
 fn lsn(result: &QueryResult, column: usize) -> Option<Lsn> {

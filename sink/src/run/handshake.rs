@@ -329,7 +329,7 @@ fn horizon(sql: &mut Postgres) -> Result<u64, Error> {
     result
         .text(0, 0)
         .and_then(|text| text.parse().ok())
-        .ok_or_else(|| Error::bug("pg_current_xact_id() cannot be read"))
+        .ok_or_else(|| Error::answer("cannot take a transaction id"))
 }
 
 /// Commits a transaction that comes in the stream and changes nothing, because it forgets table 0, which there is not. What is read from

@@ -13,7 +13,7 @@ use crate::backfill::Catalog;
 use crate::backfill::catalog::Misfit;
 use crate::backfill::lookup::Lookup;
 use crate::backfill::sql::Sql;
-use crate::error::Error;
+use crate::error::{Error, Source};
 use crate::plan::{Keyed, Mapping, Purge, RedisKeys};
 use crate::redis::{Connection, read_stored, value_limit};
 use crate::shell::word;
@@ -86,7 +86,8 @@ impl Table {
         others: impl Iterator<Item = &'t KeyTemplate>,
         key_bytes: usize,
     ) -> Result<Option<Self>, Error> {
-        let mapping = Mapping::new(relation).map_err(|error| Error::bug(error.to_string()))?;
+        let mapping = Mapping::new(relation)
+            .map_err(|error| Error::stream("the definition of a table cannot be used", error))?;
         let Some(lookup) = Lookup::new(sql, &mapping)? else {
             return Ok(None);
         };
@@ -124,23 +125,23 @@ impl Table {
 
     /// The key of a row in the form of `walmirror.pack`, and what it should hold. None: it has no key.
     pub(super) fn row(&self, packed: &[u8], text: &mut Vec<u8>) -> Result<Option<(Vec<u8>, Content)>, Error> {
-        let unreadable = |why: String| Error::bug(format!("a row of {} cannot be read: {why}", self.name));
+        let unreadable = |why: Source| Error::stream(format!("a row of {} cannot be read", self.name), why);
         let Some((fingerprint, tuple)) = packed.split_first_chunk::<8>() else {
-            return Err(unreadable("it has too few bytes".to_owned()));
+            return Err(unreadable("it has too few bytes".into()));
         };
         if u64::from_be_bytes(*fingerprint) != self.fingerprint {
             return Err(self.changed());
         }
-        let tuple = TupleRef::parse(tuple).map_err(|error| unreadable(error.to_string()))?;
+        let tuple = TupleRef::parse(tuple).map_err(|error| unreadable(error.into()))?;
         let row = self
             .mapping
             .datums(&tuple)
-            .map_err(|error| unreadable(error.to_string()))?;
+            .map_err(|error| unreadable(error.into()))?;
         let mut key = Vec::new();
         let keyed = self
             .mapping
             .key(&row, &mut key)
-            .map_err(|error| unreadable(error.to_string()))?;
+            .map_err(|error| unreadable(error.into()))?;
         // Redis would close the connection over a key that is too long.
         if keyed != Keyed::Yes || key.len() > self.key_bytes {
             return Ok(None);

@@ -9,7 +9,7 @@ use walmirror_proto::row::TupleRef;
 use super::super::metrics::add;
 use super::Planning;
 use crate::backfill::{Chunk, Content, Life};
-use crate::error::Error;
+use crate::error::{Error, Source};
 use crate::gate::Verdict;
 use crate::plan::{Belongs, Keyed, Owned, RedisKeys, Trust};
 use crate::rejected::Rejected;
@@ -185,30 +185,27 @@ impl Planning {
         let on_nothing = registered.cursor.on_nothing && pending.is_none();
         // As for a capture: nobody corrects it.
         let may_be_stale = mapping.mode == Mode::Cache && chunk.snapshot.may_miss_below(registered.horizon());
-        let Some((fingerprint, tuple)) = packed.split_first_chunk::<8>() else {
-            return Err(Error::bug(format!(
-                "walmirror.pack gave too few bytes for a row of {}",
-                mapping.table
-            )));
-        };
-        if u64::from_be_bytes(*fingerprint) != mapping.fingerprint {
-            return Ok(false);
-        }
-        let unreadable = |error| {
+        let unreadable = |why: Source| {
             Error::stream(
                 format!(
                     "a row of {} that walmirror.pack made cannot be read",
                     mapping.table
                 ),
-                error,
+                why,
             )
         };
-        let tuple = TupleRef::parse(tuple).map_err(unreadable)?;
-        let row = mapping.datums(&tuple).map_err(unreadable)?;
+        let Some((fingerprint, tuple)) = packed.split_first_chunk::<8>() else {
+            return Err(unreadable("it has too few bytes".into()));
+        };
+        if u64::from_be_bytes(*fingerprint) != mapping.fingerprint {
+            return Ok(false);
+        }
+        let tuple = TupleRef::parse(tuple).map_err(|error| unreadable(error.into()))?;
+        let row = mapping.datums(&tuple).map_err(|error| unreadable(error.into()))?;
         let keyed = self
             .planner
             .read_key(&mapping, &row)
-            .map_err(|error| Error::bug(error.to_string()))?;
+            .map_err(|error| unreadable(error.into()))?;
         match keyed {
             Keyed::Yes => {}
             Keyed::Null => {
@@ -278,8 +275,8 @@ impl Planning {
                 self.planner
                     .read_row(self.assembly.batch(), &mapping, Trust::Refreshing, &row, hash);
                 for change in changes {
-                    let tuple = TupleRef::parse(change).map_err(unreadable)?;
-                    let row = mapping.datums(&tuple).map_err(unreadable)?;
+                    let tuple = TupleRef::parse(change).map_err(|error| unreadable(error.into()))?;
+                    let row = mapping.datums(&tuple).map_err(|error| unreadable(error.into()))?;
                     self.planner
                         .follow_up(self.assembly.batch(), &mapping, &row, hash);
                 }

@@ -150,7 +150,7 @@ impl Planning {
             backfill,
             shared,
         } = start;
-        let bug = |error: crate::plan::MappingError| Error::bug(error.to_string());
+        let unusable = |error| Error::stream("the definition of a table in Redis cannot be used", error);
         let mut progress = stored.progress.unwrap_or_default();
         if let Some(lsn) = fresh {
             progress = Progress {
@@ -169,7 +169,7 @@ impl Planning {
             &progress.cursors,
             gate.horizon(),
         )
-        .map_err(bug)?;
+        .map_err(unusable)?;
         let mut planning = Self {
             transactions: Transactions::resume(progress.lsn, progress.part),
             continuity,
@@ -202,7 +202,7 @@ impl Planning {
         planning.planner.limit_values(limits.value_bytes);
         if progress.resync {
             let batch = planning.assembly.batch();
-            let purges = planning.registry.restart_all(batch).map_err(bug)?;
+            let purges = planning.registry.restart_all(batch).map_err(unusable)?;
             write_resync_begun(batch.bookkeeping(), planning.planner.keys());
             planning.purge(purges);
             planning.dirty = true;
