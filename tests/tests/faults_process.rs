@@ -131,7 +131,8 @@ fn frozen_beyond_the_timeout() {
     s.finish(&[&POSTGRES_AWAY[..], &["the server is silent", woken]].concat());
 }
 
-/// A sink is frozen, another takes over, and the first wakes up: it has lost the right to write, notices, and stops.
+/// A sink is frozen, in one round for a minute, another takes over, and the first wakes up: it has lost the right to write, notices, and
+/// waits.
 #[test]
 fn the_frozen_one_wakes_up_after_another_took_over() {
     let s = Scenario::start(
@@ -141,6 +142,7 @@ fn the_frozen_one_wakes_up_after_another_took_over() {
     s.silence("2s");
     for round in 0..3 {
         s.m.sink(|sink| sink.signal(Signal::STOP));
+        let frozen = Instant::now();
         let mut second = s.m.second_sink();
         let from = s.progress();
         let before = s.m.db.lsn();
@@ -148,6 +150,13 @@ fn the_frozen_one_wakes_up_after_another_took_over() {
             second.assert_running();
             s.progress().filter(|&lsn| lsn > before && Some(lsn) > from)
         });
+        if round == 1 {
+            wait_for(Duration::from_secs(70), "a minute to be over", || {
+                second.assert_running();
+                s.watch.assert_holds();
+                (frozen.elapsed() >= Duration::from_secs(60)).then_some(())
+            });
+        }
         // What the first one still has in its hands is older than what is in Redis now.
         s.m.sink(|sink| sink.signal(Signal::CONT));
         let deadline = Duration::from_secs(30);
