@@ -10,6 +10,7 @@
 )]
 
 use std::collections::BTreeMap;
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
@@ -300,6 +301,68 @@ fn a_bit_of_a_reply_flips() {
     s.finish(&lost(&[]));
 }
 
+/// How the sink has ended, if it has.
+fn ended(s: &Scenario) -> Option<ExitStatus> {
+    s.m.sink(Sink::exited)
+}
+
+/// Whoever ends says why, with an exit code for what cannot be read or for whatever a server may refuse at a start. The line, and the code.
+#[track_caller]
+fn reason(s: &Scenario, status: ExitStatus) -> (String, i32) {
+    let log = s.log();
+    let code = status.code().unwrap_or_else(|| panic!("{status}:\n{log}"));
+    let last = log.lines().rfind(|line| !line.trim_start().starts_with("next:"));
+    assert!(
+        last.is_some_and(|line| line.contains("error: ")),
+        "{status}, and {last:?}:\n{log}"
+    );
+    assert!((1..=4).contains(&code), "{status}:\n{log}");
+    let last = last.unwrap_or_default();
+    println!("exit code {code}: {last}");
+    (last.to_owned(), code)
+}
+
+/// Starts the sink again. Where a bit of what Redis holds is another one, the sink ends again and says which key to remove; what else no
+/// start gets over, only a new slot and an empty Redis do.
+#[track_caller]
+fn comes_back(s: &Scenario) {
+    for attempt in 0..3 {
+        let seen = s.log().len();
+        s.m.sink(Sink::restart);
+        let end = wait_for(DEADLINE, "the sink to stream, or to end", || {
+            let end = ended(s);
+            let streams = s.log().get(seen..)?.contains(" streaming slot=");
+            (streams || end.is_some()).then_some(end)
+        });
+        let Some(end) = end else { return };
+        let (line, _) = reason(s, end);
+        let log = s.log();
+        let advised = log
+            .lines()
+            .next_back()
+            .and_then(|next| next.split_once("UNLINK '")?.1.split_once('\''));
+        match advised {
+            Some((key, _)) if attempt == 0 => {
+                println!("as advised: UNLINK {key}, because {line}");
+                let removed: u32 = s.m.redis.command(&format!("UNLINK {key}"));
+                assert_eq!(removed, 1, "{log}");
+            }
+            _ => from_nothing(s),
+        }
+    }
+    panic!("the sink does not come back:\n{}", s.log());
+}
+
+/// Takes the slot and all keys away; the sink does not run.
+#[track_caller]
+fn from_nothing(s: &Scenario) {
+    wait_for(DEADLINE, "the slot to be dropped", || {
+        let drop = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = current_database()";
+        s.m.db.connect().batch_execute(drop).ok()
+    });
+    let _: String = s.m.redis.command("FLUSHALL");
+}
+
 /// Bits flip anywhere in what one side says, again and again. What is read then may be anything, and is in part wrong where nobody can
 /// know; but there is no panic, no value is told, and who ends says why and can be started again. From a new slot and an empty Redis
 /// everything comes right.
@@ -307,7 +370,6 @@ fn bits_flip(name: &str, link: fn(&Scenario) -> &Proxy, way: Way) {
     let mut s = Scenario::start(name, Setup::default());
     s.resyncs();
     let mut ends: BTreeMap<i32, u32> = BTreeMap::new();
-    let ended = |s: &Scenario| s.m.sink(Sink::exited);
     for round in 0..FLIPS {
         let before = link(&s).flipped();
         let one_in = s.rng.random_range(1..60);
@@ -322,23 +384,12 @@ fn bits_flip(name: &str, link: fn(&Scenario) -> &Proxy, way: Way) {
         // What a length of a thousand times as many bytes waits for never comes.
         link(&s).cut();
         // A session that broke may be in a long pause: another one is more of a test.
-        let status = ended(&s);
-        if let Some(status) = status {
-            let log = s.log();
-            let code = status.code().unwrap_or_else(|| panic!("{status}:\n{log}"));
-            let last = log.lines().rfind(|line| !line.trim_start().starts_with("next:"));
-            assert!(
-                last.is_some_and(|line| line.contains("error: ")),
-                "{status}, and {last:?}:\n{log}"
-            );
-            // What cannot be read, and whatever a server may refuse at a start.
-            assert!((1..=4).contains(&code), "{status}:\n{log}");
-            println!("exit code {code}: {}", last.unwrap_or_default());
-            *ends.entry(code).or_default() += 1;
-            s.restart_sink();
+        if let Some(status) = ended(&s) {
+            *ends.entry(reason(&s, status).1).or_default() += 1;
+            comes_back(&s);
         } else if round % 3 == 0 {
             s.m.sink(Sink::kill);
-            s.restart_sink();
+            comes_back(&s);
         }
     }
     println!("{} bits flipped; ends by exit code: {ends:?}", link(&s).flipped());
@@ -346,11 +397,7 @@ fn bits_flip(name: &str, link: fn(&Scenario) -> &Proxy, way: Way) {
     if ended(&s).is_none() {
         s.m.sink(Sink::kill);
     }
-    wait_for(DEADLINE, "the slot to be dropped", || {
-        let drop = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = current_database()";
-        s.m.db.connect().batch_execute(drop).ok()
-    });
-    let _: String = s.m.redis.command("FLUSHALL");
+    from_nothing(&s);
     s.restart_sink();
     s.converge();
     // Anything may be said of bits that were other ones; a panic and a value of a row never.

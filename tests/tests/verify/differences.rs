@@ -252,14 +252,14 @@ fn a_sample_finds_what_is_widely_wrong() {
 /// What is held at a time does not depend on the size of the table. `WALMIRROR_VERIFY_ROWS` makes it larger.
 #[test]
 fn memory_is_bounded() {
-    let rows = std::env::var("WALMIRROR_VERIFY_ROWS").unwrap_or_else(|_| "200000".to_owned());
+    let rows: u64 = std::env::var("WALMIRROR_VERIFY_ROWS").map_or(200_000, |text| text.parse().unwrap());
     let m = Mirror::new();
     m.sql(&format!(
         "CREATE TABLE t (id int PRIMARY KEY, a int, v text); SELECT walmirror.mirror('t'); \
          INSERT INTO t SELECT i, i, repeat(md5(i::text), 3) FROM generate_series(1, {rows}) i"
     ));
     m.start();
-    m.settle_within(Duration::from_secs(120));
+    m.settle_within(Duration::from_secs(120 + rows / 20_000));
     let args = m.arguments(&["verify"]);
     let started = std::time::Instant::now();
     let mut child = Sink::command(&args).stdout(Stdio::null()).spawn().unwrap();
