@@ -58,6 +58,44 @@ fn a_redis_that_is_emptied_under_way_is_filled_again() {
     }
 }
 
+/// Somebody, or a bit that flipped, has changed what the sink keeps in Redis: `run` says which key to remove, and that brings all back,
+/// keys without a row too.
+#[test]
+fn a_changed_key_of_the_sinks_own_is_removed_as_advised() {
+    let m = Mirror::with(TABLE);
+    let slot = format!("walmirror:{{{}}}", m.db.name);
+    let ruin = [
+        ("progress", format!("HSET {slot}:progress epoch 1s")),
+        ("progress", format!("HSET {slot}:progress lsn 7")),
+        ("progress", format!("HDEL {slot}:progress lsn")),
+        ("progress", format!("SET {slot}:progress gone")),
+        ("relations", format!("HSET {slot}:relations 7 bits")),
+        ("relations", format!("HSET {slot}:relations x y")),
+        ("relations", format!("SET {slot}:relations gone")),
+    ];
+    for (round, (key, command)) in ruin.into_iter().enumerate() {
+        m.sink(Sink::terminate);
+        let _: redis::Value = m.redis.command(&command);
+        m.sql(&format!(
+            "UPDATE t SET v = 'round {round}' WHERE id % 7 = 0; DELETE FROM t WHERE id = {round} + 1"
+        ));
+        let (code, output) = m.run(&["run"]);
+        assert_eq!(code, Some(4), "{command}: {output}");
+        let advised = output
+            .split_once("UNLINK '")
+            .and_then(|(_, rest)| rest.split_once('\''));
+        assert_eq!(
+            advised.map(|(key, _)| key),
+            Some(format!("{slot}:{key}").as_str()),
+            "{command}: {output}"
+        );
+        let _: u32 = m.redis.command(&format!("UNLINK {slot}:{key}"));
+        let _: u32 = m.redis.command("HSET t:9999 v nobody's");
+        m.start();
+        m.settle();
+    }
+}
+
 #[test]
 fn a_slot_that_was_dropped_is_made_again_and_the_tables_with_it() {
     let m = Mirror::with(TABLE);
