@@ -56,6 +56,8 @@ impl Planning {
         {
             self.piece_of(chunk, most)?;
         }
+        // While Redis executes one batch the next one must not grow without end (INVARIANT I7): the stream may be silent, and no frame ends it.
+        self.flush_if_full();
         Ok(())
     }
 

@@ -4,6 +4,39 @@
 
 use super::*;
 
+/// The story: the stream was silent while a large table was read, and only a frame ended a batch. What Redis could not take at once became one
+/// EXEC of a million commands and 117 MB of memory.
+#[test]
+fn a_large_chunk_is_cut_into_batches_though_the_stream_is_silent() {
+    const BATCH: usize = 16 * 1024;
+    const PIECE: usize = 128 * 1024;
+    let mut stored = settled();
+    stored.progress.as_mut().unwrap().cursors.clear();
+    let mut planning = planning(stored, BATCH, 1 << 24);
+    let window = Arc::new(Window::default());
+    let read: Vec<_> = (0..20_000).map(|id| packed(1, &id.to_string(), "read")).collect();
+    planning.chunk(chunk(&planning, 7, rows(&read), None, &window));
+    Frame::default()
+        .record(pb::Marker {
+            content: b"m:7".to_vec(),
+            lsn: 31,
+        })
+        .feed(&mut planning);
+    let mut rows = 0;
+    while planning.wants_piece() {
+        planning.piece().unwrap();
+        let segment = planning.next_segment().unwrap();
+        // A piece, with what the batch had before it and the last row of it.
+        assert!(segment.batch.weight() <= BATCH + PIECE + 1024);
+        rows += lines(&segment)
+            .iter()
+            .filter(|line| line.starts_with("HSET t:"))
+            .count();
+        assert!(planning.next_segment().is_none());
+    }
+    assert_eq!(rows, 20_000);
+}
+
 #[test]
 fn a_chunk_waits_for_its_marker_and_passes_the_gate() {
     let mut stored = settled();
