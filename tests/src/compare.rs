@@ -242,7 +242,7 @@ fn compare_rows(redis: &mut Connection, table: &Table, rows: &[(Vec<u8>, Expecte
             }
             report.cached += 1;
         }
-        let expires = matches!(ttl, Ok(Value::Int(ms)) if *ms > 0);
+        let expires = matches!(ttl, Ok(Value::Int(ms)) if *ms >= 0);
         if let Some(problem) = problem {
             report.differ(format!("{} {}: {problem}", table.table, show(key)));
         } else if !matches!(value, Expected::Absent) && expires != table.ttl {

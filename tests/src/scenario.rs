@@ -465,8 +465,13 @@ impl Scenario {
     #[track_caller]
     pub fn check_logs(&self, allowed: &[&str]) {
         let log = self.log();
-        // Whoever is started again, or begins a new session, comes before the walsender of the one before has noticed that it is gone.
-        let allowed = [allowed, &["replication slot * is active for PID"]].concat();
+        // Whoever is started again, or begins a new session, comes before the walsender of the one before has noticed that it is gone. And
+        // what the loads of all tests on a server write while one of them is held up can be a gigabyte (faults_figures has the warning).
+        let always = [
+            "replication slot * is active for PID",
+            "the slot keeps * MiB of WAL, and nothing limits it",
+        ];
+        let allowed = [allowed, &always].concat();
         let unexpected = unexpected(&log, &allowed);
         assert!(
             unexpected.is_empty(),

@@ -173,7 +173,10 @@ fn what_no_replica_acknowledges_is_told() {
 /// gap.
 #[test]
 fn what_a_demoted_master_holds_is_not_confirmed() {
-    let m = Mirror::with("CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t')");
+    let m = Mirror::new();
+    m.sql("CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t')");
+    m.start_with(&["--durability", "memory=5s"]);
+    m.settle();
     let next = m.redis.replica();
     m.sql("INSERT INTO t VALUES (1)");
     m.check();
@@ -189,7 +192,7 @@ fn what_a_demoted_master_holds_is_not_confirmed() {
     let start = Instant::now();
     wait_for(DEADLINE, "the old master to hold what the new one does", || {
         let info: String = m.redis.command("INFO replication");
-        (info.contains("master_link_status:up") && start.elapsed() > Duration::from_secs(4)).then_some(())
+        (info.contains("master_link_status:up") && start.elapsed() > Duration::from_secs(7)).then_some(())
     });
     let confirmed = m.db.confirmed();
     assert!(

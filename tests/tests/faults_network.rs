@@ -298,7 +298,7 @@ fn a_bit_of_a_reply_flips() {
         sprung(&s.redis_link, count);
         s.recovers();
     }
-    s.finish(&lost(&[]));
+    s.finish(&lost(&["Redis' answer to * cannot be read"]));
 }
 
 /// How the sink has ended, if it has.

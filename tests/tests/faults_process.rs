@@ -63,7 +63,9 @@ fn stopped_under_load() {
 /// Redis dies, and the sink is stopped before it could notice. What Redis may have lost is not confirmed.
 #[test]
 fn stopped_when_redis_has_just_died() {
-    let mut s = Scenario::start("stopped_when_redis_has_just_died", Setup::default());
+    // However long it takes until Redis is killed, nothing is confirmed by then.
+    let setup = Setup::default().args(&["--durability", "memory=20s"]);
+    let mut s = Scenario::start("stopped_when_redis_has_just_died", setup);
     s.load.rest();
     s.reach();
     s.m.sql("UPDATE item SET n = n + 7 WHERE id % 2 = 0");
@@ -101,7 +103,7 @@ fn stopped_while_redis_is_frozen() {
     let took = asked.elapsed();
     let log = s.log();
     assert_eq!(status.code(), Some(0), "{log}");
-    assert!(took < Duration::from_secs(8), "{took:?}: {log}");
+    assert!(took < Duration::from_secs(10), "{took:?}: {log}");
     assert!(!log.contains("everything that was applied"), "{log}");
     assert!(log.contains("comes again at the next start"), "{log}");
     s.m.redis.signal(Signal::CONT);
@@ -129,6 +131,15 @@ fn frozen_beyond_the_timeout() {
     // A read with a timeout that a stop interrupts ends when the process goes on.
     let woken = "the connection to Redis at * broke: Interrupted system call";
     s.finish(&[&POSTGRES_AWAY[..], &["the server is silent", woken]].concat());
+}
+
+/// What a sink may say that another has taken over from, which is killed then: it may have written on while the first began a session.
+fn taken() -> Vec<&'static str> {
+    let more = [
+        "the server is silent",
+        "the progress changed while this session began",
+    ];
+    [&REDIS_AWAY[..], &POSTGRES_AWAY, &more].concat()
 }
 
 /// A sink is frozen, in one round for a minute, another takes over, and the first wakes up: it has lost the right to write, notices, and
@@ -164,15 +175,16 @@ fn the_frozen_one_wakes_up_after_another_took_over() {
             // Its connection to Redis was ended by the second; it tries again and waits for the slot, like any second sink.
             s.said("next_attempt_in", 0);
         }
+        let target = s.m.db.lsn();
         wait_for(deadline, "the second to go on", || {
             s.watch.assert_holds();
-            s.progress().filter(|&lsn| lsn >= s.m.db.lsn())
+            s.progress().filter(|&lsn| lsn >= target)
         });
         second.kill();
         s.keeps_secret("the second sink's log", &second.output());
         s.flow();
     }
-    s.finish(&[&REDIS_AWAY[..], &POSTGRES_AWAY, &["the server is silent"]].concat());
+    s.finish(&taken());
 }
 
 /// Cuts the sink off from both servers, in the middle of what it sends to Redis and with more to come, and has another take over.
@@ -218,7 +230,7 @@ fn cut_off_and_back_after_another_took_over() {
         second.kill();
         s.flow();
     }
-    s.finish(&[&REDIS_AWAY[..], &POSTGRES_AWAY, &["the server is silent"]].concat());
+    s.finish(&taken());
 }
 
 /// The same where Redis does not let the second end the connection of the first: only the epoch stands between them. The first finds

@@ -189,6 +189,7 @@ fn killed_while_it_is_applied() {
              SAVEPOINT s; UPDATE t SET n = -1 WHERE id > {from} + 100; ROLLBACK TO s; \
              UPDATE t SET n = n + 1 WHERE id % 3 = 0; DELETE FROM t WHERE id % 7 = 0; COMMIT"
         ));
+        let end = m.db.lsn();
         let parts = wait_for(Duration::from_secs(20), "a part, or the end", || {
             let key = format!("walmirror:{{{}}}:progress", m.db.name);
             let part: Option<String> = redis::cmd("HGET")
@@ -196,7 +197,7 @@ fn killed_while_it_is_applied() {
                 .arg("part_records")
                 .query(&mut m.redis.connect())
                 .unwrap();
-            (part.is_some() || m.progress() >= Some(m.db.lsn())).then_some(part)
+            (part.is_some() || m.progress() >= Some(end)).then_some(part)
         });
         println!("round {round}: {parts:?}");
         m.sink(Sink::kill);

@@ -171,7 +171,7 @@ fn a_statement_that_runs_for_long_captures_a_row_again() {
     start(&m);
     let mut s = m.db.connect();
     let procedure = "SET walmirror.capture_interval = '500ms'; \
-         DO $$ BEGIN PERFORM v FROM c WHERE id = 1; PERFORM pg_sleep(3); PERFORM v FROM c WHERE id = 1; END $$";
+         DO $$ BEGIN PERFORM v FROM c WHERE id = 1; PERFORM pg_sleep(8); PERFORM v FROM c WHERE id = 1; END $$";
     let running = std::thread::spawn(move || s.batch_execute(procedure));
     let is_there = || (keys(&m) == c_keys([1])).then_some(());
     wait_for(DEADLINE, "the row", is_there);

@@ -26,14 +26,14 @@ fn what_cannot_be_compared_is_not_called_equal() {
         };
         // One alone may have no processor for as long as a proof takes.
         (0..4).for_each(|_| drop(scope.spawn(write)));
-        let (code, output) = walmirror(&m, &["verify", "--timeout", "1s"]);
+        let (code, output) = walmirror(&m, &["verify", "--timeout", "3s"]);
         assert_eq!(code, 2, "{output}");
         assert!(
             output.contains("1 unknown") && output.contains("unknown    h:1\n"),
             "{output}"
         );
         assert!(
-            output.contains("1 keys could not be compared within 1s"),
+            output.contains("1 keys could not be compared within 3s"),
             "{output}"
         );
     });
@@ -48,7 +48,7 @@ fn what_cannot_be_told_is_exit_code_2() {
     // This waits for the end of the backfill.
     assert_equal(&m, &["verify"]);
     m.sink(|sink| sink.signal(Signal::STOP));
-    let (code, output) = walmirror(&m, &["verify", "--timeout", "1s"]);
+    let (code, output) = walmirror(&m, &["verify", "--timeout", "3s"]);
     assert_eq!(code, 2, "{output}");
     assert!(
         output.contains("does not get to") && output.contains("next: walmirror"),
@@ -57,7 +57,7 @@ fn what_cannot_be_told_is_exit_code_2() {
     m.sink(|sink| sink.signal(Signal::CONT));
     assert_equal(&m, &["verify"]);
     m.sink(Sink::terminate);
-    let (code, output) = walmirror(&m, &["verify", "--timeout", "1s"]);
+    let (code, output) = walmirror(&m, &["verify", "--timeout", "3s"]);
     assert_eq!(code, 2, "{output}");
     assert!(
         output.contains("no sink runs") && output.contains("walmirror run"),
