@@ -120,17 +120,24 @@ fn spilled_with_64_kb_of_decoding_memory() {
     with_64_kb_of_decoding_memory("spilled_with_64_kb_of_decoding_memory", "off", "spill_count");
 }
 
+/// The rows of a large table, or of a large transaction.
+fn large_rows() -> u64 {
+    std::env::var("LARGE_ROWS").map_or(200_000, |text| text.parse().expect("LARGE_ROWS is a number"))
+}
+
+fn large() -> Setup {
+    Setup {
+        writers: (1, Duration::from_millis(5)),
+        ..Setup::alone("max_wal_size = 8GB")
+    }
+}
+
 /// One transaction of `LARGE_ROWS` rows (10 million by hand), rolled back in part, with the sink killed in the middle of it.
 /// Memory is bounded on the way.
 #[test]
 fn a_large_transaction() {
-    let rows: u64 =
-        std::env::var("LARGE_ROWS").map_or(200_000, |text| text.parse().expect("LARGE_ROWS is a number"));
-    let setup = Setup {
-        writers: (1, Duration::from_millis(5)),
-        ..Setup::alone("max_wal_size = 8GB")
-    };
-    let mut s = Scenario::start("a_large_transaction", setup);
+    let rows = large_rows();
+    let mut s = Scenario::start("a_large_transaction", large());
     // A transaction that is too large for one EXEC is applied in steps: the accounts are in none of them.
     s.m.sql(&format!(
         "CREATE TABLE large (id int PRIMARY KEY, v text); SELECT walmirror.mirror('large'); \
@@ -145,5 +152,36 @@ fn a_large_transaction() {
     let (_, memory) = s.m.sink(|sink| sink.memory());
     println!("{rows} rows, {} MB at most", memory >> 20);
     // Ten million rows are more WAL than a slot may keep without a word.
+    s.finish(&["the slot keeps"]);
+}
+
+/// What is done to a whole table of `LARGE_ROWS` rows (millions by hand) takes no more memory than what is done to a row.
+#[test]
+fn a_large_table() {
+    let rows = large_rows();
+    let s = Scenario::start("a_large_table", large());
+    s.m.sql(&format!(
+        "CREATE TABLE large (id int PRIMARY KEY, v text); INSERT INTO large SELECT i, 'row ' || i FROM generate_series(1, {rows}) i"
+    ));
+    let steps = [
+        "SELECT walmirror.mirror('large')",
+        "UPDATE large SET v = 'changed' WHERE id % 2 = 0",
+        "SELECT walmirror.mirror('large', key => 'other:{id}')",
+        "ALTER TABLE large ADD w int",
+        "DELETE FROM large WHERE id % 3 = 0",
+        "SELECT walmirror.mirror('large', value => 'json')",
+        "ALTER TABLE large ALTER w TYPE bigint; UPDATE large SET w = 1",
+        "SELECT walmirror.unmirror('large')",
+        "SELECT walmirror.mirror('large')",
+        "TRUNCATE large",
+    ];
+    for step in steps {
+        s.m.sql(step);
+        s.load.rest();
+        s.m.settle_within(Duration::from_secs(120 + rows / 5_000));
+        s.load.resume();
+        let (_, memory) = s.m.sink(|sink| sink.memory());
+        println!("{} MB at most after {step}", memory >> 20);
+    }
     s.finish(&["the slot keeps"]);
 }
