@@ -86,7 +86,15 @@ impl Checks {
                 }
             }
         }
-        match held.into_iter().find(|(key, _)| !history.is_kept(key)) {
+        // What was lost with an earlier life of Postgres is not known any more.
+        let is_first = redis.incarnation() == 0;
+        if let Some((table, key)) = redis.notes.iter().find(|note| is_first && !is_bad(history, note)) {
+            let (table, key) = (String::from_utf8_lossy(table), String::from_utf8_lossy(key));
+            return Err(format!(
+                "at rest: the row {key} of {table} was never one that is not mirrored"
+            ));
+        }
+        match held.into_iter().find(|(key, _)| !history.is_kept(key, end)) {
             Some((key, found)) => Err(differs("at rest", key, Some(found), None)),
             None if redis.pending().next().is_some() => Err("a key is still pending".to_owned()),
             None => Ok(()),
@@ -94,12 +102,40 @@ impl Checks {
     }
 }
 
+/// Whether a row that was noted has a key that is too long, or one that another table takes at some time.
+fn is_bad(history: &History, (table, key): &(Vec<u8>, Vec<u8>)) -> bool {
+    let oid = OIDS
+        .into_iter()
+        .find(|oid| format!("public.t{oid}").into_bytes() == *table);
+    let mut labels = oid.into_iter().flat_map(|oid| history.labels(oid));
+    labels.any(|label| {
+        let is_long = |id: Id| !label.is_short(id) && label.key(id).starts_with(key);
+        (0..super::postgres::IDS).any(is_long) || history.takers(label, key).next().is_some()
+    })
+}
+
 /// Whether Redis is kept by this version of the table.
 fn is_known(redis: &Redis, label: &Definition) -> bool {
-    let fields = redis.hash(RELATIONS);
-    let stored = fields.and_then(|fields| fields.get(label.oid.to_string().as_bytes()));
-    let stored = stored.and_then(|bytes| pb::Relation::decode(bytes.as_slice()).ok());
-    stored.is_some_and(|relation| relation.fingerprint == label.fingerprint)
+    known(redis, label.oid) == Some(label.fingerprint)
+}
+
+/// By which version of the table Redis is kept.
+fn known(redis: &Redis, oid: u32) -> Option<u64> {
+    let stored = redis.hash(RELATIONS)?.get(oid.to_string().as_bytes())?;
+    let relation = pb::Relation::decode(stored.as_slice()).ok()?;
+    Some(relation.fingerprint)
+}
+
+/// Whether it is known whose key this is: what Redis knows of the tables that it could be of is what the position says.
+fn is_settled(redis: &Redis, history: &History, progress: &Progress, label: &Definition, key: &[u8]) -> bool {
+    let lsn = progress.lsn.0;
+    history.takers(label, key).all(|oid| {
+        let fingerprint = history.label(oid, lsn).map(|label| label.fingerprint);
+        let is_cut = progress
+            .part
+            .is_some_and(|part| history.relabels(oid, part.commit_lsn.0));
+        known(redis, oid) == fingerprint && !is_cut
+    })
 }
 
 /// INVARIANT I10, and that nothing is lost: a key whose table is complete is what the position says; of one whose table
@@ -121,8 +157,15 @@ fn check_table(
     let before = redis.position_after(redis.steps.len().saturating_sub(1));
     // Who was writing when the label changed did so under several, perhaps this one before: that is stale until the key is filled, too.
     let is_stale = history.is_rewritten(label.oid, before, lsn) || history.labels(label.oid).count() > 1;
+    let is_met = redis.changed().any(|key| key == RELATIONS);
     for id in 0..super::postgres::IDS {
         let key = label.key(id);
+        if history.is_taken(label, &key, lsn) || !is_settled(redis, history, progress, label, &key) {
+            continue;
+        }
+        // What the same step wrote before it met the table whose key this is, or while it was that one's, is another row.
+        let is_handed_on = |oid| is_met || history.is_rewritten(oid, before, lsn);
+        let is_stale = is_stale || history.rivals(label, &key).any(is_handed_on);
         let is_pending = redis.pending().any(|(pending, _)| *pending == key);
         let is_changed = redis.changed().any(|changed| *changed == key);
         // A table is not complete while rows that only a backfill brings are still to be read.

@@ -106,9 +106,40 @@ impl History {
             .map(|(.., row)| row.as_ref())
     }
 
-    /// Whether it is a key that a table left behind.
-    pub(super) fn is_kept(&self, key: &[u8]) -> bool {
+    /// Whether it is a key that a table left behind, and nobody's now.
+    pub(super) fn is_kept(&self, key: &[u8], at: u64) -> bool {
+        let mut labels = self.labels.keys().filter_map(|oid| self.label(*oid, at));
         self.kept.iter().any(|prefix| key.starts_with(prefix.as_bytes()))
+            && !labels.any(|label| key.starts_with(label.prefix.as_bytes()))
+    }
+
+    /// Whether a key that this label can make is that of a table with a more specific one at this position.
+    pub(super) fn is_taken(&self, label: &Definition, key: &[u8], at: u64) -> bool {
+        let mut others = self.labels.keys().filter_map(|oid| self.label(*oid, at));
+        others.any(|other| other.takes(key, label))
+    }
+
+    /// The tables that such a key is of at some time.
+    pub(super) fn takers<'a>(
+        &'a self,
+        label: &'a Definition,
+        key: &'a [u8],
+    ) -> impl Iterator<Item = u32> + 'a {
+        let others = self.labels.keys().copied().filter(|oid| *oid != label.oid);
+        others.filter(move |oid| self.labels(*oid).any(|other| other.takes(key, label)))
+    }
+
+    /// The other tables that could make the key at some time.
+    pub(super) fn rivals<'a>(
+        &'a self,
+        label: &'a Definition,
+        key: &'a [u8],
+    ) -> impl Iterator<Item = u32> + 'a {
+        let others = self.labels.keys().copied().filter(|oid| *oid != label.oid);
+        others.filter(move |oid| {
+            self.labels(*oid)
+                .any(|other| key.starts_with(other.prefix.as_bytes()))
+        })
     }
 
     /// All keys of a table, as they must be at this position.
@@ -118,7 +149,9 @@ impl History {
             let stored = definition.stored(self.row(*oid, *id, at))?;
             Some((definition.key(*id), stored))
         });
-        stored.collect()
+        stored
+            .filter(|(key, _)| !self.is_taken(definition, key, at))
+            .collect()
     }
 }
 

@@ -13,6 +13,13 @@ pub(super) type Id = u8;
 const SPLIT: u32 = 102;
 /// How many ids have the same hi.
 const IN_HI: Id = 3;
+/// The table whose keys others could make too, because its template is more specific.
+pub(super) const NARROW: u32 = 104;
+/// What the ids of the tables that it takes keys from look like: those from `TAKEN` to `TAKEN` + 2 can be its keys, that of the last is
+/// longer than a key may be.
+const TAKEN: Id = 3;
+const LONG: Id = 6;
+pub(super) const KEY_BYTES: usize = 100;
 
 /// A row of columns id text, v int, big text (which may be TOASTed). Every write gives `v` a value of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,8 +65,7 @@ impl Definition {
                 if self.is_split() { "{hi}:{lo}" } else { "{id}" }
             ),
             fingerprint: self.fingerprint,
-            columns: (self
-                .parts(0)
+            columns: (parts(self.oid, 0)
                 .iter()
                 .map(|(name, _)| column(name, Encoding::Text, all)))
             .chain([
@@ -75,13 +81,15 @@ impl Definition {
         self.oid == SPLIT
     }
 
-    /// The columns of the key and their values.
-    fn parts(&self, id: Id) -> Vec<(&'static str, String)> {
-        if self.is_split() {
-            vec![("hi", (id / IN_HI).to_string()), ("lo", (id % IN_HI).to_string())]
-        } else {
-            vec![("id", id.to_string())]
-        }
+    /// Whether Redis takes the key of this row.
+    pub(super) fn is_short(&self, id: Id) -> bool {
+        self.key(id).len() <= KEY_BYTES
+    }
+
+    /// Whether a key is one that the template of this label can make and not that of the other one, which is less specific. Where the
+    /// beginning is this label's, the rest is no matter in this model.
+    pub(super) fn takes(&self, key: &[u8], other: &Self) -> bool {
+        self.prefix.len() > other.prefix.len() && key.starts_with(self.prefix.as_bytes())
     }
 
     /// The big column as it is printed.
@@ -94,17 +102,17 @@ impl Definition {
     }
 
     pub(super) fn key(&self, id: Id) -> Vec<u8> {
-        let parts: Vec<String> = self.parts(id).into_iter().map(|(_, value)| value).collect();
+        let parts: Vec<String> = parts(self.oid, id).into_iter().map(|(_, value)| value).collect();
         format!("{}{}", self.prefix, parts.join(":")).into_bytes()
     }
 
     /// What Redis holds for the row; None: no key.
     pub(super) fn stored(&self, row: Option<&Row>) -> Option<Stored> {
-        let row = row?;
+        let row = row.filter(|row| self.is_short(row.id))?;
         match self.value {
             ValueKind::Hash => {
                 let mut fields = BTreeMap::from([(b"v".to_vec(), row.v.to_string().into_bytes())]);
-                let parts = self.parts(row.id).into_iter();
+                let parts = parts(self.oid, row.id).into_iter();
                 fields.extend(parts.map(|(name, value)| (name.as_bytes().to_vec(), value.into_bytes())));
                 fields.extend(self.big(row).map(|big| (b"big".to_vec(), big.into_bytes())));
                 Some(Stored::Hash(fields))
@@ -114,7 +122,7 @@ impl Definition {
                 let big = self
                     .big(row)
                     .map_or("null".to_owned(), |big| format!("\"{big}\""));
-                let parts = self.parts(row.id).into_iter();
+                let parts = parts(self.oid, row.id).into_iter();
                 let parts: String = parts
                     .map(|(name, value)| format!("\"{name}\": \"{value}\", "))
                     .collect();
@@ -135,7 +143,7 @@ impl Definition {
 /// The row as the decoder writes it; `unchanged`: without the big column.
 pub(super) fn tuple(definition: &Definition, row: &Row, unchanged: bool) -> TupleBuilder {
     let mut tuple = TupleBuilder::new();
-    for (_, value) in definition.parts(row.id) {
+    for (_, value) in parts(definition.oid, row.id) {
         tuple.text(value.as_bytes());
     }
     tuple.int(row.v as i64);
@@ -150,7 +158,7 @@ pub(super) fn tuple(definition: &Definition, row: &Row, unchanged: bool) -> Tupl
 /// The key columns only.
 pub(super) fn key_tuple(definition: &Definition, id: Id) -> TupleBuilder {
     let mut tuple = TupleBuilder::new();
-    for (_, value) in definition.parts(id) {
+    for (_, value) in parts(definition.oid, id) {
         tuple.text(value.as_bytes());
     }
     tuple.null();
@@ -158,14 +166,25 @@ pub(super) fn key_tuple(definition: &Definition, id: Id) -> TupleBuilder {
     tuple
 }
 
-/// The row that a key is of, by what the key's template found in it.
-pub(super) fn row_of(values: &[Vec<u8>]) -> Option<Id> {
-    let number = |value: &Vec<u8>| std::str::from_utf8(value).ok()?.parse::<Id>().ok();
-    match values {
-        [id] => number(id),
-        [hi, lo] => Some(number(hi)? * IN_HI + number(lo)?),
-        _ => None,
+/// The columns of the key of a table's row, and their values.
+fn parts(oid: u32, id: Id) -> Vec<(&'static str, String)> {
+    match (oid, id) {
+        (SPLIT, _) => vec![("hi", (id / IN_HI).to_string()), ("lo", (id % IN_HI).to_string())],
+        (NARROW, _) | (_, ..TAKEN) => vec![("id", id.to_string())],
+        (_, LONG) => vec![("id", "l".repeat(KEY_BYTES))],
+        _ => vec![("id", format!("x:{}", id - TAKEN))],
     }
+}
+
+/// The row that a key is of, by what the template of the table's key found in it.
+pub(super) fn row_of(oid: u32, values: &[Vec<u8>]) -> Option<Id> {
+    let is_of = |id: &Id| {
+        let parts = parts(oid, *id).into_iter();
+        parts
+            .map(|(_, value)| value.into_bytes())
+            .eq(values.iter().cloned())
+    };
+    (0..super::postgres::IDS).find(is_of)
 }
 
 /// An id with the hi of one and the lo of another.

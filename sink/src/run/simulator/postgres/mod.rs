@@ -9,11 +9,23 @@ use std::sync::Arc;
 use walmirror_proto::pb::{Kind, Mode, OnWrite, ValueKind};
 
 use super::history::History;
-use super::table::{Definition, Id, Row};
+use super::table::{Definition, Id, NARROW, Row};
 use crate::gate::Snapshot;
 
 pub(super) const IDS: Id = 7;
-pub(super) const OIDS: [u32; 3] = [101, 102, 103];
+pub(super) const OIDS: [u32; 4] = [101, 102, 103, NARROW];
+/// What there is to pick of a definition.
+pub(super) const CHOICES: u64 = 24 * TAKING.len() as u64;
+/// What a table that takes keys from the others begins its keys with, and how it is mirrored.
+const TAKING: [(&str, Mode); 7] = [
+    ("a0:x:", Mode::Mirror),
+    ("a1:x:", Mode::Mirror),
+    ("a0:x:", Mode::Cache),
+    ("b0:1:", Mode::Mirror),
+    ("b1:1:", Mode::Cache),
+    ("c0:x:", Mode::Mirror),
+    ("d:", Mode::Mirror),
+];
 
 /// What a transaction did, as the decoder sees it.
 #[derive(Clone, Debug)]
@@ -322,12 +334,21 @@ impl Postgres {
 
 /// A definition of one of the tables; `choice` picks what there is to pick.
 pub(super) fn definition(oid: u32, fingerprint: u64, choice: u64) -> Definition {
-    let letter = ["a", "b", "c"][(oid - 101) as usize];
+    let own = |letter, mode| (format!("{letter}{}:", choice % 2), mode);
+    let (prefix, mode) = match oid {
+        101 => own("a", Mode::Mirror),
+        102 => own("b", Mode::Mirror),
+        103 => own("c", Mode::Cache),
+        _ => {
+            let (prefix, mode) = TAKING[(choice / 24) as usize % TAKING.len()];
+            (prefix.to_owned(), mode)
+        }
+    };
     Definition {
         oid,
         fingerprint,
-        prefix: format!("{letter}{}:", choice % 2),
-        mode: if oid == 103 { Mode::Cache } else { Mode::Mirror },
+        prefix,
+        mode,
         value: [
             ValueKind::Hash,
             ValueKind::Json,

@@ -3,7 +3,7 @@
 
 mod commands;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use redis::Value;
 
@@ -12,6 +12,7 @@ use crate::progress::Progress;
 pub(super) const PROGRESS: &[u8] = b"walmirror:{s}:progress";
 pub(super) const RELATIONS: &[u8] = b"walmirror:{s}:relations";
 pub(super) const PENDING: &[u8] = b"walmirror:{s}:pending";
+const REJECTED: &[u8] = b"walmirror:{s}:rejected";
 
 pub(super) type Fields = BTreeMap<Vec<u8>, Vec<u8>>;
 
@@ -59,6 +60,8 @@ pub(super) struct Redis {
     pub(super) writes: Option<usize>,
     /// How many steps are on a replica or on disk.
     pub(super) saved: usize,
+    /// Rows that were not mirrored, ever: table and key.
+    pub(super) notes: BTreeSet<(Vec<u8>, Vec<u8>)>,
     pub(super) broken: Broken,
     /// Print every command: for the replay of a seed.
     pub(super) trace: bool,
@@ -304,9 +307,10 @@ impl Redis {
         }
     }
 
-    /// INVARIANT I2: rows change in a step that moves the position.
+    /// INVARIANT I2: rows change, and are noted, in a step that moves the position.
     fn check_step(&mut self) {
-        let data = self.before.keys().find(|key| !key.starts_with(b"walmirror:{"));
+        let is_data = |key: &&Vec<u8>| !key.starts_with(b"walmirror:{") || *key == REJECTED;
+        let data = self.before.keys().find(is_data);
         if let Some(key) = data.filter(|_| !self.before.contains_key(PROGRESS)) {
             self.violation = Some(format!(
                 "{} changed without the progress (I2)",

@@ -9,7 +9,7 @@ use super::Courier;
 use crate::backfill::{Backfill, Content};
 use crate::error::Error;
 use crate::gate::Snapshot;
-use crate::plan::Purge;
+use crate::plan::{Belongs, Owned};
 use crate::run::planning::Planning;
 
 /// The worker that reads pending keys again and takes horizons.
@@ -92,13 +92,10 @@ impl Pending {
                 )?;
                 continue;
             };
-            let own = Purge::new(
-                relation,
-                &task.mapping.template,
-                &backfill.other_templates(relation),
-            );
-            let (own, foreign): (Vec<_>, Vec<_>) =
-                keys.into_iter().partition(|key| own.match_key(key).is_some());
+            let others = backfill.other_templates(relation);
+            let owned = Owned::new(relation, &task.mapping.template, &[], &others);
+            let is_own = |key: &Vec<u8>| owned.noted(key) != Belongs::Elsewhere;
+            let (own, foreign): (Vec<_>, Vec<_>) = keys.into_iter().partition(is_own);
             let target = (relation, task.generation);
             if !foreign.is_empty() {
                 let content = Content::Orphans(foreign);
@@ -125,7 +122,7 @@ impl Pending {
             };
             let rows = own.into_iter().map(|key| {
                 let values = task.mapping.template.match_key(&key).unwrap_or_default();
-                let row = row_of(&values).and_then(|id| postgres.row(relation, id, &snapshot));
+                let row = row_of(relation, &values).and_then(|id| postgres.row(relation, id, &snapshot));
                 (key, row.map(|row| label.pack(&row)))
             });
             let content = Content::Keys(rows.collect());

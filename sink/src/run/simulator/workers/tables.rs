@@ -267,7 +267,7 @@ fn absent(
     let owned = Owned::new(relation, &task.mapping.template, &task.cursor.old_keys, &others);
     keys.retain(|key| match owned.belongs(key) {
         Belongs::ToRow(values) => {
-            row_of(&values).is_none_or(|id| postgres.row(relation, id, snapshot).is_none())
+            row_of(relation, &values).is_none_or(|id| postgres.row(relation, id, snapshot).is_none())
         }
         Belongs::ToNoRow => true,
         Belongs::Elsewhere => false,

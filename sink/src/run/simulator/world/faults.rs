@@ -114,7 +114,7 @@ impl World {
                 let keys: Vec<_> = redis
                     .data
                     .keys()
-                    .filter(|key| key.starts_with(b"c"))
+                    .filter(|key| key.starts_with(b"c") && !key.windows(3).any(|part| part == b":x:"))
                     .cloned()
                     .collect();
                 if let Some(key) = self.dice.pick(&keys) {

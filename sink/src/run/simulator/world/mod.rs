@@ -7,13 +7,15 @@ mod sinks;
 
 use std::time::{Duration, Instant};
 
+use walmirror_proto::pb::Mode;
+
 use super::check::Checks;
 use super::dice::Dice;
 use super::link::{self, lock};
-use super::postgres::{IDS, OIDS, Postgres, Wal, definition};
+use super::postgres::{CHOICES, IDS, OIDS, Postgres, Wal, definition};
 use super::redis::Broken;
 use super::sink::{Session, Setting, Starting, at};
-use super::table::Id;
+use super::table::{Id, KEY_BYTES, NARROW};
 use crate::config::Durability;
 use crate::plan::RedisKeys;
 use crate::request::Request;
@@ -73,7 +75,7 @@ impl World {
             limits: Limits {
                 batch_bytes: if small { 600 } else { 4000 },
                 transaction_bytes: if small { 2_000 } else { 20_000 },
-                value_bytes: crate::plan::VALUE_BYTES,
+                value_bytes: KEY_BYTES,
             },
             gate_bytes: if dice.once_in(2) { 64 } else { 4096 },
             epoch: Instant::now(),
@@ -87,7 +89,7 @@ impl World {
                 postgres.write(index, oid, id, 7, 0);
             }
             if !dice.once_in(4) {
-                let choice = dice.roll(24);
+                let choice = dice.roll(CHOICES);
                 postgres.relabel(index, oid, |fingerprint| definition(oid, fingerprint, choice));
             }
         }
@@ -158,7 +160,7 @@ impl World {
             self.write();
         }
         if self.dice.once_in(2) {
-            let (oid, choice) = (*self.dice.pick(&OIDS).unwrap(), self.dice.roll(24));
+            let (oid, choice) = (*self.dice.pick(&OIDS).unwrap(), self.dice.roll(CHOICES));
             let index = self.postgres.begin();
             self.postgres
                 .relabel(index, oid, |fingerprint| definition(oid, fingerprint, choice));
@@ -198,7 +200,7 @@ impl World {
                 1 => self.postgres.rewrite(index, oid),
                 2 => self.postgres.rename_values(index, oid),
                 _ => {
-                    let choice = self.dice.roll(24);
+                    let choice = self.dice.roll(CHOICES);
                     self.postgres
                         .relabel(index, oid, |fingerprint| definition(oid, fingerprint, choice));
                 }
@@ -223,14 +225,15 @@ impl World {
         self.dice.roll(u64::from(IDS)) as Id
     }
 
-    /// A SELECT reads rows of the cached table; its message enters the WAL later.
+    /// A SELECT reads rows of a cached table; its message enters the WAL later.
     fn select(&mut self) {
-        let (oid, snapshot) = (103, self.postgres.snapshot());
+        let oid = if self.dice.once_in(4) { NARROW } else { 103 };
+        let snapshot = self.postgres.snapshot();
         let (id, other) = (self.id(), self.id());
         if let Some(definition) = self
             .postgres
             .label(oid, &snapshot)
-            .filter(|_| !self.postgres.is_locked(oid))
+            .filter(|label| label.mode == Mode::Cache && !self.postgres.is_locked(oid))
         {
             let rows = [id, other]
                 .into_iter()
@@ -259,7 +262,7 @@ impl World {
             for id in 0..IDS {
                 self.postgres.write(writer, oid, id, 7, 0);
             }
-            let (labeller, choice) = (self.postgres.begin(), self.dice.roll(24));
+            let (labeller, choice) = (self.postgres.begin(), self.dice.roll(CHOICES));
             self.postgres
                 .relabel(labeller, oid, |fingerprint| definition(oid, fingerprint, choice));
             self.postgres.commit(labeller);
@@ -268,7 +271,10 @@ impl World {
         if let Some(label) = self.postgres.label(oid, &self.postgres.snapshot()) {
             let reread = Request::Reread {
                 relation: oid,
-                keys: (0..IDS).map(|id| label.key(id)).collect(),
+                keys: (0..IDS)
+                    .filter(|id| label.is_short(*id))
+                    .map(|id| label.key(id))
+                    .collect(),
             };
             let content = reread.encode("s");
             self.postgres.message(|lsn| Wal::Marker { lsn, content });
