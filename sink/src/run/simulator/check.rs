@@ -116,25 +116,31 @@ fn is_bad(history: &History, (table, key): &(Vec<u8>, Vec<u8>)) -> bool {
 
 /// Whether Redis is kept by this version of the table.
 fn is_known(redis: &Redis, label: &Definition) -> bool {
-    known(redis, label.oid) == Some(label.fingerprint)
+    known(redis, label.oid).is_some_and(|relation| relation.fingerprint == label.fingerprint)
 }
 
 /// By which version of the table Redis is kept.
-fn known(redis: &Redis, oid: u32) -> Option<u64> {
+fn known(redis: &Redis, oid: u32) -> Option<pb::Relation> {
     let stored = redis.hash(RELATIONS)?.get(oid.to_string().as_bytes())?;
-    let relation = pb::Relation::decode(stored.as_slice()).ok()?;
-    Some(relation.fingerprint)
+    pb::Relation::decode(stored.as_slice()).ok()
 }
 
-/// Whether it is known whose key this is: what Redis knows of the tables that it could be of is what the position says.
+/// Whether it is known whose key this is: what Redis knows of the other tables that it could be of is what the position says.
 fn is_settled(redis: &Redis, history: &History, progress: &Progress, label: &Definition, key: &[u8]) -> bool {
-    let lsn = progress.lsn.0;
-    history.takers(label, key).all(|oid| {
-        let fingerprint = history.label(oid, lsn).map(|label| label.fingerprint);
+    let takers: Vec<u32> = history.takers(label, key).collect();
+    let mut others = OIDS.into_iter().filter(|oid| *oid != label.oid);
+    others.all(|oid| {
+        let relation = known(redis, oid);
+        let version = history.label(oid, progress.lsn.0);
+        let is_current = relation.as_ref().map(|relation| relation.fingerprint)
+            == version.map(|version| version.fingerprint);
         let is_cut = progress
             .part
             .is_some_and(|part| history.relabels(oid, part.commit_lsn.0));
-        known(redis, oid) == fingerprint && !is_cut
+        // What it is known as may be of an earlier life of Postgres.
+        let prefix = relation.and_then(|relation| Some(relation.key.split_once('{')?.0.to_owned()));
+        let takes = || prefix.is_some_and(|prefix| label.is_taken_by(&prefix, key));
+        is_current && !is_cut || !(takers.contains(&oid) || takes())
     })
 }
 

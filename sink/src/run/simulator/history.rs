@@ -116,7 +116,7 @@ impl History {
     /// Whether a key that this label can make is that of a table with a more specific one at this position.
     pub(super) fn is_taken(&self, label: &Definition, key: &[u8], at: u64) -> bool {
         let mut others = self.labels.keys().filter_map(|oid| self.label(*oid, at));
-        others.any(|other| other.takes(key, label))
+        others.any(|other| label.is_taken_by(&other.prefix, key))
     }
 
     /// The tables that such a key is of at some time.
@@ -126,7 +126,10 @@ impl History {
         key: &'a [u8],
     ) -> impl Iterator<Item = u32> + 'a {
         let others = self.labels.keys().copied().filter(|oid| *oid != label.oid);
-        others.filter(move |oid| self.labels(*oid).any(|other| other.takes(key, label)))
+        others.filter(move |oid| {
+            self.labels(*oid)
+                .any(|other| label.is_taken_by(&other.prefix, key))
+        })
     }
 
     /// The other tables that could make the key at some time.

@@ -10,7 +10,10 @@
 //! A failure prints its seed; `WALMIRROR_SIM_SEED=<seed>` replays it alone and prints all commands and the WAL,
 //! `WALMIRROR_SIM_COUNT=<n>` runs more of them, and `WALMIRROR_SIM_FROM=<seed>` others.
 //!
-//! Not in the model: TTLs, captures of mirrors, and rows that cannot be mirrored.
+//! One of the tables takes keys from the others, because its template is more specific, and some rows have keys that are too long: those
+//! must not be written, and the keys of that table are its own, whatever becomes of the others.
+//!
+//! Not in the model: TTLs, captures of mirrors, and rows that cannot be encoded.
 
 #![allow(
     clippy::unwrap_used,
@@ -105,6 +108,9 @@ fn what_is_broken_on_purpose_is_found() {
         (Broken::HalfKey, NOT_OLDER),
         (Broken::KeepKeys, AT_REST),
         (Broken::NoHorizon, NOT_OLDER),
+        (Broken::WriteTaken, NOT_OLDER),
+        (Broken::NoTaker, NOT_OLDER),
+        (Broken::LongKeys, NOT_OLDER),
     ] {
         // These are rare. What is drawn at which seed changes with the model: then it is farther off, and takes longer.
         let from = match broken {

@@ -12,6 +12,7 @@ use super::link::{self, connect, lock};
 use super::postgres::Postgres;
 use super::redis::Broken;
 use super::stream::Stream;
+use super::table::NARROW;
 use super::workers::{Pending, Tables};
 use crate::backfill::Backfill;
 use crate::config::Durability;
@@ -195,6 +196,9 @@ impl Session {
             && let Some(progress) = &mut claim.stored.progress
         {
             progress.lsn = confirmed;
+        }
+        if broken == Broken::NoTaker {
+            claim.stored.relations.remove(&NARROW);
         }
         let position = fresh
             .or(claim.stored.progress.as_ref().map(|progress| progress.lsn))

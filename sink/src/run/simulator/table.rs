@@ -86,10 +86,10 @@ impl Definition {
         self.key(id).len() <= KEY_BYTES
     }
 
-    /// Whether a key is one that the template of this label can make and not that of the other one, which is less specific. Where the
-    /// beginning is this label's, the rest is no matter in this model.
-    pub(super) fn takes(&self, key: &[u8], other: &Self) -> bool {
-        self.prefix.len() > other.prefix.len() && key.starts_with(self.prefix.as_bytes())
+    /// Whether a key that this label can make is that of a table whose keys begin with `other`, which is more specific. What comes behind
+    /// is no matter in this model.
+    pub(super) fn is_taken_by(&self, other: &str, key: &[u8]) -> bool {
+        other.len() > self.prefix.len() && key.starts_with(other.as_bytes())
     }
 
     /// The big column as it is printed.

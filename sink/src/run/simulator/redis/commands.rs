@@ -3,7 +3,7 @@
 use redis::Value;
 
 use super::super::scripts;
-use super::{Fields, Redis, Stored, error};
+use super::{Broken, Fields, Redis, Stored, error};
 
 impl Redis {
     pub(super) fn run(&mut self, id: u64, command: &[Vec<u8>]) -> Value {
@@ -57,6 +57,11 @@ impl Redis {
                 self.touch(key);
                 self.data.insert(key.to_vec(), Stored::Text(args[7].to_vec()));
                 self.notes.insert((args[9].to_vec(), args[7].to_vec()));
+                let is_taken = String::from_utf8_lossy(args[13]).contains("has more literal text");
+                if is_taken && self.broken == Broken::WriteTaken {
+                    self.touch(args[7]);
+                    self.data.insert(args[7].to_vec(), Stored::Text(args[9].to_vec()));
+                }
                 Value::BulkString(b"1-1".to_vec())
             }
             [b"HGET", key, field] => {

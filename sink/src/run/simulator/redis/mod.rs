@@ -102,6 +102,12 @@ pub(super) enum Broken {
     KeepKeys,
     /// A table that was announced is captured and refreshed whoever was writing to it.
     NoHorizon,
+    /// A row is noted whose key another table takes, and written all the same.
+    WriteTaken,
+    /// A session that begins knows nothing of the table that takes keys from the others, until the catalog tells.
+    NoTaker,
+    /// Keys that are too long are written.
+    LongKeys,
 }
 
 impl Redis {

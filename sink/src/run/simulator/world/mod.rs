@@ -75,7 +75,10 @@ impl World {
             limits: Limits {
                 batch_bytes: if small { 600 } else { 4000 },
                 transaction_bytes: if small { 2_000 } else { 20_000 },
-                value_bytes: KEY_BYTES,
+                value_bytes: match broken {
+                    Broken::LongKeys => crate::plan::VALUE_BYTES,
+                    _ => KEY_BYTES,
+                },
             },
             gate_bytes: if dice.once_in(2) { 64 } else { 4096 },
             epoch: Instant::now(),
