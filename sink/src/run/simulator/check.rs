@@ -8,7 +8,7 @@ use walmirror_proto::pb::{self, Mode};
 use super::history::History;
 use super::postgres::OIDS;
 use super::redis::{RELATIONS, Redis, Stored};
-use super::table::{Definition, Id};
+use super::table::{Definition, Id, NARROW};
 use crate::backfill::Cursor;
 use crate::progress::Progress;
 
@@ -102,7 +102,7 @@ impl Checks {
     }
 }
 
-/// Whether a row that was noted has a key that is too long, or one that another table takes at some time.
+/// Whether a row that was noted has a key that is too long, or one that another table could take.
 fn is_bad(history: &History, (table, key): &(Vec<u8>, Vec<u8>)) -> bool {
     let oid = OIDS
         .into_iter()
@@ -110,38 +110,31 @@ fn is_bad(history: &History, (table, key): &(Vec<u8>, Vec<u8>)) -> bool {
     let mut labels = oid.into_iter().flat_map(|oid| history.labels(oid));
     labels.any(|label| {
         let is_long = |id: Id| !label.is_short(id) && label.key(id).starts_with(key);
-        (0..super::postgres::IDS).any(is_long) || history.takers(label, key).next().is_some()
+        (0..super::postgres::IDS).any(is_long) || label.may_be_taken(key)
     })
 }
 
 /// Whether Redis is kept by this version of the table.
 fn is_known(redis: &Redis, label: &Definition) -> bool {
-    known(redis, label.oid).is_some_and(|relation| relation.fingerprint == label.fingerprint)
+    known(redis, label.oid) == Some(label.fingerprint)
 }
 
 /// By which version of the table Redis is kept.
-fn known(redis: &Redis, oid: u32) -> Option<pb::Relation> {
+fn known(redis: &Redis, oid: u32) -> Option<u64> {
     let stored = redis.hash(RELATIONS)?.get(oid.to_string().as_bytes())?;
-    pb::Relation::decode(stored.as_slice()).ok()
+    let relation = pb::Relation::decode(stored.as_slice()).ok()?;
+    Some(relation.fingerprint)
 }
 
-/// Whether it is known whose key this is: what Redis knows of the other tables that it could be of is what the position says.
-fn is_settled(redis: &Redis, history: &History, progress: &Progress, label: &Definition, key: &[u8]) -> bool {
-    let takers: Vec<u32> = history.takers(label, key).collect();
-    let mut others = OIDS.into_iter().filter(|oid| *oid != label.oid);
-    others.all(|oid| {
-        let relation = known(redis, oid);
-        let version = history.label(oid, progress.lsn.0);
-        let is_current = relation.as_ref().map(|relation| relation.fingerprint)
-            == version.map(|version| version.fingerprint);
-        let is_cut = progress
-            .part
-            .is_some_and(|part| history.relabels(oid, part.commit_lsn.0));
-        // What it is known as may be of an earlier life of Postgres.
-        let prefix = relation.and_then(|relation| Some(relation.key.split_once('{')?.0.to_owned()));
-        let takes = || prefix.is_some_and(|prefix| label.is_taken_by(&prefix, key));
-        is_current && !is_cut || !(takers.contains(&oid) || takes())
-    })
+/// Whether Redis is kept by what the table that takes keys is at this position, so that it is known whose keys those are.
+fn is_taker_known(redis: &Redis, history: &History, progress: &Progress) -> bool {
+    let version = history
+        .label(NARROW, progress.lsn.0)
+        .map(|label| label.fingerprint);
+    let is_cut = progress
+        .part
+        .is_some_and(|part| history.relabels(NARROW, part.commit_lsn.0));
+    known(redis, NARROW) == version && !is_cut
 }
 
 /// INVARIANT I10, and that nothing is lost: a key whose table is complete is what the position says; of one whose table
@@ -163,15 +156,16 @@ fn check_table(
     let before = redis.position_after(redis.steps.len().saturating_sub(1));
     // Who was writing when the label changed did so under several, perhaps this one before: that is stale until the key is filled, too.
     let is_stale = history.is_rewritten(label.oid, before, lsn) || history.labels(label.oid).count() > 1;
+    let is_taker_known = is_taker_known(redis, history, progress);
     let is_met = redis.changed().any(|key| key == RELATIONS);
     for id in 0..super::postgres::IDS {
         let key = label.key(id);
-        if history.is_taken(label, &key, lsn) || !is_settled(redis, history, progress, label, &key) {
+        let may_be_taken = label.may_be_taken(&key);
+        if may_be_taken && (!is_taker_known || history.is_taken(label, &key, lsn)) {
             continue;
         }
-        // What the same step wrote before it met the table whose key this is, or while it was that one's, is another row.
-        let is_handed_on = |oid| is_met || history.is_rewritten(oid, before, lsn);
-        let is_stale = is_stale || history.rivals(label, &key).any(is_handed_on);
+        // What the same step wrote before another table took the key, or while it was that one's, is another row.
+        let is_stale = is_stale || is_met && (may_be_taken || label.oid == NARROW);
         let is_pending = redis.pending().any(|(pending, _)| *pending == key);
         let is_changed = redis.changed().any(|changed| *changed == key);
         // A table is not complete while rows that only a backfill brings are still to be read.

@@ -119,32 +119,6 @@ impl History {
         others.any(|other| label.is_taken_by(&other.prefix, key))
     }
 
-    /// The tables that such a key is of at some time.
-    pub(super) fn takers<'a>(
-        &'a self,
-        label: &'a Definition,
-        key: &'a [u8],
-    ) -> impl Iterator<Item = u32> + 'a {
-        let others = self.labels.keys().copied().filter(|oid| *oid != label.oid);
-        others.filter(move |oid| {
-            self.labels(*oid)
-                .any(|other| label.is_taken_by(&other.prefix, key))
-        })
-    }
-
-    /// The other tables that could make the key at some time.
-    pub(super) fn rivals<'a>(
-        &'a self,
-        label: &'a Definition,
-        key: &'a [u8],
-    ) -> impl Iterator<Item = u32> + 'a {
-        let others = self.labels.keys().copied().filter(|oid| *oid != label.oid);
-        others.filter(move |oid| {
-            self.labels(*oid)
-                .any(|other| key.starts_with(other.prefix.as_bytes()))
-        })
-    }
-
     /// All keys of a table, as they must be at this position.
     pub(super) fn keys(&self, definition: &Definition, at: u64) -> BTreeMap<Vec<u8>, Stored> {
         let rows = self.rows.range((definition.oid, 0)..=(definition.oid, Id::MAX));

@@ -20,6 +20,16 @@ pub(super) const NARROW: u32 = 104;
 const TAKEN: Id = 3;
 const LONG: Id = 6;
 pub(super) const KEY_BYTES: usize = 100;
+/// What it begins its keys with, and how it is mirrored.
+pub(super) const TAKING: [(&str, Mode); 7] = [
+    ("a0:x:", Mode::Mirror),
+    ("a1:x:", Mode::Mirror),
+    ("a0:x:", Mode::Cache),
+    ("b0:1:", Mode::Mirror),
+    ("b1:1:", Mode::Cache),
+    ("c0:x:", Mode::Mirror),
+    ("d:", Mode::Mirror),
+];
 
 /// A row of columns id text, v int, big text (which may be TOASTed). Every write gives `v` a value of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,6 +100,11 @@ impl Definition {
     /// is no matter in this model.
     pub(super) fn is_taken_by(&self, other: &str, key: &[u8]) -> bool {
         other.len() > self.prefix.len() && key.starts_with(other.as_bytes())
+    }
+
+    /// Whether such a table could take the key.
+    pub(super) fn may_be_taken(&self, key: &[u8]) -> bool {
+        TAKING.iter().any(|(other, _)| self.is_taken_by(other, key))
     }
 
     /// The big column as it is printed.

@@ -9,23 +9,13 @@ use std::sync::Arc;
 use walmirror_proto::pb::{Kind, Mode, OnWrite, ValueKind};
 
 use super::history::History;
-use super::table::{Definition, Id, NARROW, Row};
+use super::table::{Definition, Id, NARROW, Row, TAKING};
 use crate::gate::Snapshot;
 
 pub(super) const IDS: Id = 7;
 pub(super) const OIDS: [u32; 4] = [101, 102, 103, NARROW];
 /// What there is to pick of a definition.
 pub(super) const CHOICES: u64 = 24 * TAKING.len() as u64;
-/// What a table that takes keys from the others begins its keys with, and how it is mirrored.
-const TAKING: [(&str, Mode); 7] = [
-    ("a0:x:", Mode::Mirror),
-    ("a1:x:", Mode::Mirror),
-    ("a0:x:", Mode::Cache),
-    ("b0:1:", Mode::Mirror),
-    ("b1:1:", Mode::Cache),
-    ("c0:x:", Mode::Mirror),
-    ("d:", Mode::Mirror),
-];
 
 /// What a transaction did, as the decoder sees it.
 #[derive(Clone, Debug)]
