@@ -157,7 +157,7 @@ fn check_table(
     // Who was writing when the label changed did so under several, perhaps this one before: that is stale until the key is filled, too.
     let is_stale = history.is_rewritten(label.oid, before, lsn) || history.labels(label.oid).count() > 1;
     let is_taker_known = is_taker_known(redis, history, progress);
-    let is_met = redis.changed().any(|key| key == RELATIONS);
+    let is_met = redis.touched(RELATIONS);
     for id in 0..super::postgres::IDS {
         let key = label.key(id);
         let may_be_taken = label.may_be_taken(&key);

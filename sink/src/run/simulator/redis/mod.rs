@@ -155,6 +155,13 @@ impl Redis {
             .map(|(key, _)| key)
     }
 
+    /// Whether the last step wrote to the key, be it the same.
+    pub(super) fn touched(&self, key: &[u8]) -> bool {
+        self.steps
+            .last()
+            .is_some_and(|step| step.before.contains_key(key))
+    }
+
     fn position(&self) -> u64 {
         let lsn = self
             .hash(PROGRESS)
