@@ -151,6 +151,8 @@ impl Registry {
             let template = KeyTemplate::parse(&relation.key).ok().filter(|_| may_hold);
             purges.extend(template.map(|template| self.purge(oid, &template).of_anybody()));
         }
+        // Until those are swept, and they are not where another table could have made them, whose sweep it is then.
+        self.nothing_else &= old_keys.is_empty();
         let mut cursor = fresh(&relation, old_keys);
         cursor.on_nothing =
             self.nothing_else && !takes && !self.relations.contains_key(&oid) && !cursor.is_done();
