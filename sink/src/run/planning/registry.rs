@@ -151,7 +151,7 @@ impl Registry {
             let template = KeyTemplate::parse(&relation.key).ok().filter(|_| may_hold);
             purges.extend(template.map(|template| self.purge(oid, &template).of_anybody()));
         }
-        // Until those are swept, and they are not where another table could have made them, whose sweep it is then.
+        // There are keys of those until they are swept, and what another table could have made is left to the sweep of that one.
         self.nothing_else &= old_keys.is_empty();
         let mut cursor = fresh(&relation, old_keys);
         cursor.on_nothing =
