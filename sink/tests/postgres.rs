@@ -121,6 +121,30 @@ fn queries_give_text_binary_and_null_values() {
 }
 
 #[test]
+fn rows_that_are_too_many_bytes_are_not_read() {
+    let conninfo = server!();
+    let mut connection = Connection::connect(&conninfo, &[]).unwrap();
+    let mut read = |rows: &str, most: usize| {
+        let sql = "SELECT convert_to(repeat('x', 1000), 'UTF8') FROM (SELECT generate_series(1, $1::int)) s";
+        let found = connection.query_binary_up_to(sql, &[Some(rows.as_bytes())], most);
+        found.map(|found| {
+            found.map(|rows| {
+                rows.iter()
+                    .map(|row| row.get(0, 0).unwrap().len())
+                    .collect::<Vec<_>>()
+            })
+        })
+    };
+    assert_eq!(read("3", 3000).unwrap(), Some(vec![1000; 3]));
+    // Cancelled: this would take minutes.
+    assert_eq!(read("100000000", 3000).unwrap(), None);
+    assert_eq!(read("1", 10).unwrap(), Some(vec![1000]));
+    assert_eq!(read("0", 10).unwrap(), Some(vec![]));
+    assert!(read("x", 10).err().unwrap().is("22P02"));
+    assert_eq!(read("2", usize::MAX).unwrap(), Some(vec![1000; 2]));
+}
+
+#[test]
 fn a_copy_gives_its_rows_and_can_be_left_in_the_middle() {
     let conninfo = server!();
     let mut connection = Connection::connect(&conninfo, &[]).unwrap();

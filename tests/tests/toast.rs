@@ -122,6 +122,29 @@ fn an_evicted_row_comes_back_whole() {
     });
 }
 
+/// The story: so many rows were read again at once, whatever their size, and each of them was in memory three times. A sink that was killed for
+/// that came to the same rows again.
+#[test]
+fn large_rows_are_read_again_one_by_one() {
+    const ROWS: usize = 16;
+    let m = Mirror::with(&format!(
+        "CREATE TABLE large (id int PRIMARY KEY, n int, doc text); ALTER TABLE large ALTER doc SET STORAGE EXTERNAL; \
+         SELECT walmirror.mirror('large'); \
+         INSERT INTO large SELECT i, 0, repeat(md5(i::text), 4 << 15) FROM generate_series(1, {ROWS}) i"
+    ));
+    let keys = || m.redis.keys().into_iter().filter(|key| key.starts_with("large:"));
+    for key in keys() {
+        m.redis.command::<()>(&format!("UNLINK {key}"));
+    }
+    let (_, before) = m.sink(|sink| sink.memory());
+    m.sql("UPDATE large SET n = 1");
+    m.sync();
+    wait_for(DEADLINE, "the rows", || (keys().count() == ROWS).then_some(()));
+    let (_, peak) = m.sink(|sink| sink.memory());
+    assert!(peak < before + (64 << 20), "{} MB", peak >> 20);
+    m.settle();
+}
+
 /// The story: a transaction that was open when a session began held up every key that was to be read again until it ended, for days where
 /// it was prepared and forgotten.
 #[test]

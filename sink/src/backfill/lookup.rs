@@ -39,8 +39,11 @@ struct Way {
 /// A key and the values of its placeholders.
 pub(crate) type ParsedKey = (Vec<u8>, Vec<Vec<u8>>);
 
-/// Takes the answer for some of the keys; None: their values are not of their columns' types.
-type Take<'t> = dyn FnMut(Snapshot, Vec<ParsedKey>, Option<&QueryResult>) -> Result<(), Error> + 't;
+/// Rows that are read at once should be no more than about so many bytes (INVARIANT I7).
+const ROWS_BYTES: usize = 1024 * 1024;
+
+/// Takes the answer for some of the keys; None: their values are not of their columns' types. False: that is enough.
+type Take<'t> = dyn FnMut(Snapshot, Vec<ParsedKey>, Option<&[QueryResult]>) -> Result<bool, Error> + 't;
 
 /// A snapshot, and for each key that was asked for whether (and as what) it has a row.
 pub(crate) struct Found<T> {
@@ -122,10 +125,10 @@ impl Lookup {
         let asked = self.asked(mapping, keys, sql.any_bytes);
         let mut found = Vec::new();
         for (way, keys) in [(&self.by_values, asked.by_values), (&self.by_key, asked.by_key)] {
-            let query = Query::new(way, &self.columns, false);
+            let query = Query::new(way, &self.columns, None);
             self.bisect(snapshots, sql, query, keys, &mut |snapshot, keys, result| {
                 let mut rendered: HashSet<Vec<u8>> = HashSet::new();
-                for row in result.into_iter().flat_map(QueryResult::rows) {
+                for row in result.into_iter().flatten().flat_map(QueryResult::rows) {
                     let mut key = Vec::new();
                     let value = |placeholder: usize, out: &mut Vec<u8>| {
                         out.extend_from_slice(row.get(placeholder).unwrap_or_default())
@@ -142,28 +145,22 @@ impl Lookup {
                     snapshot,
                     keys: keys.collect(),
                 });
-                Ok(())
+                Ok(true)
             })?;
         }
         Ok(one_answer_a_key(mapping, found))
     }
 
-    /// The packed rows of the keys.
+    /// The packed rows of the first of the keys, of as many as can be read at once; the other keys stay there.
     pub(crate) fn rows(
         &self,
         snapshots: &dyn Snapshots,
         sql: &mut Sql,
         mapping: &Mapping,
-        keys: Vec<ParsedKey>,
+        keys: &mut Vec<ParsedKey>,
     ) -> Result<Vec<Found<Vec<u8>>>, Error> {
-        let mut unasked = Vec::new();
-        self.read(snapshots, sql, mapping, keys, &mut |snapshot, keys| {
-            let keys = keys.into_iter().map(|(key, _)| (key, None)).collect();
-            unasked.push(Found { snapshot, keys });
-        })
-        .map(|mut found| {
-            found.extend(unasked);
-            one_answer_a_key(mapping, found)
+        as_many(keys, |keys, most| {
+            self.rows_up_to(snapshots, sql, mapping, keys, most)
         })
     }
 
@@ -174,17 +171,43 @@ impl Lookup {
         snapshots: &dyn Snapshots,
         sql: &mut Sql,
         mapping: &Mapping,
-        keys: Vec<ParsedKey>,
+        keys: &mut Vec<ParsedKey>,
     ) -> Result<Vec<Found<Vec<u8>>>, Error> {
-        let mut refused = Vec::new();
-        let mut found = self.read(snapshots, sql, mapping, keys, &mut |_, keys| {
-            // Without values.
-            refused.extend(keys.into_iter().map(|(key, _)| (key, Vec::new())));
+        as_many(keys, |keys, most| {
+            let mut refused = Vec::new();
+            let found = self.read(snapshots, sql, mapping, keys, most, &mut |_, keys| {
+                // Without values.
+                refused.extend(keys.into_iter().map(|(key, _)| (key, Vec::new())));
+            })?;
+            let Some(mut found) = found else { return Ok(None) };
+            if !refused.is_empty() {
+                match self.rows_up_to(snapshots, sql, mapping, refused, most)? {
+                    Some(others) => found.extend(others),
+                    None => return Ok(None),
+                }
+            }
+            Ok(Some(one_answer_a_key(mapping, found)))
+        })
+    }
+
+    /// None: they are more than so many bytes.
+    fn rows_up_to(
+        &self,
+        snapshots: &dyn Snapshots,
+        sql: &mut Sql,
+        mapping: &Mapping,
+        keys: Vec<ParsedKey>,
+        most: usize,
+    ) -> Result<Option<Vec<Found<Vec<u8>>>>, Error> {
+        let mut unasked = Vec::new();
+        let found = self.read(snapshots, sql, mapping, keys, most, &mut |snapshot, keys| {
+            let keys = keys.into_iter().map(|(key, _)| (key, None)).collect();
+            unasked.push(Found { snapshot, keys });
         })?;
-        if !refused.is_empty() {
-            found.extend(self.rows(snapshots, sql, mapping, refused)?);
-        }
-        Ok(one_answer_a_key(mapping, found))
+        Ok(found.map(|mut found| {
+            found.extend(unasked);
+            one_answer_a_key(mapping, found)
+        }))
     }
 
     fn read(
@@ -193,19 +216,24 @@ impl Lookup {
         sql: &mut Sql,
         mapping: &Mapping,
         keys: Vec<ParsedKey>,
+        most: usize,
         refused: &mut dyn FnMut(Snapshot, Vec<ParsedKey>),
-    ) -> Result<Vec<Found<Vec<u8>>>, Error> {
+    ) -> Result<Option<Vec<Found<Vec<u8>>>>, Error> {
         let asked = self.asked(mapping, keys, sql.any_bytes);
-        let mut found = Vec::new();
+        let (mut found, mut bytes) = (Vec::new(), 0_usize);
         for (way, keys) in [(&self.by_values, asked.by_values), (&self.by_key, asked.by_key)] {
-            let query = Query::new(way, "walmirror.pack(t.*)", true);
-            self.bisect(snapshots, sql, query, keys, &mut |snapshot, keys, result| {
+            let query = Query::new(way, "walmirror.pack(t.*)", Some(most));
+            let is_all = self.bisect(snapshots, sql, query, keys, &mut |snapshot, keys, result| {
                 let Some(result) = result else {
                     refused(snapshot, keys);
-                    return Ok(());
+                    return Ok(true);
                 };
-                let rows = by_key(mapping, result.rows().map(|row| row.get(0)));
+                let rows = by_key(
+                    mapping,
+                    result.iter().flat_map(QueryResult::rows).map(|row| row.get(0)),
+                );
                 let rows = rows.ok_or_else(|| self.changed())?;
+                bytes += rows.values().map(Vec::len).sum::<usize>();
                 let keys = keys.into_iter().map(|(key, _)| {
                     // The same key may have been asked for twice.
                     let row = rows.get(&key).cloned();
@@ -215,10 +243,13 @@ impl Lookup {
                     snapshot,
                     keys: keys.collect(),
                 });
-                Ok(())
+                Ok(bytes <= most)
             })?;
+            if !is_all {
+                return Ok(None);
+            }
         }
-        Ok(found)
+        Ok(Some(found))
     }
 
     /// A key that may be read in several ways is looked for in each of them: only one can be that of its row. Where there are too
@@ -251,7 +282,7 @@ impl Lookup {
     }
 
     /// Runs the query for the keys. Where the server refuses one of their values, the halves are tried by themselves; a single key
-    /// that fails has no row.
+    /// that fails has no row. False: the rows are too many bytes.
     fn bisect(
         &self,
         snapshots: &dyn Snapshots,
@@ -259,18 +290,19 @@ impl Lookup {
         mut query: Query,
         mut keys: Vec<ParsedKey>,
         take: &mut Take<'_>,
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         if keys.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         let Some(snapshot) = snapshots.begin(sql, &self.table)? else {
-            return Ok(());
+            return Ok(true);
         };
         let result = query.run(sql, &keys);
         sql.end()?;
         match result {
-            Ok(result) => take(snapshot, keys, Some(&result)),
-            Err(error) if is_of_a_value(&error, query.reads_rows) => {
+            Ok(Some(result)) => take(snapshot, keys, Some(&result)),
+            Ok(None) => Ok(false),
+            Err(error) if is_of_a_value(&error, query.rows_up_to.is_some()) => {
                 // What has nothing to do with values fails without any as well: the table or a column is gone, a right is lacking.
                 if !std::mem::replace(&mut query.is_sound, true) {
                     query.run(sql, &[]).map_err(|error| self.error(sql, error))?;
@@ -279,8 +311,8 @@ impl Lookup {
                     return take(snapshot, keys, None);
                 }
                 let half = keys.split_off(keys.len() / 2);
-                self.bisect(snapshots, sql, query.clone(), keys, take)?;
-                self.bisect(snapshots, sql, query, half, take)
+                Ok(self.bisect(snapshots, sql, query.clone(), keys, take)?
+                    && self.bisect(snapshots, sql, query, half, take)?)
             }
             Err(error) => Err(self.error(sql, error)),
         }
@@ -301,6 +333,25 @@ impl Lookup {
     }
 }
 
+/// Reads for as many of the first keys as come to no more than so many bytes, or for one, and takes these out.
+fn as_many<T>(
+    keys: &mut Vec<ParsedKey>,
+    mut read: impl FnMut(Vec<ParsedKey>, usize) -> Result<Option<T>, Error>,
+) -> Result<T, Error> {
+    let mut count = keys.len();
+    loop {
+        let most = if count > 1 { ROWS_BYTES } else { usize::MAX };
+        let first = keys.iter().take(count).cloned().collect();
+        match read(first, most)? {
+            Some(found) => {
+                keys.drain(..count);
+                return Ok(found);
+            }
+            None => count = (count / 2).max(1),
+        }
+    }
+}
+
 /// How keys are asked for.
 #[derive(Default)]
 struct Asked {
@@ -314,31 +365,34 @@ struct Asked {
 struct Query {
     statement: String,
     arrays: usize,
-    /// It gives whole rows in binary, not the columns of their keys.
-    reads_rows: bool,
+    /// It gives whole rows in binary, of no more than so many bytes, not the columns of their keys.
+    rows_up_to: Option<usize>,
     /// It has been run without any value, and that worked.
     is_sound: bool,
 }
 
 impl Query {
-    fn new(way: &Way, columns: &str, reads_rows: bool) -> Self {
+    fn new(way: &Way, columns: &str, rows_up_to: Option<usize>) -> Self {
         Self {
             statement: format!("SELECT {columns} {}", way.from),
             arrays: way.arrays,
-            reads_rows,
+            rows_up_to,
             is_sound: false,
         }
     }
 
-    fn run(&self, sql: &mut Sql, keys: &[ParsedKey]) -> Result<QueryResult, PqError> {
+    /// None: its rows have more bytes.
+    fn run(&self, sql: &mut Sql, keys: &[ParsedKey]) -> Result<Option<Vec<QueryResult>>, PqError> {
         let arrays: Vec<Vec<u8>> = (0..self.arrays)
             .map(|index| array(keys.iter().map(|(_, values)| values.get(index))))
             .collect();
         let params: Vec<Option<&[u8]>> = arrays.iter().map(|array| Some(array.as_slice())).collect();
-        if self.reads_rows {
-            sql.connection.query_binary(&self.statement, &params)
-        } else {
-            sql.connection.query(&self.statement, &params)
+        match self.rows_up_to {
+            Some(most) => sql.connection.query_binary_up_to(&self.statement, &params, most),
+            None => sql
+                .connection
+                .query(&self.statement, &params)
+                .map(|result| Some(vec![result])),
         }
     }
 }

@@ -22,8 +22,6 @@ use crate::redis::{Connection, unreadable};
 /// Such rows have TOASTed columns, so a few of them can be many bytes.
 const ROWS_START: usize = 16;
 const ROWS_MAX: usize = 512;
-/// Rows that are read at once should be about so many bytes.
-const ROWS_BYTES: usize = 1024 * 1024;
 
 /// How many rows are read at once.
 pub(super) struct Pace(usize);
@@ -35,10 +33,10 @@ impl Default for Pace {
 }
 
 impl Pace {
-    /// So many bytes were read at once.
-    fn note(&mut self, bytes: usize) {
-        self.0 = if bytes > ROWS_BYTES {
-            (self.0 / 2).max(1)
+    /// So many rows of those that were asked for could be read at once.
+    fn note(&mut self, read: usize, asked: usize) {
+        self.0 = if read < asked {
+            read.max(1)
         } else {
             (self.0 * 2).min(ROWS_MAX)
         };
@@ -242,13 +240,14 @@ fn reread(
     let mut misses_writers = false;
     while !parsed.is_empty() && !context.stopped() {
         let rest = parsed.split_off(pace.0.min(parsed.len()));
-        let keys = std::mem::replace(&mut parsed, rest);
+        let mut keys = std::mem::replace(&mut parsed, rest);
         while !room.wait(Instant::now() + LOOK, || context.stopped()) {}
         if window.is_stale() {
             return Ok(Reread::Changed);
         }
         context.reread(relation, &keys);
-        let found = match lookup.rows(&AnySnapshot, sql, &task.mapping, keys) {
+        let asked = keys.len();
+        let found = match lookup.rows(&AnySnapshot, sql, &task.mapping, &mut keys) {
             // They are looked at under its new name.
             Err(error) if error.is_of_a_changed_table() => {
                 context.doubt(sql, relation, &task)?;
@@ -256,9 +255,8 @@ fn reread(
             }
             found => found?,
         };
-        let rows = found.iter().flat_map(|found| &found.keys);
-        let bytes = rows.filter_map(|(_, row)| row.as_ref()).map(Vec::len).sum();
-        pace.note(bytes);
+        pace.note(asked - keys.len(), asked);
+        parsed.splice(..0, keys);
         for found in found {
             misses_writers |= is_mirror && found.snapshot.may_miss_below(horizon);
             context.submit(
@@ -286,9 +284,11 @@ mod tests {
     #[test]
     fn what_is_read_at_once_is_bounded_in_rows_and_bytes() {
         let mut pace = Pace::default();
-        (0..10).for_each(|_| pace.note(0));
+        (0..10).for_each(|_| pace.note(7, 7));
         assert_eq!(pace.0, ROWS_MAX);
-        (0..10).for_each(|_| pace.note(ROWS_BYTES + 1));
-        assert_eq!(pace.0, 1);
+        pace.note(3, 7);
+        assert_eq!(pace.0, 3);
+        pace.note(3, 3);
+        assert_eq!(pace.0, 6);
     }
 }

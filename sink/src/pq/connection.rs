@@ -119,12 +119,54 @@ impl Connection {
         self.query_in_format(sql, params, true)
     }
 
+    /// The same for rows of one value, each a result by itself. None: together they have more than `most` bytes, so the statement was
+    /// cancelled; of a single row there is no limit.
+    pub fn query_binary_up_to(
+        &mut self,
+        sql: &str,
+        params: &[Option<&[u8]>],
+        most: usize,
+    ) -> Result<Option<Vec<QueryResult>>, PqError> {
+        self.send_query(sql, params, true)?;
+        self.raw.row_by_row()?;
+        let (mut rows, mut error, mut bytes) = (Vec::new(), None, 0_usize);
+        let mut is_too_much = false;
+        while let Some(result) = self.wait_result()? {
+            match result.status() {
+                ExecStatusType::PGRES_SINGLE_TUPLE if !is_too_much => {
+                    bytes = bytes.saturating_add(result.value(0, 0).map_or(0, <[u8]>::len));
+                    rows.push(QueryResult::new(result));
+                    if bytes > most && rows.len() > 1 {
+                        is_too_much = true;
+                        rows.clear();
+                        self.cancel_handle()?.cancel_in_time();
+                    }
+                }
+                ExecStatusType::PGRES_SINGLE_TUPLE | ExecStatusType::PGRES_TUPLES_OK => {}
+                _ => error = error.or_else(|| Some(result.error())),
+            }
+        }
+        match error {
+            // That it was cancelled.
+            Some(_) | None if is_too_much => Ok(None),
+            Some(error) => Err(error),
+            None => Ok(Some(rows)),
+        }
+    }
+
     fn query_in_format(
         &mut self,
         sql: &str,
         params: &[Option<&[u8]>],
         binary: bool,
     ) -> Result<QueryResult, PqError> {
+        self.send_query(sql, params, binary)?;
+        self.results()?
+            .pop()
+            .ok_or_else(|| PqError::new(ErrorKind::Protocol, "the statement gave no result"))
+    }
+
+    fn send_query(&mut self, sql: &str, params: &[Option<&[u8]>], binary: bool) -> Result<(), PqError> {
         let sql = c_string(sql, "the statement")?;
         let params = params
             .iter()
@@ -134,10 +176,7 @@ impl Connection {
                     .transpose()
             })
             .collect::<Result<Vec<_>, _>>()?;
-        self.raw.send(&sql, Some(&params), binary)?;
-        self.results()?
-            .pop()
-            .ok_or_else(|| PqError::new(ErrorKind::Protocol, "the statement gave no result"))
+        self.raw.send(&sql, Some(&params), binary)
     }
 
     /// Runs a replication command, or several statements separated by semicolons. One result for each.

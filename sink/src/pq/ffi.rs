@@ -182,6 +182,18 @@ impl RawConnection {
         }
     }
 
+    /// From here on each row of what was sent is a result by itself. Only right behind [`Self::send`].
+    pub fn row_by_row(&mut self) -> Result<(), PqError> {
+        // SAFETY: as in `poll_connect`.
+        match unsafe { pq::PQsetSingleRowMode(self.raw.as_ptr()) } {
+            1 => Ok(()),
+            _ => Err(PqError::new(
+                ErrorKind::Protocol,
+                "libpq does not give rows one by one",
+            )),
+        }
+    }
+
     /// The next result of what was sent; None when there is no more. Blocks unless [`Self::is_busy`] is false.
     pub fn next_result(&mut self) -> Option<RawResult> {
         // SAFETY: the connection is ours; the result is handed to a RawResult, which clears it.

@@ -146,7 +146,7 @@ fn look(
     Ok(group)
 }
 
-/// Reads the rows of the keys, in one snapshot.
+/// Reads the rows of the keys, each in a snapshot of now.
 fn see_rows(sides: &mut Sides, table: &Table, group: &mut [Candidate], origin: Origin) -> Result<(), Error> {
     let mut parsed = Vec::with_capacity(group.len());
     for one in group.iter() {

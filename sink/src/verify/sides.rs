@@ -205,26 +205,25 @@ impl Sides {
     pub(super) fn rows(
         &mut self,
         table: &Table,
-        keys: Vec<ParsedKey>,
+        mut keys: Vec<ParsedKey>,
         origin: Origin,
     ) -> Result<Vec<(Vec<u8>, Content)>, Error> {
         let mut out = Vec::with_capacity(keys.len());
         let mut text = Vec::new();
         let (lookup, mapping) = (&table.lookup, &table.mapping);
-        let found = match origin {
-            Origin::Rows => lookup.rows_of_rows(&AnySnapshot, &mut self.sql, mapping, keys),
-            Origin::Redis => lookup.rows(&AnySnapshot, &mut self.sql, mapping, keys),
-        };
-        let is_changed = |error: &Error| error.is_of_a_changed_table();
-        let found = found.map_err(|error| {
-            if is_changed(&error) {
-                table.changed()
-            } else {
-                error
-            }
-        })?;
-        for found in found {
-            for (key, packed) in found.keys {
+        while !keys.is_empty() {
+            let found = match origin {
+                Origin::Rows => lookup.rows_of_rows(&AnySnapshot, &mut self.sql, mapping, &mut keys),
+                Origin::Redis => lookup.rows(&AnySnapshot, &mut self.sql, mapping, &mut keys),
+            };
+            let found = found.map_err(|error| {
+                if error.is_of_a_changed_table() {
+                    table.changed()
+                } else {
+                    error
+                }
+            })?;
+            for (key, packed) in found.into_iter().flat_map(|found| found.keys) {
                 let row = packed
                     .map(|packed| table.row(&packed, &mut text))
                     .transpose()?

@@ -74,6 +74,25 @@ fn several_answers_have_the_oldest_snapshot() {
     }
 }
 
+/// As many as have room, which is looked for by halves; and one in any case.
+#[test]
+fn what_is_read_at_once_is_bounded_in_bytes() {
+    let row = |key: &ParsedKey| key.0[0] as usize * 100_000;
+    let mut keys: Vec<ParsedKey> = [1, 2, 3, 4, 5, 200, 1, 1]
+        .into_iter()
+        .map(|size: u8| (vec![size], Vec::new()))
+        .collect();
+    let mut read = Vec::new();
+    while !keys.is_empty() {
+        let found = as_many(&mut keys, |keys, most| {
+            let bytes: usize = keys.iter().map(row).sum();
+            Ok((bytes <= most).then_some(keys))
+        });
+        read.push(found.unwrap().iter().map(|key| key.0[0]).collect::<Vec<_>>());
+    }
+    assert_eq!(read, [vec![1, 2, 3, 4], vec![5], vec![200], vec![1, 1]]);
+}
+
 #[test]
 fn arrays_are_quoted() {
     let values = [
