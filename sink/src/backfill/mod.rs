@@ -10,6 +10,7 @@ pub(crate) mod catalog;
 mod chunk;
 mod cursor;
 pub(crate) mod fill;
+pub(crate) mod held;
 mod horizon;
 pub(crate) mod lookup;
 mod pending;

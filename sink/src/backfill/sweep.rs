@@ -6,21 +6,22 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::lookup::{Lookup, ParsedKey};
+use super::held::{Held, Most};
+use super::lookup::Lookup;
 use super::sql::{Snapshots, Sql};
 use super::troubles::Troubles;
 use super::worker::Context;
-use super::{Content, Cursor, Task, Walk, Window};
+use super::{Content, Cursor, Room, Task, Walk, Window};
 use crate::error::Error;
 use crate::plan::{Belongs, Owned};
 use crate::redis::{Connection, Prefixes, run_id};
 
-/// Keys that are looked up at once.
-const KEYS: usize = 500;
 /// The longest pause after a page of keys.
 const PAUSE_MAX: Duration = Duration::from_millis(10);
 /// Chunks of a table on their way to the planner.
 const AHEAD: usize = 2;
+/// Those of all tables take at most about so much memory.
+const ROOM_BYTES: usize = 16 * 1024 * 1024;
 
 /// How often the place of the walk is noted; with many tables, less often: a tenth of the time goes there at most.
 const NOTE_EVERY: Duration = Duration::from_secs(5);
@@ -33,10 +34,8 @@ struct Swept {
     owned: Owned,
     lookup: Lookup,
     window: Arc<Window>,
-    /// Keys that a row could have.
-    held: Vec<ParsedKey>,
-    /// Keys that no row can have.
-    absent: Vec<Vec<u8>>,
+    room: Arc<Room>,
+    held: Held,
     removed: usize,
     /// Something failed, so that not all of its keys were looked at: it is to be swept again.
     is_broken_off: bool,
@@ -54,13 +53,14 @@ pub(super) fn sweep(
 ) -> Result<(), Error> {
     let run_id = run_id(redis)?;
     let (place, tasks) = together(tasks, run_id.as_deref());
+    let room = Room::of(ROOM_BYTES);
     let mut tables = Vec::new();
     for (relation, task) in tasks {
         let name = task.mapping.table.clone();
         if troubles.is_locked_still(relation, &name, || sql.locker(relation)) {
             continue;
         }
-        match Swept::new(context, sql, relation, task) {
+        match Swept::new(context, sql, relation, task, &room) {
             Ok(table) => tables.extend(table),
             Err(error) => troubles.take(relation, &name, error, || sql.whoever_locks(relation))?,
         }
@@ -99,8 +99,9 @@ pub(super) fn sweep(
         });
         let walk = walk.filter(|_| noted.elapsed() >= pause);
         let started = Instant::now();
+        let most = Most::of(tables.iter().map(|table| &table.held));
         for table in &mut tables {
-            if table.held.len() >= KEYS || table.absent.len() >= KEYS || walk.is_some() {
+            if table.held.is_full(most) || walk.is_some() {
                 let removed = table.remove_absent(context, sql);
                 table.go_on_after(removed, context, sql, troubles)?;
             }
@@ -152,7 +153,13 @@ fn together(tasks: Vec<(u32, Task)>, run_id: Option<&str>) -> (Option<String>, V
 }
 
 impl Swept {
-    fn new(context: &Context, sql: &mut Sql, relation: u32, task: Task) -> Result<Option<Self>, Error> {
+    fn new(
+        context: &Context,
+        sql: &mut Sql,
+        relation: u32,
+        task: Task,
+        room: &Arc<Room>,
+    ) -> Result<Option<Self>, Error> {
         let Some(lookup) = Lookup::new(sql, &task.mapping)? else {
             context.doubt(sql, relation, &task)?;
             return Ok(None);
@@ -164,9 +171,9 @@ impl Swept {
                 .of_any_bytes(context.backfill.any_bytes()),
             lookup,
             task,
-            window: Arc::new(Window::default()),
-            held: Vec::new(),
-            absent: Vec::new(),
+            window: Window::in_room(room),
+            room: Arc::clone(room),
+            held: Held::default(),
             removed: 0,
             is_broken_off: false,
         }))
@@ -175,16 +182,16 @@ impl Swept {
     /// Which values the row must have is what the template of today says, also for a key of an old one.
     fn take(&mut self, key: &[u8]) {
         match self.owned.belongs(key) {
-            Belongs::ToRow(values) => self.held.push((key.to_vec(), values)),
-            Belongs::ToNoRow => self.absent.push(key.to_vec()),
+            Belongs::ToRow(values) => self.held.push(key, values),
+            Belongs::ToNoRow => self.held.push_rowless(key),
             Belongs::Elsewhere => {}
         }
     }
 
     /// Hands the keys that have no row to the planner.
     fn remove_absent(&mut self, context: &Context, sql: &mut Sql) -> Result<(), Error> {
-        let held = std::mem::take(&mut self.held);
-        let absent = std::mem::take(&mut self.absent);
+        let held = self.held.take();
+        let (held, absent) = (held.keys, held.rowless);
         if !self.is_alive(context) {
             return Ok(());
         }
@@ -260,8 +267,15 @@ impl Swept {
     fn is_alive(&self, context: &Context) -> bool {
         !self.is_broken_off
             && self.window.wait(AHEAD - 1, || context.stopped())
+            && self.has_room(context)
             && !context.stopped()
             && context.is_current(self.relation, self.task.generation)
+    }
+
+    /// Once there is some.
+    fn has_room(&self, context: &Context) -> bool {
+        while !self.room.wait(Instant::now() + NOTE_EVERY, || context.stopped()) {}
+        true
     }
 
     fn submit(

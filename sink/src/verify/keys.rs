@@ -9,29 +9,19 @@ use super::content::{Content, compare};
 use super::sides::{Origin, Sides};
 use super::table::Table;
 use super::{Finding, Job, judge, sample};
-use crate::backfill::lookup::ParsedKey;
+use crate::backfill::held::{Held, Most};
 use crate::backfill::report::Report;
 use crate::backfill::sql::AnySnapshot;
 use crate::error::Error;
 use crate::plan::is_text;
 use crate::redis::{Prefixes, Scan};
 
-/// Keys of a table that are looked up at once.
-const KEYS: usize = 500;
 /// The longest pause after a page of keys.
 const PAUSE_MAX: Duration = Duration::from_millis(10);
 /// Random keys that are asked for are this many times those that are wanted, because most may be somebody else's.
 const SAMPLE_EFFORT: u64 = 10;
 /// But no more than this many times those that there are: then nearly each has been met.
 const SAMPLE_ROUNDS: u64 = 4;
-
-/// The keys of one table that are to be looked up.
-#[derive(Default)]
-struct Held {
-    keys: Vec<ParsedKey>,
-    /// Keys that no row can have.
-    impossible: Vec<Vec<u8>>,
-}
 
 /// Where the keys come from.
 enum Source {
@@ -101,15 +91,16 @@ pub(super) fn compare_keys(sides: &mut Sides, tables: &mut [Table], job: &Job) -
                 table.tally.keys += 1;
                 matched += 1;
                 if is_text(&values, sides.sql.any_bytes) {
-                    held.keys.push((key.clone(), values));
+                    held.push(&key, values);
                 } else {
-                    held.impossible.push(key.clone());
+                    held.push_rowless(&key);
                 }
             }
         }
         report.add(matched, u64::from(matched));
+        let most = Most::of(held.iter());
         for (table, held) in tables.iter_mut().zip(&mut held) {
-            if held.keys.len() + held.impossible.len() >= KEYS {
+            if held.is_full(most) {
                 compare_held(sides, table, held, job)?;
             }
         }
@@ -122,8 +113,8 @@ pub(super) fn compare_keys(sides: &mut Sides, tables: &mut [Table], job: &Job) -
 }
 
 fn compare_held(sides: &mut Sides, table: &mut Table, held: &mut Held, job: &Job) -> Result<(), Error> {
-    let mut differ = std::mem::take(&mut held.impossible);
-    let keys = std::mem::take(&mut held.keys);
+    let held = held.take();
+    let (keys, mut differ) = (held.keys, held.rowless);
     if table.is_cache() && !keys.is_empty() {
         let rows = sides.rows(table, keys, Origin::Redis)?;
         let found = sides.read(table, rows.iter().map(|(key, _)| key.as_slice()))?;
