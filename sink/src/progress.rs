@@ -234,11 +234,16 @@ pub fn write_healed(commands: &mut Commands, keys: &RedisKeys) {
 
 /// Appends the command that writes (or, with None, removes) a backfill cursor.
 pub fn write_cursor(commands: &mut Commands, keys: &RedisKeys, relation: u32, cursor: Option<&str>) {
-    let field = format!("{BACKFILL}{relation}");
+    let field = cursor_field(relation);
     match cursor {
         Some(cursor) => commands.command(&[b"HSET", &keys.progress, field.as_bytes(), cursor.as_bytes()]),
         None => commands.command(&[b"HDEL", &keys.progress, field.as_bytes()]),
     };
+}
+
+/// The field that holds the backfill cursor of a relation.
+pub(crate) fn cursor_field(relation: u32) -> String {
+    format!("{BACKFILL}{relation}")
 }
 
 /// An older version of this program, which does not know the field, has written behind it if the one for people says

@@ -12,7 +12,8 @@ use crate::backfill::lookup::ParsedKey;
 use crate::backfill::sql::{AnySnapshot, Sql};
 use crate::error::Error;
 use crate::plan::RedisKeys;
-use crate::redis::{Connection, read_stored, reply_error, unreadable};
+use crate::progress::{RESYNC, cursor_field};
+use crate::redis::{Connection, reply_error, unreadable};
 use crate::replication::slot_info;
 use crate::request::Request;
 use crate::resp::Commands;
@@ -135,11 +136,18 @@ impl Sides {
 
     /// Whether the keys of this version of the table are complete.
     pub(super) fn is_filled(&mut self, table: &Table) -> Result<bool, Error> {
-        let stored = read_stored(&mut self.redis, &self.keys)?;
-        let cursor = stored
-            .progress
-            .as_ref()
-            .and_then(|progress| Cursor::parse(progress.cursor(table.oid)?));
+        // Of this table alone: there may be thousands.
+        let field = cursor_field(table.oid);
+        let command: [&[u8]; 4] = [b"HMGET", &self.keys.progress, field.as_bytes(), RESYNC.as_bytes()];
+        let cursor = match self.redis.call("read the progress key", &command)? {
+            Value::Array(values) => match values.as_slice() {
+                [Value::BulkString(cursor), Value::Nil] => {
+                    std::str::from_utf8(cursor).ok().and_then(Cursor::parse)
+                }
+                _ => None,
+            },
+            _ => return Err(unreadable("HMGET")),
+        };
         Ok(cursor.is_some_and(|cursor| cursor.is_done() && cursor.fingerprint == table.fingerprint))
     }
 
