@@ -2,13 +2,12 @@
 //! for more when something is complete and the applier has room; while the applier is busy, batches grow by themselves.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, select};
 
 use super::planning::Planning;
-use super::shared::{Input, QUEUE_BYTES, Shared};
+use super::shared::{Input, Shared};
 use crate::error::Error;
 use crate::redis::Segment;
 
@@ -160,12 +159,12 @@ fn follow(planning: &mut Planning, channels: &Channels, shared: &Arc<Shared>) ->
         match input {
             Some(Input::Frame(bytes, start)) => {
                 planning.frame(&bytes, start)?;
-                let left = shared.queued_bytes.fetch_sub(bytes.len(), Ordering::SeqCst) - bytes.len();
-                if left < QUEUE_BYTES / 2 && shared.held.swap(false, Ordering::SeqCst) {
-                    shared.wake_stream();
-                }
+                shared.taken(bytes.len());
             }
-            Some(Input::Keepalive(wal_end)) => planning.keepalive(wal_end)?,
+            Some(Input::Keepalive(wal_end)) => {
+                planning.keepalive(wal_end)?;
+                shared.taken(0);
+            }
             Some(Input::Chunk(chunk)) => planning.chunk(*chunk),
             Some(Input::Forget(id)) => planning.forget_chunk(id),
             Some(Input::Reread(relation, keys)) => planning.reread(relation, &keys),

@@ -2,14 +2,13 @@
 //! tells the server how far Redis is; `durability` decides what it may say.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use walmirror_proto::Lsn;
 
 use super::durability::{Seen, Trail};
-use super::shared::{Input, Phase, QUEUE_BYTES, Shared};
+use super::shared::{Input, Phase, Shared};
 use crate::config::Durability;
 use crate::error::{Class, Error};
 use crate::pq::{ErrorKind, PqError};
@@ -73,12 +72,10 @@ pub(super) fn receive(
         let feedback = trail.feedback(seen, now);
         shared.health.note_confirmed(feedback.flushed);
         stream.feedback(feedback, ask)?;
-        if shared.queued_bytes.load(Ordering::Acquire) >= QUEUE_BYTES {
+        if shared.is_full() {
             // It is not the server that is silent.
             shared.health.note_stream(None);
-            // Looked at again after the flag is up, so that the planner cannot miss it.
-            shared.held.store(true, Ordering::SeqCst);
-            if shared.queued_bytes.load(Ordering::SeqCst) >= QUEUE_BYTES {
+            if shared.is_full_still() {
                 stream.hold(TICK)?;
             }
             asked = Instant::now();
@@ -93,11 +90,12 @@ pub(super) fn receive(
             } => {
                 shared.health.note_stream(Some(wal_end));
                 asked = now;
-                shared.queued_bytes.fetch_add(bytes.len(), Ordering::AcqRel);
+                shared.queued(bytes.len());
                 let _ = queue.send(Input::Frame(bytes, wal_start));
             }
             Event::Keepalive { wal_end, .. } => {
                 shared.health.note_stream(Some(wal_end));
+                shared.queued(0);
                 let _ = queue.send(Input::Keepalive(wal_end));
             }
             Event::Timeout if listening.max(stream.heard()).elapsed() > silence => {

@@ -12,8 +12,11 @@ use crate::backfill::Chunk;
 use crate::error::Error;
 use crate::pq::{CopyBuffer, Waker};
 
-/// Bytes of frames that may wait for the planner. Beyond this the stream is not read (INVARIANT I7).
-pub(super) const QUEUE_BYTES: usize = 8 * 1024 * 1024;
+/// Bytes of the stream that may wait for the planner. Beyond this the stream is not read (INVARIANT I7).
+const QUEUE_BYTES: usize = 8 * 1024 * 1024;
+/// What a message takes there besides its bytes, about. A keepalive has none, and a server whose other databases are busy sends
+/// one each time that it has caught up with them.
+const MESSAGE_BYTES: usize = 64;
 
 /// What the planner gets, in the order in which it counts.
 #[derive(Debug)]
@@ -50,9 +53,9 @@ pub(super) enum Phase {
 pub(super) struct Shared {
     applied: AtomicU64,
     durable: AtomicU64,
-    pub(super) queued_bytes: AtomicUsize,
+    queued_bytes: AtomicUsize,
     /// The receiver waits for the queue to get shorter.
-    pub(super) held: AtomicBool,
+    held: AtomicBool,
     /// When the last command was sent that Redis has answered on the connection that writes.
     heard: Mutex<Option<Instant>>,
     /// At the end the applier has asked Redis once more, and it was there.
@@ -90,6 +93,33 @@ impl Shared {
         if let Some(waker) = self.stream_waker.get() {
             waker.wake();
         }
+    }
+
+    /// A message of so many bytes waits for the planner.
+    pub(super) fn queued(&self, bytes: usize) {
+        self.queued_bytes
+            .fetch_add(MESSAGE_BYTES + bytes, Ordering::AcqRel);
+    }
+
+    /// It does no longer.
+    pub(super) fn taken(&self, bytes: usize) {
+        let bytes = MESSAGE_BYTES + bytes;
+        let left = self.queued_bytes.fetch_sub(bytes, Ordering::SeqCst) - bytes;
+        if left < QUEUE_BYTES / 2 && self.held.swap(false, Ordering::SeqCst) {
+            self.wake_stream();
+        }
+    }
+
+    /// Whether so much waits that the stream is not to be read.
+    pub(super) fn is_full(&self) -> bool {
+        self.queued_bytes.load(Ordering::SeqCst) >= QUEUE_BYTES
+    }
+
+    /// The same for who wants to be woken when it is so no longer.
+    pub(super) fn is_full_still(&self) -> bool {
+        // Looked at again after the flag is up, so that the planner cannot miss it.
+        self.held.store(true, Ordering::SeqCst);
+        self.is_full()
     }
 
     /// Everything before this is applied. INVARIANT I4: it never goes back.
@@ -177,5 +207,24 @@ impl Shared {
 
     pub(super) fn take_failure(&self) -> Option<Error> {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// While Redis removed the keys of a large table for minutes, and other databases were busy, these were kept without end.
+    #[test]
+    fn keepalives_fill_the_queue_too() {
+        let shared = Shared::default();
+        let most = QUEUE_BYTES / MESSAGE_BYTES;
+        (1..most).for_each(|_| shared.queued(0));
+        assert!(!shared.is_full());
+        shared.queued(0);
+        assert!(shared.is_full() && shared.is_full_still());
+        (0..most).for_each(|_| shared.taken(0));
+        assert!(!shared.is_full() && !shared.held.load(Ordering::SeqCst));
+        assert!(size_of::<Input>() <= MESSAGE_BYTES);
     }
 }
