@@ -24,7 +24,7 @@ mod worker;
 mod writers;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -62,6 +62,8 @@ pub struct Backfill {
     /// Whether the catalog was compared with the registry, and how many times that was wanted.
     reconciled: AtomicBool,
     wishes: AtomicU64,
+    /// A table that was due when somebody asked last.
+    last_due: AtomicU32,
     /// Whether the database is SQL_ASCII.
     any_bytes: AtomicBool,
     /// The number of the next marker.
@@ -208,8 +210,19 @@ impl Backfill {
 
     /// Whether nothing is left to be done but what the stream brings.
     pub fn is_idle(&self) -> bool {
-        let is_complete = |task: &Task| task.cursor.is_done() && task.cursor.horizon.is_some();
-        self.is_reconciled() && !self.has_pending() && self.lock().values().all(is_complete)
+        let is_due = |task: &Task| !task.cursor.is_done() || task.cursor.horizon.is_none();
+        if !self.is_reconciled() || self.has_pending() {
+            return false;
+        }
+        let tasks = self.lock();
+        // It is asked about every transaction for as long as thousands of tables may be due: mostly it is the same one that is.
+        let last = self.last_due.load(Ordering::Relaxed);
+        if tasks.get(&last).is_some_and(is_due) {
+            return false;
+        }
+        let due = tasks.iter().find(|(_, task)| is_due(task));
+        due.inspect(|(relation, _)| self.last_due.store(**relation, Ordering::Relaxed))
+            .is_none()
     }
 
     /// The tables whose horizon is not known.
