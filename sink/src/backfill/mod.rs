@@ -36,7 +36,7 @@ pub use cursor::{Cursor, Stage, Walk};
 pub use worker::{Context, Role, work};
 
 use crate::gate::{Evicted, Gate, Snapshot};
-use crate::plan::Mapping;
+use crate::plan::{Mapping, Owned};
 
 /// A mirrored table, as the planner sees it at its place in the stream.
 #[derive(Clone, Debug)]
@@ -290,14 +290,12 @@ impl Backfill {
         tasks.iter().any(|(relation, task)| is_due(*relation, task))
     }
 
-    /// The key templates of all other tables.
-    pub(crate) fn other_templates(&self, relation: u32) -> Vec<KeyTemplate> {
+    /// Which keys are a table's that has this template, and had those of `old_keys`, as of now.
+    pub(crate) fn owned(&self, relation: u32, template: &KeyTemplate, old_keys: &[String]) -> Owned {
         let tasks = self.lock();
-        tasks
-            .iter()
-            .filter(|(other, _)| **other != relation)
-            .map(|(_, task)| task.mapping.template.clone())
-            .collect()
+        let others = tasks.iter().filter(|(other, _)| **other != relation);
+        let others = others.map(|(_, task)| &task.mapping.template);
+        Owned::new(relation, template, old_keys, others).of_any_bytes(self.any_bytes())
     }
 
     pub(crate) fn marker(&self) -> u64 {

@@ -16,7 +16,7 @@ use super::worker::Context;
 use super::{Content, Room, Task, Window};
 use crate::error::Error;
 use crate::gate::Snapshot;
-use crate::plan::{Belongs, Owned};
+use crate::plan::Belongs;
 use crate::redis::{Connection, unreadable};
 
 /// Such rows have TOASTed columns, so a few of them can be many bytes.
@@ -207,9 +207,7 @@ fn reread(
         return Ok(Reread::Changed);
     };
     // A key that is no longer one of this table's is somebody else's business: the sweep of the table removes it.
-    let others = context.backfill.other_templates(relation);
-    let owned =
-        Owned::new(relation, &task.mapping.template, &[], &others).of_any_bytes(context.backfill.any_bytes());
+    let owned = context.backfill.owned(relation, &task.mapping.template, &[]);
     let mut parsed: Vec<ParsedKey> = Vec::new();
     let (mut foreign, mut rowless) = (Vec::new(), Vec::new());
     for key in keys {

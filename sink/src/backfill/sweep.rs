@@ -164,11 +164,10 @@ impl Swept {
             context.doubt(sql, relation, &task)?;
             return Ok(None);
         };
-        let others = context.backfill.other_templates(relation);
+        let backfill = &context.backfill;
         Ok(Some(Self {
             relation,
-            owned: Owned::new(relation, &task.mapping.template, &task.cursor.old_keys, &others)
-                .of_any_bytes(context.backfill.any_bytes()),
+            owned: backfill.owned(relation, &task.mapping.template, &task.cursor.old_keys),
             lookup,
             task,
             window: Window::in_room(room),

@@ -25,12 +25,17 @@ pub enum Belongs {
 
 impl Owned {
     /// The keys of a table that has this template, and had those of `old_keys`. `others`: the templates of the other tables.
-    pub fn new(relation: u32, template: &KeyTemplate, old_keys: &[String], others: &[KeyTemplate]) -> Self {
+    pub fn new<'t>(
+        relation: u32,
+        template: &KeyTemplate,
+        old_keys: &[String],
+        others: impl IntoIterator<Item = &'t KeyTemplate> + Clone,
+    ) -> Self {
         let old = old_keys.iter().filter_map(|key| KeyTemplate::parse(key).ok());
         Self {
-            own: Purge::new(relation, template, others),
+            own: Purge::new(relation, template, others.clone()),
             retired: old
-                .map(|template| Purge::retired(relation, &template, others))
+                .map(|template| Purge::retired(relation, &template, others.clone()))
                 .collect(),
             any_bytes: false,
         }

@@ -270,12 +270,12 @@ impl Registry {
 
     /// What removes the keys of a table.
     pub(super) fn purge(&self, oid: u32, template: &KeyTemplate) -> Purge {
-        Purge::new(oid, template, &self.templates(oid))
+        Purge::new(oid, template, self.templates(oid))
     }
 
     /// What removes the keys of templates that a table had before.
     fn retired(&self, oid: u32, old_keys: &[String]) -> Vec<Purge> {
-        retired(oid, old_keys, &self.templates(oid))
+        retired(oid, old_keys, self.templates(oid))
     }
 
     /// What removes the keys that a table had under other templates than its own.
@@ -284,9 +284,8 @@ impl Registry {
         let Some(registered) = self.get(oid).filter(|registered| !registered.is_outdated()) else {
             return Vec::new();
         };
-        let mut others = self.templates(oid);
-        others.push(registered.mapping.template.clone());
-        retired(oid, &registered.cursor.old_keys, &others)
+        let others = self.templates(oid).chain([&registered.mapping.template]);
+        retired(oid, &registered.cursor.old_keys, others)
     }
 
     /// Whether the keys of a version that a table had before may be another table's by now. Nothing of that version is of interest
@@ -299,11 +298,14 @@ impl Registry {
         let Ok(template) = KeyTemplate::parse(&relation.key) else {
             return false;
         };
-        let others = self.templates(relation.oid);
+        let mut others = self.templates(relation.oid);
+        let is_same = |other: &KeyTemplate| {
+            other.prefix() == template.prefix() && other.skeleton() == template.skeleton()
+        };
         match registered {
-            Some(_) => Purge::retired(relation.oid, &template, &others).is_contested(),
+            Some(_) => Purge::retired(relation.oid, &template, others).is_contested(),
             // No two labels write the same keys at one time, so this one is of the past, or the other.
-            None => others.iter().any(|other| other.skeleton() == template.skeleton()),
+            None => others.any(is_same),
         }
     }
 
@@ -314,7 +316,7 @@ impl Registry {
             oid,
             &registered.mapping.template,
             &registered.cursor.old_keys,
-            &self.templates(oid),
+            self.templates(oid),
         );
         Some(owned.of_any_bytes(self.backfill.any_bytes()))
     }
@@ -441,24 +443,28 @@ impl Registry {
         );
     }
 
-    fn templates(&self, without: u32) -> Vec<KeyTemplate> {
+    /// Not copied: there may be thousands, and whoever asks keeps few.
+    fn templates(&self, without: u32) -> impl Iterator<Item = &KeyTemplate> + Clone {
         self.others(without)
-            .map(|(_, registered)| registered.mapping.template.clone())
-            .collect()
+            .map(|(_, registered)| &registered.mapping.template)
     }
 
-    fn others(&self, without: u32) -> impl Iterator<Item = (u32, &Registered)> {
+    fn others(&self, without: u32) -> impl Iterator<Item = (u32, &Registered)> + Clone {
         let others = self.relations.iter().filter(move |(oid, _)| **oid != without);
         others.map(|(oid, registered)| (*oid, registered))
     }
 }
 
 /// What removes the keys of these templates, but for those that could be of others.
-fn retired(oid: u32, old_keys: &[String], others: &[KeyTemplate]) -> Vec<Purge> {
+fn retired<'t>(
+    oid: u32,
+    old_keys: &[String],
+    others: impl Iterator<Item = &'t KeyTemplate> + Clone,
+) -> Vec<Purge> {
     old_keys
         .iter()
         .filter_map(|key| KeyTemplate::parse(key).ok())
-        .map(|template| Purge::retired(oid, &template, others))
+        .map(|template| Purge::retired(oid, &template, others.clone()))
         .collect()
 }
 

@@ -9,7 +9,7 @@ use super::Courier;
 use crate::backfill::{Backfill, Content};
 use crate::error::Error;
 use crate::gate::Snapshot;
-use crate::plan::{Belongs, Owned};
+use crate::plan::Belongs;
 use crate::run::planning::Planning;
 
 /// The worker that reads pending keys again and takes horizons.
@@ -92,8 +92,7 @@ impl Pending {
                 )?;
                 continue;
             };
-            let others = backfill.other_templates(relation);
-            let owned = Owned::new(relation, &task.mapping.template, &[], &others);
+            let owned = backfill.owned(relation, &task.mapping.template, &[]);
             let is_own = |key: &Vec<u8>| owned.noted(key) != Belongs::Elsewhere;
             let (own, foreign): (Vec<_>, Vec<_>) = keys.into_iter().partition(is_own);
             let target = (relation, task.generation);

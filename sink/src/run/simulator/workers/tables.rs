@@ -11,7 +11,7 @@ use super::Courier;
 use crate::backfill::{Backfill, Catalog, Content, Cursor, PackedRows, Stage, Task};
 use crate::error::Error;
 use crate::gate::Snapshot;
-use crate::plan::{Belongs, Owned};
+use crate::plan::Belongs;
 use crate::run::planning::Planning;
 
 enum State {
@@ -263,8 +263,7 @@ fn absent(
     snapshot: &Snapshot,
     mut keys: Vec<Vec<u8>>,
 ) -> Vec<Vec<u8>> {
-    let others = backfill.other_templates(relation);
-    let owned = Owned::new(relation, &task.mapping.template, &task.cursor.old_keys, &others);
+    let owned = backfill.owned(relation, &task.mapping.template, &task.cursor.old_keys);
     keys.retain(|key| match owned.belongs(key) {
         Belongs::ToRow(values) => {
             row_of(relation, &values).is_none_or(|id| postgres.row(relation, id, snapshot).is_none())
