@@ -11,6 +11,8 @@ use crate::resp::Commands;
 
 /// About so many notes are kept, the latest.
 const KEPT: &[u8] = b"1000";
+/// So many of the rows that one step leaves out are named in the log.
+const LOGGED: usize = 10;
 
 /// A row that is not mirrored.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -48,7 +50,7 @@ impl Rejected {
     }
 
     /// One ERROR line.
-    pub fn log(&self) {
+    fn log(&self) {
         let key = String::from_utf8_lossy(&self.key);
         tracing::error!(table = self.table, key = %key, lsn = %self.lsn, "a row is not mirrored: {}", self.reason);
     }
@@ -62,6 +64,32 @@ impl Rejected {
         ))
         .at(self.lsn)
         .next("walmirror run --on-bad-row skip …   # goes on without the row, and notes its key")
+    }
+}
+
+/// What the log is told of the rows that one step leaves out: a transaction may bring millions.
+#[derive(Debug, Default)]
+pub struct Told {
+    rows: usize,
+    lsn: Lsn,
+}
+
+impl Told {
+    /// One more: its ERROR line, unless there were many.
+    pub fn log(&mut self, rejected: &Rejected) {
+        self.rows += 1;
+        self.lsn = rejected.lsn;
+        if self.rows <= LOGGED {
+            rejected.log();
+        }
+    }
+
+    /// The step is over: one line for those that were not named.
+    pub fn end(&mut self) {
+        let told = std::mem::take(self);
+        if let Some(more) = told.rows.checked_sub(LOGGED).filter(|more| *more > 0) {
+            tracing::error!(lsn = %told.lsn, next = "walmirror status", "{more} more rows are not mirrored");
+        }
     }
 }
 

@@ -420,6 +420,24 @@ fn thousands_of_keys_of_another_type_do_not_hold_up_the_rest() {
     m.sink(Sink::assert_running);
 }
 
+/// The story: each of the rows of a transaction was a line of the log.
+#[test]
+fn of_thousands_of_bad_rows_the_log_names_some() {
+    let m = mirror(
+        "CREATE TABLE t (id text PRIMARY KEY); SELECT walmirror.mirror('t', key => 'user:{id}'); \
+         CREATE TABLE admins (id int PRIMARY KEY); SELECT walmirror.mirror('admins', key => 'user:admin:{id}')",
+        &["--on-bad-row", "skip"],
+    );
+    filled(&m);
+    m.sql("INSERT INTO t SELECT 'admin:' || i FROM generate_series(1, 20000) i");
+    m.sql("INSERT INTO t VALUES ('admin:last')");
+    m.sync();
+    let log = log(&m);
+    let named = log.matches("a row is not mirrored").count();
+    assert!((10..1000).contains(&named), "{named} rows are named");
+    assert!(log.contains("more rows are not mirrored") && log.contains("user:admin:last"));
+}
+
 /// The EXEC is done and says that a key was refused, and before that could be noted the sink is gone. Here Redis refuses the note,
 /// which leaves the same behind.
 #[test]

@@ -14,7 +14,7 @@ use crate::backfill::Backfill;
 use crate::config::{Durability, RedisUrl};
 use crate::error::Error;
 use crate::redis::{Applied, Segment, Writer};
-use crate::rejected::Rejected;
+use crate::rejected::{Rejected, Told};
 
 /// An idle session asks Redis this often whether it is still there and still ours …
 const CHECK_EVERY: Duration = Duration::from_secs(1);
@@ -29,8 +29,6 @@ const WAIT_EVERY: Duration = Duration::from_millis(50);
 
 /// A purge may take so long at an end in good order. Given up, it leaves what was applied before it unconfirmed.
 const PURGE_AT_END: Duration = Duration::from_secs(2);
-/// So many of the rows that one step could not write are named in the log.
-const LOGGED: usize = 10;
 
 /// Applies until the planner ends.
 pub(super) fn apply(
@@ -197,13 +195,8 @@ fn reject(
             reason: "its key holds another type, and stays as it is (WRONGTYPE)".to_owned(),
         })
         .collect();
-    rejected.iter().take(LOGGED).for_each(Rejected::log);
-    if let Some(more) = rejected.len().checked_sub(LOGGED).filter(|more| *more > 0) {
-        tracing::error!(
-            lsn = %applied.step.lsn,
-            next = "walmirror status",
-            "{more} more rows are not mirrored, for the same reason"
-        );
-    }
+    let mut told = Told::default();
+    rejected.iter().for_each(|one| told.log(one));
+    told.end();
     writer.note_rejected(&rejected)
 }

@@ -29,6 +29,7 @@ use crate::gate::Gate;
 use crate::plan::{Mapping, Planner, RedisKeys, Scripts, Trust};
 use crate::progress::{Progress, Step, write_healed, write_resync_begun};
 use crate::redis::{Segment, Stored};
+use crate::rejected::Told;
 use crate::spool::Spool;
 use crate::transaction::{Commit, Transactions};
 
@@ -116,6 +117,8 @@ pub(super) struct Planning {
     shared: Arc<Shared>,
     limits: Limits,
     on_bad_row: OnBadRow,
+    /// The log, of rows that the segment leaves out.
+    told: Told,
     /// What requests begin with.
     slot: String,
     marker_prefix: Vec<u8>,
@@ -189,6 +192,7 @@ impl Planning {
             shared,
             limits,
             on_bad_row,
+            told: Told::default(),
             slot,
             marker_prefix: marker_prefix.into_bytes(),
             lsn: progress.lsn,
@@ -281,6 +285,7 @@ impl Planning {
             self.close();
         } else {
             let segment = self.assembly.split();
+            self.told.end();
             self.out.push_back(segment);
         }
     }
@@ -298,6 +303,7 @@ impl Planning {
         self.dirty = false;
         self.advanced = false;
         let segment = self.assembly.close(step, self.backfill.asked());
+        self.told.end();
         self.out.push_back(segment);
     }
 

@@ -48,7 +48,7 @@ impl Planning {
         if self.on_bad_row == OnBadRow::Stop {
             return Err(rejected.into_error());
         }
-        rejected.log();
+        self.told.log(&rejected);
         let keys = self.planner.keys().clone();
         rejected.write(self.assembly.batch().bookkeeping(), &keys);
         self.dirty = true;
