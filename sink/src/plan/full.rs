@@ -21,6 +21,7 @@ impl Planner {
             ValueKind::Hash => self.write_hash(batch, mapping, trust, row, hash),
             ValueKind::String | ValueKind::Json => self.write_string(batch, mapping, row, hash, false),
         }
+        self.give_back();
     }
 
     /// Brings a cached key up to date, if it is there.
@@ -36,6 +37,7 @@ impl Planner {
             ValueKind::Hash => self.patch_hash(batch, mapping, PatchMode::Cache, row, hash, None),
             ValueKind::String | ValueKind::Json => self.write_string(batch, mapping, row, hash, true),
         }
+        self.give_back();
     }
 
     fn write_hash(

@@ -95,6 +95,9 @@ pub enum Trust {
     Outlived,
 }
 
+/// Between rows no buffer keeps more than this.
+const KEPT_BYTES: usize = 1024 * 1024;
+
 /// Writes commands for rows. Holds the buffers that rows are rendered in, so that a row allocates next to nothing.
 #[derive(Debug)]
 pub struct Planner {
@@ -242,30 +245,42 @@ impl Planner {
     }
 
     /// Whether Redis would refuse one of the row's values, and close the connection.
-    pub fn is_too_large(&mut self, mapping: &Mapping, row: &[Datum<'_>]) -> bool {
+    pub fn is_too_large(&self, mapping: &Mapping, row: &[Datum<'_>]) -> bool {
         // A byte becomes six at most, as JSON. Nearly every row is far below.
         let bytes: usize = row.iter().map(byte_len).sum();
         if bytes < self.value_bytes / 8 {
             return false;
         }
-        self.text.clear();
+        let mut text = Vec::new();
         let is_json = mapping.value == pb::ValueKind::Json;
-        if is_json && mapping.json.write(row, &mut self.text) {
-            return self.text.len() > self.value_bytes;
+        if is_json && mapping.json.write(row, &mut text) {
+            return text.len() > self.value_bytes;
         }
         mapping.fields.iter().any(|field| {
-            self.text.clear();
+            text.clear();
             if let Some(datum) = row.get(field.column)
                 && !matches!(datum, Datum::Null | Datum::Unchanged)
             {
                 if is_json {
-                    datum.write_json(&mut self.text);
+                    datum.write_json(&mut text);
                 } else {
-                    datum.write_text(&mut self.text);
+                    datum.write_text(&mut text);
                 }
             }
-            self.text.len() > self.value_bytes
+            text.len() > self.value_bytes
         })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn kept(&self) -> usize {
+        self.text.capacity()
+    }
+
+    /// A large row must not keep its room until the session ends.
+    fn give_back(&mut self) {
+        if self.text.capacity() > KEPT_BYTES {
+            self.text = Vec::new();
+        }
     }
 
     /// Notes that the row of the key rendered last has to be read again.

@@ -65,6 +65,7 @@ impl Planner {
                 self.text = text;
             }
         }
+        self.give_back();
     }
 
     /// Sets and deletes the fields of a hash that is there.

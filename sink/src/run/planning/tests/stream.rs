@@ -378,3 +378,25 @@ fn what_a_later_version_writes_ends_the_session_before_it() {
         assert_eq!(flushed(&mut planning), Vec::<String>::new(), "{what}");
     }
 }
+
+/// The story: a sink kept as much memory as the largest row had that it had ever met.
+#[test]
+fn a_large_row_leaves_no_memory_behind() {
+    let json = pb::Relation {
+        value: pb::ValueKind::Json.into(),
+        ..relation(1, "t:{id}")
+    };
+    let mut stored = settled();
+    stored.relations = BTreeMap::from([(OID, json.clone())]);
+    let mut planning = planning(stored, 1 << 20, 1 << 24);
+    let large = "x".repeat(8 << 20);
+    Frame::default()
+        .relation(json)
+        .begin(100, 100)
+        .row(Kind::Insert, "1", Some(&large))
+        .row(Kind::Insert, "2", Some("small"))
+        .commit(105)
+        .feed(&mut planning);
+    assert!(flushed(&mut planning).iter().any(|line| line.len() > large.len()));
+    assert!(planning.planner.kept() <= 1 << 20);
+}
