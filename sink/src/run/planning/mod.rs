@@ -234,9 +234,10 @@ impl Planning {
         self.chunks.forget(id);
     }
 
-    /// Whether a chunk could be planned now.
+    /// Whether a chunk could be planned now. While nothing goes out, what is planned would pile up: chunks that are held are bounded in bytes
+    /// (INVARIANT I7).
     pub(super) fn wants_piece(&self) -> bool {
-        self.chunks.is_ready() && !self.transactions.is_open()
+        self.chunks.is_ready() && !self.transactions.is_open() && self.hands_out()
     }
 
     /// Whether there are whole transactions (or other changes) that have not gone out.
@@ -249,12 +250,17 @@ impl Planning {
         self.advanced && !self.transactions.is_open()
     }
 
-    /// The next segment that has to go out. Until the stream is known to be of the history that Redis mirrors, none is.
+    /// The next segment that has to go out.
     pub(super) fn next_segment(&mut self) -> Option<Segment> {
-        if !self.continuity.is_proved() || self.transactions.awaits_part() {
+        if !self.hands_out() {
             return None;
         }
         self.out.pop_front()
+    }
+
+    /// Until the stream is known to be of the history that Redis mirrors, nothing is to go out.
+    fn hands_out(&self) -> bool {
+        self.continuity.is_proved() && !self.transactions.awaits_part()
     }
 
     /// Once everything is filled that was begun anew, the progress no longer says that it is not.

@@ -163,6 +163,34 @@ fn nothing_goes_out_before_what_keys_were_removed_for_has_come() {
     assert_eq!(flushed(&mut planning)[0], "HSET t:1 id 1 v a");
 }
 
+/// What is planned meanwhile would pile up; what is held has the workers wait.
+#[test]
+fn no_chunk_is_planned_before_anything_may_go_out() {
+    let purged = Commit {
+        lsn: Lsn(30),
+        xid: 101,
+        time: 0,
+    };
+    let mut stored = settled();
+    let progress = stored.progress.as_mut().unwrap();
+    progress.purging = Some(crate::progress::Purging { commit: Some(purged) });
+    let continuity = Continuity::of(progress, Lsn(10));
+    let mut planning = planning(stored, 1 << 20, 1 << 24);
+    planning.continuity = continuity;
+    let window = Arc::new(Window::default());
+    let read = rows(&[packed(1, "1", "read")]);
+    planning.chunk(chunk(&planning, 7, read, None, &window));
+    Frame::default()
+        .record(pb::Marker {
+            content: b"m:7".to_vec(),
+            lsn: 25,
+        })
+        .feed(&mut planning);
+    assert!(!planning.wants_piece());
+    Frame::default().begin(101, 30).commit(40).feed(&mut planning);
+    assert!(planning.wants_piece());
+}
+
 /// A server that was put back, and has written on: `frame` and `keepalive` end with a gap, and nothing was written before.
 #[test]
 fn what_is_of_another_history_is_a_gap() {
