@@ -247,6 +247,29 @@ fn a_purge_that_goes_ahead_is_noted_until_its_transaction_is_applied() {
     assert_eq!(stored(), (None, Lsn(8)));
 }
 
+/// Ten thousand of them may be gigabytes.
+#[test]
+fn a_purge_of_long_keys_goes_ahead_too() {
+    let Some(server) = Server::start() else { return };
+    let mut writer = claim(&server, Some(Lsn(1)));
+    let mut reader = server.connect();
+    let fill = "local long = string.rep('x', 10000) \
+                for i = 1, 1000 do redis.call('SET', 't:' .. long .. i, 1) end return 'ok'";
+    get(&mut reader, &["EVAL", fill, "0"]);
+    let segment = || Segment {
+        purges: vec![Purge::new(77, &KeyTemplate::parse("t:{id}").unwrap(), &[])],
+        ..set(8, "t:new")
+    };
+    let other = std::cell::RefCell::new(server.connect());
+    let is_noted = || get(&mut other.borrow_mut(), &["HEXISTS", PROGRESS, "purging"]) == "int(1)";
+    let error = writer.apply(segment(), None, &is_noted).unwrap_err();
+    assert_eq!(error.class(), Class::Retry);
+    let mut writer = claim(&server, None);
+    writer.apply(segment(), None, &|| false).unwrap();
+    assert_eq!(get(&mut reader, &["DBSIZE"]), "int(2)");
+    assert!(!is_noted());
+}
+
 #[test]
 fn a_resync_begins_anew_but_the_epoch_goes_on() {
     let Some(server) = Server::start() else { return };

@@ -15,6 +15,8 @@ use crate::transaction::Commit;
 
 /// A TRUNCATE of a table with at most so many keys is atomic with its transaction; a larger one removes its keys before.
 const ATOMIC_PURGE_KEYS: usize = 10_000;
+/// And so many bytes of keys.
+const ATOMIC_PURGE_BYTES: usize = 8 * 1024 * 1024;
 /// A walk that takes longer is told of.
 const SLOW: Duration = Duration::from_secs(1);
 /// Keys removed by one command.
@@ -33,7 +35,7 @@ impl Writer {
             .into_iter()
             .flatten()
             .max_by_key(|commit| commit.lsn);
-        let mut held: Vec<Vec<u8>> = Vec::new();
+        let (mut held, mut bytes): (Vec<Vec<u8>>, usize) = (Vec::new(), 0);
         let mut noted = false;
         // One walk for all tables: DROP SCHEMA may bring thousands.
         let tables = Prefixes::new(segment.purges.iter().enumerate());
@@ -47,14 +49,18 @@ impl Writer {
         let (started, mut told) = (Instant::now(), false);
         let mut scan = tables.scan();
         while let Some(keys) = scan.page(&mut self.connection)? {
-            held.extend(keys.into_iter().filter(|key| goes(key)));
-            if held.len() > ATOMIC_PURGE_KEYS {
+            for key in keys.into_iter().filter(|key| goes(key)) {
+                bytes += key.len();
+                held.push(key);
+            }
+            if held.len() > ATOMIC_PURGE_KEYS || bytes > ATOMIC_PURGE_BYTES {
                 if !noted {
                     self.note_purging(last)?;
                     noted = true;
                 }
                 self.unlink_now(&held)?;
                 held.clear();
+                bytes = 0;
             }
             if stopped() {
                 return Err(Error::redis(
