@@ -199,10 +199,32 @@ impl Pg {
 
     /// Stops all processes of the server, until what this returns is dropped.
     pub fn freeze(&self) -> Frozen {
-        let postmaster = self.pid();
         let mut frozen = Frozen(Vec::new());
         // First the one that makes others.
-        frozen.stop(postmaster);
+        frozen.stop(self.pid());
+        self.children().into_iter().for_each(|pid| frozen.stop(pid));
+        frozen
+    }
+
+    /// Stops a process of the server whose title has this in it, until what this returns is dropped.
+    pub fn freeze_process(&self, title: &str) -> Frozen {
+        let mut frozen = Frozen(Vec::new());
+        let is_it = |pid: &u32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&line).contains(title)
+        };
+        self.children()
+            .into_iter()
+            .filter(is_it)
+            .for_each(|pid| frozen.stop(pid));
+        assert!(!frozen.0.is_empty(), "no process is a {title}");
+        frozen
+    }
+
+    /// The processes that the postmaster has made.
+    fn children(&self) -> Vec<u32> {
+        let postmaster = self.pid().to_string();
+        let mut children = Vec::new();
         for process in fs::read_dir("/proc").unwrap().flatten() {
             let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else {
                 continue;
@@ -213,11 +235,11 @@ impl Pg {
                 .rsplit(')')
                 .next()
                 .and_then(|rest| rest.split_whitespace().nth(1));
-            if parent.is_some_and(|parent| parent == postmaster.to_string()) {
-                frozen.stop(pid);
+            if parent == Some(postmaster.as_str()) {
+                children.push(pid);
             }
         }
-        frozen
+        children
     }
 
     /// Makes the server read its configuration again.

@@ -10,8 +10,9 @@
 //! - It happens only between two records. Every other place that flushes is known, as it lies behind a function pointer that
 //!   is wrapped here ([`busy`]): the reader's page_read, in which a walsender waits for WAL, the output plugin's writes, and
 //!   update_progress.
-//! - At least [`REST`] bytes of flushed WAL stay for the loop itself. So nothing here waits for WAL, and a walsender that has
-//!   caught up, the one whose latency matters, works as ever. Its position (`sentPtr`) is behind by a turn at most, never ahead.
+//! - At least half of [`REST`] bytes of flushed WAL stay for the loop itself: a large record that leaves less is given back. So a
+//!   walsender that has caught up, the one whose latency matters, works as ever. Its position (`sentPtr`), which only the loop's own
+//!   records move, is behind by a turn at most, never ahead; at the end of the WAL it is the end, for which a server that is stopped waits.
 //! - A turn ends when there is something to send or [`TURN_MICROSECONDS`] are over, so answers, signals and timeouts are seen in time.
 //! - What cannot be read is left to the loop, which reads it again and raises the error.
 
@@ -29,7 +30,7 @@ const TURN: u32 = 32;
 const TURN_MICROSECONDS: i64 = 500;
 /// The clock is asked after so many records.
 const CLOCK: u32 = 4;
-/// Bytes of flushed WAL that are left to the loop.
+/// Bytes of flushed WAL behind which no further record is read.
 const REST: u64 = 64 * 1024;
 
 type UpdateProgress = pg_sys::LogicalOutputPluginWriterUpdateProgress;
@@ -100,7 +101,7 @@ pub fn turn(goes_on: impl Fn() -> bool) -> bool {
         let reader = (*context).reader;
         // Zero: it was not told yet where to begin.
         let position = (*reader).EndRecPtr;
-        if position == 0 || !walsender.has_more(position) || unguarded::IsTransactionState() {
+        if position == 0 || !walsender.has_more(position, REST) || unguarded::IsTransactionState() {
             return false;
         }
         let began = unguarded::GetCurrentTimestamp();
@@ -110,10 +111,14 @@ pub fn turn(goes_on: impl Fn() -> bool) -> bool {
                 if unguarded::XLogReadRecord(reader, &mut error).is_null() || !error.is_null() {
                     return;
                 }
+                if !walsender.has_more((*reader).EndRecPtr, REST / 2) {
+                    unguarded::XLogBeginRead(reader, (*reader).ReadRecPtr);
+                    return;
+                }
                 unguarded::LogicalDecodingProcessRecord(context, reader);
                 let late = record % CLOCK == 0
                     && unguarded::GetCurrentTimestamp().wrapping_sub(began) > TURN_MICROSECONDS;
-                if late || !goes_on() || !walsender.has_more((*reader).EndRecPtr) {
+                if late || !goes_on() || !walsender.has_more((*reader).EndRecPtr, REST) {
                     return;
                 }
             }
@@ -123,10 +128,10 @@ pub fn turn(goes_on: impl Fn() -> bool) -> bool {
 }
 
 impl Walsender {
-    /// Whether more than [`REST`] bytes of WAL behind a position are flushed. On a standby, where that is another question,
+    /// Whether more than so many bytes of WAL behind a position are flushed. On a standby, where that is another question,
     /// there never are.
-    fn has_more(&self, position: u64) -> bool {
-        let far = |flushed: u64| flushed.saturating_sub(position) > REST;
+    fn has_more(&self, position: u64, bytes: u64) -> bool {
+        let far = |flushed: u64| flushed.saturating_sub(position) > bytes;
         if far(self.flushed.get()) {
             return true;
         }

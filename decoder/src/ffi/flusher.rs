@@ -58,7 +58,15 @@ pub extern "C-unwind" fn walmirror_capture_flusher(_argument: pg_sys::Datum) {
             break;
         }
     }
+    // Whoever captures from here on sees to it himself.
     flush.latch.store(0, SeqCst);
+    // What was asked for before that is flushed to its end. A walsender that is to stop waits for the end of the record of which it has the
+    // first pages, and a fast stop of the server waits for the walsender.
+    let wanted = shared::captured();
+    if wanted != flushed {
+        // SAFETY: as above.
+        unsafe { pg_sys::XLogFlush(wanted) };
+    }
 }
 
 /// Writes captured rows to the WAL and sees to it that they are flushed soon.
@@ -70,10 +78,14 @@ pub fn write_capture(content: &[u8]) {
     let lsn = hooks::log_message(capture::PREFIX, content, false);
     // SAFETY: as above.
     unsafe { pg_sys::XactLastRecEnd = before };
-    match shared::flush() {
-        Some(flush) if flush.latch.load(SeqCst) != 0 => ask(flush, lsn),
+    let flusher = shared::flush();
+    if let Some(flush) = flusher {
+        ask(flush, lsn);
+    }
+    // Asked first and looked at then, and the worker does it the other way round when it ends: one of the two sees the other.
+    if flusher.is_none_or(|flush| flush.latch.load(SeqCst) == 0) {
         // SAFETY: only touches shared memory.
-        _ => unsafe { pg_sys::XLogSetAsyncXactLSN(lsn) },
+        unsafe { pg_sys::XLogSetAsyncXactLSN(lsn) };
     }
 }
 

@@ -32,6 +32,8 @@ unsafe extern "C-unwind" {
         reader: *mut pg_sys::XLogReaderState,
         error: *mut *mut std::ffi::c_char,
     ) -> *mut pg_sys::XLogRecord;
+    /// xlogreader.c
+    pub fn XLogBeginRead(reader: *mut pg_sys::XLogReaderState, position: pg_sys::XLogRecPtr);
     /// decode.c; raises errors, which must pass over nothing that needs dropping.
     pub fn LogicalDecodingProcessRecord(
         context: *mut pg_sys::LogicalDecodingContext,

@@ -8,6 +8,7 @@
 )]
 
 mod announced;
+mod flushed;
 mod follow;
 mod limits;
 mod shapes;
