@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use postgres::error::DbError;
 use postgres::{Client, SimpleQueryMessage};
 
-use crate::{Lsn, Pg};
+use crate::{DEADLINE, Lsn, Pg, wait_for};
 
 /// A database and a connection to it.
 pub struct Db {
@@ -96,6 +96,27 @@ impl Db {
         rows.first()
             .and_then(|row| row.first().cloned().flatten())
             .unwrap_or_default()
+    }
+
+    /// Waits until commits wait for a synchronous standby that there is not. That the configuration was read is for the checkpointer to say,
+    /// with which nobody can talk: so a commit is tried.
+    #[track_caller]
+    pub fn commits_wait(&self) {
+        wait_for(DEADLINE, "commits to wait for a standby", || {
+            let mut session = self.connect();
+            let pid: i32 = session.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
+            let commit = "SET synchronous_commit = on; SELECT pg_logical_emit_message(true, 'commit', '')";
+            let committing = std::thread::spawn(move || session.batch_execute(commit));
+            let waits = wait_for(DEADLINE, "a commit to wait, or to end", || {
+                let at = format!("SELECT wait_event FROM pg_stat_activity WHERE pid = {pid}");
+                let waits = self.value(&at) == "SyncRep";
+                (waits || committing.is_finished()).then_some(waits)
+            });
+            // One that waits is committed here, and has a warning.
+            self.value(&format!("SELECT pg_cancel_backend({pid})"));
+            committing.join().unwrap().unwrap();
+            waits.then_some(())
+        });
     }
 
     /// Where the WAL ends that is on disk: everything this session committed is before it.

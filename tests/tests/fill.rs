@@ -287,9 +287,11 @@ fn a_table_is_not_complete_while_a_large_commit_waits_for_a_standby() {
     m.know_announced();
     m.db.pg.configure("synchronous_standby_names = 'nobody'");
     m.db.pg.reload();
+    let end = LetGo(&m);
+    m.db.commits_wait();
     std::thread::scope(|scope| {
         scope.spawn(|| m.sql("INSERT INTO t SELECT generate_series(1, 60000)"));
-        let _end = LetGo(&m);
+        let _end = end;
         wait_for(DEADLINE, "the rows whose commit waits", || {
             m.redis.command::<bool>("EXISTS t:60000").then_some(())
         });

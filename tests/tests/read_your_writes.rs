@@ -101,6 +101,7 @@ fn a_slot_and_a_commit_that_wait_for_each_other_are_told_of() {
     m.sql(SETUP);
     m.db.pg.configure("synchronous_standby_names = 'walmirror'");
     m.db.pg.reload();
+    m.db.commits_wait();
     std::thread::scope(|scope| {
         let mut client = m.db.connect();
         scope.spawn(move || {

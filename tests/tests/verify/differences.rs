@@ -305,23 +305,6 @@ fn an_old_prepared_transaction_keeps_nothing_from_being_proven() {
     }
 }
 
-/// Whether a commit waits for one. That the configuration was read says the checkpointer, with which nobody can talk: so one is tried.
-fn waits_for_a_standby(db: &Db) -> bool {
-    let mut session = db.connect();
-    let pid: i32 = session.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
-    let commit = "SET synchronous_commit = on; SELECT pg_logical_emit_message(true, 'commit', '')";
-    let committing = std::thread::spawn(move || session.batch_execute(commit));
-    let waits = wait_for(DEADLINE, "a commit to wait, or to end", || {
-        let at = format!("SELECT wait_event FROM pg_stat_activity WHERE pid = {pid}");
-        let waits = db.value(&at) == "SyncRep";
-        (waits || committing.is_finished()).then_some(waits)
-    });
-    // One that waits is committed here, and has a warning.
-    db.value(&format!("SELECT pg_cancel_backend({pid})"));
-    committing.join().unwrap().unwrap();
-    waits
-}
-
 /// The story: who applies a subscription says that he is idle while he is at a COMMIT PREPARED that waits for a standby, so what this
 /// transaction did was in Redis, invisible, and called a key without a row.
 #[test]
@@ -352,9 +335,7 @@ fn a_commit_prepared_of_a_subscription_is_no_difference() {
     // Nobody is that standby.
     m.db.pg.configure("synchronous_standby_names = 'nobody'");
     m.db.pg.reload();
-    wait_for(DEADLINE, "commits to wait for a standby", || {
-        waits_for_a_standby(&source).then_some(())
-    });
+    source.commits_wait();
     source.sql("COMMIT PREPARED 'one'");
     wait_for(DEADLINE, "the row to be in Redis", || {
         (!m.redis.hash("t:1").is_empty()).then_some(())
