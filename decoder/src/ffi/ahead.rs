@@ -13,6 +13,7 @@
 //! - At least half of [`REST`] bytes of flushed WAL stay for the loop itself: a large record that leaves less is given back. So a
 //!   walsender that has caught up, the one whose latency matters, works as ever. Its position (`sentPtr`), which only the loop's own
 //!   records move, is behind by a turn at most, never ahead; at the end of the WAL it is the end, for which a server that is stopped waits.
+//!   A record of which only the first pages are flushed is waited for as the loop waits, in page_read.
 //! - A turn ends when there is something to send or [`TURN_MICROSECONDS`] are over, so answers, signals and timeouts are seen in time.
 //! - What cannot be read is left to the loop, which reads it again and raises the error.
 

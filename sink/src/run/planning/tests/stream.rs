@@ -136,9 +136,8 @@ fn a_part_outlasts_a_keepalive() {
     assert_eq!(lines.len(), 1);
 }
 
-/// Keys were removed ahead of the second of these transactions. What is planned before it has come is not applied by that.
-#[test]
-fn nothing_goes_out_before_what_keys_were_removed_for_has_come() {
+/// Keys were removed ahead of a transaction that has not come.
+fn purged_ahead() -> Planning {
     let purged = Commit {
         lsn: Lsn(30),
         xid: 101,
@@ -150,6 +149,13 @@ fn nothing_goes_out_before_what_keys_were_removed_for_has_come() {
     let continuity = Continuity::of(progress, Lsn(10));
     let mut planning = planning(stored, 1 << 20, 1 << 24);
     planning.continuity = continuity;
+    planning
+}
+
+/// Keys were removed ahead of the second of these transactions. What is planned before it has come is not applied by that.
+#[test]
+fn nothing_goes_out_before_what_keys_were_removed_for_has_come() {
+    let mut planning = purged_ahead();
     Frame::default()
         .relation(relation(1, "t:{id}"))
         .begin(100, 10)
@@ -166,17 +172,7 @@ fn nothing_goes_out_before_what_keys_were_removed_for_has_come() {
 /// What is planned meanwhile would pile up; what is held has the workers wait.
 #[test]
 fn no_chunk_is_planned_before_anything_may_go_out() {
-    let purged = Commit {
-        lsn: Lsn(30),
-        xid: 101,
-        time: 0,
-    };
-    let mut stored = settled();
-    let progress = stored.progress.as_mut().unwrap();
-    progress.purging = Some(crate::progress::Purging { commit: Some(purged) });
-    let continuity = Continuity::of(progress, Lsn(10));
-    let mut planning = planning(stored, 1 << 20, 1 << 24);
-    planning.continuity = continuity;
+    let mut planning = purged_ahead();
     let window = Arc::new(Window::default());
     let read = rows(&[packed(1, "1", "read")]);
     planning.chunk(chunk(&planning, 7, read, None, &window));
