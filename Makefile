@@ -76,10 +76,10 @@ dev: build ## the same servers, up until Ctrl-C, with the commands to connect to
 	@$(private) && cargo run --quiet --release -p walmirror-tests --bin demo -- --stay
 
 test: build ## unit tests, SQL regression and end-to-end tests, on private servers
-	$(private) && cargo run --quiet -p walmirror-tests --bin with-postgres -- cargo test $(ARGS)
+	$(private) && cargo run --quiet -p walmirror-tests --bin with-postgres -- scripts/test.sh $(ARGS)
 
 faults: build ## break everything there is, on private servers; then SECONDS=60 of several faults at once, by SEED=…
-	$(private) && FAULT_SECONDS=$(SECONDS) cargo test -p walmirror-tests --features faults --no-fail-fast --test 'faults_*' $(ARGS) \
+	$(private) && FAULT_SECONDS=$(SECONDS) scripts/test.sh -p walmirror-tests --features faults --test 'faults_*' $(ARGS) \
 		-- --test-threads 3
 
 soak: SECONDS = 43200
