@@ -8,7 +8,7 @@ use std::sync::{Mutex, OnceLock, mpsc};
 use std::time::Duration;
 
 pub use rustix::process::Signal;
-use rustix::process::{Pid, kill_process};
+use rustix::process::{Pid, WaitId, WaitIdOptions, kill_process, waitid};
 
 use crate::wait_for;
 
@@ -35,7 +35,7 @@ impl Process {
             ]);
         }
         wrapped
-            .args(["--", "env", "--default-signal=INT,QUIT"])
+            .args(["--", "env", "--default-signal=HUP,INT,QUIT"])
             .arg(command.get_program())
             .args(command.get_args());
         for (name, value) in command.get_envs() {
@@ -69,11 +69,16 @@ impl Process {
         self.child.id()
     }
 
-    /// Sends a signal; a process that has ended already is left alone.
+    /// Sends a signal; a process that has ended already is left alone. After SIGSTOP it is stopped: on a busy machine its other
+    /// threads go on for a while until the first one has taken the signal.
     pub fn signal(&mut self, signal: Signal) {
         if self.exited().is_none() {
             let pid = Pid::from_raw(self.child.id() as i32).unwrap();
             kill_process(pid, signal).unwrap_or_else(|e| panic!("signal {}: {e}", self.name));
+            if signal == Signal::STOP {
+                // Who has ended meanwhile is no child that could stop, which is an error; nothing is to be done then.
+                let _ = waitid(WaitId::Pid(pid), WaitIdOptions::STOPPED | WaitIdOptions::NOWAIT);
+            }
         }
     }
 
