@@ -43,6 +43,8 @@ struct Walsender {
     update_progress: Cell<UpdateProgress>,
     /// Whether a record is being read or decoded, so that no other may be.
     busy: Cell<bool>,
+    /// Whether the page of a record is being read.
+    reading: Cell<bool>,
     /// How far WAL was flushed when that was last asked.
     flushed: Cell<u64>,
 }
@@ -52,6 +54,7 @@ static WALSENDER: Local<Walsender> = Local::new(Walsender {
     page_read: Cell::new(None),
     update_progress: Cell::new(None),
     busy: Cell::new(false),
+    reading: Cell::new(false),
     flushed: Cell::new(0),
 });
 
@@ -63,6 +66,7 @@ pub unsafe fn start(context: *mut pg_sys::LogicalDecodingContext) {
     let walsender = WALSENDER.get();
     walsender.context.set(context);
     walsender.busy.set(false);
+    walsender.reading.set(false);
     walsender.flushed.set(0);
     // SAFETY: by the caller's promise; both pointers are the context's own, and go with it.
     unsafe {
@@ -88,6 +92,12 @@ pub fn busy<R>(work: impl FnOnce() -> R) -> R {
     let result = work();
     busy.set(before);
     result
+}
+
+/// Whether a walsender that flushes does so because it is about to wait for WAL, or for a standby that is to have it
+/// (`WalSndWaitForWal`).
+pub fn is_reading() -> bool {
+    WALSENDER.get().reading.get()
 }
 
 /// Decodes further records while `goes_on`; called where the walsender wants to flush. Whether it did.
@@ -156,9 +166,15 @@ unsafe extern "C-unwind" fn page_read(
     record: pg_sys::XLogRecPtr,
     buffer: *mut c_char,
 ) -> c_int {
-    match WALSENDER.get().page_read.get() {
-        // SAFETY: the arguments are passed on as they came.
-        Some(original) => busy(|| unsafe { original(reader, page, length, record, buffer) }),
+    let walsender = WALSENDER.get();
+    match walsender.page_read.get() {
+        Some(original) => busy(|| {
+            walsender.reading.set(true);
+            // SAFETY: the arguments are passed on as they came.
+            let read = unsafe { original(reader, page, length, record, buffer) };
+            walsender.reading.set(false);
+            read
+        }),
         // It was set before this function was; -1 means that there is no page.
         None => -1,
     }

@@ -4,7 +4,8 @@
 //! transaction of one row that system call, and the wake of the reader at the other end, cost more than the row. So while
 //! a walsender has more WAL to read, small writes stay in its send buffer. They leave
 //!
-//! - before the walsender waits for WAL: it then flushes twice without having read anything in between,
+//! - before the walsender waits for WAL, or for a standby that is to have it first: it then flushes while it reads a page,
+//! - when it flushes twice without having read anything in between,
 //! - when [`HOLD_BYTES`] or [`HOLD_MICROSECONDS`] are full,
 //! - before a large transaction is decoded, be it one that sends nothing,
 //!
@@ -85,11 +86,11 @@ static HELD: Local<Held> = Local::new(Held {
 /// `context` must be the context of startup_cb, and [`stop`] must be called before its memory goes.
 pub unsafe fn start(context: *mut pg_sys::LogicalDecodingContext) {
     let held = HELD.get();
-    // SAFETY: by the caller's promise. The functions of SQL that read a slot have a private state for their writer; a
-    // walsender, which may run them as well, has none when it streams. PqCommMethods always points to constants.
+    // SAFETY: by the caller's promise. The functions of SQL that read a slot run in a transaction; a walsender, which may run them as
+    // well, has none when it streams. PqCommMethods always points to constants.
     unsafe {
         if pg_sys::MyBackendType != pg_sys::BackendType::B_WAL_SENDER
-            || !(*context).output_writer_private.is_null()
+            || unguarded::IsTransactionState()
             || held.original.get().is_some()
         {
             return;
@@ -171,7 +172,7 @@ unsafe extern "C-unwind" fn flush_if_writable() -> c_int {
     let Some(original) = held.original.get() else {
         return 0;
     };
-    if held.done.get() {
+    if held.done.get() || ahead::is_reading() {
         return send(held, original);
     }
     let turned = ahead::turn(|| held.bytes.get() < HOLD_BYTES && !held.blocked.get() && !held.done.get());
