@@ -113,6 +113,8 @@ fn is_partitioned(table: pg_sys::Oid) -> bool {
 #[pg_extern]
 fn set_label(table: pg_sys::Oid, label: &[u8]) {
     let label = String::from_utf8_lossy(label);
+    // Before it is locked: nobody else may have others wait, or have Postgres end an autovacuum that is in the way.
+    require_owner(table);
     // Whoever changes the table is waited for, as by SECURITY LABEL, and does not come in between.
     relation::lock_to_label(table);
     let checked = require_preload()
@@ -198,15 +200,20 @@ fn announce_ddl(table: pg_sys::Oid, refresh: bool) {
 /// not needed for it, with which anybody could say so of any table.
 #[pg_extern]
 fn announce(table: pg_sys::Oid, refresh: bool, keep_keys: bool) {
+    require_owner(table);
+    tell(table, refresh, keep_keys);
+}
+
+fn require_owner(table: pg_sys::Oid) {
     if !relation::is_owned(table) {
+        let name = Rel::open_historic(table).map(|table| table.name());
         Refusal::new(
             PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
-            format!("must be owner of the table with oid {}", u32::from(table)),
+            format!("must be owner of table {}", name.unwrap_or_default()),
             "Become a role that owns the table, or a member of it.",
         )
         .raise();
     }
-    tell(table, refresh, keep_keys);
 }
 
 fn tell(table: pg_sys::Oid, refresh: bool, keep_keys: bool) {

@@ -131,6 +131,28 @@ fn ddl_of_a_partition_waits_for_no_other() {
     m.settle();
 }
 
+/// Who does not own a table has no lock on it, nor waits for one: whom he waits for would be disturbed, as an autovacuum, which Postgres ends.
+#[test]
+fn a_table_of_others_is_not_locked() {
+    let m = Mirror::new();
+    let other = format!("{}_other", m.db.name);
+    m.sql(&format!(
+        "CREATE TABLE t (id int PRIMARY KEY); CREATE ROLE {other}"
+    ));
+    let mut owner = m.db.connect();
+    owner
+        .batch_execute("BEGIN; LOCK TABLE t IN SHARE UPDATE EXCLUSIVE MODE")
+        .unwrap();
+    for call in ["mirror('t')", "set_label('t'::regclass, '{}')"] {
+        let error = m.db.error(&format!(
+            "SET ROLE {other}; SET lock_timeout = '1s'; SELECT walmirror.{call}"
+        ));
+        assert!(error.message().contains("must be owner"), "{call}: {error:?}");
+    }
+    owner.batch_execute("COMMIT").unwrap();
+    m.sql(&format!("DROP ROLE {other}"));
+}
+
 /// Owners mirror and alter their tables where nothing is anybody's by default, and nobody may write logical messages but the sink.
 #[test]
 fn a_database_that_grants_nothing() {
