@@ -25,6 +25,13 @@ const PAUSE_MAX: Duration = Duration::from_millis(50);
 /// A transaction that lasts longer than this is looked at more closely.
 const LONG: Duration = Duration::from_millis(50);
 
+/// Values that are asked for at once should be no more than about so many bytes (INVARIANT I7): Redis keeps what it has answered
+/// until it is fetched.
+const READ_BYTES: usize = 1024 * 1024;
+/// Keys that are asked for at once, at first and at most.
+const READ_FIRST: usize = 32;
+const READ_MOST: usize = 1000;
+
 /// How often it is looked whether a table that is waited for is still the same.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -42,6 +49,8 @@ pub(super) struct Sides {
     pub(super) sql: Sql,
     pub(super) redis: Connection,
     pub(super) timeout: Duration,
+    /// So many keys are asked for at once.
+    at_once: usize,
     keys: RedisKeys,
     slot: String,
     shutdown: Shutdown,
@@ -59,6 +68,7 @@ impl Sides {
             sql,
             redis,
             timeout,
+            at_once: READ_FIRST,
             keys: RedisKeys::new(slot),
             slot: slot.to_owned(),
             shutdown,
@@ -155,20 +165,30 @@ impl Sides {
     pub(super) fn read<'k>(
         &mut self,
         table: &Table,
-        keys: impl Iterator<Item = &'k [u8]> + Clone,
+        keys: impl Iterator<Item = &'k [u8]>,
     ) -> Result<Vec<Content>, Error> {
-        let mut commands = Commands::new();
-        let count = reads(&mut commands, table, keys);
-        self.redis.send(commands.as_bytes())?;
-        let mut found = Vec::with_capacity(count);
-        for _ in 0..count {
-            let (reply, pttl) = (self.redis.receive()?, self.redis.receive()?);
-            found.push(table.shape().found(reply, pttl)?);
+        let mut found = Vec::new();
+        let mut keys = keys.peekable();
+        while keys.peek().is_some() {
+            let mut commands = Commands::new();
+            let (mut count, mut bytes) = (0, 0);
+            for key in keys.by_ref().take(self.at_once) {
+                commands.command(&[table.shape().command(), key]);
+                commands.command(&[b"PTTL", key]);
+                count += 1;
+            }
+            self.redis.send(commands.as_bytes())?;
+            for _ in 0..count {
+                let (reply, pttl) = (self.redis.receive()?, self.redis.receive()?);
+                bytes += weight(&reply);
+                found.push(table.shape().found(reply, pttl)?);
+            }
+            self.at_once = next_at_once(self.at_once, bytes);
         }
         Ok(found)
     }
 
-    /// From here on until [`Self::read_untouched`] Redis watches these keys.
+    /// From here on until [`Self::are_untouched`] Redis watches these keys.
     pub(super) fn watch<'k>(&mut self, keys: impl Iterator<Item = &'k [u8]>) -> Result<(), Error> {
         let mut command: Vec<&[u8]> = vec![b"WATCH"];
         command.extend(keys);
@@ -179,34 +199,27 @@ impl Sides {
         self.redis.call("unwatch keys", &[b"UNWATCH"]).map(drop)
     }
 
-    /// What these keys hold, if none of those that are watched was touched meanwhile.
-    pub(super) fn read_untouched<'k>(
-        &mut self,
-        table: &Table,
-        keys: impl Iterator<Item = &'k [u8]> + Clone,
-    ) -> Result<Option<Vec<Content>>, Error> {
+    /// Whether none of the keys that are watched was touched: then they hold what was read since. They are not read again, as
+    /// the answer to EXEC comes whole, however large the values are.
+    pub(super) fn are_untouched(&mut self) -> Result<bool, Error> {
         let mut commands = Commands::new();
-        commands.command(&[b"MULTI"]);
-        let count = reads(&mut commands, table, keys);
-        commands.command(&[b"EXEC"]);
+        // An EXEC of nothing would do, but a proxy could answer that by itself.
+        commands
+            .command(&[b"MULTI"])
+            .command(&[b"HGET", &self.keys.progress, b"lsn"])
+            .command(&[b"EXEC"]);
         self.redis.send(commands.as_bytes())?;
-        for _ in 0..=2 * count {
+        for _ in 0..2 {
             if let Value::ServerError(error) = self.redis.receive()? {
-                return Err(reply_error("Redis refuses to read keys", &error));
+                return Err(reply_error("Redis refuses to look at watched keys", &error));
             }
         }
-        let items = match self.redis.receive()? {
-            Value::Nil => return Ok(None),
-            Value::Array(items) => items,
-            Value::ServerError(error) => return Err(reply_error("Redis refuses EXEC", &error)),
-            _ => return Err(unreadable("EXEC")),
-        };
-        let mut found = Vec::with_capacity(count);
-        let mut items = items.into_iter();
-        while let (Some(reply), Some(pttl)) = (items.next(), items.next()) {
-            found.push(table.shape().found(reply, pttl)?);
+        match self.redis.receive()? {
+            Value::Nil => Ok(false),
+            Value::Array(_) => Ok(true),
+            Value::ServerError(error) => Err(reply_error("Redis refuses EXEC", &error)),
+            _ => Err(unreadable("EXEC")),
         }
-        Ok(Some(found))
     }
 
     /// What the keys should hold: their rows, as a snapshot of now sees them.
@@ -332,13 +345,43 @@ impl Wait {
     }
 }
 
-/// Appends the commands that read these keys, two for each; how many keys there are.
-fn reads<'k>(commands: &mut Commands, table: &Table, keys: impl Iterator<Item = &'k [u8]>) -> usize {
-    let mut count = 0;
-    for key in keys {
-        commands.command(&[table.shape().command(), key]);
-        commands.command(&[b"PTTL", key]);
-        count += 1;
+/// How many bytes of values a reply holds.
+fn weight(reply: &Value) -> usize {
+    match reply {
+        Value::BulkString(bytes) => bytes.len(),
+        Value::Array(items) => items.iter().map(weight).sum(),
+        Value::Map(pairs) => pairs
+            .iter()
+            .map(|(name, value)| weight(name) + weight(value))
+            .sum(),
+        _ => 0,
     }
-    count
+}
+
+/// How many keys are asked for at once after so many were so many bytes. One is read in any case.
+fn next_at_once(count: usize, bytes: usize) -> usize {
+    if bytes > READ_BYTES {
+        (count / 2).min(READ_BYTES / (bytes / count).max(1)).max(1)
+    } else {
+        (count * 2).min(READ_MOST)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_values_are_read_one_by_one_and_small_ones_many_at_once() {
+        let after = |sizes: &[usize]| {
+            sizes
+                .iter()
+                .fold(READ_FIRST, |count, size| next_at_once(count, count * size))
+        };
+        assert_eq!(after(&[100; 9]), READ_MOST);
+        assert_eq!(after(&[4 << 20]), 1);
+        assert_eq!(after(&[4 << 20, 4 << 20]), 1);
+        assert_eq!(after(&[64 << 10]), 16);
+        assert_eq!(after(&[4 << 20, 100, 100]), 4);
+    }
 }
