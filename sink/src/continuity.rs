@@ -98,6 +98,19 @@ pub enum Diverged {
         .0.xid, .0.lsn, timestamp(.0.time)
     )]
     Purged(Commit),
+    /// Before the one that keys were removed for comes more than the sink would have kept together with it.
+    #[error(
+        "Redis has lost keys to transaction {}, which committed at {} ({}), and the server sends more than {held} bytes of changes \
+         before it, which Redis would have got before any key was removed: its files were put back to an earlier state, and it has \
+         written other WAL since",
+        .purged.xid, .purged.lsn, timestamp(.purged.time)
+    )]
+    Outrun {
+        /// The one that has not come.
+        purged: Commit,
+        /// As many are held for it.
+        held: usize,
+    },
 }
 
 /// Follows the stream until it has passed the position of Redis.
@@ -176,6 +189,18 @@ impl Continuity {
             _ => {}
         }
         Ok(())
+    }
+
+    /// So many bytes of changes cannot be written before the stream is known to be of the right history, and wait in memory.
+    ///
+    /// A sink removes keys for a transaction when a batch is full or nothing more is there, and whatever stands before that transaction in the
+    /// batch is less than one batch. More of it is of another history. (Or `--batch-bytes` was larger by far then: who takes that for another
+    /// history makes everything anew, which is never wrong.)
+    pub fn holds(&self, held: usize, most: usize) -> Result<(), Diverged> {
+        match self.purged {
+            Some(purged) if held > most => Err(Diverged::Outrun { purged, held: most }),
+            _ => Ok(()),
+        }
     }
 
     /// The server has sent all that ends before this, and no transaction is open. True: that proved it.
@@ -328,6 +353,21 @@ mod tests {
             ..Progress::default()
         };
         assert!(Continuity::of(&old, Lsn(171)).is_proved());
+    }
+
+    #[test]
+    fn more_than_a_batch_before_a_purge_is_of_another_history() {
+        let purged = commit(170, 9, 6);
+        let progress = Progress {
+            purging: Some(Purging { commit: Some(purged) }),
+            ..progress(None)
+        };
+        let mut stream = Continuity::of(&progress, Lsn(150));
+        assert_eq!(stream.holds(8, 8), Ok(()));
+        assert_eq!(stream.holds(9, 8), Err(Diverged::Outrun { purged, held: 8 }));
+        stream.begun(purged).unwrap();
+        assert_eq!(stream.holds(9, 8), Ok(()));
+        assert_eq!(Continuity::proved().holds(9, 8), Ok(()));
     }
 
     #[test]

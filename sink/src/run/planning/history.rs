@@ -7,9 +7,28 @@ use walmirror_proto::{Lsn, pb};
 use super::Planning;
 use crate::continuity::Diverged;
 use crate::error::Error;
+use crate::redis::Segment;
 use crate::transaction::{Commit, OrderError};
 
+/// So much may wait until the stream is known to be of the history that Redis mirrors (INVARIANT I7), or two batches.
+const HELD_BYTES: usize = 64 * 1024 * 1024;
+
 impl Planning {
+    /// A segment is complete.
+    pub(super) fn put_out(&mut self, segment: Segment) {
+        if !self.continuity.is_proved() {
+            self.held_bytes += size_of::<Segment>() + segment.batch.weight();
+        }
+        self.out.push_back(segment);
+    }
+
+    /// What is held because it may not go out is not to become too much.
+    pub(super) fn bounded(&self) -> Result<(), Error> {
+        let held = self.held_bytes + self.assembly.weight();
+        let most = HELD_BYTES.max(self.limits.batch_bytes.saturating_mul(2));
+        self.continuity.holds(held, most).map_err(gap)
+    }
+
     pub(super) fn begin(&mut self, what: &'static str, begin: &pb::Begin) -> Result<(), Error> {
         let proved = self.continuity.begun(Commit {
             lsn: Lsn(begin.commit_lsn),

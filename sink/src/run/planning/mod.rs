@@ -134,6 +134,8 @@ pub(super) struct Planning {
     /// `lsn` rose by a keepalive alone.
     advanced: bool,
     out: VecDeque<Segment>,
+    /// How much was put there while nothing may go out.
+    held_bytes: usize,
 }
 
 impl Planning {
@@ -202,6 +204,7 @@ impl Planning {
             dirty: false,
             advanced: false,
             out: VecDeque::new(),
+            held_bytes: 0,
         };
         planning.planner.limit_values(limits.value_bytes);
         if progress.resync {
@@ -221,7 +224,7 @@ impl Planning {
             self.lsn = wal_end;
             self.advanced = true;
         }
-        Ok(())
+        self.bounded()
     }
 
     /// A worker read something.
@@ -292,7 +295,7 @@ impl Planning {
         } else {
             let segment = self.assembly.split();
             self.told.end();
-            self.out.push_back(segment);
+            self.put_out(segment);
         }
     }
 
@@ -310,7 +313,7 @@ impl Planning {
         self.advanced = false;
         let segment = self.assembly.close(step, self.backfill.asked());
         self.told.end();
-        self.out.push_back(segment);
+        self.put_out(segment);
     }
 
     /// What changed in the registry changes how rows are treated.

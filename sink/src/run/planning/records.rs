@@ -63,7 +63,7 @@ impl Planning {
         }
         add(&self.shared.metrics.rows, rows);
         self.flush_if_full();
-        Ok(())
+        self.bounded()
     }
 
     fn row(&mut self, index: u32, change: &Change<'_>) -> Result<(), Error> {

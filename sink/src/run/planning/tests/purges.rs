@@ -275,3 +275,51 @@ fn a_change_that_does_not_tell_its_key_cuts_what_redis_has_begun() {
         );
     }
 }
+
+/// The story: files that were put back to before a large transaction with a TRUNCATE, and other large transactions since: until the place of
+/// that commit came, all of them were planned and held.
+#[test]
+fn what_waits_for_the_transaction_that_keys_were_removed_for_is_bounded() {
+    let value = "x".repeat(1 << 20);
+    let mut last = Ok(());
+    for size in [1_usize, 200] {
+        let mut stored = settled();
+        let progress = stored.progress.as_mut().unwrap();
+        let purged = Commit {
+            lsn: Lsn(1_000_000),
+            xid: 1_000,
+            time: 0,
+        };
+        progress.purging = Some(crate::progress::Purging { commit: Some(purged) });
+        let continuity = Continuity::of(progress, Lsn(10));
+        let mut planning = planning(stored, 1 << 20, 1 << 24);
+        planning.continuity = continuity;
+        Frame::default()
+            .relation(relation(1, "t:{id}"))
+            .feed(&mut planning);
+        for number in 0..size as u64 {
+            let at = 20 + 10 * number;
+            let frame = Frame::default()
+                .begin(100 + number, at)
+                .row(Kind::Insert, &number.to_string(), Some(&value))
+                .commit(at + 5);
+            last = planning.frame(frame.0.as_bytes(), Lsn::INVALID);
+            if last.is_err() {
+                break;
+            }
+        }
+        if size == 1 {
+            Frame::default().begin(1_000, 1_000_000).feed(&mut planning);
+            assert!(planning.continuity.is_proved() && planning.next_segment().is_some());
+        }
+        let held: usize = planning.out.iter().map(|segment| segment.batch.weight()).sum();
+        assert!(held < 80 << 20, "{held}");
+    }
+    let error = last.unwrap_err();
+    assert!(
+        error
+            .gap_reason()
+            .is_some_and(|why| why.contains("transaction 1000")),
+        "{error}"
+    );
+}
