@@ -36,6 +36,7 @@ pub mod error;
 pub mod logging;
 pub mod memory;
 pub mod shell;
+pub mod shown;
 pub mod shutdown;
 pub mod tail;
 

@@ -8,6 +8,7 @@ use crate::error::Error;
 use crate::plan::RedisKeys;
 use crate::redis::{Connection, unreadable};
 use crate::resp::Commands;
+use crate::shown;
 
 /// About so many notes are kept, the latest.
 const KEPT: &[u8] = b"1000";
@@ -17,7 +18,7 @@ const LOGGED: usize = 10;
 /// A row that is not mirrored.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rejected {
-    /// Its key, as far as that could be told.
+    /// Its key, as far as that could be told. What is read back is cut where it is long.
     pub key: Vec<u8>,
     /// `schema.name`
     pub table: String,
@@ -29,7 +30,7 @@ pub struct Rejected {
 
 impl Rejected {
     /// Appends the command that notes it. It belongs into the EXEC whose progress passes the row, so that each is noted
-    /// once.
+    /// once. A long key is cut: a thousand notes of megabytes would be gigabytes of Redis.
     pub fn write(&self, commands: &mut Commands, keys: &RedisKeys) {
         commands.command(&[
             b"XADD",
@@ -39,7 +40,7 @@ impl Rejected {
             KEPT,
             b"*",
             b"key",
-            &self.key,
+            &shown::noted_key(&self.key),
             b"table",
             self.table.as_bytes(),
             b"lsn",
@@ -51,13 +52,13 @@ impl Rejected {
 
     /// One ERROR line.
     fn log(&self) {
-        let key = String::from_utf8_lossy(&self.key);
+        let key = shown::key(&self.key);
         tracing::error!(table = self.table, key = %key, lsn = %self.lsn, "a row is not mirrored: {}", self.reason);
     }
 
     /// The error that `--on-bad-row stop` ends with.
     pub fn into_error(self) -> Error {
-        let key = String::from_utf8_lossy(&self.key).into_owned();
+        let key = shown::key(&self.key);
         Error::setup(format!(
             "the row with the key \"{key}\" of the table {} cannot be mirrored: {}",
             self.table, self.reason
@@ -143,4 +144,28 @@ fn entry(entry: Value) -> Option<Rejected> {
         }
     }
     Some(rejected)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The story: a thousand notes of keys of megabytes were gigabytes of Redis.
+    #[test]
+    fn a_note_of_a_long_key_is_short_and_so_is_what_the_sink_ends_with() {
+        let rejected = Rejected {
+            key: vec![b'k'; 8 << 20],
+            reason: "it is a test".to_owned(),
+            ..Rejected::default()
+        };
+        let mut commands = Commands::new();
+        rejected.write(&mut commands, &RedisKeys::new("s"));
+        assert!(commands.len() < 2048, "{}", commands.len());
+        let told = rejected.into_error().to_string();
+        assert!(
+            told.len() < 1024 && told.contains("… (8388608 bytes)"),
+            "{}",
+            told.len()
+        );
+    }
 }

@@ -18,6 +18,7 @@ use crate::progress::Progress;
 use crate::redis::read_stored;
 use crate::rejected::{self, Rejected};
 use crate::replication::{self, SlotInfo};
+use crate::shown;
 
 /// Rejected rows that are listed.
 const REJECTED: u32 = 10;
@@ -202,7 +203,7 @@ fn print(slot: &SlotName, postgres: Option<&Postgres>, redis: Option<&Redis>) ->
             )?;
         }
         for one in latest {
-            let key = String::from_utf8_lossy(&one.key);
+            let key = shown::key(&one.key);
             let text = format!("{key:?} of {} at {}: {}", one.table, one.lsn, one.reason);
             line("", text)?;
         }

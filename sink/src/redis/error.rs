@@ -7,6 +7,7 @@ use redis::{ErrorKind, RedisError, ServerError};
 use super::connection::REPLY_TIMEOUT;
 use crate::error::{Class, Error};
 use crate::shell::{THE_USER, word};
+use crate::shown;
 
 /// The class of an error reply.
 pub fn class_of(code: &str, detail: Option<&str>) -> Class {
@@ -103,10 +104,12 @@ pub fn reply_error(what: impl Into<String>, reply: &ServerError) -> Error {
 /// The same for a key of a row.
 pub(super) fn row_error(what: impl Into<String>, reply: &ServerError, key: &[u8]) -> Error {
     let error = reply_error(what, reply);
-    if reply.code() != "WRONGTYPE" {
+    let shown = shown::key(key);
+    // One that is too long to be shown is too long to be typed.
+    if reply.code() != "WRONGTYPE" || key != shown.as_bytes() {
         return error;
     }
-    let key = word(&String::from_utf8_lossy(key));
+    let key = word(&shown);
     error.next_instead(format!(
         "redis-cli TYPE {key}   # who writes it? When walmirror is started again, it replaces it with the row"
     ))

@@ -1,5 +1,7 @@
 //! What a comparison found, table by table: numbers, and the names of some keys. INVARIANT I8: never a value.
 
+use crate::shown;
+
 /// Examples that are kept of each kind.
 const EXAMPLES: usize = 10;
 
@@ -95,7 +97,8 @@ impl Tally {
 
 /// A key as one can print it.
 fn show(key: &[u8]) -> String {
-    let text = String::from_utf8_lossy(key);
+    let key = shown::noted_key(key);
+    let text = String::from_utf8_lossy(&key);
     if text.chars().any(char::is_control) {
         format!("{text:?}")
     } else {

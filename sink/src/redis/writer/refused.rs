@@ -10,6 +10,7 @@ use crate::plan::Batch;
 use crate::progress::Step;
 use crate::rejected::Rejected;
 use crate::resp::Commands;
+use crate::shown;
 
 /// What an EXEC that Redis refuses as a whole comes to.
 pub(super) const NOTHING_APPLIED: &str = "Redis refused a batch, and nothing of it was applied";
@@ -83,7 +84,10 @@ impl Writer {
             }
             None => {
                 let (name, key) = self.name_and_key(first);
-                let what = format!("Redis refused {name} of the sink's own key {:?}", shown(&key));
+                let what = format!(
+                    "Redis refused {name} of the sink's own key {:?}",
+                    shown::key(&key)
+                );
                 match refused.are_types {
                     true => wrong_type(what, &refused.first, &key),
                     false => reply_error(what, &refused.first),
@@ -105,7 +109,10 @@ impl Writer {
         }
         let (name, key) = self.name_and_key(command);
         let row = self.locate(command).into_iter().find(|at| at.relation != 0);
-        let at = row.map_or_else(|| format!("the key {:?}", shown(&key)), |row| self.told(&row));
+        let at = row.map_or_else(
+            || format!("the key {:?}", shown::key(&key)),
+            |row| self.told(&row),
+        );
         reply_error(format!("{NOTHING_APPLIED}: it refuses {name} for {at}"), reply)
     }
 
@@ -113,7 +120,7 @@ impl Writer {
     fn told(&self, row: &Refused) -> String {
         let name = self.tables.0(row.relation);
         let table = name.unwrap_or_else(|| format!("with oid {}", row.relation));
-        format!("the key {:?} of the table {table}", shown(&row.key))
+        format!("the key {:?} of the table {table}", shown::key(&row.key))
     }
 
     fn note_pending(&mut self, refused: &Refusals) -> Result<(), Error> {
@@ -154,7 +161,7 @@ impl Writer {
         batch
             .commands()
             .name_and_key(command)
-            .map_or_else(of_purge, |(name, key)| (shown(name), key.to_vec()))
+            .map_or_else(of_purge, |(name, key)| (shown::key(name), key.to_vec()))
     }
 
     /// The keys of the command with this number inside of the open MULTI, and their relations.
@@ -183,8 +190,4 @@ impl Writer {
         }
         None
     }
-}
-
-fn shown(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
