@@ -19,6 +19,8 @@ pub use print::{Seen, TextPrinter, json_position};
 
 /// How often the server hears from us when nothing happens.
 const STATUS_INTERVAL: Duration = Duration::from_secs(5);
+/// How long the server may take to answer until the stream begins, where that takes it a moment.
+const ANSWER: Duration = Duration::from_secs(60);
 /// How long to wait for the server to end the stream.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -76,6 +78,7 @@ fn open(conninfo: &Conninfo, args: &TailArgs, shutdown: &Shutdown) -> Result<Str
     let mut connection =
         Connection::connect_interrupted_with(conninfo.expose(), &replication, shutdown.waker()?)
             .map_err(connect_failed)?;
+    connection.answer_within(Some(ANSWER));
     let slot = match &args.slot {
         Some(slot) => check_slot(&mut connection, slot, args.start)?.to_owned(),
         None => {
@@ -84,7 +87,11 @@ fn open(conninfo: &Conninfo, args: &TailArgs, shutdown: &Shutdown) -> Result<Str
                 slot,
                 "creating a temporary slot: this waits for all transactions that run now"
             );
+            connection
+                .make_patient(conninfo.expose(), ANSWER)
+                .map_err(|error| Error::postgres("cannot tell the process of the connection", error))?;
             let start = replication::create_slot(&mut connection, &slot, PLUGIN, true)?;
+            connection.answer_within(Some(ANSWER));
             tracing::info!(slot, %start, "streaming what commits from now on");
             slot
         }

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 use walmirror_tests::{
-    DEADLINE, Mode, POSTGRES_AWAY, Proxy, REDIS_AWAY, SOON_AFTER_SILENCE, Scenario, Setup, Sink, Trap, Way,
-    wait_for,
+    DEADLINE, Db, Mode, POSTGRES_AWAY, Pg, Proxy, REDIS_AWAY, Redis, SOON_AFTER_SILENCE, Scenario, Setup,
+    Sink, Trap, Way, wait_for,
 };
 
 /// What the sink may say when it lost Redis or Postgres, and this.
@@ -430,4 +430,43 @@ fn bits_of_what_postgres_is_told_flip() {
         |s| &s.pg_link,
         Way::ToServer,
     );
+}
+
+/// The story: `init`, `tail` and `doctor` waited without end for a server that had taken their connection and then said nothing, as behind
+/// a proxy that has lost its other half.
+#[test]
+fn a_command_gives_up_a_postgres_that_falls_silent() {
+    let (pg, redis) = (Pg::shared(), Redis::start());
+    let redis = redis.url();
+    let commands = [
+        // A check that fails.
+        ("init", Trap::HoldReply, "IDENTIFY_SYSTEM", 3),
+        ("init", Trap::HoldReply, "CREATE_REPLICATION_SLOT", 5),
+        ("tail", Trap::HoldBefore, "shared_preload_libraries", 5),
+        ("tail", Trap::HoldReply, "CREATE_REPLICATION_SLOT", 5),
+        ("tail", Trap::HoldReply, "START_REPLICATION", 5),
+    ];
+    std::thread::scope(|scope| {
+        for (command, trap, word, ends_with) in commands {
+            let (pg, redis) = (&pg, redis.as_str());
+            scope.spawn(move || {
+                let db = Db::create(std::sync::Arc::clone(pg));
+                let link = Proxy::to_socket(pg.socket());
+                link.arm(trap, word);
+                let port = link.port();
+                let postgres = format!("host=127.0.0.1 port={port} user=postgres dbname={}", db.name);
+                let mut args = vec![command, "--postgres", &postgres];
+                if command == "init" {
+                    args.extend(["--redis", redis, "--slot", &db.name]);
+                }
+                let (code, output) = Sink::run(&args, Duration::from_secs(60 + 5) + 2 * BUSY);
+                assert_eq!(link.sprung(), 1, "{command} {word}: {output}");
+                assert!(
+                    output.contains("the server does not answer"),
+                    "{command} {word}: {output}"
+                );
+                assert_eq!(code, Some(ends_with), "{command} {word}: {output}");
+            });
+        }
+    });
 }

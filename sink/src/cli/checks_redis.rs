@@ -5,11 +5,10 @@ use std::collections::HashMap;
 use ::redis::Value;
 
 use super::checks::{Check, Outcome, from_error};
-use super::checks_acl;
+use super::{checks_acl, connect_replication};
 use crate::config::{Conninfo, RedisUrl, SlotName};
 use crate::error::{Class, Error};
 use crate::plan::RedisKeys;
-use crate::pq::Connection as Postgres;
 use crate::redis::{self, CLUSTER, Connection, Other, REPLICA, evicts};
 use crate::replication;
 
@@ -114,7 +113,7 @@ fn server(url: &RedisUrl, info: &HashMap<String, String>, stops: Option<bool>) -
 /// Whose mirror it is, if it is another one's. What cannot be looked at has a check of its own.
 fn other(connection: &mut Connection, slot: &SlotName, conninfo: &Conninfo) -> Option<Other> {
     let stored = redis::read_stored(connection, &RedisKeys::new(slot.as_str())).ok()?;
-    let mut postgres = Postgres::connect(conninfo.expose(), &[("replication", "database")]).ok()?;
+    let mut postgres = connect_replication(conninfo.expose()).ok()?;
     let identity = replication::identify_system(&mut postgres).ok()?.into();
     redis::other_cluster(connection, slot.as_str(), &identity, &stored).ok()?
 }

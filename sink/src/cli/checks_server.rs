@@ -1,8 +1,9 @@
 //! Checks of the server and of the role: version, settings, library, extension, rights.
 
 use super::checks::{Check, Outcome, from_error, value};
+use super::connect_replication;
 use crate::config::Conninfo;
-use crate::pq::{Connection, PqError, connect_failed, quote_identifier};
+use crate::pq::{Connection, PqError, quote_identifier};
 use crate::replication::{self, settings, slot::PLUGIN};
 
 pub fn server(connection: &mut Connection) -> Check {
@@ -121,8 +122,7 @@ pub fn replication_right(connection: &mut Connection) -> Result<Outcome, PqError
 pub fn replication_connection(conninfo: &Conninfo) -> Check {
     let name = "replication connection";
     let connect = || {
-        let mut connection =
-            Connection::connect(conninfo.expose(), &[("replication", "database")]).map_err(connect_failed)?;
+        let mut connection = connect_replication(conninfo.expose())?;
         replication::identify_system(&mut connection)
     };
     match connect() {

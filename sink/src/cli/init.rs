@@ -5,11 +5,10 @@ use walmirror_proto::Lsn;
 use super::checks::{self, Outcome};
 use super::checks_slot::slot_outcome;
 use super::doctor::print;
-use super::{checks_redis, checks_tables, say};
+use super::{ANSWER, checks_redis, checks_tables, connect_replication, say};
 use crate::config::{Options, RedisUrl, SlotName};
 use crate::error::{Error, exit};
 use crate::plan::RedisKeys;
-use crate::pq::{Connection, connect_failed};
 use crate::redis::{self, Claim, Identity};
 use crate::replication::{self, slot::PLUGIN};
 use crate::shell::{single_quoted, word};
@@ -32,8 +31,7 @@ pub fn run(options: &Options, shutdown: &Shutdown) -> Result<(), Error> {
     if let Some(error) = postgres.failure.or(redis_checks.failure) {
         return Err(error);
     }
-    let mut connection =
-        Connection::connect(conninfo.expose(), &[("replication", "database")]).map_err(connect_failed)?;
+    let mut connection = connect_replication(conninfo.expose())?;
     // Without this the server would go on making the slot when nobody waits for it any more.
     connection.interrupt_with(shutdown.waker()?);
     let database = connection.target().database;
@@ -52,6 +50,9 @@ pub fn run(options: &Options, shutdown: &Shutdown) -> Result<(), Error> {
             if let Some(url) = options.redis_if_given()? {
                 redis::begin_first(&mut redis::Connection::connect(&url)?, &keys, &identity)?;
             }
+            connection
+                .make_patient(conninfo.expose(), ANSWER)
+                .map_err(|error| Error::postgres("cannot tell the process of the connection", error))?;
             let made = shutdown.in_order(|| replication::create_slot(&mut connection, &slot, PLUGIN, false));
             let lsn = match (made, shutdown.exit_code()) {
                 (Err(_), Some(code)) => {

@@ -201,6 +201,14 @@ fn connect_postgres(conninfo: &str) -> Result<Connection, Error> {
     Ok(connection)
 }
 
+/// The same for a replication connection.
+fn connect_replication(conninfo: &str) -> Result<Connection, Error> {
+    let mut connection =
+        Connection::connect(conninfo, &[("replication", "database")]).map_err(connect_failed)?;
+    connection.answer_within(Some(ANSWER));
+    Ok(connection)
+}
+
 /// Writes a line to standard output.
 fn say(line: impl std::fmt::Display) -> Result<(), Error> {
     writeln!(std::io::stdout(), "{line}").map_err(output_failed)

@@ -104,6 +104,13 @@ impl Connection {
         Ok(())
     }
 
+    /// From now on a statement may take as long as the server works on it.
+    pub fn make_patient(&mut self, conninfo: &str, silence: Duration) -> Result<(), PqError> {
+        self.look_after(conninfo, silence)?;
+        self.answer_within(None);
+        Ok(())
+    }
+
     /// When the server last sent anything of a COPY, a part of a message at least.
     pub fn heard(&self) -> Instant {
         self.heard

@@ -98,9 +98,8 @@ pub(super) fn shake(
     let decision = decide(stored.progress.as_ref(), &server, found);
     // Making a slot waits for all transactions that are running.
     replication
-        .look_after(config.postgres.expose(), ANSWER)
+        .make_patient(config.postgres.expose(), ANSWER)
         .map_err(|error| Error::postgres("cannot tell the process of the connection", error))?;
-    replication.answer_within(None);
     let (start, fresh) = match decision {
         Decision::Resume(lsn) => {
             if let Some(before) = before.filter(|before| *before != identity.timeline) {
