@@ -246,6 +246,39 @@ fn templates_that_tie_are_refused() {
     m.settle();
 }
 
+/// Rows of a table became bad rows with the label of another one, and who set that was not told.
+#[test]
+fn who_takes_keys_of_another_table_is_told() {
+    let m = Mirror::with(
+        "CREATE TABLE wide (id text PRIMARY KEY, v text); CREATE TABLE narrow (LIKE wide INCLUDING ALL); \
+         CREATE TABLE apart (LIKE wide INCLUDING ALL)",
+    );
+    let told = |sql: &str| -> String {
+        let mut psql = m.db.pg.program("psql", &m.db.name);
+        let output = psql.args(["-X", "-c", sql]).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert_eq!(told("SELECT walmirror.mirror('wide', key => 'x:{id}')"), "");
+    assert_eq!(told("SELECT walmirror.mirror('apart', key => 'y:{id}')"), "");
+    let narrow = "SELECT walmirror.cache('narrow', key => 'x:b{id}')";
+    let takes = "key template \"x:b{id}\" of table \"public.narrow\" takes keys that \"x:{id}\" of table \"public.wide\" could make";
+    let notice = told(narrow);
+    assert!(
+        notice.starts_with("NOTICE:") && notice.contains(takes),
+        "{notice}"
+    );
+    assert!(
+        notice.contains("HINT:") && notice.contains("another prefix"),
+        "{notice}"
+    );
+    // Set again with the same key it is no news, nor is DDL; the other way round it is.
+    assert_eq!(told(narrow), "");
+    assert_eq!(told("ALTER TABLE narrow ADD n int"), "");
+    assert_eq!(told("SELECT walmirror.unmirror('wide')"), "");
+    assert!(told("SELECT walmirror.mirror('wide', key => 'x:{id}')").contains(takes));
+}
+
 /// An index that becomes a deferrable constraint is checked at once no more: two rows may have one key for a while. That was accepted, at
 /// most with a warning, and the table was not mirrored from then on.
 #[test]

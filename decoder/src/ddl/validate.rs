@@ -1,6 +1,6 @@
 //! Whether a label fits its table. Everything that would make the mirror wrong is refused here, with what to do instead.
 
-use pgrx::pg_sys;
+use pgrx::pg_sys::{self, panic::ErrorReport};
 use pgrx::prelude::*;
 use walmirror_proto::key::KeyTemplate;
 
@@ -48,7 +48,8 @@ pub fn claim(table: pg_sys::Oid, label: &Label, check: Check) -> Result<(), Refu
     };
     // Equal skeletons have it in common, and so have templates that tie.
     labels::lock_keys(&format!("{} {:?}", template.prefix(), template.specificity()));
-    check_other_templates(table, &key, &template)
+    let taken = check_other_templates(table, &key, &template)?;
+    taken.iter().take(TAKEN_TOLD).try_for_each(Taken::tell)
 }
 
 /// Checks a label that is there already. Its keys are its own, so that this waits for nobody: DDL on two partitions may well be of
@@ -57,7 +58,7 @@ pub fn validate(table: pg_sys::Oid, label: &Label, check: Check) -> Result<(), R
     let Some((key, template)) = check_table(table, label, check)? else {
         return Ok(());
     };
-    check_other_templates(table, &key, &template)
+    check_other_templates(table, &key, &template).map(drop)
 }
 
 /// Checks a label against the table's kind, columns, unique keys and replica identity; returns its key template. There is none
@@ -361,16 +362,22 @@ fn check_replica_identity(
 
 /// Two tables may not write the same keys. The others are not opened: DDL on one of them, in another session, is not to be
 /// waited for.
-fn check_other_templates(table: pg_sys::Oid, key: &str, template: &KeyTemplate) -> Result<(), Refusal> {
+fn check_other_templates(
+    table: pg_sys::Oid,
+    key: &str,
+    template: &KeyTemplate,
+) -> Result<Vec<Taken>, Refusal> {
+    let (mut taken, mut is_known) = (Vec::new(), false);
     for (other, label) in labels::all() {
-        if other == table {
-            continue;
-        }
         let theirs = Label::parse(&label).ok().and_then(|label| label.key);
         let theirs = match theirs {
             Some(key) => key,
             None => default_key_of(other)?.unwrap_or_default(),
         };
+        if other == table {
+            is_known = theirs == key;
+            continue;
+        }
         let Ok(parsed) = KeyTemplate::parse(&theirs) else {
             continue;
         };
@@ -378,7 +385,7 @@ fn check_other_templates(table: pg_sys::Oid, key: &str, template: &KeyTemplate) 
             return Err(tie(table, key, other, &theirs)?);
         }
         if parsed.skeleton() == template.skeleton() {
-            let name = single(query("SELECT $1::oid::regclass::text AS name", &[other])?).unwrap_or_default();
+            let name = name_of(other)?;
             return Err(Refusal::new(
                 PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT,
                 format!(
@@ -387,8 +394,54 @@ fn check_other_templates(table: pg_sys::Oid, key: &str, template: &KeyTemplate) 
                 "Choose another prefix: key => 'schema.table:{id}'.",
             ));
         }
+        let (own, others) = ((table, key.to_owned()), (other, theirs));
+        if template.takes_from(&parsed) {
+            taken.push(Taken {
+                by: own,
+                from: others,
+            });
+        } else if parsed.takes_from(template) {
+            taken.push(Taken {
+                by: others,
+                from: own,
+            });
+        }
     }
-    Ok(())
+    // A label that is set again with the key that it has changes nothing of this.
+    taken.retain(|_| !is_known);
+    Ok(taken)
+}
+
+/// So many tables are named, where a label takes keys from more.
+const TAKEN_TOLD: usize = 5;
+
+/// Two tables, each with its key template, of which the more specific one takes keys that the other could make. That is no error: many
+/// tables that share a beginning never have a row of that kind.
+struct Taken {
+    by: (pg_sys::Oid, String),
+    from: (pg_sys::Oid, String),
+}
+
+impl Taken {
+    /// Says so to who sets the label.
+    fn tell(&self) -> Result<(), Refusal> {
+        let ((by, key), (from, theirs)) = (&self.by, &self.from);
+        let (by, from) = (name_of(*by)?, name_of(*from)?);
+        ErrorReport::new(
+            PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION,
+            format!(
+                "key template \"{key}\" of table \"{by}\" takes keys that \"{theirs}\" of table \"{from}\" could make: \
+                 a row of \"{from}\" with such a key is not mirrored"
+            ),
+            "walmirror",
+        )
+        .set_hint(format!(
+            "If table \"{from}\" has such rows (walmirror status lists them), choose a key with another prefix for one of the two: \
+             key => 'schema.table:{{id}}'."
+        ))
+        .report(PgLogLevel::NOTICE);
+        Ok(())
+    }
 }
 
 /// The key template of a table whose label leaves it to the primary key. Not by `walmirror.default_key`: labels are also set in databases
@@ -410,8 +463,7 @@ fn default_key_of(table: pg_sys::Oid) -> Result<Option<String>, Refusal> {
 
 /// The error for two templates that some rows could have the same key by.
 fn tie(table: pg_sys::Oid, key: &str, other: pg_sys::Oid, theirs: &str) -> Result<Refusal, Refusal> {
-    let name = |table| query("SELECT $1::oid::regclass::text AS name", &[table]).map(single);
-    let (own, other) = (name(table)?.unwrap_or_default(), name(other)?.unwrap_or_default());
+    let (own, other) = (name_of(table)?, name_of(other)?);
     Ok(Refusal::new(
         PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT,
         format!(
@@ -419,6 +471,11 @@ fn tie(table: pg_sys::Oid, key: &str, other: pg_sys::Oid, theirs: &str) -> Resul
         ),
         "Choose another key, with another prefix: key => 'schema.table:{id}'.",
     ))
+}
+
+/// The name of a table, as SQL writes it.
+fn name_of(table: pg_sys::Oid) -> Result<String, Refusal> {
+    query("SELECT $1::oid::regclass::text AS name", &[table]).map(|rows| single(rows).unwrap_or_default())
 }
 
 /// The one value that a query returned.
