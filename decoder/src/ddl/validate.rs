@@ -1,6 +1,6 @@
 //! Whether a label fits its table. Everything that would make the mirror wrong is refused here, with what to do instead.
 
-use pgrx::pg_sys::{self, panic::ErrorReport};
+use pgrx::pg_sys;
 use pgrx::prelude::*;
 use walmirror_proto::key::KeyTemplate;
 
@@ -11,6 +11,10 @@ use crate::ffi::memory::Context;
 use crate::ffi::relation::{self, Rel};
 use crate::label::{Label, Mode};
 use crate::plan::{self, Plan};
+
+mod taken;
+
+use taken::Taken;
 
 /// How much has to be there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,7 +53,7 @@ pub fn claim(table: pg_sys::Oid, label: &Label, check: Check) -> Result<(), Refu
     // Equal skeletons have it in common, and so have templates that tie.
     labels::lock_keys(&format!("{} {:?}", template.prefix(), template.specificity()));
     let taken = check_other_templates(table, &key, &template)?;
-    taken.iter().take(TAKEN_TOLD).try_for_each(Taken::tell)
+    taken.iter().take(taken::TOLD).try_for_each(Taken::tell)
 }
 
 /// Checks a label that is there already. Its keys are its own, so that this waits for nobody: DDL on two partitions may well be of
@@ -410,38 +414,6 @@ fn check_other_templates(
     // A label that is set again with the key that it has changes nothing of this.
     taken.retain(|_| !is_known);
     Ok(taken)
-}
-
-/// So many tables are named, where a label takes keys from more.
-const TAKEN_TOLD: usize = 5;
-
-/// Two tables, each with its key template, of which the more specific one takes keys that the other could make. That is no error: many
-/// tables that share a beginning never have a row of that kind.
-struct Taken {
-    by: (pg_sys::Oid, String),
-    from: (pg_sys::Oid, String),
-}
-
-impl Taken {
-    /// Says so to who sets the label.
-    fn tell(&self) -> Result<(), Refusal> {
-        let ((by, key), (from, theirs)) = (&self.by, &self.from);
-        let (by, from) = (name_of(*by)?, name_of(*from)?);
-        ErrorReport::new(
-            PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION,
-            format!(
-                "key template \"{key}\" of table \"{by}\" takes keys that \"{theirs}\" of table \"{from}\" could make: \
-                 a row of \"{from}\" with such a key is not mirrored"
-            ),
-            "walmirror",
-        )
-        .set_hint(format!(
-            "If table \"{from}\" has such rows (walmirror status lists them), choose a key with another prefix for one of the two: \
-             key => 'schema.table:{{id}}'."
-        ))
-        .report(PgLogLevel::NOTICE);
-        Ok(())
-    }
 }
 
 /// The key template of a table whose label leaves it to the primary key. Not by `walmirror.default_key`: labels are also set in databases
