@@ -101,6 +101,8 @@ pub struct Writer {
     ahead: Option<Ahead>,
     /// The transaction that the progress names as the one that keys are removed for.
     purging: Option<Commit>,
+    /// A purge of at most so many keys is atomic with its transaction.
+    atomic_purge_keys: usize,
     on_bad_row: OnBadRow,
     /// The next EXEC is followed by HELLO.
     asks_role: bool,
@@ -130,6 +132,7 @@ impl Writer {
             tables: Tables(Box::new(|_| None)),
             ahead: None,
             purging,
+            atomic_purge_keys: purge::ATOMIC_KEYS,
             on_bad_row: OnBadRow::Stop,
             asks_role: false,
             awaits_role: false,
@@ -230,6 +233,12 @@ impl Writer {
     #[cfg(test)]
     pub(crate) fn epoch(&self) -> u64 {
         self.epoch
+    }
+
+    /// Purges of more keys than this are done page by page.
+    #[cfg(test)]
+    pub(crate) fn set_atomic_purge_keys(&mut self, keys: usize) {
+        self.atomic_purge_keys = keys;
     }
 
     /// Takes the name away by which a newer session would find this connection.

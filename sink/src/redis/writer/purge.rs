@@ -14,9 +14,9 @@ use crate::resp::Commands;
 use crate::transaction::Commit;
 
 /// A TRUNCATE of a table with at most so many keys is atomic with its transaction; a larger one removes its keys before.
-const ATOMIC_PURGE_KEYS: usize = 10_000;
+pub(super) const ATOMIC_KEYS: usize = 10_000;
 /// And so many bytes of keys.
-const ATOMIC_PURGE_BYTES: usize = 8 * 1024 * 1024;
+const ATOMIC_BYTES: usize = 8 * 1024 * 1024;
 /// A walk that takes longer is told of.
 const SLOW: Duration = Duration::from_secs(1);
 /// Keys removed by one command.
@@ -53,7 +53,7 @@ impl Writer {
                 bytes += key.len();
                 held.push(key);
             }
-            if held.len() > ATOMIC_PURGE_KEYS || bytes > ATOMIC_PURGE_BYTES {
+            if held.len() > self.atomic_purge_keys || bytes > ATOMIC_BYTES {
                 if !noted {
                     self.note_purging(last)?;
                     noted = true;

@@ -174,7 +174,7 @@ fn check_table(
             continue;
         }
         let found = redis.data.get(&key);
-        if found.is_none() && label.mode == Mode::Cache {
+        if found.is_none() && (label.mode == Mode::Cache || is_purged(history, progress, label, id)) {
             continue;
         }
         let row = history.row(label.oid, id, lsn);
@@ -188,6 +188,18 @@ fn check_table(
         }
     }
     Ok(())
+}
+
+/// Whether the key was removed ahead of the transaction that it goes with.
+fn is_purged(history: &History, progress: &Progress, label: &Definition, id: Id) -> bool {
+    progress.purging.is_some_and(|purging| match purging.commit {
+        Some(commit) => {
+            let key = label.key(id);
+            history.is_gone(label.oid, id, &key, progress.lsn.0, commit.lsn.0)
+        }
+        // The catalog wants it, which knows more than the position.
+        None => true,
+    })
 }
 
 /// Of a large transaction a part is applied: then a key may be what that wrote to it.

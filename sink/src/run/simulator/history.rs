@@ -99,6 +99,20 @@ impl History {
             .is_some_and(|since| since.iter().any(|(start, ..)| *start == lsn))
     }
 
+    /// Whether the row goes, or a table that could ever make its key gets another label or none, behind `from` and up to the transaction
+    /// whose commit record starts at `to`.
+    pub(super) fn is_gone(&self, oid: u32, id: Id, key: &[u8], from: u64, to: u64) -> bool {
+        let is_between = |start: &u64, end: &u64| *end > from && *start <= to;
+        let mut rows = self.rows.get(&(oid, id)).into_iter().flatten();
+        rows.any(|(start, end, row)| is_between(start, end) && row.is_none())
+            || self.labels.iter().any(|(other, since)| {
+                since.iter().any(|(start, end, _)| is_between(start, end))
+                    && self
+                        .labels(*other)
+                        .any(|label| key.starts_with(label.prefix.as_bytes()))
+            })
+    }
+
     /// What the transaction whose commit record starts there wrote to the row, one after the other.
     pub(super) fn written(&self, oid: u32, id: Id, lsn: u64) -> impl Iterator<Item = Option<&Row>> {
         let all = self.rows.get(&(oid, id)).into_iter().flatten();

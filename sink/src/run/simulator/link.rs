@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use redis::{RedisResult, Value};
 
-use super::redis::Redis;
+use super::redis::{Command, Redis};
 use crate::redis::{Connection, Wire};
 use crate::resp::tests::parse;
 
@@ -18,12 +18,34 @@ pub(super) enum Fault {
     Cut(usize),
     /// The one with this number, and what follows, is refused.
     Refuse(usize),
+    /// They arrive when whoever sent them has given up long ago.
+    Delay,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Server {
     pub(super) redis: Redis,
     pub(super) fault: Option<Fault>,
+    /// So many sends go well before it.
+    pub(super) fault_in: u64,
+    /// What is under way, and the connection that it is on.
+    pub(super) delayed: Vec<(u64, Vec<Command>)>,
+}
+
+impl Server {
+    /// What was under way for long arrives; the connection ends behind it. False: there is none.
+    pub(super) fn arrive(&mut self) -> bool {
+        let Some((client, commands)) = self.delayed.pop() else {
+            return false;
+        };
+        for command in commands {
+            if self.redis.is_connected(client) {
+                self.redis.execute(client, command);
+            }
+        }
+        self.redis.disconnect(client);
+        true
+    }
 }
 
 pub(super) type Shared = Arc<Mutex<Server>>;
@@ -36,6 +58,8 @@ struct Link {
     shared: Shared,
     client: u64,
     replies: VecDeque<Value>,
+    /// It was given up; what it sent is still under way.
+    is_given_up: bool,
 }
 
 pub(super) fn connect(shared: &Shared) -> Connection {
@@ -44,6 +68,7 @@ pub(super) fn connect(shared: &Shared) -> Connection {
         shared: Arc::clone(shared),
         client,
         replies: VecDeque::new(),
+        is_given_up: false,
     };
     Connection::over(Box::new(link), "redis://model".parse().unwrap())
 }
@@ -51,8 +76,21 @@ pub(super) fn connect(shared: &Shared) -> Connection {
 impl Wire for Link {
     fn send(&mut self, commands: &[u8]) -> RedisResult<()> {
         let mut server = lock(&self.shared);
-        let fault = server.fault.take();
+        if self.is_given_up {
+            return Ok(());
+        }
+        let fault = match server.fault_in {
+            0 => server.fault.take(),
+            _ => None,
+        };
+        server.fault_in = server.fault_in.saturating_sub(1);
         let commands = parse(commands);
+        if fault == Some(Fault::Delay) {
+            self.replies.clear();
+            self.is_given_up = true;
+            server.delayed.push((self.client, commands));
+            return Ok(());
+        }
         let arrive = match fault {
             Some(Fault::Cut(count)) => count.min(commands.len() - 1),
             _ => commands.len(),
@@ -86,6 +124,8 @@ impl Wire for Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        lock(&self.shared).redis.disconnect(self.client);
+        if !self.is_given_up {
+            lock(&self.shared).redis.disconnect(self.client);
+        }
     }
 }

@@ -3,7 +3,7 @@
 
 use redis::Value;
 
-use super::redis::{Redis, Stored, error};
+use super::redis::{Broken, Redis, Stored, error};
 use crate::plan::{PENDING_REPLY, Script};
 
 pub(super) fn load(source: &[u8]) -> Value {
@@ -57,7 +57,15 @@ pub(super) fn run(redis: &mut Redis, script: &[u8], args: &[&[u8]]) -> Value {
             *text = format!("{{{}}}", members?.join(", ")).into_bytes();
             Some(())
         }),
-        Script::Purge => unreachable!("no table of the model is that large"),
+        Script::Purge => {
+            let epoch = redis
+                .hash(keys[0])
+                .and_then(|fields| fields.get(b"epoch".as_slice()));
+            if epoch.map(Vec::as_slice) != Some(argv[0]) && redis.broken != Broken::PurgeUnfenced {
+                return Value::Int(-1);
+            }
+            redis.purge(&keys[1..])
+        }
     }
 }
 

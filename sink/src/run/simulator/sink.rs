@@ -36,6 +36,8 @@ pub(super) struct Setting {
     pub(super) durability: Durability,
     pub(super) limits: Limits,
     pub(super) gate_bytes: usize,
+    /// More keys than this are removed ahead of the transaction that they go with.
+    pub(super) purge_keys: usize,
     pub(super) epoch: Instant,
 }
 
@@ -236,7 +238,8 @@ impl Session {
             backfill: Arc::clone(&backfill),
             shared: Arc::clone(&shared),
         })?;
-        let writer = Writer::new(claim, setting.keys.clone())?;
+        let mut writer = Writer::new(claim, setting.keys.clone())?;
+        writer.set_atomic_purge_keys(setting.purge_keys);
         backfill.note_pending();
         Ok(Self {
             shared,

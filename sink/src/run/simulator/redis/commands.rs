@@ -5,6 +5,9 @@ use redis::Value;
 use super::super::scripts;
 use super::{Broken, Fields, Redis, Stored, error};
 
+/// How many keys SCAN shows at once, and one more.
+const PAGE: usize = 5;
+
 impl Redis {
     pub(super) fn run(&mut self, id: u64, command: &[Vec<u8>]) -> Value {
         let args: Vec<&[u8]> = command.iter().map(Vec::as_slice).collect();
@@ -43,15 +46,7 @@ impl Redis {
                 }
                 Value::Okay
             }
-            [b"UNLINK", keys @ ..] => {
-                for key in keys {
-                    if self.data.contains_key(*key) {
-                        self.touch(key);
-                        self.data.remove(*key);
-                    }
-                }
-                Value::Int(1)
-            }
+            [b"UNLINK", keys @ ..] => self.unlink(keys),
             // A row that is not mirrored: what was noted last, and all that ever was.
             [b"XADD", key, ..] => {
                 self.touch(key);
@@ -82,14 +77,7 @@ impl Redis {
                 Value::Int(there.count() as i64)
             }
             [b"DBSIZE"] => Value::Int(self.data.len() as i64),
-            [b"SCAN", ..] => {
-                let keys = self
-                    .data
-                    .keys()
-                    .map(|key| Value::BulkString(key.clone()))
-                    .collect();
-                Value::Array(vec![Value::BulkString(b"0".to_vec()), Value::Array(keys)])
-            }
+            [b"SCAN", cursor, ..] => self.scan(cursor),
             [b"EVALSHA", script, _, ..] => scripts::run(self, script, &args[2..]),
             [b"EXEC"] => error("ERR EXEC without MULTI"),
             [b"SCRIPT", b"LOAD", source] => scripts::load(source),
@@ -114,6 +102,57 @@ impl Redis {
                 error("ERR unknown command")
             }
         }
+    }
+
+    fn unlink(&mut self, keys: &[&[u8]]) -> Value {
+        let before = self.data.len();
+        for key in keys {
+            if self.data.contains_key(*key) {
+                self.touch(key);
+                self.data.remove(*key);
+            }
+        }
+        Value::Int((before - self.data.len()) as i64)
+    }
+
+    /// Removes keys ahead of the transaction that they go with.
+    pub(in crate::run::simulator) fn purge(&mut self, keys: &[&[u8]]) -> Value {
+        self.is_ahead = true;
+        self.unlink(keys)
+    }
+
+    /// A page of the keys, in an order of their own that does not change when others come and go.
+    fn scan(&self, cursor: &[u8]) -> Value {
+        let place = |key: &[u8]| {
+            key.iter().fold(7u64, |place, byte| {
+                (place ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01B3) >> 1
+            })
+        };
+        let from: u64 = String::from_utf8_lossy(cursor).parse().unwrap_or(0);
+        let mut left: Vec<(u64, &Vec<u8>)> = self
+            .data
+            .keys()
+            .map(|key| (place(key), key))
+            .filter(|(place, _)| *place >= from)
+            .collect();
+        left.sort_unstable();
+        let next = match left.get(PAGE) {
+            // All that stand at one place come in one page.
+            Some((next, _)) => {
+                let next = *next;
+                left.retain(|(place, _)| *place <= next);
+                next + 1
+            }
+            None => 0,
+        };
+        let keys = left
+            .into_iter()
+            .map(|(_, key)| Value::BulkString(key.clone()))
+            .collect();
+        Value::Array(vec![
+            Value::BulkString(next.to_string().into_bytes()),
+            Value::Array(keys),
+        ])
     }
 
     /// The fields of a hash that is about to change.

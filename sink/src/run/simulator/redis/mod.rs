@@ -65,6 +65,10 @@ pub(super) struct Redis {
     pub(super) broken: Broken,
     /// Print every command: for the replay of a seed.
     pub(super) trace: bool,
+    /// The command removes keys ahead of the transaction that they go with.
+    is_ahead: bool,
+    /// The connection that has the right to write.
+    owner: Option<u64>,
     /// What must never be, found while it happened.
     pub(super) violation: Option<String>,
 }
@@ -108,6 +112,8 @@ pub(super) enum Broken {
     NoTaker,
     /// Keys that are too long are written.
     LongKeys,
+    /// Keys are removed ahead of their transaction whoever has the right to write.
+    PurgeUnfenced,
 }
 
 impl Redis {
@@ -286,7 +292,7 @@ impl Redis {
                     return Value::Nil;
                 }
                 let replies = queue.into_iter().map(|command| self.run(id, &command)).collect();
-                self.check_step();
+                self.check_step(id);
                 self.end_step();
                 Value::Array(replies)
             }
@@ -313,22 +319,38 @@ impl Redis {
             }
             _ => {
                 let reply = self.run(id, &command);
-                self.check_step();
+                self.check_step(id);
                 self.end_step();
                 reply
             }
         }
     }
 
-    /// INVARIANT I2: rows change, and are noted, in a step that moves the position.
-    fn check_step(&mut self) {
+    /// INVARIANT I2: rows change, and are noted, in a step that moves the position; but for those that go ahead of the
+    /// transaction that the progress names. INVARIANT I4: only whoever claimed last writes.
+    fn check_step(&mut self, id: u64) {
+        let is_ahead = std::mem::take(&mut self.is_ahead);
         let is_data = |key: &&Vec<u8>| !key.starts_with(b"walmirror:{") || *key == REJECTED;
-        let data = self.before.keys().find(is_data);
-        if let Some(key) = data.filter(|_| !self.before.contains_key(PROGRESS)) {
-            self.violation = Some(format!(
-                "{} changed without the progress (I2)",
-                String::from_utf8_lossy(key)
-            ));
+        let is_noted = || {
+            let progress = self.hash(PROGRESS);
+            progress.is_some_and(|fields| fields.contains_key(b"purging".as_slice()))
+        };
+        if let Some(key) = self.before.keys().find(is_data) {
+            let key = String::from_utf8_lossy(key);
+            if !self.before.contains_key(PROGRESS) && !(is_ahead && is_noted()) {
+                self.violation = Some(format!("{key} changed without the progress (I2)"));
+            } else if self.owner != Some(id) && self.broken != Broken::NoFence {
+                self.violation = Some(format!("{key} was changed by who lost the right to (I4)"));
+            }
+        }
+        let epoch = |stored: Option<&Stored>| match stored {
+            Some(Stored::Hash(fields)) => fields.get(b"epoch".as_slice()).cloned(),
+            _ => None,
+        };
+        if let Some(before) = self.before.get(PROGRESS)
+            && epoch(before.as_ref()) != epoch(self.data.get(PROGRESS))
+        {
+            self.owner = Some(id);
         }
     }
 }

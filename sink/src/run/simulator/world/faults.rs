@@ -48,12 +48,51 @@ impl World {
 
     /// Something on the way to Redis fails with the next commands, whoever sends them.
     pub(super) fn fail(&mut self) {
-        let fault = match self.dice.roll(3) {
+        let fault = match self.dice.roll(4) {
             0 => Fault::LoseAnswer,
             1 => Fault::Cut(self.dice.roll(12) as usize),
+            2 => Fault::Delay,
             _ => Fault::Refuse(self.dice.roll(8) as usize),
         };
-        lock(&self.server).fault = Some(fault);
+        let mut server = lock(&self.server);
+        server.fault = Some(fault);
+        // In the middle of a claim, or of a purge.
+        server.fault_in = self.dice.roll(2) * self.dice.roll(10);
+    }
+
+    /// What somebody sent who has given up arrives after all.
+    pub(super) fn arrive(&mut self) {
+        let mut server = lock(&self.server);
+        let (steps, epoch) = (
+            server.redis.steps.len(),
+            server.redis.progress().map(|progress| progress.epoch),
+        );
+        if !server.arrive() || server.redis.steps.len() == steps {
+            return;
+        }
+        let progress = server.redis.progress();
+        // A claim that begins anew takes the position back while the other one still confirms: a gap for sure.
+        self.late_claim |= progress.is_some_and(|progress| progress.resync && Some(progress.epoch) != epoch);
+    }
+
+    /// Redis loses its last steps several times, and each time what heals it has hardly begun.
+    pub(super) fn lose_again_and_again(&mut self) -> Result<(), Wrong> {
+        for _ in 0..2 + self.dice.roll(4) {
+            self.lose()?;
+            for _ in 0..self.dice.roll(60) {
+                if self.dice.once_in(8) {
+                    self.write();
+                }
+                self.drive()?;
+                self.look()?;
+                if self.dice.once_in(10) {
+                    lock(&self.server).redis.now += self.dice.roll(40);
+                    self.feedback()?;
+                    self.look()?;
+                }
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn end_of_session(&mut self) -> Result<(), Wrong> {

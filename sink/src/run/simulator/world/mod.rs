@@ -81,6 +81,7 @@ impl World {
                 },
             },
             gate_bytes: if dice.once_in(2) { 64 } else { 4096 },
+            purge_keys: [0, 2, 10_000][dice.roll(3) as usize],
             epoch: Instant::now(),
         };
         let mut postgres = Postgres::new();
@@ -148,8 +149,10 @@ impl World {
             35 => lock(&self.server).redis.now += self.dice.roll(40),
             36 => self.stalled_acts()?,
             37 if self.dice.once_in(3) => self.fail(),
+            37 => self.arrive(),
             38 if self.dice.once_in(4) => self.end_of_session()?,
             39 if self.dice.once_in(5) => self.lose()?,
+            39 if self.dice.once_in(20) => self.lose_again_and_again()?,
             40 if self.put_backs => self.copy_or_put_back(),
             40 => self.repair(),
             _ => {}
@@ -304,6 +307,9 @@ impl World {
     /// Everything comes to rest: the faults end, transactions end, and the sink catches up. Then Redis is what it must be.
     fn settle(&mut self) -> Result<(), Wrong> {
         self.postgres.end_all();
+        while !lock(&self.server).delayed.is_empty() {
+            self.arrive();
+        }
         while !self.captures.is_empty() {
             self.log_capture();
         }

@@ -4,7 +4,7 @@ use super::super::link::lock;
 use super::super::postgres::{Postgres, Wal};
 use super::{World, Wrong};
 use crate::continuity::Last;
-use crate::transaction::Part;
+use crate::transaction::{Commit, Part};
 
 /// What was lost when a copy was put back.
 pub(super) struct Lost {
@@ -95,7 +95,7 @@ impl World {
 
     /// Whether Redis holds what Postgres does not, or would miss what it has. Else a gap would be a false alarm.
     pub(super) fn is_diverged(&self) -> bool {
-        self.is_elsewhere() || self.has_lost_part()
+        self.is_elsewhere() || self.has_lost_part() || self.has_lost_purge()
     }
 
     /// Up to the position.
@@ -124,6 +124,23 @@ impl World {
         };
         let mirrored = since.first().map_or(&[][..], |lost| &lost.wal);
         at > self.postgres.end || mirrored.iter().any(is_between) || self.postgres.wal.iter().any(is_between)
+    }
+
+    /// Behind the position: a transaction that keys were removed for.
+    fn has_lost_purge(&self) -> bool {
+        let progress = lock(&self.server).redis.progress();
+        let purged = progress.and_then(|progress| {
+            let commit = progress.purging?.commit?;
+            (!progress.resync && commit.lsn >= progress.lsn).then_some(commit)
+        });
+        let has = |purged: Commit| {
+            let mut wal = self.postgres.wal.iter();
+            wal.any(|entry| match entry {
+                Wal::Commit { lsn, time, .. } => *lsn == purged.lsn.0 && *time as i64 == purged.time,
+                _ => false,
+            })
+        };
+        purged.is_some_and(|purged| !has(purged))
     }
 
     /// Behind the position: a part of a transaction.
