@@ -41,22 +41,50 @@ pub(super) struct Setting {
     pub(super) epoch: Instant,
 }
 
-fn identity() -> Identity {
-    Identity {
-        system_id: "1".into(),
-        timeline: 1,
-        database: "d".into(),
-    }
+/// What the server said when it was looked at.
+struct Said {
+    slot: Option<SlotInfo>,
+    identity: Identity,
+    history: History,
+    end: Lsn,
 }
 
-/// What the server says; the model knows one timeline.
-fn says<'a>(slot: Option<&'a SlotInfo>, identity: &'a Identity, end: Lsn) -> Server<'a> {
-    static NONE: History = History::none();
-    Server {
-        slot,
-        identity,
-        history: &NONE,
-        end,
+impl Said {
+    fn by(postgres: &Postgres, stored: &Stored) -> Self {
+        let slot = postgres.slot.map(|slot| SlotInfo {
+            plugin: Some("walmirror".into()),
+            database: Some("d".into()),
+            confirmed_flush_lsn: Some(Lsn(slot.confirmed)),
+            restart_lsn: Some(Lsn(slot.confirmed)),
+            active: false,
+            active_pid: None,
+            wal_status: Some("reserved".into()),
+            failover: Some(slot.failover),
+        });
+        let (timeline, progress) = (postgres.timeline(), stored.progress.as_ref());
+        let history = match progress.is_some_and(|progress| progress.timeline < timeline) {
+            true => History::parse(&postgres.ancestors()).unwrap(),
+            false => History::none(),
+        };
+        Self {
+            slot,
+            identity: Identity {
+                system_id: "1".into(),
+                timeline,
+                database: "d".into(),
+            },
+            history,
+            end: Lsn(postgres.end),
+        }
+    }
+
+    fn server(&self) -> Server<'_> {
+        Server {
+            slot: self.slot.as_ref(),
+            identity: &self.identity,
+            history: &self.history,
+            end: self.end,
+        }
     }
 }
 
@@ -69,8 +97,7 @@ pub(super) struct Starting {
     from: Lsn,
     fresh: Option<Lsn>,
     confirmed: Lsn,
-    info: Option<SlotInfo>,
-    end: Lsn,
+    said: Said,
 }
 
 impl Starting {
@@ -90,28 +117,14 @@ pub(super) fn shake(
 ) -> Result<(Starting, Option<String>), Error> {
     let mut redis = connect(server);
     let stored = read_stored(&mut redis, &setting.keys)?;
-    let info = postgres.slot.map(|slot| SlotInfo {
-        plugin: Some("walmirror".into()),
-        database: Some("d".into()),
-        confirmed_flush_lsn: Some(Lsn(slot.confirmed)),
-        restart_lsn: Some(Lsn(slot.confirmed)),
-        active: false,
-        active_pid: None,
-        wal_status: Some("reserved".into()),
-        failover: None,
-    });
+    let said = Said::by(postgres, &stored);
     let mut gap = None;
-    let end = Lsn(postgres.end);
-    let decision = decide(
-        stored.progress.as_ref(),
-        &says(info.as_ref(), &identity(), end),
-        found,
-    );
+    let decision = decide(stored.progress.as_ref(), &said.server(), found);
     let (start, fresh) = match decision {
         Decision::Resume(lsn) => (lsn, None),
         Decision::First(made) => {
             if made.is_none() {
-                begin_first(&mut redis, &setting.keys, &identity())?;
+                begin_first(&mut redis, &setting.keys, &said.identity)?;
             }
             let lsn = made.unwrap_or_else(|| Lsn(postgres.create_slot()));
             (lsn, Some(lsn))
@@ -145,10 +158,9 @@ pub(super) fn shake(
         from,
         fresh,
         confirmed: fresh
-            .or(info.as_ref().and_then(|slot| slot.confirmed_flush_lsn))
+            .or(said.slot.as_ref().and_then(|slot| slot.confirmed_flush_lsn))
             .unwrap_or_default(),
-        info,
-        end,
+        said,
     };
     Ok((starting, gap))
 }
@@ -185,14 +197,13 @@ impl Session {
             from,
             fresh,
             confirmed,
-            info,
-            end,
+            said,
         } = starting;
         let fits = |stored: &Stored| match fresh {
             Some(_) => Ok(()),
-            None => still_fits(stored, start, &says(info.as_ref(), &identity(), end)),
+            None => still_fits(stored, start, &said.server()),
         };
-        let mut claim = Claim::take(redis, &setting.keys, "s", &identity(), fresh, fits)?;
+        let mut claim = Claim::take(redis, &setting.keys, "s", &said.identity, fresh, fits)?;
         let broken = lock(server).redis.broken;
         if broken == Broken::ForgetPosition
             && let Some(progress) = &mut claim.stored.progress

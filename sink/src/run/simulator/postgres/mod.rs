@@ -93,6 +93,8 @@ pub(super) struct Slot {
     pub(super) confirmed: u64,
     /// What a crash of the server takes it back to.
     pub(super) persisted: u64,
+    /// Whether standbys have it too.
+    pub(super) failover: bool,
 }
 
 /// What writers made of something, each with its id; None: it is not there.
@@ -109,8 +111,12 @@ pub(super) struct Postgres {
     writes: u64,
     fingerprints: u64,
     clock: u64,
-    /// How often it was put back.
+    /// How often it was put back, or a standby promoted.
     pub(super) incarnation: usize,
+    /// Where the timelines before the one that it is on were left.
+    left: Vec<u64>,
+    /// Whether slots are made so that standbys have them.
+    pub(super) failover: bool,
     pub(super) wal: Vec<Wal>,
     pub(super) end: u64,
     pub(super) history: History,
@@ -129,6 +135,8 @@ impl Postgres {
             fingerprints: 0,
             clock: 0,
             incarnation: 0,
+            left: Vec::new(),
+            failover: true,
             wal: Vec::new(),
             end: 1000,
             history: History::default(),
@@ -291,6 +299,27 @@ impl Postgres {
         lost
     }
 
+    /// It was the standby of one that is gone.
+    pub(super) fn promote(&mut self) {
+        self.left.push(self.end);
+    }
+
+    pub(super) fn timeline(&self) -> u32 {
+        self.left.len() as u32 + 1
+    }
+
+    /// Where this timeline was left; None: it is not that of an ancestor.
+    pub(super) fn left(&self, timeline: u32) -> Option<u64> {
+        self.left.get((timeline as usize).checked_sub(1)?).copied()
+    }
+
+    /// The history file of the timeline.
+    pub(super) fn ancestors(&self) -> String {
+        let left = self.left.iter().zip(1..);
+        left.map(|(left, timeline)| format!("{timeline}\t{}\tpromoted\n", walmirror_proto::Lsn(*left)))
+            .collect()
+    }
+
     /// WAL of no interest, up to this position or a little more. What is written after the files were put back has positions of its own:
     /// that two histories come to the very same one is no matter of chance in 64 bits.
     pub(super) fn write_up_to(&mut self, position: u64) {
@@ -317,6 +346,7 @@ impl Postgres {
         self.slot = Some(Slot {
             confirmed: self.end,
             persisted: self.end,
+            failover: self.failover,
         });
         self.end
     }

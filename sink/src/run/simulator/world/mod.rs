@@ -50,6 +50,8 @@ pub(super) struct World {
     late_claim: bool,
     /// Whether the files of Postgres are copied and put back, the copy, and what was lost each time.
     put_backs: bool,
+    /// Whether the copy is that of a standby, which is promoted.
+    failovers: bool,
     copy: Option<Postgres>,
     lost: Vec<Lost>,
     /// What the last session found.
@@ -98,6 +100,8 @@ impl World {
             }
         }
         postgres.end_all();
+        let failovers = dice.once_in(2);
+        postgres.failover = !dice.once_in(4);
         Self {
             setting,
             postgres,
@@ -113,6 +117,7 @@ impl World {
             was_durable: 0,
             late_claim: false,
             put_backs: dice.once_in(3),
+            failovers,
             copy: None,
             lost: Vec::new(),
             found: None,

@@ -1,4 +1,5 @@
-//! The files of Postgres, slot included, are copied and put back, and it writes on: up to the position that Redis has, and beyond.
+//! The files of Postgres, slot included, are copied and put back, and it writes on: up to the position that Redis has, and beyond. Or
+//! the copy is that of a standby, which is promoted: then it is on another timeline.
 
 use super::super::link::lock;
 use super::super::postgres::{Postgres, Wal};
@@ -30,7 +31,7 @@ impl World {
             self.copy = Some(self.postgres.copy());
             return;
         };
-        self.put_back(copy);
+        self.put_back(copy, self.failovers);
         // Whatever it writes before a sink looks.
         for _ in 0..self.dice.roll(60) {
             self.write();
@@ -60,12 +61,12 @@ impl World {
         self.gap_is_due = true;
         self.settle()?;
         self.kill();
-        self.put_back(copy);
+        self.put_back(copy, false);
         self.write_beyond();
         Ok(())
     }
 
-    fn put_back(&mut self, copy: Postgres) {
+    fn put_back(&mut self, mut copy: Postgres, is_promoted: bool) {
         if let Some(mut sink) = self.sink.take()
             && self.dice.once_in(2)
         {
@@ -80,9 +81,16 @@ impl World {
         }
         self.captures.clear();
         let (from, has_slot) = (copy.end, copy.slot.is_some());
+        if is_promoted {
+            copy.promote();
+        }
         let lost = self.postgres.put_back(copy);
         if lock(&self.server).redis.trace {
-            println!("Postgres is put back from {} to {from}", lost.end);
+            println!(
+                "Postgres is put back from {} to {from}, timeline {}",
+                lost.end,
+                self.postgres.timeline()
+            );
         }
         self.lost.push(Lost {
             from,
@@ -95,7 +103,25 @@ impl World {
 
     /// Whether Redis holds what Postgres does not, or would miss what it has. Else a gap would be a false alarm.
     pub(super) fn is_diverged(&self) -> bool {
-        self.is_elsewhere() || self.has_lost_part() || self.has_lost_purge()
+        self.is_elsewhere() || self.has_lost_part() || self.has_lost_purge() || self.has_strayed()
+    }
+
+    /// It is on another timeline, and not known to have all that Redis has seen.
+    fn has_strayed(&self) -> bool {
+        let (redis, postgres) = (&lock(&self.server).redis, &self.postgres);
+        let Some(progress) = redis
+            .progress()
+            .filter(|progress| progress.timeline != postgres.timeline())
+        else {
+            return false;
+        };
+        let left = postgres.left(progress.timeline);
+        let has = |commit: u64| left.is_some_and(|left| commit < left);
+        let purged = progress.purging.map(|purging| purging.commit);
+        left.is_none_or(|left| progress.lsn.0 > left)
+            || postgres.slot.is_none_or(|slot| !slot.failover)
+            || progress.part.is_some_and(|part| !has(part.commit_lsn.0))
+            || purged.is_some_and(|commit| commit.is_none_or(|commit| !has(commit.lsn.0)))
     }
 
     /// Up to the position.
