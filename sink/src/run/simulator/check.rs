@@ -165,7 +165,7 @@ fn check_table(
             continue;
         }
         // What the same step wrote before another table took the key, or while it was that one's, is another row.
-        let is_stale = is_stale || is_met && (may_be_taken || label.oid == NARROW);
+        let is_stale = is_stale || is_met && (may_be_taken || label.is_shared() || label.oid == NARROW);
         let is_pending = redis.pending().any(|(pending, _)| *pending == key);
         let is_changed = redis.changed().any(|changed| *changed == key);
         // A table is not complete while rows that only a backfill brings are still to be read.

@@ -4,6 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use walmirror_proto::pb::Mode;
+
 use super::postgres::Effect;
 use super::redis::Stored;
 use super::table::{Definition, Id, Row};
@@ -60,6 +62,16 @@ impl History {
         let prefixes: BTreeSet<String> = labels.map(|label| label.prefix.clone()).collect();
         let gone = self.kept_once.difference(&prefixes).cloned();
         self.kept.extend(gone.collect::<Vec<_>>());
+    }
+
+    /// Whether it was only ever a key of cached tables.
+    pub(super) fn is_cached(&self, key: &[u8]) -> bool {
+        let labels = self.labels.keys().flat_map(|oid| self.labels(*oid));
+        let mut modes = labels
+            .filter(|label| key.starts_with(label.prefix.as_bytes()))
+            .map(|label| label.mode)
+            .peekable();
+        modes.peek().is_some() && modes.all(|mode| mode == Mode::Cache)
     }
 
     pub(super) fn row(&self, oid: u32, id: Id, at: u64) -> Option<&Row> {

@@ -28,6 +28,8 @@ pub(super) struct Server {
     pub(super) fault: Option<Fault>,
     /// So many sends go well before it.
     pub(super) fault_in: u64,
+    /// The next command that removes keys ahead of their transaction is the last of its connection: true, if it arrives.
+    pub(super) purge_fault: Option<bool>,
     /// What is under way, and the connection that it is on.
     pub(super) delayed: Vec<(u64, Vec<Command>)>,
 }
@@ -85,6 +87,17 @@ impl Wire for Link {
         };
         server.fault_in = server.fault_in.saturating_sub(1);
         let commands = parse(commands);
+        if let [command] = commands.as_slice()
+            && command[0] == b"EVALSHA"
+            && let Some(arrives) = server.purge_fault.take()
+        {
+            if arrives {
+                server.redis.execute(self.client, command.clone());
+            }
+            self.replies.clear();
+            server.redis.disconnect(self.client);
+            return Ok(());
+        }
         if fault == Some(Fault::Delay) {
             self.replies.clear();
             self.is_given_up = true;

@@ -15,6 +15,8 @@ const SPLIT: u32 = 102;
 const IN_HI: Id = 3;
 /// The table whose keys others could make too, because its template is more specific.
 pub(super) const NARROW: u32 = 104;
+/// The table that has what the keys of others begin with when they have it no longer: as if one of them had been dropped, and made anew.
+pub(super) const NEXT: u32 = 105;
 /// What the ids of the tables that it takes keys from look like: those from `TAKEN` to `TAKEN` + 2 can be its keys, that of the last is
 /// longer than a key may be.
 const TAKEN: Id = 3;
@@ -89,6 +91,11 @@ impl Definition {
 
     fn is_split(&self) -> bool {
         self.oid == SPLIT
+    }
+
+    /// Whether its keys may have been those of another table, in a history that is lost perhaps.
+    pub(super) fn is_shared(&self) -> bool {
+        self.oid != SPLIT && self.oid != NARROW
     }
 
     /// Whether Redis takes the key of this row.

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use walmirror_proto::pb::{Kind, Mode, OnWrite, ValueKind};
 
 use super::history::History;
-use super::table::{Definition, Id, NARROW, Row, TAKING};
+use super::table::{Definition, Id, NARROW, NEXT, Row, TAKING};
 use crate::gate::Snapshot;
 
 pub(super) const IDS: Id = 7;
-pub(super) const OIDS: [u32; 4] = [101, 102, 103, NARROW];
+pub(super) const OIDS: [u32; 5] = [101, 102, 103, NARROW, NEXT];
 /// What there is to pick of a definition.
 pub(super) const CHOICES: u64 = 24 * TAKING.len() as u64;
 
@@ -359,6 +359,12 @@ pub(super) fn definition(oid: u32, fingerprint: u64, choice: u64) -> Definition 
         101 => own("a", Mode::Mirror),
         102 => own("b", Mode::Mirror),
         103 => own("c", Mode::Cache),
+        NEXT => match choice / 24 % 4 {
+            0 => own("c", Mode::Cache),
+            1 => own("c", Mode::Mirror),
+            2 => own("a", Mode::Cache),
+            _ => own("a", Mode::Mirror),
+        },
         _ => {
             let (prefix, mode) = TAKING[(choice / 24) as usize % TAKING.len()];
             (prefix.to_owned(), mode)

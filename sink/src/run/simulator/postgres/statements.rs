@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use walmirror_proto::pb::Kind;
 
-use super::super::table::{Definition, Id, Row};
-use super::{Effect, IDS, Postgres, Record};
+use super::super::table::{Definition, Id, NEXT, Row};
+use super::{CHOICES, Effect, IDS, Postgres, Record, definition};
 
 impl Postgres {
     /// What the transaction itself sees.
@@ -149,10 +149,61 @@ impl Postgres {
         make: impl FnOnce(u64) -> Definition,
     ) {
         if self.may_label(index, oid) {
+            let definition = Arc::new(make(self.fingerprints + 1));
+            if self.has_prefix(index, oid, &definition.prefix) {
+                return;
+            }
             self.fingerprints += 1;
-            let definition = Arc::new(make(self.fingerprints));
             self.set_label(index, oid, Some(Arc::clone(&definition)));
             self.open[index].records.push(Record::Announce(definition, false));
+        }
+    }
+
+    /// Whether another table has it, or has had it before a transaction that still runs.
+    fn has_prefix(&self, index: usize, oid: u32, prefix: &str) -> bool {
+        let mut others = self.labels.iter().filter(|(other, _)| **other != oid);
+        others.any(|(other, versions)| {
+            let mut running = self.open.iter().enumerate();
+            let is_open = running.any(|(number, open)| number != index && open.labelled.contains(other));
+            let mut last = versions
+                .iter()
+                .rev()
+                .take(if is_open { versions.len() } else { 1 });
+            last.any(|(_, label)| label.as_ref().is_some_and(|label| label.prefix == prefix))
+        })
+    }
+
+    /// A table has what the keys of another one began with, which has something else from then on, or nothing.
+    pub(in crate::run::simulator) fn hand_over(&mut self, index: usize, from: u32, choice: u64) {
+        let Some(label) = self.latest_label(from) else {
+            return;
+        };
+        let to = if from == NEXT && label.prefix.starts_with('a') {
+            101
+        } else if from == NEXT {
+            103
+        } else {
+            NEXT
+        };
+        if !self.may_label(index, from) || !self.may_label(index, to) {
+            return;
+        }
+        match choice % 3 {
+            0 => {
+                let other = definition(from, 0, choice / 3).prefix;
+                self.relabel(index, from, |fingerprint| Definition {
+                    fingerprint,
+                    prefix: other,
+                    ..Definition::clone(&label)
+                });
+            }
+            _ => self.unlabel(index, from, choice % 6 == 1),
+        }
+        let number = label.prefix.ends_with("1:") as u64;
+        let kinds = (0..CHOICES).map(|other| (choice + other) / 2 * 2 + number);
+        let mut fitting = kinds.filter(|kind| definition(to, 0, *kind).prefix == label.prefix);
+        if let Some(kind) = fitting.next() {
+            self.relabel(index, to, |fingerprint| definition(to, fingerprint, kind));
         }
     }
 

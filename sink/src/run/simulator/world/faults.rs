@@ -54,7 +54,9 @@ impl World {
             2 => Fault::Delay,
             _ => Fault::Refuse(self.dice.roll(8) as usize),
         };
+        let purge_fault = self.dice.once_in(2).then(|| self.dice.once_in(2));
         let mut server = lock(&self.server);
+        server.purge_fault = server.purge_fault.or(purge_fault);
         server.fault = Some(fault);
         // In the middle of a claim, or of a purge.
         server.fault_in = self.dice.roll(2) * self.dice.roll(10);
@@ -153,7 +155,7 @@ impl World {
                 let keys: Vec<_> = redis
                     .data
                     .keys()
-                    .filter(|key| key.starts_with(b"c") && !key.windows(3).any(|part| part == b":x:"))
+                    .filter(|key| self.postgres.history.is_cached(key))
                     .cloned()
                     .collect();
                 if let Some(key) = self.dice.pick(&keys) {

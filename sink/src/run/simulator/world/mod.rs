@@ -15,7 +15,7 @@ use super::link::{self, lock};
 use super::postgres::{CHOICES, IDS, OIDS, Postgres, Wal, definition};
 use super::redis::Broken;
 use super::sink::{Session, Setting, Starting, at};
-use super::table::{Id, KEY_BYTES, NARROW};
+use super::table::{Id, KEY_BYTES, NARROW, NEXT};
 use crate::config::Durability;
 use crate::plan::RedisKeys;
 use crate::request::Request;
@@ -145,6 +145,7 @@ impl World {
     }
 
     fn step(&mut self) -> Result<(), Wrong> {
+        self.put_back_in_purge();
         match self.dice.roll(41) {
             0..=13 => self.write(),
             14 => self.select(),
@@ -205,11 +206,12 @@ impl World {
             17..=19 => self.postgres.finish(index),
             20 => self.postgres.roll_back(index),
             21 if self.dice.once_in(2) => self.postgres.truncate(index, oid),
-            22 if self.dice.once_in(3) => match self.dice.roll(6) {
+            22 if self.dice.once_in(3) => match self.dice.roll(8) {
                 // What a copy that is put back knows nothing of, nobody removes.
                 0 => self.postgres.unlabel(index, oid, !self.put_backs && to % 2 == 0),
                 1 => self.postgres.rewrite(index, oid),
                 2 => self.postgres.rename_values(index, oid),
+                3 | 4 => self.hand_over(index),
                 _ => {
                     let choice = self.dice.roll(CHOICES);
                     self.postgres
@@ -228,6 +230,19 @@ impl World {
         }
     }
 
+    fn hand_over(&mut self, index: usize) {
+        let from = *self.dice.pick(&[101, 103, NEXT]).unwrap();
+        let choice = self.dice.roll(3 * CHOICES);
+        // What a copy that is put back knows nothing of, nobody removes.
+        let is_kept = choice % 6 == 1;
+        let choice = if self.put_backs && is_kept {
+            choice + 1
+        } else {
+            choice
+        };
+        self.postgres.hand_over(index, from, choice);
+    }
+
     fn now(&self) -> Instant {
         at(&self.setting, lock(&self.server).redis.now)
     }
@@ -238,7 +253,7 @@ impl World {
 
     /// A SELECT reads rows of a cached table; its message enters the WAL later.
     fn select(&mut self) {
-        let oid = if self.dice.once_in(4) { NARROW } else { 103 };
+        let oid = *self.dice.pick(&[NARROW, NEXT, 103, 103]).unwrap();
         let snapshot = self.postgres.snapshot();
         let (id, other) = (self.id(), self.id());
         if let Some(definition) = self
@@ -320,7 +335,9 @@ impl World {
         }
         let mut calm = 0;
         for round in 0..4_000u64 {
-            lock(&self.server).fault = None;
+            let mut server = lock(&self.server);
+            (server.fault, server.purge_fault) = (None, None);
+            drop(server);
             lock(&self.server).redis.now += 10;
             let now = self.now();
             if round % 4 == 0 {

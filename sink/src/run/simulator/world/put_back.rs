@@ -41,6 +41,26 @@ impl World {
         }
     }
 
+    /// A session has ended between removing keys and the transaction that they go with: a copy of before that may not have it.
+    pub(super) fn put_back_in_purge(&mut self) {
+        let is_purging = || {
+            let progress = lock(&self.server).redis.progress();
+            progress.is_some_and(|progress| progress.purging.is_some())
+        };
+        if self.copy.is_none() || !is_purging() || !self.dice.once_in(4) {
+            return;
+        }
+        if let Some(copy) = self.copy.take() {
+            self.put_back(copy, self.failovers);
+            for _ in 0..self.dice.roll(30) {
+                self.write();
+            }
+            if self.dice.once_in(2) {
+                self.write_beyond();
+            }
+        }
+    }
+
     /// WAL of no interest, up to where what was lost had ended, and a little more.
     fn write_beyond(&mut self) {
         let ended = self.lost.last().map_or(0, |lost| lost.end);
