@@ -141,6 +141,9 @@ impl World {
         if self.put_backs && self.dice.once_in(4) {
             self.begin_anew_and_put_back()?;
         }
+        if self.put_backs && self.dice.once_in(3) {
+            self.purge_and_put_back()?;
+        }
         self.settle()
     }
 

@@ -2,7 +2,7 @@
 //! the copy is that of a standby, which is promoted: then it is on another timeline.
 
 use super::super::link::lock;
-use super::super::postgres::{Postgres, Wal};
+use super::super::postgres::{OIDS, Postgres, Wal};
 use super::{World, Wrong};
 use crate::continuity::Last;
 use crate::transaction::{Commit, Part};
@@ -39,6 +39,46 @@ impl World {
         if self.dice.once_in(2) {
             self.write_beyond();
         }
+    }
+
+    /// Redis has all that a copy has, then keys are removed for a transaction that the copy does not have, and it is put back.
+    pub(super) fn purge_and_put_back(&mut self) -> Result<(), Wrong> {
+        self.setting.purge_keys = 0;
+        self.settle()?;
+        self.copy = Some(self.postgres.copy());
+        let oid = *self.dice.pick(&OIDS).unwrap();
+        let index = self.postgres.begin();
+        if self.dice.once_in(3) {
+            self.postgres.unlabel(index, oid, false);
+        } else {
+            self.postgres.truncate(index, oid);
+        }
+        self.postgres.end_all();
+        for _ in 0..self.dice.roll(20) {
+            self.write();
+        }
+        lock(&self.server).purge_fault = Some(self.dice.once_in(4));
+        let mut is_cut = false;
+        for _ in 0..400 {
+            is_cut = lock(&self.server).purge_fault.is_none() && self.sink.is_none();
+            if is_cut {
+                break;
+            }
+            self.drive()?;
+            self.look()?;
+        }
+        let Some(copy) = self.copy.take().filter(|_| is_cut) else {
+            return Ok(());
+        };
+        // Some of its keys are gone, and it may be that nothing else tells.
+        self.put_back(copy, self.failovers);
+        for _ in 0..self.dice.roll(6) * self.dice.roll(6) {
+            self.write();
+        }
+        if self.dice.once_in(2) {
+            self.write_beyond();
+        }
+        Ok(())
     }
 
     /// A session has ended between removing keys and the transaction that they go with: a copy of before that may not have it.
