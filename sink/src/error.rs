@@ -227,6 +227,11 @@ impl Error {
         matches!(self, Self::Postgres(_, source) if source.is("55006"))
     }
 
+    /// Whether there is a slot of this name (duplicate_object), where one was to be made.
+    pub fn is_slot_there(&self) -> bool {
+        matches!(self, Self::Postgres(_, source) if source.is("42710"))
+    }
+
     /// Whether Postgres says that it has removed the WAL that the slot needs, which the slot itself may not know.
     pub fn is_wal_removed(&self) -> bool {
         matches!(self, Self::Postgres(_, source) if source.is("58P01") && source.message.contains("WAL segment"))

@@ -156,6 +156,32 @@ fn a_second_sink_waits_and_takes_over_when_the_first_is_gone() {
     m.check();
 }
 
+/// The story: both found the slot gone, one made it, and the other one ended with exit code 3, as there was one already. Once in some sixty
+/// rounds it came to that.
+#[test]
+fn two_sinks_that_find_the_slot_gone_at_once_stay() {
+    let m = Mirror::with(TABLE);
+    let mut second = m.second_sink();
+    let slot = &m.db.name;
+    for id in 1000..1008 {
+        let active =
+            format!("FROM pg_replication_slots WHERE slot_name = '{slot}' AND active_pid IS NOT NULL");
+        wait_for(DEADLINE, "the slot to be dropped", || {
+            m.sql(&format!("SELECT pg_terminate_backend(active_pid) {active}"));
+            let dropped = format!("SELECT pg_drop_replication_slot('{slot}')");
+            m.db.connect().batch_execute(&dropped).ok()
+        });
+        m.sql(&format!("INSERT INTO t VALUES ({id}, 'v')"));
+        let target = m.db.lsn();
+        wait_for(DEADLINE, format!("one of the sinks to reach {target}"), || {
+            second.assert_running();
+            m.sink(Sink::assert_running);
+            m.progress().filter(|&lsn| lsn >= target)
+        });
+    }
+    m.settle();
+}
+
 /// A single key fits a cluster, and so did the first claim: the slot was made, tables were reported filled, and the first batch with
 /// rows ended it. Now it is refused before anything is made anywhere.
 #[test]

@@ -96,6 +96,10 @@ pub(super) fn shake(
     };
 
     let decision = decide(stored.progress.as_ref(), &server, found);
+    let make = |sql: &mut Postgres, replication: &mut Postgres| {
+        make_slot(sql, replication, slot).map_err(|error| look_again(error, slot))
+    };
+    let remove = |sql: &mut Postgres| drop_slot(sql, slot).map_err(|error| look_again(error, slot));
     // Making a slot waits for all transactions that are running.
     replication
         .make_patient(config.postgres.expose(), ANSWER)
@@ -123,7 +127,7 @@ pub(super) fn shake(
                     tracing::info!(slot, %lsn, "the first start goes on: an earlier attempt has made the slot, and got no further");
                     lsn
                 }
-                None => make_slot(&mut sql, &mut replication, slot)?,
+                None => make(&mut sql, &mut replication)?,
             };
             tracing::info!(slot, %lsn, "first start: the slot is made, all mirrored tables will be backfilled");
             (lsn, Some(lsn))
@@ -144,18 +148,18 @@ pub(super) fn shake(
                 Some(lsn) => lsn,
                 None => {
                     if info.is_some() {
-                        drop_slot(&mut sql, slot)?;
+                        remove(&mut sql)?;
                     }
                     let position = stored
                         .progress
                         .as_ref()
                         .map_or(Lsn::INVALID, |progress| progress.lsn);
                     outrun(&mut sql, end, position)?;
-                    let mut lsn = make_slot(&mut sql, &mut replication, slot)?;
+                    let mut lsn = make(&mut sql, &mut replication)?;
                     // It has waited for transactions, and they have written on.
                     while outrun(&mut sql, lsn, position)? {
-                        drop_slot(&mut sql, slot)?;
-                        lsn = make_slot(&mut sql, &mut replication, slot)?;
+                        remove(&mut sql)?;
+                        lsn = make(&mut sql, &mut replication)?;
                     }
                     lsn
                 }
@@ -241,9 +245,9 @@ pub(super) fn ancestors(
     }
 }
 
-/// A slot that was dropped or invalidated since it was looked at: the next look sees that, and it is a gap.
+/// A slot that was dropped, invalidated or made since it was looked at, as by another sink that found the same: the next look sees that.
 fn look_again(error: Error, slot: &str) -> Error {
-    if error.is_slot_gone() {
+    if error.is_slot_gone() || error.is_slot_there() {
         let source = PqError::new(ErrorKind::Connection, error.to_string());
         return Error::postgres(
             format!("the slot {slot:?} changed while this session began"),
