@@ -20,6 +20,7 @@ use crate::continuity::{Continuity, Last};
 use crate::error::Error;
 use crate::gate::Gate;
 use crate::plan::RedisKeys;
+use crate::progress::Progress;
 use crate::redis::{Claim, Connection, Identity, Segment, Stored, Writer, begin_first, read_stored};
 use crate::replication::{History, SlotInfo};
 use crate::run::decide::{Decision, Found, Server, decide, still_fits};
@@ -218,6 +219,13 @@ impl Session {
             .unwrap_or_default();
         let resumed = claim.stored.progress.as_ref().filter(|_| fresh.is_none());
         let continuity = match resumed {
+            Some(progress) if broken == Broken::ForgetPurge => Continuity::of(
+                &Progress {
+                    purging: None,
+                    ..progress.clone()
+                },
+                from,
+            ),
             Some(progress) if broken != Broken::AnyHistory => Continuity::of(progress, from),
             _ => Continuity::proved(),
         };

@@ -114,6 +114,8 @@ pub(super) enum Broken {
     LongKeys,
     /// Keys are removed ahead of their transaction whoever has the right to write.
     PurgeUnfenced,
+    /// Whether the transaction comes that keys were removed for is not looked at.
+    ForgetPurge,
 }
 
 impl Redis {
@@ -337,7 +339,7 @@ impl Redis {
         };
         if let Some(key) = self.before.keys().find(is_data) {
             let key = String::from_utf8_lossy(key);
-            if !self.before.contains_key(PROGRESS) && !(is_ahead && is_noted()) {
+            if !(self.before.contains_key(PROGRESS) || is_ahead && is_noted()) {
                 self.violation = Some(format!("{key} changed without the progress (I2)"));
             } else if self.owner != Some(id) && self.broken != Broken::NoFence {
                 self.violation = Some(format!("{key} was changed by who lost the right to (I4)"));
