@@ -1,6 +1,7 @@
 #!/bin/sh
 # Runs tests as `cargo test` does with the same arguments, but two binaries at a time and all of them to their end: each starts servers of
-# its own, and a test waits more than it computes. What a binary prints comes when it has ended.
+# its own, and a test waits more than it computes. What a binary prints comes when it has ended. Tests in documentation are not run: there
+# are none.
 set -euf
 cd "$(dirname "$0")/.."
 

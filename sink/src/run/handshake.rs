@@ -373,3 +373,25 @@ fn silence(sql: &mut Postgres) -> Result<Duration, Error> {
         .filter(|timeout_ms| *timeout_ms > 0)
         .map_or(SILENCE, Duration::from_millis))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The story: two sinks found the slot gone, and the one that did not get to make it ended.
+    #[test]
+    fn a_slot_that_another_sink_has_dropped_or_made_is_looked_at_again() {
+        for (sqlstate, class) in [
+            ("42710", Class::Retry),
+            ("42704", Class::Retry),
+            ("53400", Class::Operator),
+        ] {
+            let source = PqError {
+                sqlstate: Some(sqlstate.into()),
+                ..PqError::new(ErrorKind::Server, "x")
+            };
+            let error = look_again(Error::postgres("cannot create the slot \"s\"", source), "s");
+            assert_eq!(error.class(), class, "{sqlstate}");
+        }
+    }
+}

@@ -183,7 +183,7 @@ impl Sides {
                 bytes += weight(&reply);
                 found.push(table.shape().found(reply, pttl)?);
             }
-            self.at_once = next_at_once(self.at_once, bytes);
+            self.at_once = next_at_once(self.at_once, count, bytes);
         }
         Ok(found)
     }
@@ -358,13 +358,12 @@ fn weight(reply: &Value) -> usize {
     }
 }
 
-/// How many keys are asked for at once after so many were so many bytes. One is read in any case.
-fn next_at_once(count: usize, bytes: usize) -> usize {
-    if bytes > READ_BYTES {
-        (count / 2).min(READ_BYTES / (bytes / count).max(1)).max(1)
-    } else {
-        (count * 2).min(READ_MOST)
-    }
+/// How many keys are asked for at once after `count` of them, the last ones perhaps fewer than could be, held so many bytes. One is read in
+/// any case.
+fn next_at_once(at_once: usize, count: usize, bytes: usize) -> usize {
+    let most = if count < at_once { at_once } else { at_once * 2 };
+    let each = bytes.checked_div(count).unwrap_or_default().max(1);
+    (READ_BYTES / each).clamp(1, most.min(READ_MOST))
 }
 
 #[cfg(test)]
@@ -376,12 +375,15 @@ mod tests {
         let after = |sizes: &[usize]| {
             sizes
                 .iter()
-                .fold(READ_FIRST, |count, size| next_at_once(count, count * size))
+                .fold(READ_FIRST, |count, size| next_at_once(count, count, count * size))
         };
         assert_eq!(after(&[100; 9]), READ_MOST);
         assert_eq!(after(&[4 << 20]), 1);
         assert_eq!(after(&[4 << 20, 4 << 20]), 1);
         assert_eq!(after(&[64 << 10]), 16);
         assert_eq!(after(&[4 << 20, 100, 100]), 4);
+        // Fewer than could be say how large they are, and not that more would do.
+        assert_eq!(next_at_once(READ_MOST, 3, 3 * (2 << 20)), 1);
+        assert_eq!(next_at_once(READ_FIRST, 1, 100), READ_FIRST);
     }
 }
