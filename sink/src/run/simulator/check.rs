@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use prost::Message;
-use walmirror_proto::pb::{self, Mode};
+use walmirror_proto::pb::Mode;
 
 use super::history::History;
 use super::postgres::OIDS;
-use super::redis::{RELATIONS, Redis, Stored};
+use super::redis::{PENDING, RELATIONS, Redis, Stored};
 use super::table::{Definition, Id, NARROW};
 use crate::backfill::Cursor;
 use crate::progress::Progress;
@@ -17,6 +17,8 @@ pub(super) struct Checks {
     /// Epoch and position when they were looked at last.
     last: Option<(u64, u64)>,
     steps: usize,
+    /// The cursors, and what they were read from.
+    cursors: BTreeMap<u32, (String, Option<Cursor>)>,
 }
 
 impl Checks {
@@ -56,6 +58,13 @@ impl Checks {
             // Everything is to be made anew, and the first step of the session says so.
             return Ok(());
         }
+        self.cursors.retain(|oid, _| progress.cursors.contains_key(oid));
+        for (oid, text) in &progress.cursors {
+            if self.cursors.get(oid).is_none_or(|(read, _)| read != text) {
+                self.cursors.insert(*oid, (text.clone(), Cursor::parse(text)));
+            }
+        }
+        let step = Step::last(redis, history, &progress);
         for oid in OIDS {
             let Some(label) = history.label(oid, lsn) else {
                 continue;
@@ -64,7 +73,8 @@ impl Checks {
                 .part
                 .is_some_and(|part| history.relabels(oid, part.commit_lsn.0));
             if !is_cut && is_known(redis, label) {
-                check_table(redis, history, &progress, label)?;
+                let cursor = self.cursors.get(&oid).and_then(|(_, cursor)| cursor.as_ref());
+                check_table(redis, history, &progress, &step, label, cursor)?;
             }
         }
         Ok(())
@@ -114,6 +124,13 @@ fn is_bad(history: &History, (table, key): &(Vec<u8>, Vec<u8>)) -> bool {
     })
 }
 
+/// What of a `pb::Relation` is looked at after every step.
+#[derive(Clone, PartialEq, Message)]
+struct Version {
+    #[prost(fixed64, tag = "11")]
+    fingerprint: u64,
+}
+
 /// Whether Redis is kept by this version of the table.
 fn is_known(redis: &Redis, label: &Definition) -> bool {
     known(redis, label.oid) == Some(label.fingerprint)
@@ -122,8 +139,9 @@ fn is_known(redis: &Redis, label: &Definition) -> bool {
 /// By which version of the table Redis is kept.
 fn known(redis: &Redis, oid: u32) -> Option<u64> {
     let stored = redis.hash(RELATIONS)?.get(oid.to_string().as_bytes())?;
-    let relation = pb::Relation::decode(stored.as_slice()).ok()?;
-    Some(relation.fingerprint)
+    Version::decode(stored.as_slice())
+        .ok()
+        .map(|version| version.fingerprint)
 }
 
 /// Whether Redis is kept by what the table that takes keys is at this position, so that it is known whose keys those are.
@@ -137,37 +155,56 @@ fn is_taker_known(redis: &Redis, history: &History, progress: &Progress) -> bool
     known(redis, NARROW) == version && !is_cut
 }
 
+/// What the last step did, for all tables alike.
+struct Step<'a> {
+    /// The keys that it changed.
+    changed: Vec<&'a Vec<u8>>,
+    /// The position before it.
+    before: u64,
+    /// Whether it told Redis what the tables are.
+    is_met: bool,
+    is_taker_known: bool,
+}
+
+impl<'a> Step<'a> {
+    fn last(redis: &'a Redis, history: &History, progress: &Progress) -> Self {
+        Self {
+            changed: redis.changed().collect(),
+            before: redis.position_after(redis.steps.len().saturating_sub(1)),
+            is_met: redis.touched(RELATIONS),
+            is_taker_known: is_taker_known(redis, history, progress),
+        }
+    }
+}
+
 /// INVARIANT I10, and that nothing is lost: a key whose table is complete is what the position says; of one whose table
 /// is being filled, what the last step wrote is. Pending keys that the stream has brought are to be read again.
 fn check_table(
     redis: &Redis,
     history: &History,
     progress: &Progress,
+    step: &Step,
     label: &Definition,
+    cursor: Option<&Cursor>,
 ) -> Result<(), String> {
-    let cursor = progress
-        .cursors
-        .get(&label.oid)
-        .and_then(|text| Cursor::parse(text));
     let is_done = cursor.is_some_and(|cursor| cursor.is_done() && cursor.fingerprint == label.fingerprint);
     let lsn = progress.lsn.0;
     // What the same step wrote to a key before a rewrite or under an old label is stale until the key is filled, as the others
     // are.
-    let before = redis.position_after(redis.steps.len().saturating_sub(1));
     // Who was writing when the label changed did so under several, perhaps this one before: that is stale until the key is filled, too.
-    let is_stale = history.is_rewritten(label.oid, before, lsn) || history.labels(label.oid).count() > 1;
-    let is_taker_known = is_taker_known(redis, history, progress);
-    let is_met = redis.touched(RELATIONS);
+    let is_stale = history.is_rewritten(label.oid, step.before, lsn) || history.labels(label.oid).count() > 1;
     for id in 0..super::postgres::IDS {
         let key = label.key(id);
         let may_be_taken = label.may_be_taken(&key);
-        if may_be_taken && (!is_taker_known || history.is_taken(label, &key, lsn)) {
+        if may_be_taken && (!step.is_taker_known || history.is_taken(label, &key, lsn)) {
             continue;
         }
         // What the same step wrote before another table took the key, or while it was that one's, is another row.
-        let is_stale = is_stale || is_met && (may_be_taken || label.is_shared() || label.oid == NARROW);
-        let is_pending = redis.pending().any(|(pending, _)| *pending == key);
-        let is_changed = redis.changed().any(|changed| *changed == key);
+        let is_stale = is_stale || step.is_met && (may_be_taken || label.is_shared() || label.oid == NARROW);
+        let is_pending = redis
+            .hash(PENDING)
+            .is_some_and(|pending| pending.contains_key(&key));
+        let is_changed = step.changed.contains(&&key);
         // A table is not complete while rows that only a backfill brings are still to be read.
         let is_filled = is_done && label.mode == Mode::Mirror && !history.is_touched(label.oid, id, lsn);
         if is_pending && !is_filled || !(is_done || is_changed && !is_stale) {

@@ -43,6 +43,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use redis::Broken;
 use world::World;
 
+/// Keys and values are small and many: with the allocator of the C library that is a quarter of a schedule.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn number(name: &str) -> Option<u64> {
     std::env::var(name)
         .ok()

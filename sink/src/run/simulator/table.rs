@@ -1,6 +1,7 @@
 //! The rows and definitions of the model's tables, how they look on the wire, and what Redis must hold for them.
 
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
 
 use walmirror_proto::pb::{self, Column, Encoding, Mode, OnWrite, ValueKind};
 use walmirror_proto::writer::TupleBuilder;
@@ -77,7 +78,8 @@ impl Definition {
                 if self.is_split() { "{hi}:{lo}" } else { "{id}" }
             ),
             fingerprint: self.fingerprint,
-            columns: (parts(self.oid, 0)
+            columns: (name(self.oid, 0)
+                .parts
                 .iter()
                 .map(|(name, _)| column(name, Encoding::Text, all)))
             .chain([
@@ -100,7 +102,7 @@ impl Definition {
 
     /// Whether Redis takes the key of this row.
     pub(super) fn is_short(&self, id: Id) -> bool {
-        self.key(id).len() <= KEY_BYTES
+        self.prefix.len() + name(self.oid, id).joined.len() <= KEY_BYTES
     }
 
     /// Whether a key that this label can make is that of a table whose keys begin with `other`, which is more specific. What comes behind
@@ -124,8 +126,7 @@ impl Definition {
     }
 
     pub(super) fn key(&self, id: Id) -> Vec<u8> {
-        let parts: Vec<String> = parts(self.oid, id).into_iter().map(|(_, value)| value).collect();
-        format!("{}{}", self.prefix, parts.join(":")).into_bytes()
+        [self.prefix.as_bytes(), name(self.oid, id).joined.as_bytes()].concat()
     }
 
     /// What Redis holds for the row; None: no key.
@@ -134,8 +135,9 @@ impl Definition {
         match self.value {
             ValueKind::Hash => {
                 let mut fields = BTreeMap::from([(b"v".to_vec(), row.v.to_string().into_bytes())]);
-                let parts = parts(self.oid, row.id).into_iter();
-                fields.extend(parts.map(|(name, value)| (name.as_bytes().to_vec(), value.into_bytes())));
+                let parts = name(self.oid, row.id).parts.iter();
+                fields
+                    .extend(parts.map(|(name, value)| (name.as_bytes().to_vec(), value.as_bytes().to_vec())));
                 fields.extend(self.big(row).map(|big| (b"big".to_vec(), big.into_bytes())));
                 Some(Stored::Hash(fields))
             }
@@ -144,7 +146,7 @@ impl Definition {
                 let big = self
                     .big(row)
                     .map_or("null".to_owned(), |big| format!("\"{big}\""));
-                let parts = parts(self.oid, row.id).into_iter();
+                let parts = name(self.oid, row.id).parts.iter();
                 let parts: String = parts
                     .map(|(name, value)| format!("\"{name}\": \"{value}\", "))
                     .collect();
@@ -165,7 +167,7 @@ impl Definition {
 /// The row as the decoder writes it; `unchanged`: without the big column.
 pub(super) fn tuple(definition: &Definition, row: &Row, unchanged: bool) -> TupleBuilder {
     let mut tuple = TupleBuilder::new();
-    for (_, value) in parts(definition.oid, row.id) {
+    for (_, value) in &name(definition.oid, row.id).parts {
         tuple.text(value.as_bytes());
     }
     tuple.int(row.v as i64);
@@ -180,7 +182,7 @@ pub(super) fn tuple(definition: &Definition, row: &Row, unchanged: bool) -> Tupl
 /// The key columns only.
 pub(super) fn key_tuple(definition: &Definition, id: Id) -> TupleBuilder {
     let mut tuple = TupleBuilder::new();
-    for (_, value) in parts(definition.oid, id) {
+    for (_, value) in &name(definition.oid, id).parts {
         tuple.text(value.as_bytes());
     }
     tuple.null();
@@ -188,23 +190,43 @@ pub(super) fn key_tuple(definition: &Definition, id: Id) -> TupleBuilder {
     tuple
 }
 
-/// The columns of the key of a table's row, and their values.
-fn parts(oid: u32, id: Id) -> Vec<(&'static str, String)> {
-    match (oid, id) {
+/// What a row is called: the columns of its key and their values, and these as they stand in a key.
+struct Name {
+    parts: Vec<(&'static str, String)>,
+    joined: String,
+}
+
+/// Made once: the simulator asks for them all the time. A mix of two ids may be one that no row has.
+static NAMES: LazyLock<BTreeMap<u32, Vec<Name>>> = LazyLock::new(|| {
+    let ids = 0..IN_HI * IN_HI;
+    let names = |oid| ids.clone().map(|id| named(oid, id)).collect();
+    super::postgres::OIDS
+        .into_iter()
+        .map(|oid| (oid, names(oid)))
+        .collect()
+});
+
+fn name(oid: u32, id: Id) -> &'static Name {
+    &NAMES[&oid][usize::from(id)]
+}
+
+fn named(oid: u32, id: Id) -> Name {
+    let parts = match (oid, id) {
         (SPLIT, _) => vec![("hi", (id / IN_HI).to_string()), ("lo", (id % IN_HI).to_string())],
         (NARROW, _) | (_, ..TAKEN) => vec![("id", id.to_string())],
         (_, LONG) => vec![("id", "l".repeat(KEY_BYTES))],
         _ => vec![("id", format!("x:{}", id - TAKEN))],
-    }
+    };
+    let values: Vec<_> = parts.iter().map(|(_, value)| value.as_str()).collect();
+    let joined = values.join(":");
+    Name { parts, joined }
 }
 
 /// The row that a key is of, by what the template of the table's key found in it.
 pub(super) fn row_of(oid: u32, values: &[Vec<u8>]) -> Option<Id> {
     let is_of = |id: &Id| {
-        let parts = parts(oid, *id).into_iter();
-        parts
-            .map(|(_, value)| value.into_bytes())
-            .eq(values.iter().cloned())
+        let parts = name(oid, *id).parts.iter();
+        parts.map(|(_, value)| value.as_bytes()).eq(values)
     };
     (0..super::postgres::IDS).find(is_of)
 }

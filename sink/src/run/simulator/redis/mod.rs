@@ -3,7 +3,9 @@
 
 mod commands;
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use redis::Value;
 
@@ -53,6 +55,8 @@ pub(super) struct Redis {
     next_client: u64,
     /// Rises whenever the progress key is written.
     stamp: u64,
+    /// What it said at which stamp.
+    parsed: RefCell<Option<(u64, Option<Arc<Progress>>)>>,
     /// The clock, in milliseconds.
     pub(super) now: u64,
     before: BTreeMap<Vec<u8>, Option<Stored>>,
@@ -141,7 +145,16 @@ impl Redis {
         }
     }
 
-    pub(super) fn progress(&self) -> Option<Progress> {
+    /// What the progress key says between two commands. It is read anew only when it was written.
+    pub(super) fn progress(&self) -> Option<Arc<Progress>> {
+        let mut parsed = self.parsed.borrow_mut();
+        if parsed.as_ref().is_none_or(|(stamp, _)| *stamp != self.stamp) {
+            *parsed = Some((self.stamp, self.parse().map(Arc::new)));
+        }
+        parsed.as_ref().and_then(|(_, progress)| progress.clone())
+    }
+
+    fn parse(&self) -> Option<Progress> {
         let fields = self.hash(PROGRESS)?;
         Progress::parse(
             fields
