@@ -99,6 +99,7 @@ fn what_is_broken_on_purpose_is_found() {
     const NEVER_BACK: &str = "(I4)";
     const NOT_OLDER: &str = "(I10)";
     const AT_REST: &str = "at rest: ";
+    const NO_FALSE_ALARM: &str = "a gap where none should be: ";
     for (broken, promise) in [
         (Broken::ProgressBefore, IN_ONE_STEP),
         (Broken::ConfirmAhead, NOT_CONFIRMED_AHEAD),
@@ -119,6 +120,8 @@ fn what_is_broken_on_purpose_is_found() {
         (Broken::LongKeys, NOT_OLDER),
         (Broken::PurgeUnfenced, NEVER_BACK),
         (Broken::ForgetPurge, NOT_OLDER),
+        (Broken::NoTimelines, NO_FALSE_ALARM),
+        (Broken::AnyTimeline, NOT_CONFIRMED_AHEAD),
     ] {
         // These are rare. What is drawn at which seed changes with the model: then it is farther off, and takes longer.
         let from = match broken {
@@ -126,6 +129,7 @@ fn what_is_broken_on_purpose_is_found() {
             Broken::IgnoreGap => 4_400,
             Broken::SweepAhead => 11_700,
             Broken::PurgeUnfenced => 33_700,
+            Broken::AnyTimeline => 9_600,
             _ => 0,
         };
         let mut others = Vec::new();

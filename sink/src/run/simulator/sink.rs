@@ -51,7 +51,7 @@ struct Said {
 }
 
 impl Said {
-    fn by(postgres: &Postgres, stored: &Stored) -> Self {
+    fn by(postgres: &Postgres, stored: &Stored, broken: Broken) -> Self {
         let slot = postgres.slot.map(|slot| SlotInfo {
             plugin: Some("walmirror".into()),
             database: Some("d".into()),
@@ -60,12 +60,18 @@ impl Said {
             active: false,
             active_pid: None,
             wal_status: Some("reserved".into()),
-            failover: Some(slot.failover),
+            failover: Some(slot.failover || broken == Broken::AnyTimeline),
         });
         let (timeline, progress) = (postgres.timeline(), stored.progress.as_ref());
-        let history = match progress.is_some_and(|progress| progress.timeline < timeline) {
-            true => History::parse(&postgres.ancestors()).unwrap(),
-            false => History::none(),
+        let mirrored = progress
+            .map(|progress| progress.timeline)
+            .filter(|mirrored| *mirrored < timeline);
+        let history = match (mirrored, broken) {
+            (None, _) | (_, Broken::NoTimelines) => History::none(),
+            (Some(mirrored), Broken::AnyTimeline) => {
+                History::parse(&format!("{mirrored}\t{}\tnever\n", Lsn(u64::MAX))).unwrap()
+            }
+            (Some(_), _) => History::parse(&postgres.ancestors()).unwrap(),
         };
         Self {
             slot,
@@ -118,7 +124,7 @@ pub(super) fn shake(
 ) -> Result<(Starting, Option<String>), Error> {
     let mut redis = connect(server);
     let stored = read_stored(&mut redis, &setting.keys)?;
-    let said = Said::by(postgres, &stored);
+    let said = Said::by(postgres, &stored, lock(server).redis.broken);
     let mut gap = None;
     let decision = decide(stored.progress.as_ref(), &said.server(), found);
     let (start, fresh) = match decision {

@@ -120,6 +120,10 @@ pub(super) enum Broken {
     PurgeUnfenced,
     /// Whether the transaction comes that keys were removed for is not looked at.
     ForgetPurge,
+    /// Whatever timeline the server is on, it is taken to have all of the one that Redis mirrors.
+    AnyTimeline,
+    /// Where a server left the timeline that Redis mirrors is never known.
+    NoTimelines,
 }
 
 impl Redis {
