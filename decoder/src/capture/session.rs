@@ -54,6 +54,8 @@ struct Query {
     began_ms: u64,
     /// When a row was first seen to wait there.
     waiting_since_us: Option<i64>,
+    /// Whether its rows go to nobody.
+    left_out: bool,
 }
 
 /// A scan of a cached table.
@@ -177,7 +179,7 @@ impl Session {
         let found = self.queries.iter_mut().enumerate().rev().find_map(|(at, query)| {
             let scan = query.scans.iter_mut().find(|scan| scan.node == node)?;
             scan.rows += 1;
-            Some((at, *scan, query.began_ms))
+            (!query.left_out).then_some((at, *scan, query.began_ms))
         });
         let Some((at, scan, began_ms)) = found else {
             return Next::Stop;
@@ -257,6 +259,15 @@ impl Session {
             Some(true) => Ok((plan.relation.oid, plan.relation.fingerprint)),
             Some(false) => Err(Counter::SkippedMaxBytes),
             None => Err(Counter::SkippedFailed),
+        }
+    }
+
+    /// EXPLAIN ANALYZE runs a query: nobody asked for its rows.
+    pub fn leave_out(&mut self, id: usize) {
+        if let Some(query) = self.queries.iter_mut().rev().find(|query| query.id == id)
+            && !std::mem::replace(&mut query.left_out, true)
+        {
+            stats::add(Counter::SkippedExplain, 1);
         }
     }
 
@@ -379,6 +390,7 @@ impl Query {
         self.batches.iter_mut().for_each(Batch::clear);
         self.filled = 0;
         self.waiting_since_us = None;
+        self.left_out = false;
     }
 }
 

@@ -132,8 +132,6 @@ unsafe fn is_candidate(query: *mut pg_sys::QueryDesc, flags: c_int) -> bool {
             Counter::SkippedRowLock
         } else if pg_sys::ParallelWorkerNumber >= 0 {
             Counter::SkippedParallel
-        } else if (*query).instrument_options != 0 && shows_no_rows((*query).dest) {
-            Counter::SkippedExplain
         } else {
             return true;
         };
@@ -142,10 +140,11 @@ unsafe fn is_candidate(query: *mut pg_sys::QueryDesc, flags: c_int) -> bool {
     }
 }
 
-/// Whether a query's rows go to nobody: those of EXPLAIN ANALYZE.
+/// Whether a query's rows go to nobody: those of EXPLAIN ANALYZE, among the queries that are measured. When a query starts nobody can tell:
+/// a portal gets its receiver when it runs, and auto_explain may have any query measured.
 ///
 /// # Safety
-/// `receiver` must be the receiver of a started query.
+/// `receiver` must be the receiver of a query that is about to run.
 unsafe fn shows_no_rows(receiver: *mut pg_sys::DestReceiver) -> bool {
     // SAFETY: by the caller's promise.
     unsafe {
@@ -226,8 +225,11 @@ unsafe extern "C-unwind" fn run(
     count: u64,
     once: bool,
 ) {
-    // SAFETY: the arguments are passed on as they came.
+    // SAFETY: the arguments are passed on as they came; a query that is about to run has a receiver.
     unsafe {
+        if BUSY && (*query).instrument_options != 0 && shows_no_rows((*query).dest) {
+            explained(query);
+        }
         match NEXT_RUN {
             Some(next) => next(query, direction, count, once),
             None => standard_ExecutorRun(query, direction, count, once),
@@ -244,8 +246,11 @@ unsafe extern "C-unwind" fn run(
     direction: pg_sys::ScanDirection::Type,
     count: u64,
 ) {
-    // SAFETY: the arguments are passed on as they came.
+    // SAFETY: the arguments are passed on as they came; a query that is about to run has a receiver.
     unsafe {
+        if BUSY && (*query).instrument_options != 0 && shows_no_rows((*query).dest) {
+            explained(query);
+        }
         match NEXT_RUN {
             Some(next) => next(query, direction, count),
             None => standard_ExecutorRun(query, direction, count),
@@ -254,6 +259,12 @@ unsafe extern "C-unwind" fn run(
             ran(query, count);
         }
     }
+}
+
+/// EXPLAIN ANALYZE is about to run a query.
+#[pg_guard]
+unsafe extern "C-unwind" fn explained(query: *mut pg_sys::QueryDesc) {
+    with_session(|session| session.leave_out(query as usize));
 }
 
 /// A query has returned as many rows as it was asked for, or all.

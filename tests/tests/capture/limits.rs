@@ -73,6 +73,30 @@ fn what_must_not_be_captured_is_not() {
     assert_eq!(keys(&m).len(), 10, "capture_max_rows");
 }
 
+/// It measures all queries, as EXPLAIN ANALYZE does one; their rows go to the client all the same.
+#[test]
+fn what_auto_explain_measures_is_captured() {
+    let m = Mirror::new();
+    setup(&m);
+    start(&m);
+    let mut s = session(&m);
+    s.batch_execute(
+        "LOAD 'auto_explain'; SET auto_explain.log_min_duration = 0; SET auto_explain.log_analyze = on; \
+         SELECT * FROM c WHERE id = 1; BEGIN; DECLARE d CURSOR FOR SELECT * FROM c WHERE id = 2; FETCH d; COMMIT",
+    )
+    .unwrap();
+    s.query("SELECT * FROM c WHERE id = $1", &[&3]).unwrap();
+    sync(&m);
+    assert_eq!(keys(&m), c_keys([1, 2, 3]));
+    empty(&m);
+    s.batch_execute("EXPLAIN ANALYZE SELECT * FROM c WHERE id = 4")
+        .unwrap();
+    sync(&m);
+    assert_eq!(keys(&m), BTreeSet::new());
+    let explained = "SELECT value FROM walmirror.capture_stats WHERE counter = 'skipped_explain'";
+    assert_eq!(m.db.value(explained), "1");
+}
+
 #[test]
 fn a_row_is_not_captured_again_within_the_interval() {
     let m = Mirror::new();
