@@ -33,6 +33,10 @@ pub struct Label {
     pub capture: bool,
 }
 
+/// The names of all columns that an index can have make half of it. What is asked of templates takes time that grows faster than they do, and
+/// cannot be cancelled.
+const KEY_BYTES_MAX: usize = 4096;
+
 /// See [`pb::Mode`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -86,6 +90,12 @@ impl Label {
         let columns = label.columns.iter().flatten();
         if columns.chain(&label.key).any(|text| text.contains('\0')) {
             return Err(invalid("it holds the character \\u0000".to_owned()));
+        }
+        if let Some(key) = label.key.as_ref().filter(|key| key.len() > KEY_BYTES_MAX) {
+            return Err(invalid(format!(
+                "its key template has {} bytes, and {KEY_BYTES_MAX} are the most",
+                key.len()
+            )));
         }
         Ok(label)
     }

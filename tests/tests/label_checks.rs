@@ -27,6 +27,24 @@ fn after(db: &Db, mut other: Client, mut client: Client, statements: &'static st
     result.map_err(|error| error.as_db_error().unwrap().message().to_owned())
 }
 
+/// To parse it took a minute, in which nobody could cancel the statement or stop the server.
+#[test]
+fn a_key_template_is_not_endless() {
+    let db = Db::create(Arc::new(Pg::start("")));
+    db.sql("CREATE TABLE t (id int PRIMARY KEY, v text)");
+    let mut client = db.connect();
+    client.batch_execute("SET statement_timeout = '10 s'").unwrap();
+    let columns = "(SELECT string_agg('{c' || i || '}', '') FROM generate_series(1, 200000) i)";
+    let error = client
+        .batch_execute(&format!(
+            "SELECT walmirror.mirror('t', key => 't:{{id}}' || {columns})"
+        ))
+        .unwrap_err();
+    let message = error.as_db_error().unwrap().message();
+    assert!(message.ends_with("and 4096 are the most"), "{message}");
+    db.sql("SELECT walmirror.mirror('t', key => rpad('t', 4092, 't') || '{id}')");
+}
+
 /// Checks once named an operator that pg_catalog does not have, and whoever may create something in a schema of the
 /// search_path could make it: their function ran as the superuser who set a label or dropped an index.
 #[test]
