@@ -150,6 +150,28 @@ fn options_are_validated() {
     println!("{} ({:?})", error.message(), error.hint());
 }
 
+/// Each star made it take many times as long, in which nobody could end the session.
+#[test]
+fn a_pattern_of_many_stars_takes_no_time() {
+    let db = database();
+    create_slot(&db);
+    let name = "a".repeat(60);
+    db.sql(&format!(
+        "CREATE TABLE {name} (id int PRIMARY KEY); SELECT walmirror.mirror('{name}'); INSERT INTO {name} VALUES (1)"
+    ));
+    let inserts = |tables: &str| {
+        db.value(&format!(
+            "SELECT count(*) FROM pg_logical_slot_peek_changes('{}', NULL, NULL, 'format', 'json', 'tables', '{tables}') \
+             WHERE data LIKE '%\"insert\"%'",
+            db.name
+        ))
+    };
+    let started = std::time::Instant::now();
+    assert_eq!(inserts(&format!("{}b", "*a".repeat(8))), "0");
+    assert_eq!(inserts(&"*a".repeat(8)), "1");
+    assert!(started.elapsed().as_secs() < 30, "{:?}", started.elapsed());
+}
+
 /// A label that does not fit its table is told to those who want that table.
 #[test]
 fn errors_of_tables_that_were_not_asked_for_are_left_out() {
