@@ -112,15 +112,20 @@ impl Commands {
 
     /// The name of the command with this number, and its first argument, which is a key of most.
     pub fn name_and_key(&self, number: usize) -> Option<(&[u8], &[u8])> {
+        let args = self.args(number, 2)?;
+        Some((args.first()?, args.get(1).copied().unwrap_or_default()))
+    }
+
+    /// The first arguments of the command with this number, its name among them, and `most` at most.
+    pub fn args(&self, number: usize, most: usize) -> Option<Vec<&[u8]>> {
         let mut rest = self.bytes.as_slice();
         for _ in 0..number {
             for _ in 0..read_header(&mut rest, b'*')? {
                 read_arg(&mut rest)?;
             }
         }
-        let args = read_header(&mut rest, b'*')?;
-        let name = read_arg(&mut rest)?;
-        Some((name, if args > 1 { read_arg(&mut rest)? } else { b"" }))
+        let count = read_header(&mut rest, b'*')?.min(most);
+        (0..count).map(|_| read_arg(&mut rest)).collect()
     }
 
     #[inline]

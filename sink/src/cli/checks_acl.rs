@@ -20,7 +20,7 @@ const PLAIN: [&[&str]; 7] = [
 ];
 
 /// What is done to a row's key.
-const ROW: [&[&str]; 10] = [
+const ROW: [&[&str]; 13] = [
     &["HSET", "", "f", "v"],
     &["HDEL", "", "f"],
     &["HGETALL", ""],
@@ -29,17 +29,21 @@ const ROW: [&[&str]; 10] = [
     &["MSET", "", "v"],
     &["UNLINK", ""],
     &["TYPE", ""],
+    &["RENAME", "", ""],
     &["PEXPIRE", "", "1"],
+    &["PTTL", ""],
+    &["WATCH", ""],
     &["EVALSHA", "x", "1", ""],
 ];
 
 /// What is done to a hash of the sink's own.
-const HASH: [&[&str]; 9] = [
+const HASH: [&[&str]; 10] = [
     &["WATCH", ""],
     &["HSET", "", "f", "v"],
     &["HDEL", "", "f"],
     &["HGET", "", "f"],
     &["HMGET", "", "f"],
+    &["HEXISTS", "", "f"],
     &["HGETALL", ""],
     &["HSCAN", "", "0"],
     &["HLEN", ""],

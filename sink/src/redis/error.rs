@@ -152,6 +152,13 @@ fn cause(reply: &ServerError) -> (&str, Option<&str>) {
         Some((code, detail)) => (code, Some(detail)),
         None => (reply.code(), reply.details()),
     };
+    // Of a script that calls what the login may not, Redis before 7.2 says so in words alone.
+    let is_of_rights = |text: &str| text.contains("The user executing the script can't");
+    let code = if detail.is_some_and(is_of_rights) {
+        "NOPERM"
+    } else {
+        code
+    };
     (code, detail.map(without_arguments))
 }
 

@@ -1,6 +1,7 @@
 //! What Redis refuses within a batch: it is named, classed, and noted for repair or left out.
 
 use super::*;
+use crate::plan::Script;
 
 #[test]
 fn a_command_that_fails_inside_of_the_exec_is_named_and_noted_for_repair() {
@@ -151,4 +152,39 @@ fn a_key_of_the_sinks_own_is_told_as_one() {
     );
     let next = error.next_command().unwrap();
     assert!(next.contains(&format!("UNLINK '{own}'")), "{next}");
+}
+
+/// The story: a login that may do all but RENAME moved no row whose large value did not change. The sink ended as over a bug, and the old key
+/// stayed for good.
+#[test]
+fn a_move_that_the_script_may_not_do_is_told_as_a_right_and_both_keys_are_noted() {
+    let Some(server) = Server::start() else { return };
+    let mut writer = claim(&server, Some(Lsn(1)));
+    let mut reader = server.connect();
+    get(&mut reader, &["HSET", "old", "v", "1"]);
+    let script = get(&mut reader, &["SCRIPT", "LOAD", Script::PatchHash.source()]);
+    get(&mut reader, &["ACL", "SETUSER", "default", "-rename"]);
+    let mut segment = set(2, "a");
+    let mut batch = Batch::new();
+    Writer::open(batch.bookkeeping());
+    let mut op = batch.op(77, 1, OpKind::Other, b"new");
+    op.commands()
+        .begin(10)
+        .arg(b"EVALSHA")
+        .arg(script.as_bytes())
+        .int(3);
+    let rest = op.key(b"new").arg(&keys().pending);
+    for arg in ["old", "77", "0", "m", "0"] {
+        rest.arg(arg.as_bytes());
+    }
+    write_step(batch.bookkeeping(), &keys(), &segment.step.unwrap());
+    Writer::close(batch.bookkeeping(), &keys());
+    batch.seal();
+    segment.batch = batch;
+    let error = failed(&mut writer, segment);
+    assert_eq!(error.class(), Class::Access, "{error}");
+    assert!(error.next_command().unwrap().contains("ACL SETUSER"), "{error}");
+    for key in ["new", "old"] {
+        assert_eq!(get(&mut reader, &["HGET", "walmirror:{s}:pending", key]), "77");
+    }
 }

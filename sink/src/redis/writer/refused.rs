@@ -127,9 +127,14 @@ impl Writer {
         self.check_behind()?;
         let mut commands = Commands::new();
         Self::open(&mut commands);
-        let located = refused.commands.iter().flat_map(|command| self.locate(*command));
-        for Refused { key, relation } in located.filter(|refused| refused.relation != 0) {
-            commands.command(&[b"HSET", &self.keys.pending, &key, relation.to_string().as_bytes()]);
+        for command in &refused.commands {
+            let mut located = self.locate(*command);
+            let relation = located.first().map_or(0, |refused| refused.relation);
+            let old = self.moved_from(*command);
+            located.extend(old.map(|key| Refused { key, relation }));
+            for Refused { key, relation } in located.iter().filter(|refused| refused.relation != 0) {
+                commands.command(&[b"HSET", &self.keys.pending, key, relation.to_string().as_bytes()]);
+            }
         }
         self.note(commands)
     }
@@ -162,6 +167,16 @@ impl Writer {
             .commands()
             .name_and_key(command)
             .map_or_else(of_purge, |(name, key)| (shown::key(name), key.to_vec()))
+    }
+
+    /// The key that a patch was to move its row from. Where the script came to nothing it is still there, and no row has it.
+    fn moved_from(&self, command: usize) -> Option<Vec<u8>> {
+        let (batch, command) = self.segment_of(command)?;
+        match batch.commands().args(command, 6)?.as_slice() {
+            // Script, number of keys, key, pending hash, old key.
+            [b"EVALSHA", _, b"3", _, _, old] => Some(old.to_vec()),
+            _ => None,
+        }
     }
 
     /// The keys of the command with this number inside of the open MULTI, and their relations.
