@@ -110,6 +110,8 @@ pub(super) fn apply(
                 shared.set_heard(heard);
                 shared.wake_stream();
             }
+            // Behind MULTI it would queue the question. It is not Redis that is silent: the rest of a transaction is on its way.
+            Err(RecvTimeoutError::Timeout) if writer.is_open() => shared.health.note_redis(),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
                 // What Redis has is confirmed at once now, whatever its window: so it has to be there.
@@ -199,4 +201,64 @@ fn reject(
     rejected.iter().for_each(|one| told.log(one));
     told.end();
     writer.note_rejected(&rejected)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use crossbeam_channel::unbounded;
+
+    use super::super::health::{Began, Health, SILENCE};
+    use super::*;
+    use crate::plan::{Batch, RedisKeys};
+    use crate::redis::server::Server;
+    use crate::redis::{Claim, Identity};
+
+    /// The story: while a transaction of megabytes came over a slow link, `/readyz` said that Redis was silent, which was not asked anything.
+    #[test]
+    fn redis_is_not_silent_while_a_transaction_is_on_its_way() {
+        let Some(server) = Server::start() else { return };
+        let keys = RedisKeys::new("s");
+        let (identity, start) = (Identity::default(), Some(Lsn(1)));
+        let claim = Claim::take(server.connect(), &keys, "s", &identity, start, |_| Ok(())).unwrap();
+        let writer = Writer::new(claim, keys).unwrap();
+        let health = Arc::new(Health::default());
+        let shared = Arc::new(Shared::of(&health, Lsn(1)));
+        let (segment_sender, segments) = unbounded();
+        let (room_sender, room) = unbounded();
+        let of_thread = Arc::clone(&shared);
+        let (backfill, url) = (Arc::new(Backfill::default()), server.url());
+        let durability = Durability::Memory { window: SILENCE };
+        let applier = std::thread::spawn(move || {
+            apply(
+                writer,
+                &segments,
+                &room_sender,
+                &of_thread,
+                &backfill,
+                durability,
+                &url,
+            )
+        });
+        let mut batch = Batch::new();
+        Writer::open(batch.bookkeeping());
+        batch.seal();
+        let segment = Segment {
+            batch,
+            opens: true,
+            ..Segment::default()
+        };
+        segment_sender.send(segment).unwrap();
+        room.recv().unwrap();
+        health.began(Began {
+            proved: true,
+            ..Began::default()
+        });
+        std::thread::sleep(SILENCE + Duration::from_millis(500));
+        health.note_stream(None);
+        assert_eq!(health.ready(), Ok(()));
+        drop(segment_sender);
+        applier.join().unwrap().unwrap();
+        assert!(shared.is_clean());
+    }
 }
