@@ -30,9 +30,15 @@ pub fn class_of(code: &str, detail: Option<&str>) -> Class {
             Class::Access
         }
         _ if detail.is_some_and(|text| {
-            ["DB index", "unknown command", "appendonly is disabled"]
-                .iter()
-                .any(|word| text.contains(word))
+            // The third is of a script that calls what has another name here.
+            [
+                "DB index",
+                "unknown command",
+                "command called from script",
+                "appendonly is disabled",
+            ]
+            .iter()
+            .any(|word| text.contains(word))
         }) =>
         {
             Class::Operator
@@ -302,7 +308,12 @@ mod tests {
         ] {
             assert_eq!(class_of("ERR", Some(text)), Class::Bug, "{text}");
         }
-        assert_eq!(class_of("ERR", Some("DB index is out of range")), Class::Operator);
+        for text in [
+            "DB index is out of range",
+            "Unknown Redis command called from script script: f, on @user_script:15.",
+        ] {
+            assert_eq!(class_of("ERR", Some(text)), Class::Operator, "{text}");
+        }
     }
 
     /// A master that was made a replica ended the sink for good where `--durability` asks for WAIT, because that is told as no other
