@@ -7,7 +7,9 @@
     clippy::indexing_slicing
 )]
 
-use walmirror_tests::{DEADLINE, Db, Mirror, Pg, Redis, Sink, free_port, wait_for};
+use std::time::{Duration, Instant};
+
+use walmirror_tests::{DEADLINE, Db, Mirror, Mode, Pg, Proxy, Redis, Sink, free_port, wait_for};
 
 const TABLE: &str = "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT i, 'v' FROM generate_series(1, 500) i; \
     SELECT walmirror.mirror('t')";
@@ -154,6 +156,48 @@ fn a_second_sink_waits_and_takes_over_when_the_first_is_gone() {
     second.kill();
     m.sql("INSERT INTO t VALUES (1002, 'by the first again')");
     m.check();
+}
+
+/// The story: it looked at the slot after it had read the progress. What the first one confirmed in between was taken for a gap: with
+/// `--on-gap fail` it ended with exit code 6, else it would have made everything anew when it got the slot.
+#[test]
+fn a_second_sink_that_is_far_from_postgres_finds_no_gap() {
+    let m = Mirror::new();
+    m.sql(TABLE);
+    m.start_with(&["--durability", "memory=0"]);
+    m.settle();
+    let link = Proxy::to_socket(m.db.pg.socket());
+    link.set_both(Mode::Delay(50, 1));
+    let conninfo = format!(
+        "host=127.0.0.1 port={} user=postgres dbname={}",
+        link.port(),
+        m.db.name
+    );
+    let mut args = m.arguments(&["run", "--on-gap", "fail"]);
+    let own = m.db.pg.conninfo(&m.db.name);
+    args.iter_mut()
+        .filter(|arg| **arg == own)
+        .for_each(|arg| *arg = conninfo.clone());
+    let mut second = Sink::start(&args);
+    let started = Instant::now();
+    let mut ids = 1000..;
+    while started.elapsed() < Duration::from_secs(10) {
+        m.sql(&format!("INSERT INTO t VALUES ({}, 'v')", ids.next().unwrap()));
+        second.assert_running();
+    }
+    let log = second.output();
+    assert!(
+        log.contains("is active for PID") && !log.contains("do not fit"),
+        "{log}"
+    );
+    m.sink(Sink::kill);
+    let target = m.db.lsn();
+    wait_for(DEADLINE, format!("the second sink to reach {target}"), || {
+        second.assert_running();
+        m.progress().filter(|&lsn| lsn >= target)
+    });
+    let report = m.compare();
+    assert!(report.equal(), "{report}");
 }
 
 /// The story: both found the slot gone, one made it, and the other one ended with exit code 3, as there was one already. Once in some sixty

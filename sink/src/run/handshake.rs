@@ -65,7 +65,8 @@ pub(super) fn shake(
 ) -> Result<Handshake, Error> {
     let slot = config.slot.as_str();
     let mut redis = Redis::connect(&config.redis)?;
-    let stored = read_stored(&mut redis, keys)?;
+    // What Redis refuses is told before Postgres is asked for anything.
+    read_stored(&mut redis, keys)?;
     require_master(&mut redis)?;
     warn_of_eviction(&mut redis, &config.redis)?;
     let extra = [("fallback_application_name", "walmirror")];
@@ -75,8 +76,10 @@ pub(super) fn shake(
     let mut sql = connect(&extra).map_err(|error| Error::postgres("cannot connect to Postgres", error))?;
     sql.answer_within(Some(ANSWER));
     let extension = check_database(&mut sql)?;
+    // In this order, because another sink may have the slot meanwhile: what it confirms is in Redis before, and in the WAL before that.
     let info = slot_info(&mut sql, slot)?;
     check_slot(slot, info.as_ref(), &sql)?;
+    let stored = read_stored(&mut redis, keys)?;
     let mut replication = connect(&[("replication", "database"), extra[0]])
         .map_err(|error| Error::postgres("cannot open a replication connection to Postgres", error))?;
     replication.answer_within(Some(ANSWER));
