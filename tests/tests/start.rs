@@ -200,6 +200,28 @@ fn a_second_sink_that_is_far_from_postgres_finds_no_gap() {
     assert!(report.equal(), "{report}");
 }
 
+/// The story: where the database has a lock_timeout, the making of the slot was given up after that, again and again: under transactions
+/// that last longer and overlap, nothing ever began.
+#[test]
+fn a_lock_timeout_does_not_end_the_making_of_a_slot() {
+    let m = Mirror::new();
+    m.sql(TABLE);
+    m.sql(&format!(
+        "ALTER DATABASE {} SET lock_timeout = '200ms'",
+        m.db.name
+    ));
+    let mut writer = m.db.connect();
+    let mut open = writer.transaction().unwrap();
+    open.batch_execute("INSERT INTO t VALUES (1000, 'v')").unwrap();
+    m.start();
+    let waits = |sink: &mut Sink| sink.output().contains("making the slot waits").then_some(());
+    wait_for(DEADLINE, "the sink to say whom it waits for", || m.sink(waits));
+    open.commit().unwrap();
+    m.settle();
+    let log = m.sink(|sink| sink.output());
+    assert!(!log.contains("lock timeout"), "{log}");
+}
+
 /// The story: both found the slot gone, one made it, and the other one ended with exit code 3, as there was one already. Once in some sixty
 /// rounds it came to that.
 #[test]
