@@ -1,6 +1,7 @@
 //! One session: a handshake, the threads, and their end in good order. Whatever fails ends the session; the next one
 //! begins with a handshake. There is one path for every failure.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{JoinHandle, Scope, ScopedJoinHandle};
@@ -251,9 +252,15 @@ fn guard_apart(
         .map_err(|error| not_started(shared, name, error))
 }
 
+/// Whoever panics ends the session too: the others would wait for him for ever, or go on without what he does.
 fn run_in(shared: &Shared, work: impl FnOnce() -> Result<(), Error>) {
-    if let Err(error) = work() {
-        shared.fail(error);
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => shared.fail(error),
+        Err(panic) => {
+            shared.fail(Error::bug("a thread of the session panicked"));
+            resume_unwind(panic);
+        }
     }
 }
 
@@ -294,4 +301,22 @@ fn watch(config: &RunConfig, shutdown: &Shutdown, shared: &Shared, backfill: &Ba
         }
     }
     Ended::Stopped
+}
+
+#[cfg(test)]
+#[allow(clippy::panic)]
+mod tests {
+    use super::*;
+    use walmirror_proto::Lsn;
+
+    /// The story: the session went on without the thread, and nothing came to Redis any more, for as long as the process lived.
+    #[test]
+    fn a_thread_that_panics_ends_the_session() {
+        let shared = Arc::new(Shared::new(Lsn(7)));
+        let thread = guard_apart(&shared, "x", || panic!("on purpose"));
+        assert!(thread.is_ok_and(|thread| thread.join().is_err()));
+        assert!(!shared.is_running());
+        let failure = shared.take_failure();
+        assert!(failure.is_some_and(|error| error.class() == crate::error::Class::Bug));
+    }
 }
