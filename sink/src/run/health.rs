@@ -84,6 +84,9 @@ impl Health {
         self.unproved.store(!began.proved, Ordering::Release);
         if began.fresh {
             self.gaps.fetch_add(1, Ordering::Relaxed);
+            // It may be another server, or an earlier state of it, whose WAL ends before that of the one that was there.
+            self.server_end.store(began.applied.0, Ordering::Release);
+            *lock(&self.look) = None;
         }
         if began.fresh || began.healing {
             self.healing.store(true, Ordering::Release);
@@ -303,6 +306,23 @@ mod tests {
         assert!(health.lag_seconds() > 1e8);
         health.note_applied(Lsn(105), None);
         assert_eq!((health.lag_bytes(), health.lag_seconds()), (0, 0.0));
+    }
+
+    /// The story: where another cluster took the place of one with more WAL, or that was put back, the lag was what the old one had more, for
+    /// as long as the process lived.
+    #[test]
+    fn what_another_server_had_more_is_no_lag() {
+        let health = Health::default();
+        health.began(proved(5_000));
+        health.note_wal_end(Lsn(9_000));
+        health.ended();
+        health.began(Began {
+            fresh: true,
+            ..proved(100)
+        });
+        assert_eq!((health.lag_bytes(), health.lag_seconds()), (0, 0.0));
+        health.note_wal_end(Lsn(130));
+        assert_eq!(health.lag_bytes(), 30);
     }
 
     /// The story: while nobody streamed, the lag stood still, or was 0.
