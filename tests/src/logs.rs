@@ -13,7 +13,7 @@ pub const REDIS_AWAY: [&str; 3] = [
 ];
 
 /// What the sink says when it lost Postgres, and tries again. What was under way then is named in front of the reason.
-pub const POSTGRES_AWAY: [&str; 9] = [
+pub const POSTGRES_AWAY: [&str; 10] = [
     "the stream of the slot * broke",
     "the stream ended",
     "cannot connect to Postgres",
@@ -22,6 +22,7 @@ pub const POSTGRES_AWAY: [&str; 9] = [
     "terminating connection due to administrator command",
     ": no connection to the server",
     "terminating connection because of crash of another server process",
+    "terminating connection due to unexpected postmaster exit",
     "replication slot * is active for PID",
 ];
 
