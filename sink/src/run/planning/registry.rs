@@ -173,9 +173,14 @@ impl Registry {
             .collect()
     }
 
-    /// The other tables that these templates took keys from, by being more specific. What those keys hold now is of neither.
+    /// The other tables that these templates took keys from, by being more specific. What those keys hold now is of neither. Or that have the
+    /// same ones already: where the stream began anew, Redis tells of tables as they were later, and such keys are of the one that leaves them.
     pub(super) fn heirs(&self, oid: u32, left: &[KeyTemplate]) -> Vec<pb::Relation> {
-        let inherits = |heir: &KeyTemplate| left.iter().any(|left| left.takes_from(heir));
+        let is_same = |a: &KeyTemplate, b: &KeyTemplate| a.skeleton() == b.skeleton() || a.ties_with(b);
+        let inherits = |heir: &KeyTemplate| {
+            let mut left = left.iter();
+            left.any(|left| left.takes_from(heir) || is_same(left, heir))
+        };
         let heirs = self.relations.values().filter(|other| {
             other.relation.oid != oid && !other.is_outdated() && inherits(&other.mapping.template)
         });
