@@ -136,6 +136,17 @@ fn a_slot_whose_wal_was_removed_is_made_again_and_the_tables_with_it() {
     m.check();
 }
 
+/// The first sink is gone: the second brings all that was written.
+fn takes_over(m: &Mirror, second: &mut Sink) {
+    let target = m.db.lsn();
+    wait_for(DEADLINE, format!("the second sink to reach {target}"), || {
+        second.assert_running();
+        m.progress().filter(|&lsn| lsn >= target)
+    });
+    let report = m.compare();
+    assert!(report.equal(), "{report}");
+}
+
 #[test]
 fn a_second_sink_waits_and_takes_over_when_the_first_is_gone() {
     let m = Mirror::with(TABLE);
@@ -145,13 +156,7 @@ fn a_second_sink_waits_and_takes_over_when_the_first_is_gone() {
     second.assert_running();
     m.sink(Sink::kill);
     m.sql("INSERT INTO t VALUES (1001, 'by the second')");
-    let target = m.db.lsn();
-    wait_for(DEADLINE, format!("the second sink to reach {target}"), || {
-        second.assert_running();
-        m.progress().filter(|&lsn| lsn >= target)
-    });
-    let report = m.compare();
-    assert!(report.equal(), "{report}");
+    takes_over(&m, &mut second);
     m.sink(Sink::restart);
     second.kill();
     m.sql("INSERT INTO t VALUES (1002, 'by the first again')");
@@ -191,13 +196,7 @@ fn a_second_sink_that_is_far_from_postgres_finds_no_gap() {
         "{log}"
     );
     m.sink(Sink::kill);
-    let target = m.db.lsn();
-    wait_for(DEADLINE, format!("the second sink to reach {target}"), || {
-        second.assert_running();
-        m.progress().filter(|&lsn| lsn >= target)
-    });
-    let report = m.compare();
-    assert!(report.equal(), "{report}");
+    takes_over(&m, &mut second);
 }
 
 /// The story: where the database has a lock_timeout, the making of the slot was given up after that, again and again: under transactions

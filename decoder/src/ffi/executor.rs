@@ -225,11 +225,9 @@ unsafe extern "C-unwind" fn run(
     count: u64,
     once: bool,
 ) {
-    // SAFETY: the arguments are passed on as they came; a query that is about to run has a receiver.
+    // SAFETY: the arguments are passed on as they came; the query is about to run.
     unsafe {
-        if BUSY && (*query).instrument_options != 0 && shows_no_rows((*query).dest) {
-            explained(query);
-        }
+        leave_out_explained(query);
         match NEXT_RUN {
             Some(next) => next(query, direction, count, once),
             None => standard_ExecutorRun(query, direction, count, once),
@@ -246,17 +244,28 @@ unsafe extern "C-unwind" fn run(
     direction: pg_sys::ScanDirection::Type,
     count: u64,
 ) {
-    // SAFETY: the arguments are passed on as they came; a query that is about to run has a receiver.
+    // SAFETY: the arguments are passed on as they came; the query is about to run.
     unsafe {
-        if BUSY && (*query).instrument_options != 0 && shows_no_rows((*query).dest) {
-            explained(query);
-        }
+        leave_out_explained(query);
         match NEXT_RUN {
             Some(next) => next(query, direction, count),
             None => standard_ExecutorRun(query, direction, count),
         }
         if BUSY {
             ran(query, count);
+        }
+    }
+}
+
+/// What EXPLAIN ANALYZE runs is not captured.
+///
+/// # Safety
+/// `query` must be about to run.
+unsafe fn leave_out_explained(query: *mut pg_sys::QueryDesc) {
+    // SAFETY: by the caller's promise it has a receiver.
+    unsafe {
+        if BUSY && (*query).instrument_options != 0 && shows_no_rows((*query).dest) {
+            explained(query);
         }
     }
 }

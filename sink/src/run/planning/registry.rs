@@ -173,13 +173,12 @@ impl Registry {
             .collect()
     }
 
-    /// The other tables that these templates took keys from, by being more specific. What those keys hold now is of neither. Or that have the
-    /// same ones already: where the stream began anew, Redis tells of tables as they were later, and such keys are of the one that leaves them.
+    /// The other tables that get keys of these templates, now that nobody else has them: the less specific ones. What those keys hold is of
+    /// neither. And one that has the same template already: where the stream began anew, Redis tells of tables as they were later.
     pub(super) fn heirs(&self, oid: u32, left: &[KeyTemplate]) -> Vec<pb::Relation> {
-        let is_same = |a: &KeyTemplate, b: &KeyTemplate| a.skeleton() == b.skeleton() || a.ties_with(b);
         let inherits = |heir: &KeyTemplate| {
             let mut left = left.iter();
-            left.any(|left| left.takes_from(heir) || is_same(left, heir))
+            left.any(|left| left.overlaps(heir) && !heir.takes_from(left))
         };
         let heirs = self.relations.values().filter(|other| {
             other.relation.oid != oid && !other.is_outdated() && inherits(&other.mapping.template)
