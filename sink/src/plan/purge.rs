@@ -15,18 +15,8 @@ pub struct Purge {
     others: Vec<KeyTemplate>,
     /// As specific as this one: a key that one of them matches may be of either, and is left alone.
     rivals: Vec<KeyTemplate>,
-    written: Written,
-}
-
-/// Which of the keys go that are written in the same step before this.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Written {
-    /// All that the relation wrote, as it is emptied or forgotten.
-    ByRelation,
-    /// Those of them that this is about: the others are kept.
-    Matching,
-    /// And those that anybody wrote of what is the relation's from here on.
-    ByAnybody,
+    /// All that the relation has written in the same step before this goes too, whatever its keys: it is emptied or forgotten.
+    is_whole: bool,
 }
 
 impl Purge {
@@ -53,7 +43,7 @@ impl Purge {
             template: template.clone(),
             others: claims,
             rivals,
-            written: Written::ByRelation,
+            is_whole: true,
         }
     }
 
@@ -72,7 +62,7 @@ impl Purge {
             template: template.clone(),
             others: others.into_iter().filter(may_match).cloned().collect(),
             rivals: Vec::new(),
-            written: Written::Matching,
+            is_whole: false,
         }
     }
 
@@ -81,23 +71,9 @@ impl Purge {
         !self.others.is_empty()
     }
 
-    /// The same where the relation begins without keys: what another one had under its template goes too.
-    #[must_use]
-    pub fn of_anybody(self) -> Self {
-        Self {
-            written: Written::ByAnybody,
-            ..self
-        }
-    }
-
-    /// Whether a key goes that `writer` has written in the same step before this.
+    /// Whether a key goes that `writer` has written in the same step before this: as in Redis, whoever wrote it.
     pub fn takes_written(&self, writer: u32, key: &[u8]) -> bool {
-        let (is_own, is_match) = (writer == self.relation, || self.match_key(key).is_some());
-        match self.written {
-            Written::ByRelation => is_own,
-            Written::Matching => is_own && is_match(),
-            Written::ByAnybody => is_own || is_match(),
-        }
+        self.is_whole && writer == self.relation || self.match_key(key).is_some()
     }
 
     /// The glob for SCAN MATCH.

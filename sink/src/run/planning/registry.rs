@@ -149,7 +149,7 @@ impl Registry {
             purges.extend(self.retired(oid, &old_keys));
             // Nobody reads all of a cache again, so what is there under its own template has to go as well.
             let template = KeyTemplate::parse(&relation.key).ok().filter(|_| may_hold);
-            purges.extend(template.map(|template| self.purge(oid, &template).of_anybody()));
+            purges.extend(template.map(|template| self.purge(oid, &template)));
         }
         // There are keys of those until they are swept, and what another table could have made is left to the sweep of that one.
         self.nothing_else &= old_keys.is_empty();

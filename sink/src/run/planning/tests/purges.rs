@@ -100,6 +100,37 @@ fn a_cache_is_emptied_also_of_what_another_table_has_just_written() {
     }
 }
 
+/// Found by the simulator: a table that got the template of one whose keys were kept, and left it in the same transaction, took only its own
+/// keys with it.
+#[test]
+fn who_leaves_a_template_takes_what_another_table_had_written_there() {
+    let other = |fingerprint, key| pb::Relation {
+        oid: 600,
+        announced: true,
+        ..cache(fingerprint, key)
+    };
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(100, 10)
+        .row(Kind::Insert, "1", Some("a"))
+        .record(pb::Forget {
+            oid: OID,
+            keep_keys: true,
+        })
+        .relation(pb::Relation {
+            mode: pb::Mode::Mirror.into(),
+            ..other(2, "t:{id}")
+        })
+        .relation(other(3, "u:{id}"))
+        .commit(20)
+        .feed(&mut planning);
+    let written = flushed(&mut planning);
+    let place = |line: &str| written.iter().rposition(|other| other.starts_with(line));
+    assert!(place("HSET t:1 ").is_some(), "{written:?}");
+    assert!(place("UNLINK t:1") > place("HSET t:1 "), "{written:?}");
+}
+
 /// Found by the simulator: after a gap the keys of a cached table stayed, as stale as they were, because nothing fills a
 /// cache anew; and old key templates were forgotten with the cursors.
 #[test]
