@@ -181,6 +181,33 @@ fn every_kind_of_alter_table() {
     m.settle();
 }
 
+/// The story: ALTER TYPE and ALTER SCHEMA lock no table, so one that they are about can get its label meanwhile, which is committed first. Then
+/// what the stream told last was the label of before, and of a cache nobody reads anything that would have told better.
+#[test]
+fn a_label_that_is_set_while_its_table_is_altered_without_a_lock_counts() {
+    let m = Mirror::with(
+        "CREATE TYPE pair AS (x int, y text); CREATE SCHEMA s; CREATE TABLE s.t (id int PRIMARY KEY, r pair); \
+         INSERT INTO s.t SELECT i, ROW(i, 'y'::text)::pair FROM generate_series(1, 100) i; SELECT walmirror.cache('s.t', key => 't:{id}')",
+    );
+    for (number, alter) in [
+        "ALTER TYPE pair RENAME ATTRIBUTE y TO z",
+        "ALTER SCHEMA s RENAME TO s1",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let mut other = m.db.connect();
+        other.batch_execute(&format!("BEGIN; {alter}")).unwrap();
+        m.sql(&format!(
+            "SELECT walmirror.mirror('s.t', key => 't{number}:{{id}}')"
+        ));
+        other.batch_execute("COMMIT").unwrap();
+        m.settle();
+        m.sql("DO $$ BEGIN IF to_regclass('s1.t') IS NULL THEN PERFORM walmirror.cache('s.t', key => 't:{id}'); END IF; END $$");
+        m.settle();
+    }
+}
+
 #[test]
 fn schema_changes_between_rows_of_one_transaction() {
     let m = Mirror::with(TABLE);

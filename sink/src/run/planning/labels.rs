@@ -66,8 +66,8 @@ impl Planning {
         }
     }
 
-    /// A row says the same, and may be the last one that does: where such a catalog is on its way, another one is read behind it.
-    pub(super) fn doubt_by_row(&mut self, oid: u32) {
+    /// What says so may be the last that does: where such a catalog is on its way, another one is read behind it.
+    pub(super) fn doubt_at_last(&mut self, oid: u32) {
         if !self.backfill.is_reconciled() {
             self.doubted.insert(oid);
         }
@@ -93,10 +93,18 @@ impl Planning {
                 let amended = self.registry.amend(self.assembly.batch(), relation);
                 amended.map_err(|error| self.broken("RELATION", error))
             }
-            _ => {
+            known => {
+                let is_new = known.is_none_or(|known| known.relation.fingerprint != relation.fingerprint);
+                let oid = relation.oid;
                 // Any row may be another one from here on, without a record of it: what was read before is stale.
-                self.gate.record_truncate(relation.oid, xid);
-                self.register(relation)
+                self.gate.record_truncate(oid, xid);
+                self.register(relation)?;
+                if is_new {
+                    // It is what the table was when the DDL ran. ALTER TYPE and ALTER SCHEMA lock no table: another label may have been
+                    // set since, and be told already. No row need follow.
+                    self.doubt_at_last(oid);
+                }
+                Ok(())
             }
         }
     }
@@ -151,6 +159,7 @@ impl Planning {
         if self.counted("FORGET")? {
             self.announced.insert(forget.oid);
             self.forget_relation(forget.oid, forget.keep_keys)?;
+            self.doubt_at_last(forget.oid);
         }
         Ok(())
     }

@@ -96,14 +96,14 @@ impl Planning {
                 let oid = definition.mapping.oid;
                 if self.registry.get(oid).is_none() {
                     // Or it is the other table that is of the past.
-                    self.doubt_by_row(oid);
+                    self.doubt_at_last(oid);
                 }
                 return Ok(());
             }
             Standing::Outdated => {
                 // The catalog has to say which version counts.
                 let oid = definition.mapping.oid;
-                self.doubt_by_row(oid);
+                self.doubt_at_last(oid);
                 Trust::Refreshing
             }
             Standing::Stray => {

@@ -446,6 +446,68 @@ fn a_row_of_a_version_that_counts_again_has_the_catalog_looked_at_behind_the_one
     assert_eq!(planning.registry.get(OID).unwrap().relation.fingerprint, 1);
 }
 
+/// The story: ALTER TYPE locks no table, and tells of it as it was, behind a label that was set meanwhile. No row of the cache came that would
+/// have told better.
+#[test]
+fn what_was_announced_last_is_compared_with_the_catalog() {
+    let tell = |planning: &mut Planning, record: pb::Record, lsn| {
+        Frame::default()
+            .begin(lsn, lsn)
+            .record(record)
+            .commit(lsn + 1)
+            .feed(planning);
+        flushed(planning);
+    };
+    let announced = |relation: pb::Relation| {
+        pb::Record::from(pb::Relation {
+            announced: true,
+            ..relation
+        })
+    };
+    let compare = |planning: &mut Planning, lsn| {
+        let content = Content::Catalog(Catalog {
+            relations: vec![relation(2, "u:{id}")],
+            wishes: planning.backfill.wishes(),
+            ..Catalog::default()
+        });
+        let window = Arc::new(Window::default());
+        planning.chunk(chunk(planning, lsn, content, None, &window));
+        let marker = pb::Marker {
+            content: format!("m:{lsn}").into_bytes(),
+            lsn,
+        };
+        Frame::default().record(marker).feed(planning);
+        planning.piece().unwrap();
+    };
+    let forget = pb::Forget {
+        oid: OID,
+        keep_keys: false,
+    };
+    for last in [announced(cache(1, "t:{id}")), forget.into()] {
+        for is_on_its_way in [false, true] {
+            let mut planning = planning(settled(), 1 << 20, 1 << 24);
+            planning.backfill.note_reconciled(0);
+            tell(&mut planning, announced(relation(2, "u:{id}")), 20);
+            if !is_on_its_way {
+                compare(&mut planning, 30);
+                assert!(planning.backfill.is_reconciled());
+            }
+            tell(&mut planning, last.clone(), 40);
+            // What a catalog says that was read before counts less.
+            for lsn in [50, 60].into_iter().take(1 + usize::from(is_on_its_way)) {
+                assert!(!planning.backfill.is_reconciled());
+                compare(&mut planning, lsn);
+            }
+            assert!(planning.backfill.is_reconciled());
+            let counts = planning.registry.get(OID).unwrap();
+            assert_eq!(counts.relation.fingerprint, 2);
+            // What is as it was known is nothing to doubt.
+            tell(&mut planning, announced(relation(2, "u:{id}")), 70);
+            assert!(planning.backfill.is_reconciled());
+        }
+    }
+}
+
 #[test]
 fn a_table_that_could_not_be_looked_at_stays_as_it_is() {
     let mut planning = planning(settled(), 1 << 20, 1 << 24);
