@@ -1,5 +1,5 @@
 //! What a transaction of the model does to rows and labels, if the locks of others allow it. A rewrite takes its table for itself, as
-//! ALTER TABLE does; a label and ALTER TYPE wait for no writer.
+//! ALTER TABLE does; a label and ALTER TYPE wait for no writer, and ALTER SCHEMA for nobody.
 
 use std::sync::Arc;
 
@@ -227,6 +227,13 @@ impl Postgres {
             });
             self.set_label(index, oid, Some(Arc::clone(&definition)));
             self.open[index].records.push(Record::Announce(definition, true));
+        }
+    }
+
+    /// ALTER SCHEMA, of which the keys and values show nothing. It locks no table, so another label may be set, and committed first.
+    pub(in crate::run::simulator) fn rename_schema(&mut self, index: usize, oid: u32) {
+        if !self.open[index].logged {
+            self.log(index, |definition| Record::Announce(definition, false), oid);
         }
     }
 

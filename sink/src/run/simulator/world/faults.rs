@@ -164,7 +164,8 @@ impl World {
                 return Ok(());
             }
             4 => {
-                self.was_durable = redis.position_after(durable);
+                // The session that has seen it so may not know of the loss before this one yet.
+                self.was_durable = self.was_durable.max(redis.position_after(durable));
                 redis.roll_back_to(all.saturating_sub(self.dice.roll(30) as usize));
                 self.gap_is_due = true;
             }

@@ -213,7 +213,8 @@ impl World {
                 // What a copy that is put back knows nothing of, nobody removes.
                 0 => self.postgres.unlabel(index, oid, !self.put_backs && to % 2 == 0),
                 1 => self.postgres.rewrite(index, oid),
-                2 => self.postgres.rename_values(index, oid),
+                2 if to % 2 == 0 => self.postgres.rename_values(index, oid),
+                2 => self.rename_schema(index, oid),
                 3 | 4 => self.hand_over(index),
                 _ => {
                     let choice = self.dice.roll(CHOICES);
@@ -244,6 +245,24 @@ impl World {
             choice
         };
         self.postgres.hand_over(index, from, choice);
+    }
+
+    /// And meanwhile the table may get another label, which the stream tells first.
+    fn rename_schema(&mut self, index: usize, oid: u32) {
+        self.postgres.rename_schema(index, oid);
+        if self.dice.once_in(2) {
+            let choice = self.dice.roll(CHOICES);
+            self.relabel_at_once(oid, choice);
+        }
+    }
+
+    /// In a transaction of its own, which everybody sees at once.
+    fn relabel_at_once(&mut self, oid: u32, choice: u64) {
+        let labeller = self.postgres.begin();
+        self.postgres
+            .relabel(labeller, oid, |fingerprint| definition(oid, fingerprint, choice));
+        self.postgres.commit(labeller);
+        self.postgres.finish(labeller);
     }
 
     fn now(&self) -> Instant {
@@ -291,11 +310,8 @@ impl World {
             for id in 0..IDS {
                 self.postgres.write(writer, oid, id, 7, 0);
             }
-            let (labeller, choice) = (self.postgres.begin(), self.dice.roll(CHOICES));
-            self.postgres
-                .relabel(labeller, oid, |fingerprint| definition(oid, fingerprint, choice));
-            self.postgres.commit(labeller);
-            self.postgres.finish(labeller);
+            let choice = self.dice.roll(CHOICES);
+            self.relabel_at_once(oid, choice);
         }
         if let Some(label) = self.postgres.label(oid, &self.postgres.snapshot()) {
             let reread = Request::Reread {
