@@ -87,26 +87,24 @@ impl Planning {
 
     /// DDL or a label changed the table.
     pub(super) fn announced(&mut self, relation: pb::Relation, xid: u64) -> Result<(), Error> {
-        self.announced.insert(relation.oid);
-        match self.registry.get(relation.oid) {
-            Some(known) if known.relation.fingerprint == relation.fingerprint && !relation.refresh => {
-                let amended = self.registry.amend(self.assembly.batch(), relation);
-                amended.map_err(|error| self.broken("RELATION", error))
-            }
-            known => {
-                let is_new = known.is_none_or(|known| known.relation.fingerprint != relation.fingerprint);
-                let oid = relation.oid;
-                // Any row may be another one from here on, without a record of it: what was read before is stale.
-                self.gate.record_truncate(oid, xid);
-                self.register(relation)?;
-                if is_new {
-                    // It is what the table was when the DDL ran. ALTER TYPE and ALTER SCHEMA lock no table: another label may have been
-                    // set since, and be told already. No row need follow.
-                    self.doubt_at_last(oid);
-                }
-                Ok(())
-            }
+        let oid = relation.oid;
+        self.announced.insert(oid);
+        let known = self.registry.get(oid);
+        let is_new = known.is_none_or(|known| known.relation.fingerprint != relation.fingerprint);
+        if is_new || relation.refresh {
+            // Any row may be another one from here on, without a record of it: what was read before is stale.
+            self.gate.record_truncate(oid, xid);
+            self.register(relation)?;
+        } else {
+            let amended = self.registry.amend(self.assembly.batch(), relation);
+            amended.map_err(|error| self.broken("RELATION", error))?;
         }
+        // It is what the table was when the DDL ran. ALTER TYPE and ALTER SCHEMA lock no table: another label may have been set since, and be
+        // told already, or stand in the catalog that is on its way, which counts less now. No row need follow.
+        if is_new || !self.backfill.is_reconciled() {
+            self.doubt_at_last(oid);
+        }
+        Ok(())
     }
 
     pub(super) fn register(&mut self, relation: pb::Relation) -> Result<(), Error> {

@@ -506,6 +506,16 @@ fn what_was_announced_last_is_compared_with_the_catalog() {
             assert!(planning.backfill.is_reconciled());
         }
     }
+    // But the catalog that is on its way may say so.
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    tell(&mut planning, announced(relation(1, "t:{id}")), 20);
+    for (lsn, fingerprint) in [(30, 1), (40, 2)] {
+        assert!(!planning.backfill.is_reconciled());
+        compare(&mut planning, lsn);
+        let counts = planning.registry.get(OID).unwrap();
+        assert_eq!(counts.relation.fingerprint, fingerprint);
+    }
+    assert!(planning.backfill.is_reconciled());
 }
 
 #[test]
