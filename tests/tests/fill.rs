@@ -8,8 +8,9 @@
 )]
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use walmirror_tests::{DEADLINE, Mirror, Raise, Sink, wait_for};
+use walmirror_tests::{DEADLINE, Mirror, Mode, Proxy, Raise, Sink, Way, wait_for};
 
 #[test]
 fn a_table_mirrored_under_load() {
@@ -130,6 +131,51 @@ fn tables_are_read_in_turns_also_where_the_stream_is_behind() {
     let memory = m.sink(Sink::memory_max);
     assert!(memory < 64 << 20, "the sink took {memory} bytes");
     println!("the sink took {} MiB", memory >> 20);
+}
+
+/// The story: a link to Redis was full of changes of more keys than the gate remembers, and each chunk of a backfill was dropped, as a few of
+/// them were let go of before all of its rows were planned. So a table was not filled before the load had ended.
+#[test]
+fn a_table_is_filled_while_redis_is_the_bottleneck() {
+    const KEYS: usize = 300_000;
+    let m = Mirror::new();
+    m.sql(&format!(
+        "CREATE TABLE busy (id int PRIMARY KEY, n int); INSERT INTO busy SELECT i, 0 FROM generate_series(1, {KEYS}) i; \
+         SELECT walmirror.mirror('busy'); CREATE TABLE t (id int PRIMARY KEY, v text); \
+         INSERT INTO t SELECT i, repeat(md5(i::text), 3) FROM generate_series(1, 20000) i"
+    ));
+    let link = Proxy::to_port(m.redis.port());
+    let url = format!("redis://127.0.0.1:{}", link.port());
+    m.start_at(&m.db.pg.conninfo(&m.db.name), &url, &[], &[]);
+    let said = |text: &str| {
+        wait_for(DEADLINE, format!("{text:?} to be said"), || {
+            m.sink(Sink::assert_running);
+            m.sink(|sink| sink.output()).contains(text).then_some(())
+        });
+    };
+    said("the keys of the table are complete");
+    link.set(Way::ToServer, Mode::Throttle(4_000_000));
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let _end = Raise(&done);
+        // The stream is behind all the time, and never far.
+        scope.spawn(|| {
+            let (mut client, mut keys) = (m.db.connect(), (0..KEYS).step_by(1000).cycle());
+            while !done.load(Ordering::Relaxed) {
+                if m.db.lsn().0.saturating_sub(m.progress().unwrap().0) > 8 << 20 {
+                    std::thread::sleep(Duration::from_millis(5));
+                    continue;
+                }
+                let first = keys.next().unwrap();
+                let update = format!("UPDATE busy SET n = n + 1 WHERE id > {first} AND id <= {first} + 1000");
+                client.batch_execute(&update).unwrap();
+            }
+        });
+        m.sql("SELECT walmirror.mirror('t')");
+        said("backfill has read the table table=\"public.t\"");
+    });
+    link.heal();
+    m.settle();
 }
 
 /// A table has another name, another table has its name, or there is none any more, and the backfill reads on by the name that it had.

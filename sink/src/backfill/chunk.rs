@@ -146,11 +146,22 @@ pub struct Chunk {
 
 /// How much a worker may have on its way, in bytes (INVARIANT I7). Where the stream is behind, chunks wait for their markers for as long as
 /// it is: what fits in here is what a backfill moves in that time.
+///
+/// Where Redis is the bottleneck, chunks whose markers come all at once wait for each other, and the gate lets go of what the last of them
+/// do not see: those are read for nothing. So there is less room after a chunk was dropped, and a little more after each that was planned: then
+/// they are read about as fast as they are planned.
 #[derive(Debug)]
 pub struct Room {
     most: usize,
-    taken: Mutex<usize>,
+    state: Mutex<RoomState>,
     changed: Condvar,
+}
+
+#[derive(Debug)]
+struct RoomState {
+    taken: usize,
+    /// From [`ROOM_MIN`] to `most`.
+    limit: usize,
 }
 
 /// A part of a room, until it is dropped.
@@ -162,51 +173,74 @@ pub struct Permit {
 
 /// What a chunk takes besides its content, about.
 const CHUNK_OVERHEAD: usize = 1024;
+/// A room is never narrower, in bytes.
+const ROOM_MIN: usize = 64 * 1024;
+/// How much wider it is after a chunk that was planned.
+const ROOM_STEP: usize = 16 * 1024;
 
 impl Room {
     /// For so many bytes.
     pub fn of(most: usize) -> Arc<Self> {
+        let state = RoomState {
+            taken: 0,
+            limit: most,
+        };
         Arc::new(Self {
             most,
-            taken: Mutex::default(),
+            state: Mutex::new(state),
             changed: Condvar::new(),
         })
     }
 
     /// Waits until there is some. False: the time is up before that.
     pub fn wait(&self, until: Instant, stopped: impl Fn() -> bool) -> bool {
-        let mut taken = self.lock();
-        while *taken >= self.most && !stopped() {
+        let mut state = self.lock();
+        while state.taken >= state.limit && !stopped() {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
             }
             let waited = self
                 .changed
-                .wait_timeout(taken, left.min(Duration::from_millis(100)));
-            taken = waited.map_or_else(|error| error.into_inner().0, |(taken, _)| taken);
+                .wait_timeout(state, left.min(Duration::from_millis(100)));
+            state = waited.map_or_else(|error| error.into_inner().0, |(state, _)| state);
         }
         true
     }
 
+    /// How large a chunk may be, so that several fit.
+    pub fn chunk_bytes(&self) -> usize {
+        self.lock().limit / 4
+    }
+
+    fn narrow(&self) {
+        let mut state = self.lock();
+        state.limit = (state.limit / 4).max(ROOM_MIN.min(self.most));
+    }
+
+    fn widen(&self) {
+        let mut state = self.lock();
+        state.limit = (state.limit + ROOM_STEP).min(self.most);
+    }
+
     /// Takes a part, which may be more than there is: the next one waits.
     fn take(self: &Arc<Self>, bytes: usize) -> Permit {
-        *self.lock() += bytes;
+        self.lock().taken += bytes;
         Permit {
             room: Arc::clone(self),
             bytes,
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, usize> {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, RoomState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let mut taken = self.room.lock();
-        *taken = taken.saturating_sub(self.bytes);
+        let mut state = self.room.lock();
+        state.taken = state.taken.saturating_sub(self.bytes);
         self.room.changed.notify_all();
     }
 }
@@ -255,6 +289,12 @@ impl Window {
     pub fn done(&self, stale: bool) {
         let mut state = self.lock();
         state.outstanding = state.outstanding.saturating_sub(1);
+        match &self.room {
+            // Those that follow tell nothing new.
+            Some(room) if stale && !state.stale => room.narrow(),
+            Some(room) if !stale => room.widen(),
+            _ => {}
+        }
         state.stale |= stale;
         self.changed.notify_all();
     }
@@ -337,8 +377,24 @@ mod tests {
         drop(first);
         assert!(room.wait(Instant::now(), || false));
         drop(second);
-        assert_eq!(*room.lock(), 0);
+        assert_eq!(room.lock().taken, 0);
         assert!(Window::default().permit(&keys).is_none());
+    }
+
+    #[test]
+    fn a_room_is_narrower_after_a_chunk_was_dropped_until_others_were_planned() {
+        let room = Room::of(1 << 20);
+        let window = Window::in_room(&room);
+        assert_eq!(room.chunk_bytes(), 1 << 18);
+        // Those behind it, and one of a window of its own.
+        (0..5).for_each(|_| window.done(true));
+        assert_eq!(room.chunk_bytes(), 1 << 16);
+        (0..5).for_each(|_| Window::in_room(&room).done(true));
+        assert_eq!(room.chunk_bytes(), ROOM_MIN / 4);
+        window.done(false);
+        assert_eq!(room.chunk_bytes(), (ROOM_MIN + ROOM_STEP) / 4);
+        (0..1000).for_each(|_| window.done(false));
+        assert_eq!(room.chunk_bytes(), 1 << 18);
     }
 
     #[test]

@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 const CHUNK_BYTES: usize = 1024 * 1024;
 /// And over at most so many blocks, so that an empty stretch does not hold a snapshot for long either.
 const BLOCKS_MAX: u32 = 4096;
+/// What the rows of one take, about.
+const BLOCK_BYTES: usize = 8192;
 /// The first chunk of a table is over so many.
 const PACE_START: u32 = 64;
 
@@ -87,6 +89,7 @@ impl Filling {
                 if Instant::now() >= until || !room.wait(until, || context.stopped()) {
                     return Ok(Flow::Later);
                 }
+                self.pace.aim_at(room.chunk_bytes());
                 let (at, blocks) = ((self.cursor.block, self.cursor.offset), leaf.blocks);
                 let mut read = match read_next(context, sql, &task.mapping, leaf, at, &mut self.pace)? {
                     Next::Read(read) => read,
@@ -172,6 +175,8 @@ pub(crate) enum Next {
 /// How much is read at once.
 pub(crate) struct Pace {
     blocks: u32,
+    /// About so many bytes of rows.
+    bytes: usize,
     /// Row by row, until the block is over: one of its rows cannot be read.
     is_by_row: bool,
 }
@@ -181,7 +186,17 @@ impl Pace {
     pub(crate) fn new(blocks: u32) -> Self {
         Self {
             blocks,
+            bytes: CHUNK_BYTES,
             is_by_row: false,
+        }
+    }
+
+    /// Chunks are to be no larger, if that is less than they are at most.
+    fn aim_at(&mut self, bytes: usize) {
+        self.bytes = bytes.min(CHUNK_BYTES);
+        if bytes < CHUNK_BYTES {
+            let blocks = u32::try_from(bytes / BLOCK_BYTES).unwrap_or(u32::MAX);
+            self.blocks = self.blocks.min(blocks.max(1));
         }
     }
 
@@ -203,7 +218,7 @@ impl Pace {
 
     fn adapt(&mut self, start: (u32, u16), read: &Read) {
         self.is_by_row &= read.end.0 == start.0;
-        self.blocks = if self.is_by_row || read.rows.byte_len() >= CHUNK_BYTES / 2 {
+        self.blocks = if self.is_by_row || read.rows.byte_len() >= self.bytes / 2 {
             (self.blocks / 2).max(1)
         } else {
             (self.blocks * 2).min(BLOCKS_MAX)
