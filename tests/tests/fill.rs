@@ -363,3 +363,34 @@ fn a_table_is_not_complete_while_a_large_commit_waits_for_a_standby() {
     });
     m.settle();
 }
+
+/// The story: it was the last transaction that had begun, and a snapshot does not list who is behind the last that is over. So the catalog
+/// was looked at too early, and the table was taken for one that had lost its label, for good.
+#[test]
+fn a_label_counts_whose_commit_waits_for_a_standby() {
+    let m = Mirror::alone("");
+    m.sql("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t SELECT generate_series(1, 100)");
+    m.start();
+    m.settle();
+    m.db.pg.configure("synchronous_standby_names = 'nobody'");
+    m.db.pg.reload();
+    let end = LetGo(&m);
+    m.db.commits_wait();
+    std::thread::scope(|scope| {
+        scope.spawn(|| m.sql("SELECT walmirror.mirror('t')"));
+        let end = end;
+        let said = |text: &str| {
+            wait_for(DEADLINE, format!("{text:?} to be said"), || {
+                let output = m.sink(|sink| sink.output());
+                assert!(!output.contains("no longer mirrored"), "{output}");
+                output.contains(text).then_some(())
+            });
+        };
+        said("mirroring a table table=\"public.t\"");
+        said("the list of mirrored tables waits for a transaction that may be committing");
+        drop(end);
+    });
+    m.settle();
+    let log = m.sink(|sink| sink.output());
+    assert!(!log.contains("no longer mirrored"), "{log}");
+}

@@ -205,6 +205,13 @@ impl Sql {
         snapshot.ok_or_else(|| Error::answer(what))
     }
 
+    /// The ids of the transactions that are not over. A snapshot does not list those above the last one that is over, and that may be the
+    /// very one that is committing: so an id is taken that is above them.
+    pub(crate) fn running(&mut self) -> Result<Vec<u64>, Error> {
+        transaction_id(self)?;
+        Ok(self.snapshot()?.in_progress().to_vec())
+    }
+
     /// The (32-bit) ids of transactions that have changed nothing here by now, however long they last: those whose sessions wait for their
     /// clients or for a lock and those that are prepared, as they have not committed, and all of other databases.
     pub(crate) fn undecided(&mut self) -> Result<Vec<u32>, Error> {

@@ -75,7 +75,7 @@ impl Committing {
     /// Those of now.
     pub(super) fn look(sql: &mut Sql, wishes: u64) -> Result<Self, Error> {
         Ok(Self {
-            open: sql.snapshot()?.in_progress().to_vec(),
+            open: sql.running()?,
             since: Instant::now(),
             is_told: false,
             wishes,

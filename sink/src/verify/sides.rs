@@ -260,8 +260,7 @@ impl Sides {
     /// before snapshots see it; with a synchronous standby, for long. A transaction whose session idles inside of it has not
     /// committed, however long it lasts, nor has one that is prepared. False: some transaction went on for too long.
     pub(super) fn outlast(&mut self) -> Result<bool, Error> {
-        let first = self.sql.snapshot()?;
-        let mut open = first.in_progress().to_vec();
+        let mut open = self.sql.running()?;
         let started = Instant::now();
         let mut wait = self.wait();
         loop {
