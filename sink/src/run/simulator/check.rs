@@ -64,7 +64,10 @@ impl Checks {
                 self.cursors.insert(*oid, (text.clone(), Cursor::parse(text)));
             }
         }
-        let step = Step::last(redis, history, &progress);
+        let step = Step {
+            may_purge_for_lost: incarnation > 0,
+            ..Step::last(redis, history, &progress)
+        };
         for oid in OIDS {
             let Some(label) = history.label(oid, lsn) else {
                 continue;
@@ -164,6 +167,8 @@ struct Step<'a> {
     /// Whether it told Redis what the tables are.
     is_met: bool,
     is_taker_known: bool,
+    /// Keys may go with a label that nobody knows of any more: Redis had it from files that were put back since.
+    may_purge_for_lost: bool,
 }
 
 impl<'a> Step<'a> {
@@ -173,6 +178,7 @@ impl<'a> Step<'a> {
             before: redis.position_after(redis.steps.len().saturating_sub(1)),
             is_met: redis.touched(RELATIONS),
             is_taker_known: is_taker_known(redis, history, progress),
+            may_purge_for_lost: false,
         }
     }
 }
@@ -211,7 +217,9 @@ fn check_table(
             continue;
         }
         let found = redis.data.get(&key);
-        if found.is_none() && (label.mode == Mode::Cache || is_purged(history, progress, label, id)) {
+        let is_purged = step.may_purge_for_lost && progress.purging.is_some()
+            || is_purged(history, progress, label, id);
+        if found.is_none() && (label.mode == Mode::Cache || is_purged) {
             continue;
         }
         let row = history.row(label.oid, id, lsn);
