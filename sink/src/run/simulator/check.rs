@@ -217,8 +217,8 @@ fn check_table(
             continue;
         }
         let found = redis.data.get(&key);
-        let is_purged = step.may_purge_for_lost && progress.purging.is_some()
-            || is_purged(history, progress, label, id);
+        let is_purged =
+            step.may_purge_for_lost && progress.purging.is_some() || is_purged(history, progress, label, id);
         if found.is_none() && (label.mode == Mode::Cache || is_purged) {
             continue;
         }

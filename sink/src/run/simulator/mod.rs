@@ -122,6 +122,7 @@ fn what_is_broken_on_purpose_is_found() {
         (Broken::ForgetPurge, NOT_OLDER),
         (Broken::NoTimelines, NO_FALSE_ALARM),
         (Broken::AnyTimeline, NOT_CONFIRMED_AHEAD),
+        (Broken::EarlyCatalog, AT_REST),
     ] {
         // These are rare. What is drawn at which seed changes with the model: then it is farther off, and takes longer.
         let from = match broken {

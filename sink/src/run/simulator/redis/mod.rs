@@ -124,6 +124,8 @@ pub(super) enum Broken {
     AnyTimeline,
     /// Where a server left the timeline that Redis mirrors is never known.
     NoTimelines,
+    /// The catalog is looked at while labels that the stream has told of are invisible.
+    EarlyCatalog,
 }
 
 impl Redis {

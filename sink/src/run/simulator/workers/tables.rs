@@ -74,8 +74,11 @@ impl Tables {
             State::Idle => {
                 window.reset(|| true);
                 if !backfill.is_reconciled() {
-                    let newest = postgres.burn_xid();
-                    self.state = State::Outlast(newest + 1, backfill.wishes());
+                    let until = match self.courier.broken {
+                        Broken::EarlyCatalog => 0,
+                        _ => postgres.burn_xid() + 1,
+                    };
+                    self.state = State::Outlast(until, backfill.wishes());
                     return Ok(());
                 }
                 self.fillings.retain(|relation, filling| {
