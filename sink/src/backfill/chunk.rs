@@ -289,14 +289,18 @@ impl Window {
     pub fn done(&self, stale: bool) {
         let mut state = self.lock();
         state.outstanding = state.outstanding.saturating_sub(1);
-        match &self.room {
-            // Those that follow tell nothing new.
-            Some(room) if stale && !state.stale => room.narrow(),
-            Some(room) if !stale => room.widen(),
-            _ => {}
+        if let Some(room) = self.room.as_ref().filter(|_| !stale) {
+            room.widen();
         }
         state.stale |= stale;
         self.changed.notify_all();
+    }
+
+    /// When the turn of a chunk came, the gate had let go of what it does not see: less is to be on its way.
+    pub fn narrow(&self) {
+        if let Some(room) = &self.room {
+            room.narrow();
+        }
     }
 
     /// The gate does not know who changed this key.
@@ -386,10 +390,11 @@ mod tests {
         let room = Room::of(1 << 20);
         let window = Window::in_room(&room);
         assert_eq!(room.chunk_bytes(), 1 << 18);
-        // Those behind it, and one of a window of its own.
+        window.narrow();
+        // Those behind it tell nothing new.
         (0..5).for_each(|_| window.done(true));
         assert_eq!(room.chunk_bytes(), 1 << 16);
-        (0..5).for_each(|_| Window::in_room(&room).done(true));
+        (0..5).for_each(|_| window.narrow());
         assert_eq!(room.chunk_bytes(), ROOM_MIN / 4);
         window.done(false);
         assert_eq!(room.chunk_bytes(), (ROOM_MIN + ROOM_STEP) / 4);

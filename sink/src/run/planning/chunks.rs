@@ -92,6 +92,7 @@ impl Planning {
         let is_whole = !matches!(chunk.content, Content::Keys(_) | Content::Orphans(_));
         if is_whole && start < chunk.content.len() && self.gate.may_have_forgotten(&chunk.snapshot) {
             add(&self.shared.metrics.chunks_dropped.forgotten, 1);
+            chunk.window.narrow();
             chunk.window.done(true);
             return Ok(());
         }
