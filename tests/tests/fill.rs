@@ -336,10 +336,10 @@ fn a_table_is_not_complete_while_a_large_commit_waits_for_a_standby() {
     let end = LetGo(&m);
     m.db.commits_wait();
     std::thread::scope(|scope| {
-        scope.spawn(|| m.sql("INSERT INTO t SELECT generate_series(1, 60000)"));
+        scope.spawn(|| m.sql("INSERT INTO t SELECT generate_series(1, 200000)"));
         let _end = end;
         wait_for(DEADLINE, "the rows whose commit waits", || {
-            m.redis.command::<bool>("EXISTS t:60000").then_some(())
+            m.redis.command::<bool>("EXISTS t:200000").then_some(())
         });
         // A snapshot ends behind the last transaction that is over.
         let mut later = m.db.connect();
