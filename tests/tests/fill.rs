@@ -307,6 +307,17 @@ fn who_waits_for_a_lock_holds_up_that_table_alone() {
 /// Commits wait for no standby any more, also where the test fails.
 struct LetGo<'m>(&'m Mirror);
 
+impl<'m> LetGo<'m> {
+    /// Until this goes, they wait for one that there is not.
+    fn later(m: &'m Mirror) -> Self {
+        m.db.pg.configure("synchronous_standby_names = 'nobody'");
+        m.db.pg.reload();
+        let end = Self(m);
+        m.db.commits_wait();
+        end
+    }
+}
+
 impl Drop for LetGo<'_> {
     fn drop(&mut self) {
         self.0.db.pg.configure("synchronous_standby_names = ''");
@@ -331,10 +342,7 @@ fn a_table_is_not_complete_while_a_large_commit_waits_for_a_standby() {
         .unwrap();
     m.sql("SELECT walmirror.mirror('c')");
     m.know_announced();
-    m.db.pg.configure("synchronous_standby_names = 'nobody'");
-    m.db.pg.reload();
-    let end = LetGo(&m);
-    m.db.commits_wait();
+    let end = LetGo::later(&m);
     std::thread::scope(|scope| {
         scope.spawn(|| m.sql("INSERT INTO t SELECT generate_series(1, 200000)"));
         let _end = end;
@@ -372,10 +380,7 @@ fn a_label_counts_whose_commit_waits_for_a_standby() {
     m.sql("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t SELECT generate_series(1, 100)");
     m.start();
     m.settle();
-    m.db.pg.configure("synchronous_standby_names = 'nobody'");
-    m.db.pg.reload();
-    let end = LetGo(&m);
-    m.db.commits_wait();
+    let end = LetGo::later(&m);
     std::thread::scope(|scope| {
         scope.spawn(|| m.sql("SELECT walmirror.mirror('t')"));
         let end = end;

@@ -64,10 +64,7 @@ impl Checks {
                 self.cursors.insert(*oid, (text.clone(), Cursor::parse(text)));
             }
         }
-        let step = Step {
-            may_purge_for_lost: incarnation > 0,
-            ..Step::last(redis, history, &progress)
-        };
+        let step = Step::last(redis, history, &progress, incarnation);
         for oid in OIDS {
             let Some(label) = history.label(oid, lsn) else {
                 continue;
@@ -172,13 +169,13 @@ struct Step<'a> {
 }
 
 impl<'a> Step<'a> {
-    fn last(redis: &'a Redis, history: &History, progress: &Progress) -> Self {
+    fn last(redis: &'a Redis, history: &History, progress: &Progress, incarnation: usize) -> Self {
         Self {
             changed: redis.changed().collect(),
             before: redis.position_after(redis.steps.len().saturating_sub(1)),
             is_met: redis.touched(RELATIONS),
             is_taker_known: is_taker_known(redis, history, progress),
-            may_purge_for_lost: false,
+            may_purge_for_lost: incarnation > 0,
         }
     }
 }

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
 
 mod captures;
+mod catalog;
 mod chunks;
 mod claims;
 mod horizon;
