@@ -15,6 +15,7 @@ use crate::ffi::datum::Row;
 use crate::ffi::function::Function;
 use crate::ffi::memory::Context;
 use crate::ffi::relation::{self, Column, Rel};
+use crate::ffi::row_types;
 use crate::ffi::session::Needs;
 use crate::ffi::{text, value};
 use crate::label::{Label, Value};
@@ -32,6 +33,8 @@ pub struct Plan {
     pub identity: u64,
     /// Which settings the functions that read its columns depend on.
     pub needs: Needs,
+    /// The row types whose columns these functions look up.
+    row_types: Vec<pg_sys::Oid>,
     /// How the stream of this session names the table, once it was met.
     pub index: Option<u32>,
     /// Whether the WAL tells which key a row had before it was changed. Labels are refused where it does not, and so is DDL that
@@ -183,6 +186,7 @@ impl Plan {
             fields: Vec::with_capacity(columns.len()),
             identity: 0,
             needs: Needs::Nothing,
+            row_types: Vec::new(),
             index: None,
             identified: table.is_partitioned() || table.identifies(template.placeholders()),
             context,
@@ -204,6 +208,16 @@ impl Plan {
     pub fn reads_only(&self, row: &Row) -> bool {
         let toasted = |field: &Field| value::is_toasted(&field.read, row, field.position);
         self.needs == Needs::Nothing && text::is_sent_plain() && !self.fields.iter().any(toasted)
+    }
+
+    /// Sees to it that no function which reads a value waits for a lock on a row type. For decoding callbacks.
+    pub fn know_row_types(&self) {
+        self.row_types.iter().copied().for_each(row_types::know);
+    }
+
+    /// The same for a query that reads the table. `false` where somebody has a row type locked.
+    pub fn know_row_types_at_once(&self) -> bool {
+        self.row_types.iter().copied().all(row_types::know_at_once)
     }
 
     /// Fetches the TOASTed values of a row that a query read. `false` if one is larger than `max_bytes`.
@@ -230,6 +244,7 @@ impl Plan {
         let (encoding, read) = types::reading(column.type_oid, form, self.context);
         if matches!(read, Read::Output { .. } | Read::Cast { .. } | Read::Json { .. }) {
             self.needs = self.needs.max(types::needs(column.type_oid));
+            self.row_types.extend(types::row_types(column.type_oid));
         }
         self.relation.columns.push(pb::Column {
             name: column.name.clone(),

@@ -242,6 +242,9 @@ impl Session {
         let reads_only_the_row = plan.reads_only(row);
         let work = || {
             settings::failpoint(settings::Failpoint::CaptureEncode);
+            if !plan.know_row_types_at_once() {
+                return None;
+            }
             if !plan.fetch_toasted(row, max_bytes) {
                 return Some(false);
             }

@@ -51,6 +51,7 @@ impl Buffers {
         let descriptor = table.descriptor();
         let entered = self.context.enter();
         let session = TextSession::enter(plan.needs);
+        plan.know_row_types();
         let result = match change {
             Change::Insert(new) => {
                 self.new_row.deform(new, &descriptor);

@@ -148,13 +148,15 @@ pub fn out_of_memory(bytes: usize) -> ! {
 }
 
 /// Whether an error says something about the value, not about the session. Classes 57 (operator intervention), 53
-/// (insufficient resources) and 58 (system error) are the session's, and so is data that is corrupt (XX001, XX002). XX000 is
+/// (insufficient resources) and 58 (system error) are the session's, and so are a lock that is not to be had (55P03), as on a row type
+/// that somebody alters, and data that is corrupt (XX001, XX002). XX000 is
 /// what functions raise that name no code, and what asks for more memory than a value may have. Class 40 says that the
 /// transaction in progress whose changes are decoded was rolled back meanwhile, for which Postgres waits
 /// (ReorderBufferProcessTXN).
 fn concerns_value(code: PgSqlErrorCode) -> bool {
     match class(code) {
         ['5', '7' | '3' | '8'] | ['4', '0'] => false,
+        ['5', '5'] => code != PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE,
         ['X', 'X'] => code == PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
         _ => true,
     }

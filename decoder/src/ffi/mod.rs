@@ -23,6 +23,7 @@ pub mod output_plugin;
 pub mod pack;
 pub mod query;
 pub mod relation;
+pub mod row_types;
 pub mod scan;
 pub mod session;
 pub mod settings;

@@ -1,8 +1,6 @@
 //! Which types are sent how. Two forms of a value exist: its text (`column::text`) and, in tables with JSON values, its
 //! JSON (`to_jsonb(column)`). Natively encoded types have one encoding for both.
 
-use std::collections::HashSet;
-
 use pgrx::pg_sys;
 use walmirror_proto::pb::Encoding;
 
@@ -44,23 +42,45 @@ pub fn users_json(type_oid: pg_sys::Oid) -> Option<pg_sys::Oid> {
         // A plain string, which takes no cast.
         return None;
     }
-    let mut met = HashSet::new();
+    let is_plain = |base: &pg_sys::Oid| catalog::element_type(*base).is_none() && !catalog::is_row(*base);
+    within(type_oid, parts)
+        .into_iter()
+        .filter(is_plain)
+        .find(|base| catalog::has_users_json_cast(*base))
+}
+
+/// The row types whose columns are looked up when a value of this type is printed.
+pub fn row_types(type_oid: pg_sys::Oid) -> Vec<pg_sys::Oid> {
+    let with_bounds = |base| match catalog::bound_type(base) {
+        Some(bound) => vec![bound],
+        None => parts(base),
+    };
+    let mut rows = within(type_oid, with_bounds);
+    rows.retain(|base| catalog::is_row(*base));
+    rows
+}
+
+/// The types of an array's elements or of a row's columns.
+fn parts(base: pg_sys::Oid) -> Vec<pg_sys::Oid> {
+    match catalog::element_type(base) {
+        Some(element) => vec![element],
+        None if catalog::is_row(base) => catalog::column_types(base),
+        None => Vec::new(),
+    }
+}
+
+/// A type and all that is within it, each as its base type and once: the columns of a row type may hold arrays of it.
+fn within(type_oid: pg_sys::Oid, parts: impl Fn(pg_sys::Oid) -> Vec<pg_sys::Oid>) -> Vec<pg_sys::Oid> {
+    let mut met = Vec::new();
     let mut open = vec![type_oid];
     while let Some(next) = open.pop() {
         let base = catalog::base_type(next);
-        // The columns of a row type may hold arrays of it.
-        if !met.insert(u32::from(base)) {
-            continue;
-        }
-        if let Some(element) = catalog::element_type(base) {
-            open.push(element);
-        } else if catalog::is_row(base) {
-            open.extend(catalog::column_types(base));
-        } else if catalog::has_users_json_cast(base) {
-            return Some(base);
+        if !met.contains(&base) {
+            met.push(base);
+            open.extend(parts(base));
         }
     }
-    None
+    met
 }
 
 /// Which settings the output of a type depends on. Rows may hold anything.

@@ -270,7 +270,8 @@ impl Sql {
                    SELECT coalesce(format('pid %s (%s, state %s, since %s)', a.pid, coalesce(a.application_name, ''), a.state, a.xact_start), \
                        'a prepared transaction') \
                    FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid \
-                   WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' AND l.relation IN (SELECT oid FROM parts) \
+                   WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' AND (l.relation IN (SELECT oid FROM parts) \
+                       OR EXISTS (SELECT FROM walmirror.tables_of_type(walmirror.row_type(l.relation)) t WHERE t IN (SELECT oid FROM tree))) \
                    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
                    ORDER BY l.granted DESC LIMIT 1";
         let oid = relation.to_string();
