@@ -299,7 +299,8 @@ BEGIN
                 SELECT command.objid AS typ WHERE command.command_tag = 'ALTER TYPE' AND command.classid = 'pg_type'::regclass AND NOT command.adds_value
                 UNION ALL
                 SELECT walmirror.row_type(h) FROM walmirror.heirs(command.objid) h
-                WHERE command.command_tag LIKE 'ALTER %' AND command.classid = 'pg_class'::regclass
+                -- A view that is replaced may get further columns.
+                WHERE (command.command_tag LIKE 'ALTER %' OR command.command_tag = 'CREATE VIEW') AND command.classid = 'pg_class'::regclass
             ) changed, walmirror.tables_of_type(changed.typ) t
         LOOP
             PERFORM walmirror.check_label(root, added => false);
@@ -318,7 +319,7 @@ BEGIN
         IF command.classid = 'pg_namespace'::regclass AND command.command_tag = 'ALTER SCHEMA' THEN
             FOR root IN SELECT m.oid FROM walmirror.mirrors m JOIN pg_class c ON c.oid = m.oid WHERE c.relnamespace = command.objid
             LOOP
-                PERFORM walmirror.invalidate(root);
+                PERFORM walmirror.check_label(root, added => false);
                 PERFORM walmirror.announce_ddl(root, refresh => false);
             END LOOP;
         END IF;

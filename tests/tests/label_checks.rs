@@ -346,3 +346,18 @@ fn a_label_holds_no_character_that_its_database_has_not() {
         assert_eq!(db.value("SELECT key FROM walmirror.mirrors"), r"a\u4e2d:{id}");
     }
 }
+
+/// What the stream could not tell of is refused where it is typed: the walsender would fail at it for good.
+#[test]
+fn a_schema_is_not_renamed_to_what_is_no_utf8() {
+    let db = Db::create_with(Pg::shared(), "ENCODING 'WIN1252' LOCALE 'C'");
+    db.sql("CREATE SCHEMA s; CREATE TABLE s.t (id int PRIMARY KEY); SELECT walmirror.mirror('s.t')");
+    let error =
+        db.error("DO $$ BEGIN EXECUTE format('ALTER SCHEMA s RENAME TO %I', 'x' || chr(129)); END $$");
+    assert_eq!(error.code().code(), "22P05", "{error:?}");
+    db.sql("ALTER SCHEMA s RENAME TO r");
+    assert_eq!(
+        db.value("SELECT count(*) FROM walmirror.relations() WHERE problem IS NULL"),
+        "1"
+    );
+}
