@@ -184,8 +184,11 @@ fn check_at_commit(table: pg_sys::Oid) {
 fn invalidate(table: pg_sys::Oid) {
     relation::require_writable(c"walmirror.invalidate()");
     if relation::label_of(table).is_some() {
+        // Nobody locks them: one may be dropped meanwhile.
         for oid in relation::with_partitions(table) {
-            relation::invalidate(oid);
+            if relation::exists(oid) {
+                relation::invalidate(oid);
+            }
         }
     }
 }

@@ -318,6 +318,12 @@ pub fn row_type(table: pg_sys::Oid) -> pg_sys::Oid {
     unsafe { pg_sys::get_rel_type_id(table) }
 }
 
+/// Whether there is a relation of this oid, as far as this session has heard.
+pub fn exists(oid: pg_sys::Oid) -> bool {
+    // SAFETY: a syscache look-up.
+    unsafe { pg_sys::get_rel_relkind(oid) != 0 }
+}
+
 /// Whether a table has partitions; false if there is no such table.
 pub fn is_partitioned(table: pg_sys::Oid) -> bool {
     // SAFETY: a syscache look-up.
