@@ -1,5 +1,7 @@
 //! The links between the sink and its two servers break in every way that links break.
 //!
+//! Links that are only slow are in faults_slow.rs.
+//!
 //! `SEED=… make test ARGS='--test faults_network NAME'` repeats the chance of a run.
 
 #![allow(
@@ -123,57 +125,6 @@ fn killed_before_exec_after_it_and_before_the_feedback() {
         s.m.sink(Sink::restart);
         s.recovers();
     }
-    s.finish(&[]);
-}
-
-/// Every byte may come alone.
-#[test]
-fn split_at_every_byte() {
-    let s = Scenario::start("split_at_every_byte", Setup::default());
-    for link in [&s.redis_link, &s.pg_link] {
-        for piece in [1, 7] {
-            link.set_both(Mode::Split(piece));
-            s.flow();
-        }
-        link.heal();
-    }
-    s.finish(&[]);
-}
-
-/// A link that is slow, far away, or both, costs time and nothing else: no connection is given up.
-#[test]
-fn slow_links() {
-    let s = Scenario::start(
-        "slow_links",
-        Setup {
-            writers: (1, Duration::from_millis(20)),
-            ..Setup::default()
-        },
-    );
-    for link in [&s.redis_link, &s.pg_link] {
-        link.set_both(Mode::Delay(20, 30));
-        s.flow();
-        // 64 kbit/s towards the sink, or from it.
-        let way = if std::ptr::eq(link, &s.pg_link) {
-            Way::ToClient
-        } else {
-            Way::ToServer
-        };
-        s.load.rest();
-        s.reach();
-        link.heal();
-        link.set(way, Mode::Throttle(8_000));
-        s.m.sql("UPDATE doc SET body = body || part");
-        s.reach();
-        link.heal();
-        s.load.resume();
-    }
-    // A drip of one byte a second for a while.
-    s.redis_link.set(Way::ToClient, Mode::Throttle(1));
-    std::thread::sleep(Duration::from_secs(5));
-    s.redis_link.heal();
-    s.flow();
-    // No connection was given up: that would be a warning.
     s.finish(&[]);
 }
 
