@@ -13,7 +13,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use walmirror_tests::{
-    DEADLINE, Dir, Mirror, REDIS_AWAY, Redis, Scenario, Setup, Signal, Tmpfs, skipped, wait_for,
+    DEADLINE, Dir, Mirror, REDIS_AWAY, Redis, Scenario, Setup, Signal, Sink, Tmpfs, skipped, wait_for,
 };
 
 fn with(options: &[&str]) -> Setup {
@@ -25,6 +25,9 @@ fn with(options: &[&str]) -> Setup {
 
 /// Redis answers before it has written where an fsync takes long: a kill may be a loss.
 const EVERYSEC: [&str; 4] = ["--appendonly", "yes", "--appendfsync", "everysec"];
+
+/// What is in memory is confirmed after this (`--durability memory`).
+const WINDOW: Duration = Duration::from_secs(2);
 
 /// Redis answers every write with an error for a while. Nothing is confirmed meanwhile, and nothing is given up.
 fn refused(name: &str, setup: Setup, code: &str, harm: impl Fn(&Scenario), heal: impl Fn(&Scenario)) {
@@ -52,10 +55,37 @@ fn refused_and(
         harm(&s);
         said(&s, code, seen);
         s.is_ready(false);
-        heal(&s);
+        nothing_is_confirmed(&s, &heal);
         s.recovers();
     }
     s.finish(&[&REDIS_AWAY[..], &[code]].concat());
+}
+
+/// Redis refuses, and is healed: for longer than what is applied waits to be confirmed neither it nor the slot moves, while the load goes on.
+#[track_caller]
+fn nothing_is_confirmed(s: &Scenario, heal: &impl Fn(&Scenario)) {
+    // Redis does not tell where it stands while it is busy.
+    let stood = s.progress();
+    let (before, committed, since) = (s.m.db.confirmed(), s.load.committed(), Instant::now());
+    wait_for(DEADLINE, "what is applied to be confirmed", || {
+        s.m.sink(Sink::assert_running);
+        (since.elapsed() > WINDOW * 2 && s.load.committed() > committed + 20).then_some(())
+    });
+    let confirmed = s.m.db.confirmed();
+    assert_eq!(confirmed, before, "Redis refuses, and the slot moves");
+    // Nobody writes to Redis between its healing and the look at it.
+    s.m.sink(|sink| sink.signal(Signal::STOP));
+    heal(s);
+    let stands = s.progress().expect("where Redis stands");
+    s.m.sink(|sink| sink.signal(Signal::CONT));
+    assert!(
+        stood.is_none_or(|stood| stood == stands),
+        "Redis refuses, and went from {stood:?} to {stands}"
+    );
+    assert!(
+        confirmed <= stands,
+        "{confirmed} is confirmed, and Redis stands at {stands}"
+    );
 }
 
 fn set(s: &Scenario, command: &str) {
