@@ -36,7 +36,7 @@ pub use compare::{Report, compare};
 pub use db::Db;
 pub use http::{figure, free_address, get};
 pub use load::Load;
-pub use logs::{POSTGRES_AWAY, REDIS_AWAY, unexpected};
+pub use logs::{GAP, POSTGRES_AWAY, REDIS_AWAY, gap, unexpected};
 pub use mirror::Mirror;
 pub use pg::{Frozen, Pg};
 pub use process::{Dir, Process, Signal, remove_dirs};

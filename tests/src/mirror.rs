@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::compare::{Report, compare};
+use crate::logs::{keeps_secret, unexpected};
 use crate::{DEADLINE, Db, Lsn, Pg, Redis, Sink, wait_for};
 
 /// The whole way of a row. Fields are dropped in this order: the sink goes first.
@@ -198,6 +199,29 @@ impl Mirror {
             );
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Nothing unexpected is in the sink's log, and no value of a row, which has `word` in it, in any. `allowed`: a warning or an error must
+    /// have one of these in it.
+    #[track_caller]
+    pub fn check_logs(&self, allowed: &[&str], word: &str) {
+        let log = self.sink(|sink| sink.output());
+        // Whoever is started again, or begins a new session, comes before the walsender of the one before has noticed that it is gone. And
+        // what the loads of all tests on a server write while one of them is held up can be a gigabyte (faults_figures has the warning).
+        let always = [
+            "replication slot * is active for PID",
+            "the slot keeps * MiB of WAL, and nothing limits it",
+        ];
+        let unexpected = unexpected(&log, &[allowed, &always].concat());
+        assert!(
+            unexpected.is_empty(),
+            "not expected in the log:\n{}",
+            unexpected.join("\n")
+        );
+        self.db.pg.assert_unharmed();
+        keeps_secret("the sink's log", &log, word);
+        keeps_secret("Postgres' log", &self.db.pg.log(), word);
+        keeps_secret("Redis' log", &self.redis.log(), word);
     }
 
     /// Compares without waiting for anything.

@@ -11,7 +11,7 @@ use rand::Rng;
 use rand::rngs::StdRng;
 
 use crate::load::{Load, tables};
-use crate::logs::{leak, unexpected};
+use crate::logs::keeps_secret;
 use crate::redis_server::free_port;
 use crate::watch::Watch;
 use crate::{DEADLINE, Db, Lsn, Mirror, Pg, Proxy, Redis, Signal, Sink, rng, wait_for};
@@ -461,32 +461,15 @@ impl Scenario {
         self.check_logs(allowed);
     }
 
-    /// Nothing unexpected, and no value of a row.
+    /// [`Mirror::check_logs`].
     #[track_caller]
     pub fn check_logs(&self, allowed: &[&str]) {
-        let log = self.log();
-        // Whoever is started again, or begins a new session, comes before the walsender of the one before has noticed that it is gone. And
-        // what the loads of all tests on a server write while one of them is held up can be a gigabyte (faults_figures has the warning).
-        let always = [
-            "replication slot * is active for PID",
-            "the slot keeps * MiB of WAL, and nothing limits it",
-        ];
-        let allowed = [allowed, &always].concat();
-        let unexpected = unexpected(&log, &allowed);
-        assert!(
-            unexpected.is_empty(),
-            "not expected in the log:\n{}",
-            unexpected.join("\n")
-        );
-        self.m.db.pg.assert_unharmed();
-        self.keeps_secret("the sink's log", &log);
-        self.keeps_secret("Postgres' log", &self.m.db.pg.log());
-        self.keeps_secret("Redis' log", &self.m.redis.log());
+        self.m.check_logs(allowed, &self.word);
     }
 
     /// INVARIANT I8, on all sides: no value of a row is in what somebody printed.
     #[track_caller]
     pub fn keeps_secret(&self, whose: &str, text: &str) {
-        assert_eq!(leak(text, &self.word), None, "a value of a row is in {whose}");
+        keeps_secret(whose, text, &self.word);
     }
 }

@@ -8,7 +8,7 @@
     clippy::indexing_slicing
 )]
 
-use walmirror_tests::{DEADLINE, Db, Mirror, Pg, wait_for};
+use walmirror_tests::{DEADLINE, Db, Mirror, POSTGRES_AWAY, Pg, gap, wait_for};
 
 /// The bits of `walmirror.failpoint`: an error, and a panic at the bit after it.
 const CALLBACKS: [(&str, u32); 6] = [
@@ -223,7 +223,9 @@ fn a_failure_in_a_backlog_ends_one_walsender_and_nothing_is_lost() {
 #[test]
 fn the_sink_survives_a_failing_decoder_and_goes_on_when_it_is_mended() {
     let m = Mirror::alone("");
-    m.sql("CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t'); INSERT INTO t VALUES (1)");
+    m.sql(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t'); INSERT INTO t VALUES (1, 'canary')",
+    );
     m.start();
     m.settle();
     let arm = |failpoint: u32| {
@@ -240,7 +242,7 @@ fn the_sink_survives_a_failing_decoder_and_goes_on_when_it_is_mended() {
             arm(failpoint);
             id += 1;
             m.sql(&format!(
-                "INSERT INTO t VALUES ({id}); TRUNCATE t; INSERT INTO t VALUES ({id}); \
+                "INSERT INTO t VALUES ({id}, 'canary'); TRUNCATE t; INSERT INTO t VALUES ({id}, 'canary'); \
                  SELECT pg_logical_emit_message(false, 'walmirror.marker', 'x')"
             ));
             let word = format!("walmirror.failpoint {failpoint}");
@@ -268,4 +270,7 @@ fn the_sink_survives_a_failing_decoder_and_goes_on_when_it_is_mended() {
         postmaster,
         "the server was restarted"
     );
+    let log = m.sink(|sink| sink.output());
+    assert_eq!(gap(&log), None);
+    m.check_logs(&[&POSTGRES_AWAY[..], &["walmirror.failpoint"]].concat(), "canary");
 }

@@ -196,7 +196,7 @@ fn another_cluster(args: &[&str]) -> (Mirror, Proxy) {
     let mut m = Mirror::alone("");
     let table = "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t')";
     m.sql(table);
-    m.sql("INSERT INTO t SELECT i, 'of the first ' || i FROM generate_series(1, 1000) i");
+    m.sql("INSERT INTO t SELECT i, 'canary of the first ' || i FROM generate_series(1, 1000) i");
     let link = Proxy::to_socket(m.db.pg.socket());
     let conninfo = format!(
         "host=127.0.0.1 port={} user=postgres dbname={}",
@@ -207,7 +207,7 @@ fn another_cluster(args: &[&str]) -> (Mirror, Proxy) {
     m.settle();
     let second = m.db.namesake(Arc::new(Pg::start_another_cluster("")));
     second.sql(table);
-    second.sql("INSERT INTO t SELECT i, 'of the second ' || i FROM generate_series(500, 2500) i");
+    second.sql("INSERT INTO t SELECT i, 'canary of the second ' || i FROM generate_series(500, 2500) i");
     m.db = second;
     link.point_to_socket(m.db.pg.socket());
     link.cut();
@@ -225,6 +225,10 @@ fn another_cluster_takes_its_place() {
     assert_eq!(m.settle().rows, 2001);
     m.sql("DELETE FROM t WHERE id % 2 = 0");
     m.check();
+    // Everything was made anew once.
+    let log = m.sink(|sink| sink.output());
+    assert_eq!(log.matches("do not fit together: ").count(), 1, "{log}");
+    m.check_logs(&[&POSTGRES_AWAY[..], &[ANOTHER_CLUSTER]].concat(), "canary");
 }
 
 #[test]

@@ -18,8 +18,8 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rustix::process::{Pid, kill_process};
 use walmirror_tests::{
-    DEADLINE, Mode, POSTGRES_AWAY, Proxy, REDIS_AWAY, Redis, Scenario, Setup, Signal, Sink, Trap, Way,
-    unexpected, wait_for,
+    DEADLINE, GAP, Mode, POSTGRES_AWAY, Proxy, REDIS_AWAY, Redis, Scenario, Setup, Signal, Sink, Trap, Way,
+    gap, unexpected, wait_for,
 };
 
 macro_rules! faults {
@@ -94,13 +94,6 @@ const ALLOWED: [&str; 20] = [
     "could not receive data from server",
     "replication slot * does not exist",
     "the slot keeps * MiB of WAL, and nothing limits it",
-];
-
-/// What it may say only where something was taken away from it: a gap that nobody made is a defect, however well it is healed.
-const GAP: [&str; 3] = [
-    "lost the progress key",
-    "somebody changed the key",
-    "do not fit together: ",
 ];
 
 /// All of it.
@@ -396,10 +389,7 @@ fn heal(s: &mut Scenario, broken: &mut Broken) -> String {
 /// Nothing was taken away while the sink said this, so it does not speak of a gap.
 #[track_caller]
 fn no_gap(said: &str) {
-    let gap = said
-        .lines()
-        .find(|line| GAP.iter().any(|sign| line.contains(sign)));
-    assert_eq!(gap, None, "nothing was taken away");
+    assert_eq!(gap(said), None, "nothing was taken away");
 }
 
 #[test]

@@ -14,7 +14,7 @@ use std::time::Duration;
 use postgres::Client;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use walmirror_tests::{Db, Dir, Mirror, Raise, Sink, Tmpfs, rng, skipped, wait_for};
+use walmirror_tests::{Db, Dir, Mirror, Raise, Sink, Tmpfs, gap, rng, skipped, wait_for};
 
 const TABLES: &str = "CREATE TABLE t (id int PRIMARY KEY, n int NOT NULL, v text); SELECT walmirror.mirror('t'); \
      CREATE TABLE u (id int PRIMARY KEY, n int NOT NULL, v text); SELECT walmirror.mirror('u', value => 'json'); \
@@ -214,7 +214,7 @@ fn killed_while_it_is_applied() {
 #[test]
 fn no_space_for_the_spool() {
     let dir = Dir::new("spool");
-    let Some(_full) = Tmpfs::mount(dir.path(), "1m") else {
+    let Some(full) = Tmpfs::mount(dir.path(), "1m") else {
         skipped("this user may not mount a tmpfs");
         return;
     };
@@ -222,20 +222,31 @@ fn no_space_for_the_spool() {
     m.sql(TABLES);
     m.start_with(&["--spool-dir", dir.path().to_str().unwrap()]);
     m.settle();
-    m.sql("INSERT INTO t SELECT i, 0, repeat('x', 100) FROM generate_series(1, 30000) i");
-    m.settle();
+    let fill = |table: &str, from: u32| {
+        m.sql(&format!(
+            "INSERT INTO {table} SELECT i, 0, repeat('canary', 17) FROM generate_series({from}, {from} + 29999) i"
+        ));
+        m.settle()
+    };
+    let no_room = "there is no room for transactions in progress";
+    let told = || m.sink(|sink| sink.output()).matches(no_room).count();
+    fill("t", 1);
     let log = m.sink(|sink| sink.output());
-    assert!(
-        log.contains("there is no room for transactions in progress") && log.contains("No space left"),
-        "{log}"
-    );
+    assert!(log.contains(no_room) && log.contains("No space left"), "{log}");
     assert!(counted(&m.db).1 > 0, "the next session gets it spilled");
-    m.sql("INSERT INTO u SELECT i, 0, repeat('x', 100) FROM generate_series(1, 30000) i");
-    assert_eq!(m.settle().rows, 60_000);
-    assert_eq!(
-        m.sink(|sink| sink.output()).matches("there is no room").count(),
-        1
-    );
+    assert_eq!(fill("u", 1).rows, 60_000);
+    assert_eq!(told(), 1);
+    // Once there is room, the next start tries again.
+    full.resize("64m");
+    m.sink(Sink::terminate);
+    m.sink(Sink::restart);
+    let before = counted(&m.db).0;
+    assert_eq!(fill("t", 30_001).rows, 90_000);
+    assert!(counted(&m.db).0 > before, "it comes in progress again");
+    assert_eq!(told(), 1);
+    let log = m.sink(|sink| sink.output());
+    assert_eq!(gap(&log), None);
+    m.check_logs(&[no_room, "a transaction in progress cannot be kept"], "canary");
 }
 
 /// One transaction of random statements, savepoints and what becomes of them. Writers have rows of their own, so that they
