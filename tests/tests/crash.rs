@@ -1,4 +1,6 @@
 //! Whatever ends at whatever moment: in the end Redis equals Postgres, and nothing went back on the way.
+//!
+//! What ends in the middle of a backfill is in crash_fill.rs.
 
 #![allow(
     clippy::unwrap_used,
@@ -14,9 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rand::Rng;
-use walmirror_tests::{
-    DEADLINE, Db, Lsn, Mirror, Mode, Proxy, Raise, Redis, Signal, Sink, rng, unexpected, wait_for,
-};
+use walmirror_tests::{DEADLINE, Db, Lsn, Mirror, Mode, Proxy, Raise, Redis, Signal, Sink, rng, wait_for};
 
 /// Small transactions, each of which counts `n` up in a few rows, until `done`.
 fn count_up(db: &Db, worker: u32, workers: u32, rows: u32, done: &AtomicBool) {
@@ -138,92 +138,6 @@ fn killed_at_any_moment_under_load() {
     });
     println!("{writes} writes in {steps} steps");
     assert!(writes > 100 && steps > 25);
-}
-
-/// How many rows the backfill of the only table has read, while it is strictly inside of the table; None before and after.
-fn inside(m: &Mirror) -> Option<u64> {
-    let (_, output) = m.run(&["status", "--json", "--log-level", "error"]);
-    let status: serde_json::Value = serde_json::from_str(&output).ok()?;
-    let cursor = &status["tables"][0]["backfill"];
-    (cursor["stage"] == "fill")
-        .then(|| cursor["rows"].as_u64())?
-        .filter(|&rows| rows > 0)
-}
-
-/// Each of the three dies in turn while the backfill is in the middle of the table, and it goes on where it was. When it is at its
-/// end nothing is read again: nobody may.
-#[test]
-fn killed_during_the_backfill() {
-    const ROWS: u32 = 400_000;
-    let mut m = Mirror::alone("");
-    m.redis = Redis::start_with(&["--appendonly", "yes", "--appendfsync", "always"]);
-    counters(&m, ROWS);
-    m.sql("CREATE ROLE mirror LOGIN REPLICATION; GRANT SELECT ON t TO mirror");
-    let conninfo =
-        m.db.pg
-            .conninfo(&m.db.name)
-            .replace("user=postgres", "user=mirror");
-    m.start_at(&conninfo, &m.redis.url(), &[], &[]);
-    let mut last = 0;
-    for victim in ["sink", "Postgres", "Redis", "sink", "Postgres", "Redis"] {
-        // Nobody writes while Redis or Postgres itself is taken away from this test.
-        let done = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            scope.spawn(|| count_up(&m.db, 0, 1, ROWS, &done));
-            let _end = Raise(&done);
-            last = wait_for(
-                DEADLINE,
-                format!("the backfill to go on after {last} rows"),
-                || {
-                    m.sink(Sink::assert_running);
-                    inside(&m).filter(|&rows| rows > last)
-                },
-            );
-        });
-        let seen = m.sink(|sink| sink.output().len());
-        match victim {
-            "sink" => m.sink(|sink| {
-                sink.kill();
-                sink.restart();
-            }),
-            "Postgres" => {
-                m.db.pg.restart(Signal::KILL);
-                m.db.reconnect();
-            }
-            _ => {
-                m.redis.stop(Signal::KILL);
-                m.redis.resume();
-            }
-        }
-        wait_for(
-            DEADLINE,
-            format!("the backfill to be resumed after {victim} died"),
-            || {
-                m.sink(Sink::assert_running);
-                m.sink(|sink| sink.output()[seen..].contains("resumed=true").then_some(()))
-            },
-        );
-    }
-    m.settle_within(Duration::from_secs(120));
-    wait_for(DEADLINE, "the end of the backfill", || {
-        let (_, status) = m.run(&["status", "--log-level", "error"]);
-        status.contains("   complete").then_some(())
-    });
-    let log = m.sink(|sink| sink.output());
-    assert!(!log.contains("do not fit together"), "{log}");
-    m.sql("REVOKE SELECT ON t FROM mirror");
-    m.sink(|sink| {
-        sink.kill();
-        sink.restart();
-    });
-    m.sql("UPDATE t SET n = n + 1 WHERE id % 100 = 0");
-    m.check();
-    let log = m.sink(|sink| sink.output()[log.len()..].to_owned());
-    let read = ["backfill begins", "permission denied"];
-    assert!(!read.iter().any(|sign| log.contains(sign)), "{log}");
-    // The walsender of the one that was killed may not have noticed.
-    let more = unexpected(&log, &["replication slot * is active for PID"]);
-    assert!(more.is_empty(), "{more:?}");
 }
 
 /// A transaction so large that it is applied in several steps, interrupted in the middle of them.
