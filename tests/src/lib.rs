@@ -48,4 +48,4 @@ pub use sink::Sink;
 pub use skip::skipped;
 pub use tmpfs::Tmpfs;
 pub use wait::{DEADLINE, Lsn, Raise, wait_for};
-pub use watch::Watch;
+pub use watch::{Looks, Watch};

@@ -19,6 +19,8 @@ pub const ACCOUNTS: i32 = 20;
 pub const SUM: i64 = ACCOUNTS as i64 * 1000;
 /// Item ids are below this.
 const ITEMS: i32 = 300;
+/// Rows of `item` and of `seen` up to this id are neither deleted nor moved, and their `n` only ever grows.
+pub const COUNTED: i32 = 20;
 /// The kind of transactions that are prepared, and end later.
 const PREPARED: usize = 11;
 /// Kinds of transactions.
@@ -225,11 +227,11 @@ fn transaction(rng: &mut StdRng) -> (usize, String) {
                 "INSERT INTO item SELECT {id}, 0, word, repeat(word, 250) FROM secret ON CONFLICT DO NOTHING"
             ),
         ),
-        47..50 => (4, format!("DELETE FROM item WHERE id = {id}")),
+        47..50 => (4, format!("DELETE FROM item WHERE id = {id} AND id > {COUNTED}")),
         50..53 => (
             5,
             format!(
-                "UPDATE item SET id = {} WHERE id = {id} AND NOT EXISTS (SELECT FROM item WHERE id = {})",
+                "UPDATE item SET id = {} WHERE id = {id} AND id > {COUNTED} AND NOT EXISTS (SELECT FROM item WHERE id = {})",
                 id + ITEMS,
                 id + ITEMS
             ),
@@ -301,9 +303,10 @@ fn cached(rng: &mut StdRng, id: i32) -> String {
         2 => format!(
             "UPDATE seen SET note = word || n, big = repeat(word || n, 200) FROM secret WHERE id = {id}"
         ),
-        3 => format!("DELETE FROM seen WHERE id = {id}"),
+        3 => format!("DELETE FROM seen WHERE id = {id} AND id > {COUNTED}"),
         4 => format!(
-            "UPDATE seen SET id = {id} + {ITEMS} WHERE id = {id} AND NOT EXISTS (SELECT FROM seen WHERE id = {id} + {ITEMS})"
+            "UPDATE seen SET id = {id} + {ITEMS} WHERE id = {id} AND id > {COUNTED} \
+             AND NOT EXISTS (SELECT FROM seen WHERE id = {id} + {ITEMS})"
         ),
         5 => format!(
             "BEGIN; UPDATE hot SET n = -1 WHERE owner = {owner}; ROLLBACK; DELETE FROM hot WHERE owner = {owner} AND part = '{part}'"

@@ -13,7 +13,7 @@ use rand::rngs::StdRng;
 use crate::load::{Load, tables};
 use crate::logs::keeps_secret;
 use crate::redis_server::free_port;
-use crate::watch::Watch;
+use crate::watch::{Looks, Watch};
 use crate::{DEADLINE, Db, Lsn, Mirror, Pg, Proxy, Redis, Signal, Sink, rng, wait_for};
 
 /// Each process of the sink stays below this, whatever waits on either side. Peaks of 16 to 53 MB were seen.
@@ -427,17 +427,17 @@ impl Scenario {
         took
     }
 
-    /// The end of every scenario. `allowed`: a warning or an error in the log must have one of these in it.
+    /// The end of every scenario. `allowed`: a warning or an error in the log must have one of these in it. Returns what was looked at.
     #[track_caller]
-    pub fn finish(mut self, allowed: &[&str]) {
+    pub fn finish(mut self, allowed: &[&str]) -> Looks {
         let took = self.converge();
         let committed = self.load.committed();
         self.load.stop();
         self.m.settle();
-        let (samples, slot_samples) = self.watch.stop();
+        let looks = self.watch.stop();
         let memory = self.m.sink(|sink| sink.memory_max());
         println!(
-            "recovered in {took:?}; {committed} transactions, {} rows of caches compared, {samples} looks, {slot_samples} at the slot too, {} connections to Redis, {} to Postgres, \
+            "recovered in {took:?}; {committed} transactions, {} rows of caches compared, {looks:?}, {} connections to Redis, {} to Postgres, \
              {} MB and {} files at most",
             self.cached,
             self.redis_link.accepted(),
@@ -459,6 +459,7 @@ impl Scenario {
         });
         assert_eq!(status.code(), Some(0), "{}", self.log());
         self.check_logs(allowed);
+        looks
     }
 
     /// [`Mirror::check_logs`].

@@ -3,6 +3,8 @@
 //! - INVARIANT I1: what the slot is confirmed to, read first, is never beyond what Redis says it has, read after.
 //! - INVARIANT I4: the position does not go back within an epoch, nor the epoch.
 //! - The accounts in Redis, read in one MULTI, are all there and always add up: transactions are whole (INVARIANT I2).
+//! - No row goes back. Each of some items counts up and is always there, written by the stream alone or read again for its large value;
+//!   rows of a cache count up as well, and come and go as SELECTs read them and writes remove them.
 //!
 //! A server that does not answer is not looked at. Where a fault makes Redis itself lose data, the test says so, and
 //! what was lost is let go.
@@ -15,11 +17,14 @@ use std::time::Duration;
 use postgres::{Client, NoTls};
 use redis::Connection;
 
-use crate::load::{ACCOUNTS, SUM};
+use crate::load::{ACCOUNTS, COUNTED, SUM};
 use crate::{DEADLINE, Lsn, wait_for};
 
 /// How long a server that is stopped may keep a look at it.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The tables whose rows count up: one that is mirrored, and a cache.
+const TABLES: [&str; 2] = ["item", "seen"];
 
 #[derive(Default)]
 struct State {
@@ -28,7 +33,32 @@ struct State {
     redis_port: AtomicU16,
     samples: AtomicU64,
     slot_samples: AtomicU64,
+    /// How often a row was seen to have counted up, of each of [`TABLES`].
+    steps: [AtomicU64; 2],
     broken: Mutex<Vec<String>>,
+}
+
+impl State {
+    /// Compares the rows that count up with the highest that each was, whatever was not there meanwhile.
+    fn count(&self, seen: &Seen, highest: &mut [Option<i64>], broken: &mut Vec<String>) {
+        for (place, (count, highest)) in seen.counts.iter().zip(highest).enumerate() {
+            let (table, id) = (place / COUNTED as usize, place % COUNTED as usize + 1);
+            let key = format!("{}:{id}", TABLES[table]);
+            match (*highest, *count) {
+                (Some(before), Some(now)) if now < before => {
+                    broken.push(format!("{key} went from {before} back to {now} at {}", seen.lsn));
+                }
+                (Some(before), Some(now)) if now > before => {
+                    self.steps[table].fetch_add(1, Ordering::AcqRel);
+                }
+                (_, None) if TABLES[table] == "item" => {
+                    broken.push(format!("{key} is not there at {}", seen.lsn));
+                }
+                _ => {}
+            }
+            *highest = (*highest).max(*count);
+        }
+    }
 }
 
 /// The thread that looks.
@@ -79,19 +109,35 @@ impl Watch {
         self.assert_holds();
     }
 
-    /// Ends, and says how often Redis was looked at, and how often the slot just before it.
+    /// Ends, and says what it has seen.
     #[track_caller]
-    pub fn stop(&mut self) -> (u64, u64) {
+    pub fn stop(&mut self) -> Looks {
         self.state.stop.store(true, Ordering::Release);
         if let Some(thread) = self.thread.take() {
             thread.join().expect("the watch");
         }
         self.assert_holds();
-        (
-            self.state.samples.load(Ordering::Acquire),
-            self.state.slot_samples.load(Ordering::Acquire),
-        )
+        let count = |count: &AtomicU64| count.load(Ordering::Acquire);
+        Looks {
+            redis: count(&self.state.samples),
+            slot: count(&self.state.slot_samples),
+            items: count(&self.state.steps[0]),
+            cached: count(&self.state.steps[1]),
+        }
     }
+}
+
+/// What a watch has seen.
+#[derive(Debug)]
+pub struct Looks {
+    /// How often Redis was looked at.
+    pub redis: u64,
+    /// How often the slot just before it.
+    pub slot: u64,
+    /// How often a row of `item` had counted up.
+    pub items: u64,
+    /// How often a row of the cache `seen` had.
+    pub cached: u64,
 }
 
 impl Drop for Watch {
@@ -105,11 +151,14 @@ struct Seen {
     lsn: Lsn,
     epoch: u64,
     balances: Vec<Option<i64>>,
+    /// `n` of the rows that count up, table by table.
+    counts: Vec<Option<i64>>,
 }
 
 fn look(state: &State, config: &postgres::Config, slot: &str) {
     let (mut client, mut redis): (Option<Client>, Option<(u16, Connection)>) = (None, None);
     let mut last: Option<(u64, Lsn)> = None;
+    let mut highest = [None; TABLES.len() * COUNTED as usize];
     while !state.stop.load(Ordering::Acquire) {
         thread::sleep(Duration::from_millis(4));
         let lossy = state.lossy.load(Ordering::Acquire);
@@ -122,6 +171,7 @@ fn look(state: &State, config: &postgres::Config, slot: &str) {
         // A loss that began while this was read counts as well.
         if lossy || state.lossy.load(Ordering::Acquire) {
             last = None;
+            highest.fill(None);
             continue;
         }
         let mut broken = Vec::new();
@@ -146,6 +196,7 @@ fn look(state: &State, config: &postgres::Config, slot: &str) {
         } else if sum != SUM {
             broken.push(format!("the accounts add up to {sum} at {}", seen.lsn));
         }
+        state.count(&seen, &mut highest, &mut broken);
         state.samples.fetch_add(1, Ordering::AcqRel);
         if confirmed.is_some() {
             state.slot_samples.fetch_add(1, Ordering::AcqRel);
@@ -188,19 +239,27 @@ fn seen(redis: &mut Option<(u16, Connection)>, port: u16, slot: &str) -> Option<
     for id in 0..ACCOUNTS {
         pipe.cmd("HGET").arg(format!("account:{id}")).arg("balance");
     }
+    for table in TABLES {
+        for id in 1..=COUNTED {
+            pipe.cmd("HGET").arg(format!("{table}:{id}")).arg("n");
+        }
+    }
     let reply: Result<Vec<redis::Value>, _> = pipe.query(connection);
     let Ok(reply) = reply else {
         *redis = None;
         return None;
     };
-    let (progress, balances) = reply.split_first()?;
+    let (progress, rows) = reply.split_first()?;
+    let (balances, counts) = rows.split_at_checked(ACCOUNTS as usize)?;
+    let numbers = |values: &[redis::Value]| {
+        let number = |value| redis::from_redis_value_ref(value).unwrap_or(None);
+        values.iter().map(number).collect()
+    };
     let (lsn, epoch): (Option<String>, Option<u64>) = redis::from_redis_value_ref(progress).ok()?;
     Some(Seen {
         lsn: lsn?.parse().ok()?,
         epoch: epoch?,
-        balances: balances
-            .iter()
-            .map(|value| redis::from_redis_value_ref(value).unwrap_or(None))
-            .collect(),
+        balances: numbers(balances),
+        counts: numbers(counts),
     })
 }
