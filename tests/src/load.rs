@@ -21,6 +21,8 @@ pub const SUM: i64 = ACCOUNTS as i64 * 1000;
 const ITEMS: i32 = 300;
 /// Rows of `item` and of `seen` up to this id are neither deleted nor moved, and their `n` only ever grows.
 pub const COUNTED: i32 = 20;
+/// The most rows that a transaction changes: those of `scratch` that are there before and after it is emptied, or of `seen`.
+pub const ROWS_MAX: usize = 6;
 /// The kind of transactions that are prepared, and end later.
 const PREPARED: usize = 11;
 /// Kinds of transactions.

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use rand::Rng;
 use rand::rngs::StdRng;
 
-use crate::load::{Load, tables};
+use crate::http::figure;
+use crate::load::{Load, ROWS_MAX, tables};
 use crate::logs::keeps_secret;
 use crate::redis_server::free_port;
 use crate::watch::{Looks, Watch};
@@ -289,6 +290,29 @@ impl Scenario {
         let mut answer = String::new();
         let _ = stream.read_to_string(&mut answer);
         Some(answer).filter(|answer| !answer.is_empty())
+    }
+
+    /// The figure of this name in `/metrics`.
+    #[track_caller]
+    pub fn figure(&self, name: &str) -> f64 {
+        let address = format!("127.0.0.1:{}", self.admin);
+        wait_for(DEADLINE, format!("the figure {name}"), || figure(&address, name))
+    }
+
+    /// How many rows the sink's process was sent again, and skipped because Redis had them: each time that it begins to stream, at most those
+    /// of the last transaction that was applied, however much is not confirmed.
+    #[track_caller]
+    pub fn repeats(&self) -> usize {
+        let skipped = self.figure("walmirror_rows_skipped_total{reason=\"already_applied\"}") as usize;
+        let log = self.log();
+        let process = log.rsplit("walmirror starts").next().unwrap_or_default();
+        let sessions = process.matches(" streaming slot=").count();
+        assert!(sessions > 0, "{log}");
+        assert!(
+            skipped <= sessions * ROWS_MAX,
+            "{skipped} rows were skipped in {sessions} sessions"
+        );
+        skipped
     }
 
     /// Waits for a line of the sink's log that is new since `seen` bytes of it.

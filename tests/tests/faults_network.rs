@@ -73,6 +73,7 @@ fn a_batch_is_applied_and_the_answer_lost() {
         s.redis_link.arm(Trap::LoseReply, "EXEC");
         sprung(&s.redis_link, count);
         s.recovers();
+        s.repeats();
     }
     s.finish(&lost(&[]));
 }
@@ -112,6 +113,7 @@ fn killed_before_exec_after_it_and_before_the_feedback() {
         sprung(&s.redis_link, count as u64 + 1);
         s.kill_sink();
         s.recovers();
+        s.repeats();
     }
     for _ in 0..3 {
         // Redis answers, but Postgres does not hear of it any more.
@@ -124,6 +126,7 @@ fn killed_before_exec_after_it_and_before_the_feedback() {
         s.pg_link.heal();
         s.m.sink(Sink::restart);
         s.recovers();
+        s.repeats();
     }
     s.finish(&[]);
 }

@@ -45,6 +45,8 @@ fn restarted_and_crashed_under_load() {
         s.m.db.pg.restart(signal);
         s.m.db.reconnect();
         s.recovers();
+        // Also after a stop in good order: what is confirmed last is not in the slot's file.
+        s.repeats();
     }
     s.finish(&POSTGRES_AWAY);
 }

@@ -27,15 +27,18 @@ fn kills() -> u32 {
 #[test]
 fn killed_at_many_random_moments() {
     let mut s = Scenario::start("killed_at_many_random_moments", Setup::default());
+    let mut again = 0;
     for kill in 0..kills() {
         std::thread::sleep(Duration::from_millis(s.rng.random_range(0..120)));
         s.kill_sink();
         if kill % 8 == 0 {
             s.recovers();
+            again += s.repeats();
         }
     }
     let looks = s.finish(&[]);
     if kills() >= 200 {
+        assert!(again > 0, "no kill came before what was applied was confirmed");
         assert!(looks.items > 0 && looks.cached > 0, "no row counts up: {looks:?}");
     }
 }
@@ -59,6 +62,7 @@ fn stopped_under_load() {
         );
         s.restart_sink();
         s.recovers();
+        assert_eq!(s.repeats(), 0, "something came again that was acknowledged");
     }
     s.finish(&[]);
 }
