@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 use walmirror_tests::{
-    DEADLINE, Db, Mode, POSTGRES_AWAY, Pg, Proxy, REDIS_AWAY, Redis, SOON_AFTER_SILENCE, Scenario, Setup,
-    Sink, Trap, Way, wait_for,
+    DEADLINE, Db, Lsn, Mode, POSTGRES_AWAY, Pg, Proxy, REDIS_AWAY, Redis, SOON_AFTER_SILENCE, Scenario,
+    Setup, Sink, Trap, Way, wait_for,
 };
 
 /// What the sink may say when it lost Redis or Postgres, and this.
@@ -272,6 +272,15 @@ fn reason(s: &Scenario, status: ExitStatus) -> (String, i32) {
     );
     assert!((1..=4).contains(&code), "{status}:\n{log}");
     let last = last.unwrap_or_default();
+    if last.contains("the stream cannot be followed") {
+        let lsn = last
+            .split_once(", at LSN ")
+            .and_then(|(_, rest)| rest.split_once(": "));
+        assert!(
+            lsn.is_some_and(|(lsn, _)| lsn.parse::<Lsn>().is_ok_and(|lsn| lsn.0 > 0)),
+            "no position: {last}"
+        );
+    }
     println!("exit code {code}: {last}");
     (last.to_owned(), code)
 }

@@ -397,6 +397,8 @@ fn what_a_later_version_writes_ends_the_session_before_it() {
         let bytes = [frame.0.as_bytes(), &record].concat();
         let error = planning.frame(&bytes, Lsn::INVALID).unwrap_err();
         assert!(error.to_string().contains(what), "{error}");
+        // Where Redis is.
+        assert!(error.to_string().contains(", at LSN 0/A: "), "{error}");
         assert_eq!(error.class(), crate::error::Class::Bug);
         assert_eq!(error.exit_code(), crate::error::exit::INTERNAL);
         assert_eq!(flushed(&mut planning), Vec::<String>::new(), "{what}");
