@@ -15,7 +15,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use walmirror_tests::{
-    DEADLINE, Lsn, Mode, REDIS_AWAY, Raise, SOON_AFTER_SILENCE, Scenario, Setup, Way, wait_for,
+    DEADLINE, Lsn, Mode, POSTGRES_AWAY, REDIS_AWAY, Raise, SOON_AFTER_SILENCE, Scenario, Setup, Signal, Way,
+    wait_for,
 };
 
 /// `/readyz` says no within 6 s of silence (docs/operations.md), and a busy machine takes its time.
@@ -132,6 +133,43 @@ fn the_lag_is_true_while_a_link_is_slow() {
         figure(&figures(&s), "walmirror_slot_retained_bytes").filter(|kept| *kept < 40e6)
     });
     s.finish(&[&REDIS_AWAY[..], &["the slot keeps"]].concat());
+}
+
+/// Redis is silent for so long that Postgres gives the slot up, as its disk is worth more than a resync. Log and figures say so while there
+/// is time to do something.
+#[test]
+fn a_slot_in_danger_is_told_before_it_is_lost() {
+    let limits = "max_slot_wal_keep_size = 64MB\nmax_wal_size = 32MB\nmin_wal_size = 32MB\nwal_keep_size = 0";
+    let mut s = Scenario::start("a_slot_in_danger_is_told_before_it_is_lost", Setup::alone(limits));
+    s.load.rest();
+    s.resyncs();
+    let safe = s.figure("walmirror_slot_safe_bytes");
+    let seen = s.log().len();
+    s.m.redis.signal(Signal::STOP);
+    let write = |megabytes: u32| {
+        let message = "SELECT pg_logical_emit_message(false, 'x', repeat('x', 1000000))";
+        s.m.sql(&format!("{message} FROM generate_series(1, {megabytes})"));
+        s.m.sql("CHECKPOINT");
+    };
+    let is_lost = || {
+        let status = "SELECT wal_status FROM pg_replication_slots WHERE slot_name = current_database()";
+        s.m.db.value(status) == "lost"
+    };
+    write(40);
+    s.said("the slot keeps", seen);
+    wait_for(ASKED, "less to be safe", || {
+        let left = s.figure("walmirror_slot_safe_bytes");
+        (0.0..safe - 30e6).contains(&left).then_some(())
+    });
+    assert!(!is_lost(), "it is told too late");
+    wait_for(DEADLINE, "the slot to be lost", || {
+        write(20);
+        is_lost().then_some(())
+    });
+    s.m.redis.signal(Signal::CONT);
+    s.said("has lost the WAL", seen);
+    let more = ["the slot keeps", "has lost the WAL"];
+    s.finish(&[&REDIS_AWAY[..], &POSTGRES_AWAY, &more].concat());
 }
 
 /// Looks for as long as it takes to fall behind for some seconds.
