@@ -109,6 +109,13 @@ fn a_failover_slot_behind_redis_is_a_gap() {
         return;
     };
     let mut sql = standby.connect("postgres");
+    // The story: what was prepared when the standby was cut off stayed so for ever on the new primary, and the backfill waited for it.
+    s.load.rest();
+    let rested = s.m.db.lsn();
+    wait_for(DEADLINE, "the standby to have what the load did", || {
+        let replayed = format!("SELECT FROM pg_last_wal_replay_lsn() AS lsn WHERE lsn >= '{rested}'");
+        (!sql.query(&replayed, &[]).unwrap().is_empty()).then_some(())
+    });
     sql.batch_execute("ALTER SYSTEM SET primary_conninfo = ''")
         .unwrap();
     sql.batch_execute("SELECT pg_reload_conf()").unwrap();
@@ -116,6 +123,7 @@ fn a_failover_slot_behind_redis_is_a_gap() {
         let receivers = sql.query("SELECT FROM pg_stat_wal_receiver", &[]);
         receivers.unwrap().is_empty().then_some(())
     });
+    s.load.resume();
     s.flow();
     s.m.sql("INSERT INTO item SELECT i, i, 'of a future that never was' FROM generate_series(2000, 2100) i; DELETE FROM doc");
     s.reach();
