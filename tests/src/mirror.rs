@@ -131,6 +131,27 @@ impl Mirror {
         });
     }
 
+    /// Waits for the end of the backfill of each table, as `walmirror status` tells it, which notes what it finds as well.
+    #[track_caller]
+    pub fn filled(&self) {
+        let tables: usize = self
+            .db
+            .value("SELECT count(*) FROM walmirror.mirrors")
+            .parse()
+            .unwrap();
+        wait_for(DEADLINE, "the backfill to end", || {
+            let (_, status) = self.run(&["status"]);
+            (status.matches("   complete").count() == tables).then_some(())
+        });
+    }
+
+    /// How many rows that cannot be mirrored are noted in Redis.
+    #[track_caller]
+    pub fn notes(&self) -> u64 {
+        let count = format!("XLEN walmirror:{{{}}}:rejected", self.db.name);
+        self.redis.command(&count)
+    }
+
     /// Waits until the sink knows of all its tables who was writing to them when they were announced.
     #[track_caller]
     pub fn know_announced(&self) {

@@ -1,4 +1,6 @@
 //! Rows that cannot be mirrored: the rest goes on, none of them is forgotten, and each is noted once.
+//!
+//! Where the sink is to stop instead: bad_row_stop.rs.
 
 #![allow(
     clippy::unwrap_used,
@@ -33,23 +35,6 @@ fn walmirror(m: &Mirror, command: &str) -> (i32, String) {
     (code.unwrap(), output)
 }
 
-/// Waits for the end of the backfill, which notes what it finds as well.
-fn filled(m: &Mirror) {
-    let tables: usize =
-        m.db.value("SELECT count(*) FROM walmirror.mirrors")
-            .parse()
-            .unwrap();
-    wait_for(DEADLINE, "the backfill to end", || {
-        let (_, status) = walmirror(m, "status");
-        (status.matches("   complete").count() == tables).then_some(())
-    });
-}
-
-fn notes(m: &Mirror) -> u64 {
-    m.redis
-        .command(&format!("XLEN walmirror:{{{}}}:rejected", m.db.name))
-}
-
 fn log(m: &Mirror) -> String {
     let log = m.sink(|sink| sink.output());
     assert!(!log.contains(CANARY), "a value was logged");
@@ -74,16 +59,16 @@ fn rows_larger_than_redis_takes_are_left_out_and_the_rest_flows() {
         &[],
     );
     // The backfill leaves one out …
-    filled(&m);
-    assert_eq!(notes(&m), 1);
+    m.filled();
+    assert_eq!(m.notes(), 1);
     for table in ["h", "j", "s"] {
-        let before = notes(&m);
+        let before = m.notes();
         m.sql(&format!(
             "INSERT INTO {table} VALUES (10, 'small', 0), (11, {}, 0), (12, 'small', 0); INSERT INTO {table} VALUES (13, 'small', 0)",
             large()
         ));
         m.sync();
-        assert!(notes(&m) > before, "{table}");
+        assert!(m.notes() > before, "{table}");
         // … and so does the stream. A key that held the row before goes, under its old name too. A row whose large value the
         // last update leaves alone is read again, and found to be too large again.
         m.sql(&format!(
@@ -130,14 +115,14 @@ fn a_row_whose_key_is_longer_than_redis_takes_is_noted_and_the_rest_flows() {
          INSERT INTO t VALUES (1, 'v', 0), (2, repeat('x', 1048576), 0); SELECT walmirror.mirror('t', key => 't:{id}:{v}', columns => '{id,n}')",
         &[],
     );
-    filled(&m);
-    assert_eq!(notes(&m), 1);
+    m.filled();
+    assert_eq!(m.notes(), 1);
     m.sql("UPDATE t SET n = 1; INSERT INTO t VALUES (3, 'v', 0)");
     m.sync();
-    assert_eq!(notes(&m), 2);
+    assert_eq!(m.notes(), 2);
     m.sql("UPDATE t SET v = repeat('y', 1048576) WHERE id = 1; DELETE FROM t WHERE id = 2");
     m.sync();
-    assert_eq!(notes(&m), 3);
+    assert_eq!(m.notes(), 3);
     assert_eq!(m.redis.keys(), ["t:3:v"]);
     let (code, output) = walmirror(&m, "verify");
     assert_eq!(code, 0, "{output}");
@@ -153,16 +138,16 @@ fn a_row_with_a_bookkeeping_key_is_noted_and_the_rest_flows() {
         "CREATE TABLE t (token text PRIMARY KEY, lsn text, epoch text); SELECT walmirror.mirror('t', key => 'w{token}')",
         &[],
     );
-    filled(&m);
+    m.filled();
     let own = format!("almirror:{{{}}}", m.db.name);
     m.sql(&format!("INSERT INTO t VALUES ('{own}:progress', '0/1', '99'), ('{own}:pending', 'x', 'y'), ('free', 'x', 'y')"));
     m.sync();
-    assert_eq!(notes(&m), 2);
+    assert_eq!(m.notes(), 2);
     // Read again, it is refused again.
     m.sql("UPDATE t SET epoch = '98'; DELETE FROM t WHERE token LIKE '%:pending'; ALTER TABLE t ADD n int DEFAULT 1");
-    filled(&m);
+    m.filled();
     m.sync();
-    assert_eq!(notes(&m), 5);
+    assert_eq!(m.notes(), 5);
     let (code, output) = walmirror(&m, "verify");
     assert_eq!(code, 0, "{output}");
     m.sql("UPDATE t SET token = 'mended' WHERE token LIKE '%:progress'");
@@ -182,14 +167,14 @@ fn a_row_with_a_key_of_a_more_specific_table_is_noted_and_the_rest_flows() {
          SELECT walmirror.mirror('wide', key => 'u:{id}'), walmirror.mirror('narrow', key => 'u:a:{id}')",
         &[],
     );
-    filled(&m);
-    assert_eq!(notes(&m), 1);
+    m.filled();
+    assert_eq!(m.notes(), 1);
     m.sql(
         "INSERT INTO wide VALUES ('a:2', 'wide'), ('a:3', 'wide'), ('b', 'wide'); UPDATE wide SET v = 'w' WHERE id = 'a:1'; \
          UPDATE wide SET id = 'a:4' WHERE id = 'a'; DELETE FROM wide WHERE id IN ('a:2', 'a:4')",
     );
     m.sync();
-    assert_eq!(notes(&m), 5);
+    assert_eq!(m.notes(), 5);
     let v = |key: &str| {
         m.redis
             .hash(key)
@@ -227,13 +212,13 @@ fn a_row_that_cannot_be_encoded_is_noted() {
         "CREATE TABLE t (id int PRIMARY KEY, doc json); SELECT walmirror.mirror('t', value => 'json')",
         &[],
     );
-    filled(&m);
+    m.filled();
     m.sql(&format!(
         r#"INSERT INTO t VALUES (1, '{{}}'), (2, '{{"{CANARY}": "\u0000"}}'), (3, '{{}}')"#
     ));
     m.sync();
     assert_eq!(m.redis.keys(), ["t:1", "t:3"]);
-    assert_eq!(notes(&m), 1);
+    assert_eq!(m.notes(), 1);
     let (code, output) = walmirror(&m, "status --json");
     assert_eq!(code, 0);
     let status: serde_json::Value = serde_json::from_str(&output).unwrap();
@@ -263,9 +248,9 @@ fn no_value_ends_the_stream() {
          SELECT walmirror.mirror('before'), walmirror.mirror('t'), walmirror.mirror('large')"
     ));
     m.start();
-    filled(&m);
+    m.filled();
     assert_eq!(m.redis.keys(), ["before:1", "before:5"]);
-    assert_eq!(notes(&m), 2, "a row of the backfill without a key has no note");
+    assert_eq!(m.notes(), 2, "a row of the backfill without a key has no note");
     m.sql(&format!(
         "INSERT INTO t VALUES ('0', 'v'), ('2', 'v'), ('3', 'v'), ('4', 'v'), ('5', 'v'); \
          UPDATE t SET v = chr(129) WHERE id = '2'; UPDATE t SET w = '{NO_RANGE}' WHERE id = '3'; \
@@ -273,13 +258,13 @@ fn no_value_ends_the_stream() {
     ));
     m.sync();
     assert_eq!(m.redis.keys(), ["before:1", "before:5", "t:0", "t:5", "t:6"]);
-    assert_eq!(notes(&m), 5);
+    assert_eq!(m.notes(), 5);
     m.sql(
         "CREATE TABLE part AS SELECT repeat('x', 400000000) AS v; INSERT INTO large VALUES (1, 'v', 'v', 'v'); \
          INSERT INTO large SELECT 2, a.v, b.v, c.v FROM part a, part b, part c; INSERT INTO large VALUES (3, 'v', 'v', 'v')",
     );
     m.sync();
-    assert_eq!(notes(&m), 6);
+    assert_eq!(m.notes(), 6);
     assert_eq!(
         m.redis
             .keys()
@@ -309,25 +294,25 @@ fn a_change_without_its_key_has_the_table_compared_anew() {
          SELECT walmirror.mirror('t')",
         &[],
     );
-    filled(&m);
+    m.filled();
     m.sql(
         "ALTER EVENT TRIGGER walmirror_ddl_command_end DISABLE; ALTER TABLE t REPLICA IDENTITY NOTHING; \
          INSERT INTO t VALUES (101, 'v')",
     );
     m.settle();
-    assert_eq!(notes(&m), 0);
+    assert_eq!(m.notes(), 0);
     m.sql("DELETE FROM t WHERE id <= 10");
     m.settle();
-    assert_eq!(notes(&m), 1);
+    assert_eq!(m.notes(), 1);
     m.sql("BEGIN; UPDATE t SET id = -id WHERE id <= 50; UPDATE t SET v = 'w' WHERE id > 90; COMMIT");
     m.settle();
-    assert_eq!(notes(&m), 2);
+    assert_eq!(m.notes(), 2);
     let log = log(&m);
     assert!(log.contains("not in the replica identity"), "{log}");
     // Set right, it is as before.
     m.sql("ALTER TABLE t REPLICA IDENTITY DEFAULT; DELETE FROM t WHERE id > 95");
     m.settle();
-    assert_eq!(notes(&m), 2);
+    assert_eq!(m.notes(), 2);
 }
 
 /// The keys of a cache go with such a change, not only when the table has been compared, which waits for whoever is writing.
@@ -338,7 +323,7 @@ fn a_change_without_its_key_empties_a_cache() {
          SELECT walmirror.cache('t', on_write => 'populate')",
         &[],
     );
-    filled(&m);
+    m.filled();
     m.sync();
     m.outlast_announced();
     m.sql("UPDATE t SET v = 'w' WHERE id <= 10");
@@ -354,7 +339,7 @@ fn a_change_without_its_key_empties_a_cache() {
     );
     m.sync();
     assert_eq!(m.redis.keys(), Vec::<String>::new());
-    assert_eq!(notes(&m), 1);
+    assert_eq!(m.notes(), 1);
     writer.batch_execute("COMMIT").unwrap();
     m.sql("ALTER TABLE t REPLICA IDENTITY DEFAULT; ALTER EVENT TRIGGER walmirror_ddl_command_end ENABLE");
     m.settle();
@@ -367,12 +352,12 @@ fn a_key_of_another_type_stays_and_is_noted() {
         &[],
     );
     // A backfill replaces what it finds.
-    filled(&m);
+    m.filled();
     let _: String = m.redis.command("SET t:5 foreign");
     m.sql("INSERT INTO t SELECT i, 'v' FROM generate_series(1, 10) i");
     m.sql("INSERT INTO t VALUES (11, 'v')");
     m.sync();
-    wait_for(DEADLINE, "the note", || (notes(&m) == 1).then_some(()));
+    wait_for(DEADLINE, "the note", || (m.notes() == 1).then_some(()));
     assert_eq!(m.redis.get("t:5").as_deref(), Some("foreign"));
     assert_eq!(m.redis.keys().len(), 11);
     assert!(log(&m).contains("WRONGTYPE"));
@@ -393,7 +378,7 @@ fn thousands_of_keys_of_another_type_do_not_hold_up_the_rest() {
         "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t')",
         &["--on-bad-row", "skip", "--admin", &address],
     );
-    filled(&m);
+    m.filled();
     let fill = "for i = 1, 30000, 2 do redis.call('SET', 't:' .. i, 'foreign') end return 'ok'";
     let filled: String = redis::cmd("EVAL")
         .arg(fill)
@@ -411,7 +396,7 @@ fn thousands_of_keys_of_another_type_do_not_hold_up_the_rest() {
         let latest: Vec<(String, HashMap<String, String>)> = m.redis.command(&latest);
         (latest.first()?.1["key"] == "t:29999").then_some(())
     });
-    let kept = notes(&m);
+    let kept = m.notes();
     assert!((1000..1200).contains(&kept), "{kept} notes are kept");
     let counted = figure(&address, "walmirror_rejected_total");
     assert_eq!(counted, Some(15_000.0));
@@ -428,7 +413,7 @@ fn of_thousands_of_bad_rows_the_log_names_some() {
          CREATE TABLE admins (id int PRIMARY KEY); SELECT walmirror.mirror('admins', key => 'user:admin:{id}')",
         &["--on-bad-row", "skip"],
     );
-    filled(&m);
+    m.filled();
     m.sql("INSERT INTO t SELECT 'admin:' || i FROM generate_series(1, 20000) i");
     m.sql("INSERT INTO t VALUES ('admin:last')");
     m.sync();
@@ -447,7 +432,7 @@ fn a_refused_key_whose_note_was_lost_is_found_by_verify() {
         &[],
     );
     // A backfill replaces what it finds.
-    filled(&m);
+    m.filled();
     let _: String = m.redis.command("SET t:5 foreign");
     let _: String = m.redis.command("ACL SETUSER default -xadd");
     m.sql("INSERT INTO t SELECT i, 'v' FROM generate_series(1, 10) i");
@@ -456,43 +441,13 @@ fn a_refused_key_whose_note_was_lost_is_found_by_verify() {
     });
     let _: String = m.redis.command("ACL SETUSER default +xadd");
     m.sync();
-    assert_eq!(notes(&m), 0);
+    assert_eq!(m.notes(), 0);
     let (code, output) = walmirror(&m, "verify");
     assert_eq!(code, 1, "{output}");
     assert!(output.contains("different  t:5\n"), "{output}");
     let (code, output) = walmirror(&m, "verify --repair");
     assert_eq!(code, 0, "{output}");
     m.check();
-}
-
-#[test]
-fn stop_names_the_row_and_stops_until_somebody_says_skip() {
-    let stop = ["--on-bad-row", "stop"];
-    let setup = "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t')";
-    let m = mirror(setup, &stop);
-    filled(&m);
-    m.sql(&format!(
-        "INSERT INTO t VALUES (1, 'x'); INSERT INTO t VALUES (2, {})",
-        large()
-    ));
-    for _ in 0..2 {
-        let status = m.sink(|sink| sink.wait(DEADLINE));
-        assert_eq!(status.code(), Some(3), "{}", log(&m));
-        let log = log(&m);
-        assert!(
-            log.contains("\"t:2\" of the table public.t") && log.contains("at LSN"),
-            "{log}"
-        );
-        assert!(log.contains("next: walmirror run --on-bad-row skip"), "{log}");
-        // It does not go past the row by being started again.
-        m.start_with(&stop);
-    }
-    m.sink(|sink| sink.wait(DEADLINE));
-    m.start();
-    m.sql("INSERT INTO t VALUES (3, 'x')");
-    m.sync();
-    assert_eq!(m.redis.keys(), ["t:1", "t:3"]);
-    assert_eq!(notes(&m), 1);
 }
 
 /// A note is in the EXEC whose progress passes the row: neither lost nor written twice, whenever the sink dies.
@@ -503,7 +458,7 @@ fn each_bad_row_is_noted_once_whenever_the_sink_is_killed() {
         "CREATE TABLE t (id int PRIMARY KEY, doc json); SELECT walmirror.mirror('t', value => 'json')",
         &["--batch-bytes", "4KiB", "--transaction-bytes", "8KiB"],
     );
-    filled(&m);
+    m.filled();
     let mut bad = 0;
     for round in 0..6 {
         let (from, to) = (round * 1000, round * 1000 + 600);
@@ -520,6 +475,6 @@ fn each_bad_row_is_noted_once_whenever_the_sink_is_killed() {
         m.sink(Sink::restart);
     }
     m.sync();
-    assert_eq!(notes(&m), bad);
+    assert_eq!(m.notes(), bad);
     assert_eq!(m.redis.keys().len(), 6 * 601 - bad as usize);
 }
