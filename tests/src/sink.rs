@@ -24,9 +24,20 @@ impl Sink {
 
     /// The same with variables of its environment.
     pub fn start_in(args: &[impl AsRef<OsStr>], environment: &[(String, String)]) -> Sink {
-        let dir = Dir::new("sink");
         let mut command = Sink::command(args);
         command.envs(environment.iter().cloned());
+        Sink::of(command)
+    }
+
+    /// The same by way of a program that becomes it, such as `nohup`.
+    pub fn start_by(program: &str, args: &[impl AsRef<OsStr>]) -> Sink {
+        let mut command = Command::new(program);
+        command.arg(binary()).args(args);
+        Sink::of(command)
+    }
+
+    fn of(command: Command) -> Sink {
+        let dir = Dir::new("sink");
         let process = Process::start("walmirror", &dir.path().join("log"), None, &command);
         Sink {
             process,

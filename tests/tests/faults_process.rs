@@ -120,6 +120,41 @@ fn stopped_while_redis_is_frozen() {
     s.finish(&["comes again at the next start"]);
 }
 
+/// Postgres says nothing and takes nothing, so that it cannot be told how far Redis is: it is waited for a while, and then the log says so.
+#[test]
+fn stopped_while_postgres_is_silent() {
+    let s = Scenario::start("stopped_while_postgres_is_silent", Setup::default());
+    s.flow();
+    s.pg_link.set_both(Mode::BlackHole);
+    // There is more of the stream by then.
+    let before = s.m.db.lsn();
+    wait_for(DEADLINE, "the load to go on", || {
+        (s.m.db.lsn().0 > before.0 + 100_000).then_some(())
+    });
+    let asked = Instant::now();
+    let status = s.m.sink(|sink| {
+        sink.signal(Signal::TERM);
+        sink.wait(DEADLINE)
+    });
+    let took = asked.elapsed();
+    let log = s.log();
+    assert_eq!(status.code(), Some(0), "{log}");
+    assert!(took < Duration::from_secs(10), "{took:?}: {log}");
+    let signs = [
+        " WARN ",
+        "Postgres did not take the last position",
+        "comes again at the next start",
+    ];
+    let warns = |line: &str| signs.iter().all(|sign| line.contains(sign));
+    assert!(log.lines().any(warns), "{log}");
+    assert!(!log.contains("everything that was applied"), "{log}");
+    assert!(Some(s.m.db.confirmed()) <= s.progress());
+    s.pg_link.heal();
+    s.restart_sink();
+    s.recovers();
+    s.finish(&["comes again at the next start"]);
+}
+
 /// A sink that is frozen for longer than the server waits for it goes on when it wakes up.
 #[test]
 fn frozen_beyond_the_timeout() {

@@ -1,4 +1,5 @@
-//! The first signal ends each command, also while a server that it needs is silent: it takes the connection, and says nothing.
+//! The first signal ends each command, also while a server that it needs is silent: it takes the connection, and says nothing. The second
+//! one ends a sink that waits for such a server.
 
 #![allow(
     clippy::unwrap_used,
@@ -10,7 +11,7 @@
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use walmirror_tests::{DEADLINE, Db, Pg, Redis, Signal, Sink, wait_for};
+use walmirror_tests::{DEADLINE, Db, Mirror, Pg, Redis, Signal, Sink, wait_for};
 
 /// A command may take so long to end: that is far less than the five seconds or more for which it would wait for an answer.
 const SOON: Duration = Duration::from_secs(4);
@@ -138,4 +139,69 @@ fn while_the_slot_is_being_made() {
         db.rows("SELECT FROM pg_replication_slots WHERE slot_name = current_database()")
             .is_empty()
     );
+}
+
+/// Somebody does not want to wait for a server that says nothing: the second signal, whichever it is, ends the sink at once. Nothing is
+/// lost by that.
+#[test]
+fn the_second_one_ends_a_sink_at_once() {
+    let mut m = Mirror::with("CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t')");
+    let pairs = [
+        (Signal::TERM, Signal::HUP, 129),
+        (Signal::HUP, Signal::INT, 130),
+        (Signal::INT, Signal::TERM, 143),
+        (Signal::TERM, Signal::TERM, 143),
+    ];
+    let mut seen = 0;
+    for (id, (first, second, code)) in pairs.into_iter().enumerate() {
+        let said = |m: &Mirror, what: &str| {
+            wait_for(DEADLINE, format!("the sink to say {what:?}"), || {
+                let log = m.sink(|sink| sink.output());
+                log.get(seen..)?.contains(what).then_some(())
+            });
+        };
+        // Redis may have everything already from the sink before. The signal is for one that streams.
+        said(&m, " streaming ");
+        m.redis.signal(Signal::STOP);
+        m.sql(&format!("INSERT INTO t VALUES ({id})"));
+        m.sink(|sink| sink.signal(first));
+        said(&m, "stopping: ");
+        let (asked, status) = (Instant::now(), {
+            m.sink(|sink| sink.signal(second));
+            m.sink(|sink| sink.wait(DEADLINE))
+        });
+        let (took, log) = (asked.elapsed(), m.sink(|sink| sink.output()));
+        assert_eq!(status.code(), Some(code), "{first:?}, {second:?}: {log}");
+        // After the first one alone it is three seconds.
+        assert!(took < Duration::from_secs(2), "{took:?}: {log}");
+        m.redis.signal(Signal::CONT);
+        seen = log.len();
+        m.sink(Sink::restart);
+        m.check();
+    }
+}
+
+/// Whoever has started it logs out.
+#[test]
+fn under_nohup_sighup_ends_nothing() {
+    let m = Mirror::new();
+    m.sql("CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t')");
+    let mut sink = Sink::start_by("nohup", &m.arguments(&["run"]));
+    let flows = |sink: &mut Sink| {
+        m.sql("INSERT INTO t SELECT count(*) FROM t");
+        let target = m.db.lsn();
+        wait_for(DEADLINE, "the row to be in Redis", || {
+            sink.assert_running();
+            m.progress().filter(|&lsn| lsn >= target)
+        });
+    };
+    flows(&mut sink);
+    sink.signal(Signal::HUP);
+    flows(&mut sink);
+    let status = sink.terminate();
+    let log = sink.output();
+    // Not the second one, and the first that was heard.
+    assert_eq!(status.code(), Some(0), "{log}");
+    let stopping: Vec<&str> = log.lines().filter(|line| line.contains("stopping: ")).collect();
+    assert!(stopping.len() == 1 && stopping[0].contains("signal=15"), "{log}");
 }
