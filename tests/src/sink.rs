@@ -73,6 +73,20 @@ impl Sink {
         self.process = Process::start("walmirror", &self.dir.path().join("log"), None, &self.command);
     }
 
+    /// From the next start on this flag, which was given before, has another value.
+    pub fn set(&mut self, flag: &str, value: &str) {
+        let mut args: Vec<_> = self.command.get_args().map(OsStr::to_owned).collect();
+        let at = args.iter().position(|arg| arg == flag).expect("it was given");
+        args[at + 1] = value.into();
+        let environment: Vec<_> = self
+            .command
+            .get_envs()
+            .filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned())))
+            .collect();
+        self.command = Command::new(self.command.get_program());
+        self.command.args(args).envs(environment);
+    }
+
     /// SIGTERM, and the exit status.
     pub fn terminate(&mut self) -> ExitStatus {
         self.memory_max();

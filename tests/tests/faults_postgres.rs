@@ -1,7 +1,7 @@
-//! Postgres goes away, forgets, is put back, is replaced by another one, or lets nobody in.
+//! Postgres goes away, forgets, is put back, or is replaced by another one.
 //!
-//! More of it in crash.rs (restarts with the order of every write watched), start.rs (a slot that was dropped) and
-//! faults_schema.rs (what SQL itself does to the stream).
+//! More of it in crash.rs (restarts with the order of every write watched), start.rs (a slot that was dropped), faults_logins.rs
+//! (nobody is let in) and faults_schema.rs (what SQL itself does to the stream).
 
 #![allow(
     clippy::unwrap_used,
@@ -368,79 +368,6 @@ fn failover_to_a_standby() {
         ]
         .concat(),
     );
-}
-
-/// Whoever logs in is refused, in every way there is. Each is an ERROR line with the next command, until it is mended; only
-/// that there are too many connections, which may pass by itself, is a warning.
-#[test]
-fn nobody_is_let_in() {
-    let pg = walmirror_tests::Pg::start("password_encryption = 'scram-sha-256'");
-    pg.connect("postgres")
-        .batch_execute(
-            "CREATE ROLE mirror LOGIN REPLICATION PASSWORD 'first'; GRANT pg_read_all_data TO mirror",
-        )
-        .unwrap();
-    let hba =
-        |how: &str| format!("local all mirror {how}\nlocal all all trust\nlocal replication all trust\n");
-    pg.set_hba(&hba("scram-sha-256"));
-    pg.reload();
-    let setup = Setup {
-        pg: std::sync::Arc::new(pg),
-        user: "mirror password=first".to_owned(),
-        ..Setup::default()
-    };
-    let s = Scenario::start("nobody_is_let_in", setup);
-    let hba_is = |how: &str| {
-        s.m.db.pg.set_hba(&hba(how));
-        s.m.db.pg.reload();
-    };
-    type Deed<'a> = &'a dyn Fn();
-    let cases: [(&str, Deed<'_>, Deed<'_>); 5] = [
-        (
-            "password authentication failed",
-            &|| s.m.sql("ALTER ROLE mirror PASSWORD 'second'"),
-            &|| s.m.sql("ALTER ROLE mirror PASSWORD 'first'"),
-        ),
-        ("pg_hba.conf rejects", &|| hba_is("reject"), &|| {
-            hba_is("scram-sha-256")
-        }),
-        (
-            "is not permitted to log in",
-            &|| s.m.sql("ALTER ROLE mirror NOLOGIN"),
-            &|| s.m.sql("ALTER ROLE mirror LOGIN"),
-        ),
-        (
-            "replication",
-            &|| s.m.sql("ALTER ROLE mirror NOREPLICATION"),
-            &|| s.m.sql("ALTER ROLE mirror REPLICATION"),
-        ),
-        (
-            "too many connections for role",
-            &|| s.m.sql("ALTER ROLE mirror CONNECTION LIMIT 0"),
-            &|| s.m.sql("ALTER ROLE mirror CONNECTION LIMIT -1"),
-        ),
-    ];
-    for (said, harm, heal) in cases {
-        let seen = s.log().len();
-        harm();
-        s.pg_link.cut();
-        s.tries_seldom(&s.pg_link);
-        if said.starts_with("too many connections") {
-            s.said(said, seen);
-        } else {
-            s.said_what_to_do(said, seen);
-        }
-        s.is_ready(false);
-        heal();
-        s.recovers();
-        // With another process the pauses begin small again.
-        s.kill_sink();
-        s.flow();
-    }
-    assert!(!s.log().contains("password=first"), "{}", s.log());
-    // Meanwhile the load goes on, and no sink lives for as long as --durability waits.
-    let kept = "the slot keeps * MiB of WAL, and nothing limits it";
-    s.finish(&[&POSTGRES_AWAY[..], &[kept]].concat());
 }
 
 /// Others write in another database: the slot of one where nothing happens keeps no WAL because of that.
