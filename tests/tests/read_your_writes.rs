@@ -10,19 +10,25 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use walmirror_tests::{DEADLINE, Mirror, Raise, Signal, Sink, wait_for};
+use walmirror_tests::{DEADLINE, Lsn, Mirror, Mode, Proxy, Raise, Signal, Sink, Way, wait_for};
 
 const SETUP: &str = "CREATE TABLE t (id int PRIMARY KEY, n int NOT NULL); INSERT INTO t SELECT i, 0 FROM generate_series(0, 99) i; \
     SELECT walmirror.mirror('t')";
 const WRITERS: i32 = 4;
 
-/// Commits and reads so often; how many reads were stale, and how long a commit took.
-fn commit_and_read(m: &Mirror, how: &str, rounds: i32, committed: &AtomicU64) -> (u64, Duration) {
+/// Commits and reads so often, and does something in between; how many reads were stale, and how long a commit took with that.
+fn commit_and_read(
+    m: &Mirror,
+    how: &str,
+    rounds: i32,
+    committed: &AtomicU64,
+    between: impl Fn() + Sync,
+) -> (u64, Duration) {
     let stale = AtomicU64::new(0);
     let start = Instant::now();
     std::thread::scope(|scope| {
         for writer in 0..WRITERS {
-            let stale = &stale;
+            let (stale, between) = (&stale, &between);
             scope.spawn(move || {
                 let (mut client, mut redis) = (m.db.connect(), m.redis.connect());
                 client
@@ -34,6 +40,7 @@ fn commit_and_read(m: &Mirror, how: &str, rounds: i32, committed: &AtomicU64) ->
                 for round in 0..rounds / WRITERS {
                     let id = writer + WRITERS * (round % 25);
                     let n: i32 = client.query_one(&update, &[&id]).unwrap().get(0);
+                    between();
                     let read: i32 = redis::cmd("HGET")
                         .arg(format!("t:{id}"))
                         .arg("n")
@@ -64,7 +71,7 @@ fn commit_returns_when_redis_has_the_row() {
     });
     // That it can fail: a COMMIT that does not wait is faster than Redis.
     let committed = AtomicU64::new(0);
-    let (stale, took) = commit_and_read(&m, "local", 1_000, &committed);
+    let (stale, took) = commit_and_read(&m, "local", 1_000, &committed, || ());
     println!("local: {stale} of 1000 were stale, {took:?} each");
     assert!(stale > 0, "the test proves nothing");
 
@@ -84,7 +91,7 @@ fn commit_returns_when_redis_has_the_row() {
                 });
             }
         });
-        commit_and_read(m, "remote_write", 10_000, committed)
+        commit_and_read(m, "remote_write", 10_000, committed, || ())
     });
     println!("remote_write: {stale} of 10000 were stale, {took:?} each");
     assert_eq!(stale, 0);
@@ -131,35 +138,43 @@ fn a_slot_and_a_commit_that_wait_for_each_other_are_told_of() {
     m.settle();
 }
 
-/// The same from outside, for each commit.
+/// The same from outside, for each commit. A batch is on its way to Redis for longer than a process takes to start, so that whoever does not
+/// wait for it comes too early.
 #[test]
 fn wait_returns_when_redis_has_the_row() {
-    let m = Mirror::with(SETUP);
+    let m = Mirror::new();
+    m.sql(SETUP);
+    let link = Proxy::to_port(m.redis.port());
+    let slow = format!("redis://127.0.0.1:{}/0", link.port());
+    m.start_at(&m.db.pg.conninfo(&m.db.name), &slow, &[], &[]);
+    m.settle();
+    link.set(Way::ToServer, Mode::Delay(40, 20));
     let url = m.redis.url();
     // Without --postgres: only Redis is asked.
-    let wait = |timeout: &str| {
-        let lsn = m.db.lsn().to_string();
+    let wait = |lsn: Lsn, timeout: &str| {
+        let lsn = lsn.to_string();
         let servers = ["--redis", &url, "--slot", &m.db.name];
         let until = ["--lsn", &lsn, "--timeout", timeout];
         Sink::run(&[&["wait"][..], &servers, &until].concat(), DEADLINE)
     };
-    let mut redis = m.redis.connect();
-    for round in 1..=60 {
-        let id = round % 100;
-        m.sql(&format!("UPDATE t SET n = {round} WHERE id = {id}"));
-        let (code, output) = wait("30s");
+    let returns = |lsn: Lsn| {
+        let (code, output) = wait(lsn, "30s");
         assert_eq!(code, Some(0), "{output}");
-        let read: i32 = redis::cmd("HGET")
-            .arg(format!("t:{id}"))
-            .arg("n")
-            .query(&mut redis)
-            .unwrap();
-        assert_eq!(read, round);
-    }
+    };
+    let committed = AtomicU64::new(0);
+    // That it can fail: with a position that Redis has passed already it waits for nothing.
+    let passed = m.progress().unwrap();
+    let (stale, took) = commit_and_read(&m, "local", 200, &committed, || returns(passed));
+    println!("wait for nothing: {stale} of 200 were stale, {took:?} each");
+    assert!(stale > 0, "the test proves nothing");
+
+    let (stale, took) = commit_and_read(&m, "local", 400, &committed, || returns(m.db.lsn()));
+    println!("wait: {stale} of 400 were stale, {took:?} each");
+    assert_eq!(stale, 0);
     // Nobody applies anything: it says so after its time.
     m.sink(Sink::kill);
     m.sql("UPDATE t SET n = 0");
-    let (code, output) = wait("300ms");
+    let (code, output) = wait(m.db.lsn(), "300ms");
     assert_eq!(code, Some(7), "{output}");
 }
 
