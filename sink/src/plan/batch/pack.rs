@@ -9,6 +9,9 @@ use crate::resp::Commands;
 const SET: &[u8] = b"*3\r\n$3\r\nSET\r\n";
 /// So many pairs at most in one MSET: by then the cost of a command is well spread.
 const PAIRS_MAX: usize = 128;
+/// And so many bytes at most: Redis answers a command when it has all of it, and what says nothing for long is given up, also where the link
+/// is slow.
+const BYTES_MAX: usize = 32 * 1024;
 
 /// Whether [`pack`] would change anything.
 pub(super) fn is_needed(batch: &Batch) -> bool {
@@ -22,17 +25,15 @@ pub(super) fn pack(batch: &Batch) -> (Commands, Vec<Op>) {
         commands: Commands::new(),
         ops: Vec::with_capacity(batch.ops.len() - batch.dead),
         sets: Vec::with_capacity(PAIRS_MAX),
+        sets_bytes: 0,
     };
     for (index, op) in batch.ops.iter().enumerate().filter(|(_, op)| !op.dead) {
         let (bytes, count) = (batch.bytes(index), batch.count(index));
         if count == 1 && bytes.starts_with(SET) {
-            packed.sets.push((op, bytes));
+            packed.push_set(op, bytes);
         } else {
             packed.end_sets();
             packed.push(op, bytes, count);
-        }
-        if packed.sets.len() == PAIRS_MAX {
-            packed.end_sets();
         }
     }
     packed.end_sets();
@@ -44,9 +45,18 @@ struct Packed<'a> {
     ops: Vec<Op>,
     /// SETs side by side that are not in `commands` yet.
     sets: Vec<(&'a Op, &'a [u8])>,
+    sets_bytes: usize,
 }
 
-impl Packed<'_> {
+impl<'a> Packed<'a> {
+    fn push_set(&mut self, op: &'a Op, bytes: &'a [u8]) {
+        if self.sets.len() == PAIRS_MAX || self.sets_bytes + bytes.len() > BYTES_MAX {
+            self.end_sets();
+        }
+        self.sets.push((op, bytes));
+        self.sets_bytes += bytes.len();
+    }
+
     fn end_sets(&mut self) {
         let mut sets = std::mem::take(&mut self.sets);
         if let [(op, bytes)] = sets.as_slice() {
@@ -69,6 +79,7 @@ impl Packed<'_> {
         }
         sets.clear();
         self.sets = sets;
+        self.sets_bytes = 0;
     }
 
     fn push(&mut self, op: &Op, bytes: &[u8], count: usize) {
