@@ -259,6 +259,18 @@ impl Writer {
         !self.open.is_empty()
     }
 
+    /// Says something behind a MULTI whose rest is not there yet: Redis closes a connection that says nothing for its `timeout`, and so do
+    /// balancers.
+    pub fn stay(&mut self) -> Result<(), Error> {
+        let mut batch = Batch::new();
+        batch.bookkeeping().command(&[b"PING"]);
+        let segment = Segment {
+            batch,
+            ..Segment::default()
+        };
+        self.apply(segment, None, &|| false).map(|_| ())
+    }
+
     /// Gives up a MULTI of which only a part was sent.
     pub fn abandon(&mut self) -> Result<(), Error> {
         if self.is_open() {

@@ -47,6 +47,7 @@ pub(super) fn apply(
     let names = Arc::clone(backfill);
     writer.set_tables(move |oid| names.table(oid));
     let mut heard = Instant::now();
+    let mut said = heard;
     let mut waited = Instant::now();
     let mut role_asked = waited;
     let mut durable = Lsn::INVALID;
@@ -85,6 +86,7 @@ pub(super) fn apply(
                     shared.has_failed() || since.elapsed() > PURGE_AT_END
                 };
                 let applied = writer.apply(segment, next.as_ref(), &stopped)?;
+                said = Instant::now();
                 shared.health.note_redis();
                 add(&shared.metrics.commands, commands);
                 if let Some(applied) = applied {
@@ -110,8 +112,14 @@ pub(super) fn apply(
                 shared.set_heard(heard);
                 shared.wake_stream();
             }
-            // Behind MULTI it would queue the question. It is not Redis that is silent: the rest of a transaction is on its way.
-            Err(RecvTimeoutError::Timeout) if writer.is_open() => shared.health.note_redis(),
+            // Behind MULTI it would queue the question, and the rest of a transaction is on its way.
+            Err(RecvTimeoutError::Timeout) if writer.is_open() => {
+                if said.elapsed() >= CHECK_EVERY {
+                    writer.stay()?;
+                    said = Instant::now();
+                }
+                shared.health.note_redis();
+            }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
                 // What Redis has is confirmed at once now, whatever its window: so it has to be there.
