@@ -13,7 +13,7 @@
 use std::time::{Duration, Instant};
 
 use walmirror_tests::{
-    DEADLINE, Mode, POSTGRES_AWAY, Proxy, REDIS_AWAY, SOON_AFTER_SILENCE, Scenario, Setup, Sink, Way,
+    DEADLINE, Mirror, Mode, POSTGRES_AWAY, Proxy, REDIS_AWAY, SOON_AFTER_SILENCE, Scenario, Setup, Sink, Way,
     wait_for,
 };
 
@@ -129,4 +129,87 @@ fn what_drips_from_the_sink_is_given_up() {
         s.recovers_within(SOON_AFTER_SILENCE);
     }
     s.finish(&[&REDIS_AWAY[..], &POSTGRES_AWAY, &["the server is silent"]].concat());
+}
+
+/// A mirror behind two links, which have nothing on them but it.
+fn behind_links(m: &Mirror, args: &[&str]) -> (Proxy, Proxy) {
+    let redis = Proxy::to_port(m.redis.port());
+    let pg = Proxy::to_socket(m.db.pg.socket());
+    let conninfo = format!(
+        "host=127.0.0.1 port={} user=postgres dbname={}",
+        pg.port(),
+        m.db.name
+    );
+    let url = format!("redis://127.0.0.1:{}/0", redis.port());
+    m.start_at(&conninfo, &url, args, &[]);
+    m.settle();
+    (redis, pg)
+}
+
+/// No session but the first one.
+#[track_caller]
+fn one_session(m: &Mirror) {
+    let log = m.sink(|sink| sink.output());
+    assert_eq!(log.matches("streaming slot=").count(), 1, "{log}");
+}
+
+/// The story: values that stand side by side came in one command of up to 128, which Redis answers when it has all of it. Over a slow link
+/// that was longer than an answer is waited for, and the next session sent the same again, for good.
+#[test]
+fn many_values_get_through_a_slow_link() {
+    let m = Mirror::new();
+    m.sql("CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t', value => 'json')");
+    let (redis, _pg) = behind_links(&m, &[]);
+    redis.set(Way::ToServer, Mode::Throttle(8_000));
+    m.sql("INSERT INTO t SELECT i, repeat(md5(i::text), 50) FROM generate_series(1, 130) i");
+    m.sync_within(2 * DEADLINE);
+    one_session(&m);
+    redis.heal();
+    m.check();
+}
+
+/// The story: a part of a large transaction was queued, the rest came slowly, and Redis closed the connection, on which nothing was said
+/// for its `timeout`. The next session fared no better.
+#[test]
+fn redis_hears_of_a_transaction_that_comes_slowly() {
+    let m = Mirror::new();
+    m.sql("CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t')");
+    let (_redis, pg) = behind_links(&m, &["--batch-bytes", "65536", "--streaming", "off"]);
+    let _: String = m.redis.command("CONFIG SET timeout 2");
+    pg.set(Way::ToClient, Mode::Throttle(15_000));
+    m.sql("INSERT INTO t SELECT i, repeat(md5(i::text), 32) FROM generate_series(1, 250) i");
+    m.sync_within(2 * DEADLINE);
+    one_session(&m);
+    pg.heal();
+    m.check();
+}
+
+/// The story: while its queue is full the sink reads nothing, so it does not hear that Postgres asks whether it is there. It has to say so
+/// by itself, whatever `--status-interval` says.
+#[test]
+fn postgres_hears_from_a_sink_that_reads_nothing() {
+    let m = Mirror::alone("wal_sender_timeout = 2s");
+    m.sql("CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t')");
+    let (_redis, pg) = behind_links(&m, &["--status-interval", "1h", "--streaming", "off"]);
+    m.sql("INSERT INTO t SELECT i, 'v' FROM generate_series(1, 10) i");
+    m.sync();
+    let mut redis = m.redis.connect();
+    let _: String = redis::cmd("CLIENT")
+        .arg("PAUSE")
+        .arg(9_000)
+        .arg("WRITE")
+        .query(&mut redis)
+        .unwrap();
+    m.sql("INSERT INTO t SELECT i, repeat('v', 1000) FROM generate_series(100, 40000) i");
+    wait_for(DEADLINE, "the sink to read no more", || {
+        let before = pg.passed(Way::ToClient);
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_millis(300) && pg.passed(Way::ToClient) < before + 1_000 {
+            std::thread::yield_now();
+        }
+        (before > 8_000_000 && pg.passed(Way::ToClient) < before + 1_000).then_some(())
+    });
+    m.sync();
+    one_session(&m);
+    m.check();
 }

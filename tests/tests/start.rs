@@ -9,7 +9,7 @@
 
 use std::time::{Duration, Instant};
 
-use walmirror_tests::{DEADLINE, Db, Mirror, Mode, Pg, Proxy, Redis, Sink, free_port, wait_for};
+use walmirror_tests::{DEADLINE, Db, Mirror, Mode, Pg, Proxy, Redis, Sink, Way, free_port, wait_for};
 
 const TABLE: &str = "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT i, 'v' FROM generate_series(1, 500) i; \
     SELECT walmirror.mirror('t')";
@@ -193,6 +193,43 @@ fn a_second_sink_that_is_far_from_postgres_finds_no_gap() {
     let log = second.output();
     assert!(
         log.contains("is active for PID") && !log.contains("do not fit"),
+        "{log}"
+    );
+    m.sink(Sink::kill);
+    takes_over(&m, &mut second);
+}
+
+/// The story: the second of two first starts looked for the slot before the first one had made it, and at Redis after that had begun to
+/// stream. A slot that is gone is a gap: with `--on-gap fail` it ended with exit code 6, and nothing was wrong.
+#[test]
+fn the_slower_of_two_first_starts_finds_no_gap() {
+    let m = Mirror::new();
+    m.sql(TABLE);
+    let link = Proxy::to_port(m.redis.port());
+    link.set_both(Mode::Delay(500, 1));
+    let (own, slow) = (m.redis.url(), format!("redis://127.0.0.1:{}/0", link.port()));
+    let mut args = m.arguments(&["run", "--on-gap", "fail"]);
+    args.iter_mut()
+        .filter(|arg| **arg == own)
+        .for_each(|arg| *arg = slow.clone());
+    let mut second = Sink::start(&args);
+    wait_for(DEADLINE, "the second sink to have looked for the slot", || {
+        let asked = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'walmirror' \
+                     AND query LIKE '%pg_replication_slots WHERE slot_name%'";
+        (m.db.value(asked) != "0").then_some(())
+    });
+    // What it asks Redis next waits for the first one.
+    link.set(Way::ToServer, Mode::BlackHole);
+    m.start_with(&["--on-gap", "fail"]);
+    m.settle();
+    link.heal();
+    wait_for(DEADLINE, "the second sink to wait for the slot", || {
+        second.assert_running();
+        second.output().contains("is active for PID").then_some(())
+    });
+    let log = second.output();
+    assert!(
+        log.contains("changed while this session began") && !log.contains("do not fit"),
         "{log}"
     );
     m.sink(Sink::kill);

@@ -99,6 +99,9 @@ pub(super) fn shake(
     };
 
     let decision = decide(stored.progress.as_ref(), &server, found);
+    if matches!(decision, Decision::Gap { .. }) && info.is_none() && slot_info(&mut sql, slot)?.is_some() {
+        return Err(changed(slot, "another walmirror has made it"));
+    }
     let make = |sql: &mut Postgres, replication: &mut Postgres| {
         make_slot(sql, replication, slot).map_err(|error| look_again(error, slot))
     };
@@ -185,7 +188,10 @@ pub(super) fn shake(
         .as_ref()
         .and_then(|slot| slot.confirmed_flush_lsn)
         .map_or(from, |confirmed| from.max(confirmed));
-    let stream = Stream::start_on(replication, slot, from, &options, config.status_interval)
+    let silence = silence(&mut sql)?;
+    // While nothing is read, nobody hears that the server asks: so it is told before it gives up.
+    let status_interval = config.status_interval.min(silence / 4);
+    let stream = Stream::start_on(replication, slot, from, &options, status_interval)
         .map_err(|error| versions::explain(look_again(error, slot), slot, &extension))?;
     // Whoever had the slot before may have confirmed more since it was looked at: then the server begins there. From here
     // on only this session confirms.
@@ -213,7 +219,6 @@ pub(super) fn shake(
         write_landmark(&mut sql)?;
     }
     let horizon = horizon(&mut sql)?;
-    let silence = silence(&mut sql)?;
     let confirmed = fresh.or(held).unwrap_or_default();
     let value_bytes = value_limit(&mut claim.connection)?;
     let (epoch, scripts, stored) = (claim.epoch, claim.scripts.clone(), claim.stored.clone());
@@ -251,13 +256,17 @@ pub(super) fn ancestors(
 /// A slot that was dropped, invalidated or made since it was looked at, as by another sink that found the same: the next look sees that.
 fn look_again(error: Error, slot: &str) -> Error {
     if error.is_slot_gone() || error.is_slot_there() {
-        let source = PqError::new(ErrorKind::Connection, error.to_string());
-        return Error::postgres(
-            format!("the slot {slot:?} changed while this session began"),
-            source,
-        );
+        return changed(slot, &error.to_string());
     }
     error
+}
+
+fn changed(slot: &str, why: &str) -> Error {
+    let source = PqError::new(ErrorKind::Connection, why.to_owned());
+    Error::postgres(
+        format!("the slot {slot:?} changed while this session began"),
+        source,
+    )
 }
 
 /// Said once, as sessions may follow each other fast.
