@@ -30,6 +30,8 @@ pub(super) struct Rereads {
 /// A key, and what came of it since it was said to be read.
 #[derive(Debug)]
 struct Reread {
+    /// Another key may have the same hash.
+    key: Vec<u8>,
     relation: u32,
     fingerprint: u64,
     /// Who had changed it last by then, if the gate knew.
@@ -41,7 +43,7 @@ struct Reread {
 impl Rereads {
     fn add(&mut self, hash: u64, reread: Reread) {
         self.forget(hash);
-        if self.take_room(KEY_BYTES) {
+        if self.take_room(KEY_BYTES + reread.key.len()) {
             self.keys.insert(hash, reread);
         }
     }
@@ -50,7 +52,7 @@ impl Rereads {
     fn forget(&mut self, hash: u64) -> Option<Reread> {
         let reread = self.keys.remove(&hash)?;
         let changes = reread.changes.iter().map(Vec::len).sum::<usize>();
-        self.bytes = self.bytes.saturating_sub(KEY_BYTES + changes);
+        self.bytes = self.bytes.saturating_sub(KEY_BYTES + reread.key.len() + changes);
         Some(reread)
     }
 
@@ -68,6 +70,14 @@ impl Rereads {
     #[inline]
     pub(super) fn is_empty(&self) -> bool {
         self.keys.is_empty()
+    }
+
+    /// As if the keys that are read again had the hashes of others.
+    #[cfg(test)]
+    pub(super) fn collide(&mut self) {
+        for reread in self.keys.values_mut() {
+            reread.key.push(b'!');
+        }
     }
 
     #[cfg(test)]
@@ -93,6 +103,7 @@ impl Rereads {
             return;
         };
         let fits = is_written
+            && reread.key == planner.key()
             && change.kind != Kind::Delete
             && change.old_key.is_none()
             && (reread.relation, reread.fingerprint) == (mapping.oid, mapping.fingerprint);
@@ -134,6 +145,7 @@ impl Planning {
         for key in keys {
             let hash = self.gate.hash(key);
             let reread = Reread {
+                key: key.clone(),
                 relation,
                 fingerprint,
                 before: self.gate.changer(hash),
@@ -148,7 +160,7 @@ impl Planning {
         self.rereads = Rereads::default();
     }
 
-    /// Takes what has changed since a row with this key was read, if that is known: whoever had changed it before is seen by the snapshot,
+    /// Takes what has changed since the row was read whose key the planner rendered last, if that is known: whoever had changed it before is seen by the snapshot,
     /// and whoever has changed it since is among them. Those of them that the snapshot sees too write once more what was read.
     pub(super) fn changes_since(
         &mut self,
@@ -163,7 +175,8 @@ impl Planning {
             None => !self.gate.may_have_forgotten(snapshot),
         };
         let horizon = self.registry.get(chunk.relation)?.horizon();
-        let is_known = sees_all_before
+        let is_known = reread.key == self.planner.key()
+            && sees_all_before
             && (reread.relation, reread.fingerprint) == (chunk.relation, mapping.fingerprint)
             && mapping.mode == Mode::Mirror
             && !snapshot.may_miss_below(horizon)

@@ -97,6 +97,21 @@ fn a_row_is_not_written_where_a_change_is_not_known() {
     assert_eq!(written, [WRITTEN[0], WRITTEN[1], &patched(), SETTLED]);
 }
 
+/// What became of another key with the same hash is not written behind this one.
+#[test]
+fn changes_of_another_key_with_the_same_hash_are_not_written() {
+    let mut planning = planning(settled(), 1 << 20, 1 << 24);
+    planning.reread(OID, &[KEY.to_vec()]);
+    transaction(&mut planning, 110, 20, patch);
+    planning.rereads.collide();
+    assert_eq!(read_again(&mut planning, "read", old()), [""; 0]);
+    // Nor is such a change kept.
+    planning.reread(OID, &[KEY.to_vec()]);
+    planning.rereads.collide();
+    transaction(&mut planning, 111, 30, patch);
+    assert_eq!(planning.rereads.len(), 0);
+}
+
 /// The gate has no memory, and the snapshot misses what it has forgotten.
 #[test]
 fn a_row_is_not_written_where_the_gate_may_have_forgotten_a_change() {
