@@ -27,7 +27,9 @@ pub const POSTGRES_AWAY: [&str; 10] = [
 ];
 
 /// What the sink says only where something was taken away from it: a gap that nobody made is a defect, however well it is healed.
-pub const GAP: [&str; 3] = [
+pub const GAP: [&str; 5] = [
+    "has lost the WAL",
+    "its files were put back to an earlier state",
     "lost the progress key",
     "somebody changed the key",
     "do not fit together: ",

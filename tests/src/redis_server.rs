@@ -142,9 +142,15 @@ impl Redis {
         self.dir.path()
     }
 
-    /// The file that it appends to, with `--appendonly yes`.
+    /// The file that it appends to, with `--appendonly yes`: the last one that its manifest names.
     pub fn append_only_file(&self) -> PathBuf {
-        self.dir().join("appendonlydir/appendonly.aof.1.incr.aof")
+        let dir = self.dir().join("appendonlydir");
+        let manifest = std::fs::read_to_string(dir.join("appendonly.aof.manifest")).unwrap_or_default();
+        let last = manifest
+            .lines()
+            .rfind(|line| line.ends_with("type i"))
+            .and_then(|line| line.split(' ').nth(1));
+        dir.join(last.expect("a file that it appends to"))
     }
 
     /// Whether it knows the command.
