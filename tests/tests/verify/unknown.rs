@@ -24,8 +24,18 @@ fn what_cannot_be_compared_is_not_called_equal() {
                 key.exec(&mut redis).unwrap();
             }
         };
-        // One alone may have no processor for as long as a proof takes.
-        (0..4).for_each(|_| drop(scope.spawn(write)));
+        // A proof waits for all transactions that run. So it takes longer than all of the writers may have no processor.
+        let rest = || {
+            let mut session = m.db.connect();
+            while !done.load(Ordering::Relaxed) {
+                let transaction = "BEGIN; SELECT pg_current_xact_id(); SELECT pg_sleep(0.3); COMMIT";
+                session.batch_execute(transaction).unwrap();
+            }
+        };
+        for _ in 0..4 {
+            scope.spawn(write);
+            scope.spawn(rest);
+        }
         let (code, output) = walmirror(&m, &["verify", "--timeout", "3s"]);
         assert_eq!(code, 2, "{output}");
         assert!(
