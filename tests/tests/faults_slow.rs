@@ -75,6 +75,8 @@ fn drips_to_the_sink(name: &str, link: fn(&Scenario) -> &Proxy) {
     // The answer to HELLO, which an idle session asks for, and a keepalive have more bytes than come in this time.
     s.load.rest();
     s.reach();
+    // Whoever reads tables has connected: a connection that is being made is given up after 10 s.
+    s.is_ready(true);
     let (seen, passed) = (s.log().len(), link(&s).passed(Way::ToClient));
     link(&s).set(Way::ToClient, Mode::Throttle(1));
     let dripping = Instant::now();
