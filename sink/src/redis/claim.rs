@@ -141,7 +141,13 @@ impl Claim {
         }
         require_own(&mut connection, slot, identity, &stored)?;
         fits(&stored)?;
-        let epoch = stored.progress.as_ref().map_or(0, |progress| progress.epoch) + 1;
+        // Where nobody has claimed yet it begins behind a position, and positions only rise: so also after Redis was emptied it is none that
+        // somebody had before, whose purge may still be under way.
+        let before = match &stored.progress {
+            Some(progress) if !progress.first => progress.epoch,
+            _ => start.map_or(0, |lsn| lsn.0),
+        };
+        let epoch = before.saturating_add(1);
         let mut fields: Vec<(&str, String)> = vec![
             ("epoch", epoch.to_string()),
             ("system_id", identity.system_id.clone()),
@@ -246,8 +252,8 @@ fn load_scripts(connection: &mut Connection) -> Result<Scripts, Error> {
 }
 
 /// Closes the window in which a command that an older session has sent already could still arrive. The epoch fences it
-/// off anyway, so a Redis that does not allow this is fine, but the older sink notices only with its next batch. Epochs begin at 1
-/// again when Redis is emptied, so that of another connection may be the same.
+/// off anyway, so a Redis that does not allow this is fine, but the older sink notices only with its next batch. Epochs begin
+/// anew when Redis is emptied, so that of another connection may be the same, if both began at one position.
 fn kill_older(connection: &mut Connection, slot: &str, epoch: u64) {
     let name = client_name(slot, epoch);
     let _ = connection.call("name the connection", &[b"CLIENT", b"SETNAME", name.as_bytes()]);
