@@ -223,6 +223,15 @@ const END_WALSENDER: &str = "SELECT pg_terminate_backend(active_pid) FROM pg_rep
 /// Bits of `walmirror.failpoint`: an error and a panic in begin, change, commit and truncate.
 const DECODER_FAILPOINTS: [u32; 8] = [4, 8, 16, 32, 64, 128, 256, 512];
 
+/// Starts a sink that has ended, and waits until it listens to signals. One that is not let in ends again.
+fn restart_sink(s: &Scenario) {
+    let seen = s.log().len();
+    s.m.sink(Sink::restart);
+    wait_for(DEADLINE, "the sink to start", || {
+        s.log().get(seen..)?.contains("walmirror starts").then_some(())
+    });
+}
+
 /// The slot keeps more WAL than it may, and is given up, if there is one.
 fn invalidate_the_slot(s: &mut Scenario) {
     s.resyncs();
@@ -290,13 +299,13 @@ pub fn harm(s: &mut Scenario, broken: &mut Broken, fault: Fault) {
     match fault {
         SinkKilled => {
             s.m.sink(Sink::kill);
-            s.restart_sink();
+            restart_sink(s);
         }
         SinkStopped => {
             let status = s.m.sink(Sink::terminate);
             // One that was not let in may have ended before it heard of this.
             assert!(matches!(status.code(), Some(0 | 3 | 4)), "{status}: {}", s.log());
-            s.restart_sink();
+            restart_sink(s);
         }
         SinkFrozen => s.m.sink(|sink| sink.signal(Signal::STOP)),
         LinkCut => link(s).cut(),
