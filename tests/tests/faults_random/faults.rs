@@ -142,6 +142,7 @@ fn set(s: &Scenario, command: &str) {
 #[derive(Default)]
 pub struct Broken {
     second: Option<Sink>,
+    is_slow: bool,
     postgres_is_slow: bool,
     walsender: Option<Pid>,
     cannot_save: bool,
@@ -302,9 +303,19 @@ pub fn harm(s: &mut Scenario, broken: &mut Broken, fault: Fault) {
             restart_sink(s);
         }
         SinkStopped => {
-            let status = s.m.sink(Sink::terminate);
-            // One that was not let in may have ended before it heard of this.
-            assert!(matches!(status.code(), Some(0 | 3 | 4)), "{status}: {}", s.log());
+            let is_slow = broken.is_slow;
+            let status = s.m.sink(|sink| {
+                sink.signal(Signal::TERM);
+                if is_slow {
+                    // What it has received may take minutes to apply: somebody does not wait for that.
+                    sink.signal(Signal::TERM);
+                }
+                sink.wait(DEADLINE)
+            });
+            // One that was not let in may have ended before it heard of this. That a signal ended it has no code.
+            let is_fine = matches!(status.code(), Some(0 | 3 | 4))
+                || (is_slow && matches!(status.code(), None | Some(143)));
+            assert!(is_fine, "{status}: {}", s.log());
             restart_sink(s);
         }
         SinkFrozen => s.m.sink(|sink| sink.signal(Signal::STOP)),
@@ -322,6 +333,7 @@ pub fn harm(s: &mut Scenario, broken: &mut Broken, fault: Fault) {
             ];
             let mode = *mode.choose(&mut s.rng).unwrap();
             let way = way(s);
+            broken.is_slow = true;
             broken.postgres_is_slow = s.rng.random();
             let link = if broken.postgres_is_slow {
                 &s.pg_link
@@ -472,7 +484,7 @@ pub fn heal(s: &mut Scenario, broken: &mut Broken) -> String {
     s.m.redis.signal(Signal::CONT);
     s.redis_link.heal();
     s.pg_link.heal();
-    broken.postgres_is_slow = false;
+    (broken.is_slow, broken.postgres_is_slow) = (false, false);
     // A link that was held by a trap stays as it is until somebody gives it up: as long as Redis has to answer.
     s.redis_link.cut();
     wait_for(DEADLINE, "the end of a script", || {
