@@ -244,7 +244,11 @@ impl Plan {
         let (encoding, read) = types::reading(column.type_oid, form, self.context);
         if matches!(read, Read::Output { .. } | Read::Cast { .. } | Read::Json { .. }) {
             self.needs = self.needs.max(types::needs(column.type_oid));
-            self.row_types.extend(types::row_types(column.type_oid));
+            for row_type in types::row_types(column.type_oid) {
+                if !self.row_types.contains(&row_type) {
+                    self.row_types.push(row_type);
+                }
+            }
         }
         self.relation.columns.push(pb::Column {
             name: column.name.clone(),

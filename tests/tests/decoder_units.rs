@@ -18,23 +18,9 @@ mod options;
 #[allow(dead_code)]
 mod seen;
 
-/// What the extension has for refusals ends in an ereport; the options need only this much of it.
-mod error {
-    #[derive(Debug)]
-    pub struct Refusal {
-        pub message: String,
-        pub hint: String,
-    }
-
-    impl Refusal {
-        pub fn invalid(message: impl Into<String>, hint: impl Into<String>) -> Self {
-            Self {
-                message: message.into(),
-                hint: hint.into(),
-            }
-        }
-    }
-}
+#[path = "../fuzz/refusal.rs"]
+#[allow(dead_code)]
+mod error;
 
 /// The story: seven tests of the decoder were never compiled, and nobody noticed.
 #[test]

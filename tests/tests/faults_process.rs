@@ -91,13 +91,9 @@ fn stopped_when_redis_has_just_died() {
     );
 }
 
-/// The story: for 14 seconds nothing happened, and then the log said that all was acknowledged, which what was in flight was not.
-#[test]
-fn stopped_while_redis_is_frozen() {
-    let mut s = Scenario::start("stopped_while_redis_is_frozen", Setup::default());
-    s.flow();
-    s.m.redis.signal(Signal::STOP);
-    // Without this the sink may have nothing in flight.
+/// Once the load has gone on for a while, the sink is asked to end, and does so soon and well. Returns its log.
+#[track_caller]
+fn stops_under_load(s: &Scenario) -> String {
     let before = s.m.db.lsn();
     wait_for(DEADLINE, "the load to go on", || {
         (s.m.db.lsn().0 > before.0 + 100_000).then_some(())
@@ -111,6 +107,17 @@ fn stopped_while_redis_is_frozen() {
     let log = s.log();
     assert_eq!(status.code(), Some(0), "{log}");
     assert!(took < Duration::from_secs(10), "{took:?}: {log}");
+    log
+}
+
+/// The story: for 14 seconds nothing happened, and then the log said that all was acknowledged, which what was in flight was not.
+#[test]
+fn stopped_while_redis_is_frozen() {
+    let mut s = Scenario::start("stopped_while_redis_is_frozen", Setup::default());
+    s.flow();
+    s.m.redis.signal(Signal::STOP);
+    // Without this the sink may have nothing in flight.
+    let log = stops_under_load(&s);
     assert!(!log.contains("everything that was applied"), "{log}");
     assert!(log.contains("comes again at the next start"), "{log}");
     s.m.redis.signal(Signal::CONT);
@@ -127,19 +134,7 @@ fn stopped_while_postgres_is_silent() {
     s.flow();
     s.pg_link.set_both(Mode::BlackHole);
     // There is more of the stream by then.
-    let before = s.m.db.lsn();
-    wait_for(DEADLINE, "the load to go on", || {
-        (s.m.db.lsn().0 > before.0 + 100_000).then_some(())
-    });
-    let asked = Instant::now();
-    let status = s.m.sink(|sink| {
-        sink.signal(Signal::TERM);
-        sink.wait(DEADLINE)
-    });
-    let took = asked.elapsed();
-    let log = s.log();
-    assert_eq!(status.code(), Some(0), "{log}");
-    assert!(took < Duration::from_secs(10), "{took:?}: {log}");
+    let log = stops_under_load(&s);
     let signs = [
         " WARN ",
         "Postgres did not take the last position",

@@ -178,6 +178,8 @@ fn redis_hears_of_a_transaction_that_comes_slowly() {
     m.sql("CREATE TABLE t (id int PRIMARY KEY, v text); SELECT walmirror.mirror('t')");
     let (_redis, pg) = behind_links(&m, &["--batch-bytes", "65536", "--streaming", "off"]);
     let _: String = m.redis.command("CONFIG SET timeout 2");
+    // Of what a login may not do, nothing is needed for this.
+    let _: String = m.redis.command("ACL SETUSER default -ping");
     pg.set(Way::ToClient, Mode::Throttle(15_000));
     m.sql("INSERT INTO t SELECT i, repeat(md5(i::text), 32) FROM generate_series(1, 250) i");
     m.sync_within(2 * DEADLINE);

@@ -7,12 +7,17 @@ use std::ffi::c_int;
 
 use pgrx::pg_sys;
 
+use super::catalog_types;
 use super::relation::Rel;
 
 /// Has the cache of types know the columns of a row type without any lock, as of the snapshot in force
 /// (`load_typcache_tupdesc` with `RelationIdGetRelation`). For decoding callbacks, which open all relations in that way: the
 /// transaction that holds the lock may wait for this stream, or be the one whose changes are decoded.
 pub fn know(row: pg_sys::Oid) {
+    // One that was dropped while event triggers were off may still be in a plan, and an ERROR would come again at each attempt.
+    if !catalog_types::is_row(row) {
+        return;
+    }
     let entry = entry(row);
     // SAFETY: entries of this cache are never freed. The descriptor of an open relation is counted (RelationBuildTupleDesc), and the cache
     // gives its reference back when it is told that the relation has changed (InvalidateCompositeTypeCacheEntry).

@@ -259,11 +259,13 @@ impl Writer {
         !self.open.is_empty()
     }
 
-    /// Says something behind a MULTI whose rest is not there yet: Redis closes a connection that says nothing for its `timeout`, and so do
-    /// balancers.
-    pub fn stay(&mut self) -> Result<(), Error> {
+    /// Queues a command that changes nothing behind a MULTI whose rest is not there yet: Redis closes a connection that says nothing for
+    /// its `timeout`, and so do balancers. It is one that a session needs the right to anyway: one that is refused would end the MULTI.
+    pub fn keep_alive(&mut self) -> Result<(), Error> {
         let mut batch = Batch::new();
-        batch.bookkeeping().command(&[b"PING"]);
+        batch
+            .bookkeeping()
+            .command(&[b"HGET", &self.keys.progress, b"epoch"]);
         let segment = Segment {
             batch,
             ..Segment::default()

@@ -115,7 +115,7 @@ pub(super) fn apply(
             // Behind MULTI it would queue the question, and the rest of a transaction is on its way.
             Err(RecvTimeoutError::Timeout) if writer.is_open() => {
                 if said.elapsed() >= CHECK_EVERY {
-                    writer.stay()?;
+                    writer.keep_alive()?;
                     said = Instant::now();
                 }
                 shared.health.note_redis();

@@ -99,6 +99,7 @@ pub(super) fn shake(
     };
 
     let decision = decide(stored.progress.as_ref(), &server, found);
+    // The slot was looked for first, so another walmirror may have begun meanwhile: a slot that is there now is none that is gone.
     if matches!(decision, Decision::Gap { .. }) && info.is_none() && slot_info(&mut sql, slot)?.is_some() {
         return Err(changed(slot, "another walmirror has made it"));
     }
@@ -261,6 +262,7 @@ fn look_again(error: Error, slot: &str) -> Error {
     error
 }
 
+/// What this session has decided on is not so any more: the next one decides anew.
 fn changed(slot: &str, why: &str) -> Error {
     let source = PqError::new(ErrorKind::Connection, why.to_owned());
     Error::postgres(

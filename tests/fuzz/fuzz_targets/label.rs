@@ -8,23 +8,8 @@ use libfuzzer_sys::fuzz_target;
 #[allow(dead_code)]
 mod label;
 
-/// What the extension has for refusals ends in an ereport; the parser needs only this much of it.
-mod error {
-    #[derive(Debug)]
-    pub struct Refusal {
-        pub message: String,
-        pub hint: String,
-    }
-
-    impl Refusal {
-        pub fn invalid(message: impl Into<String>, hint: impl Into<String>) -> Self {
-            Self {
-                message: message.into(),
-                hint: hint.into(),
-            }
-        }
-    }
-}
+#[path = "../refusal.rs"]
+mod error;
 
 fuzz_target!(|text: &str| {
     match label::Label::parse(text) {

@@ -10,12 +10,14 @@
 )]
 
 mod faults;
+mod kinds;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use faults::Fault::*;
-use faults::{Broken, FAULTS, Fault, REDIS, harm, heal, in_order};
+use faults::{Broken, REDIS, harm, heal};
+use kinds::Fault::*;
+use kinds::{FAULTS, Fault, in_order};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};

@@ -160,8 +160,9 @@ impl Planning {
         self.rereads = Rereads::default();
     }
 
-    /// Takes what has changed since the row was read whose key the planner rendered last, if that is known: whoever had changed it before is seen by the snapshot,
-    /// and whoever has changed it since is among them. Those of them that the snapshot sees too write once more what was read.
+    /// Takes what has changed since the row was read whose key the planner rendered last, if that is known: whoever had changed it before
+    /// is seen by the snapshot, and whoever has changed it since is among them. Those of them that the snapshot sees too write once more
+    /// what was read.
     pub(super) fn changes_since(
         &mut self,
         chunk: &Chunk,
