@@ -244,9 +244,8 @@ fn a_locked_table_holds_up_itself_alone() {
          ALTER EVENT TRIGGER walmirror_ddl_command_end ENABLE ALWAYS; INSERT INTO t VALUES (2, 'v', 2)",
     );
     m.sync();
-    // Whoever compares all labels tells of one table a minute: of `b` first, if that look came before `a` was locked.
     let is_told = |table: &str| {
-        wait_for(2 * DEADLINE, "the sink to tell of the lock", || {
+        wait_for(DEADLINE, "the sink to tell of the lock", || {
             let told = |line: &str| line.contains("the table is locked") && line.contains(table);
             m.sink(|sink| sink.output().lines().any(told)).then_some(())
         });

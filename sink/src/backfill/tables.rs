@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::catalog::Catalog;
 use super::fill::{Filling, Flow};
 use super::sql::Sql;
-use super::troubles::{Misfits, Troubles};
+use super::troubles::{Findings, LOCKED_PAUSE_MAX, PAUSE_MIN, Troubles};
 use super::worker::{Context, IDLE, LOCK_TABLES, Role};
 use super::writers::{Committing, Writers};
 use super::{Content, Room, Stage, Task, Window, sweep};
@@ -45,7 +45,7 @@ pub(super) struct Tables<'c> {
     fillings: BTreeMap<u32, Filling>,
     changes: BTreeMap<u32, Changes>,
     troubles: Troubles,
-    misfits: Misfits,
+    findings: Findings,
     writers: Writers,
     /// Whom the next look at the catalog waits for.
     committing: Option<Committing>,
@@ -74,7 +74,7 @@ impl<'c> Tables<'c> {
             fillings: BTreeMap::new(),
             changes: BTreeMap::new(),
             troubles: Troubles::default(),
-            misfits: Misfits::default(),
+            findings: Findings::default(),
             writers: Writers::default(),
             committing: None,
             is_compared: false,
@@ -282,14 +282,15 @@ impl<'c> Tables<'c> {
             }
             catalog => catalog?,
         };
-        self.misfits.tell(&catalog.misfits);
-        match catalog.locked.first() {
-            Some((relation, table)) => {
-                self.troubles.locked(LIST, table, || sql.whoever_locks(*relation));
-                // All tables are looked at, and each one that is locked is waited for.
-                self.troubles.leave_for(LIST, took.saturating_mul(CATALOG_SHARE));
-            }
-            None => self.troubles.clear(LIST),
+        self.findings.misfits(&catalog.misfits);
+        self.findings
+            .locks(&catalog.locked, |relation| sql.whoever_locks(relation));
+        if catalog.locked.is_empty() {
+            self.troubles.clear(LIST);
+        } else {
+            self.troubles.put_off(LIST, PAUSE_MIN, LOCKED_PAUSE_MAX);
+            // All tables are looked at, and each one that is locked is waited for.
+            self.troubles.leave_for(LIST, took.saturating_mul(CATALOG_SHARE));
         }
         let (window, nothing) = (Arc::new(Window::default()), Snapshot::default());
         context.submit_for(sql, &window, 0, 0, nothing, Content::Catalog(catalog), None)?;

@@ -9,12 +9,14 @@ use super::catalog::Misfit;
 use crate::error::Error;
 
 /// The pause after the first failure; twice as long after each further one.
-const PAUSE_MIN: Duration = Duration::from_secs(1);
+pub(super) const PAUSE_MIN: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
 /// A lock is ordinary, and gone some time.
-const LOCKED_PAUSE_MAX: Duration = Duration::from_secs(4);
+pub(super) const LOCKED_PAUSE_MAX: Duration = Duration::from_secs(4);
 /// How often that is told of, and a label that does not fit.
 const TOLD_EVERY: Duration = Duration::from_secs(60);
+/// Of so many tables that are locked at once it is told by whom.
+const NAMED_MAX: usize = 8;
 
 /// The list.
 #[derive(Debug, Default)]
@@ -75,13 +77,9 @@ impl Troubles {
     }
 
     /// Tells of a table that is locked, and has it left alone for a while.
-    pub(super) fn locked(&mut self, relation: u32, table: &str, who: impl FnOnce() -> String) {
+    fn locked(&mut self, relation: u32, table: &str, who: impl FnOnce() -> String) {
         if self.note_lock(relation, Instant::now()) {
-            tracing::info!(
-                table,
-                "the table is locked, and read when it is not; the other tables go on: {}",
-                who()
-            );
+            tell_of_lock(table, &who());
         }
     }
 
@@ -149,35 +147,71 @@ impl Troubles {
     }
 }
 
-/// Labels that do not fit their tables, as far as they were told of. The catalog may be compared every few seconds.
+/// What comparing the catalog found of tables, as far as it was told of: that may be every few seconds.
 #[derive(Debug, Default)]
-pub(super) struct Misfits {
-    told: BTreeMap<u32, (String, Instant)>,
+pub(super) struct Findings {
+    misfits: Told,
+    locks: Told,
 }
 
-impl Misfits {
-    /// Tells of those that are new, or were not told of for a while.
-    pub(super) fn tell(&mut self, misfits: &[Misfit]) {
-        self.told
-            .retain(|oid, _| misfits.iter().any(|misfit| misfit.oid == *oid));
+impl Findings {
+    /// Tells of labels that do not fit, but for those that were told of a short while ago.
+    pub(super) fn misfits(&mut self, misfits: &[Misfit]) {
+        self.misfits
+            .keep(|oid| misfits.iter().any(|misfit| misfit.oid == oid));
         for misfit in misfits {
-            if self.is_due(misfit, Instant::now()) {
+            if self.misfits.is_due(misfit.oid, &misfit.problem, Instant::now()) {
                 let error = misfit.error();
                 tracing::error!(next = error.next_command(), "{error}");
             }
         }
     }
 
-    fn is_due(&mut self, misfit: &Misfit, now: Instant) -> bool {
-        let told = self.told.get(&misfit.oid);
-        let is_told = told.is_some_and(|(problem, at)| {
-            *problem == misfit.problem && now.saturating_duration_since(*at) < TOLD_EVERY
-        });
+    /// The same for tables that are locked, by oid and name: of each by name where there are few. `who` has one locked.
+    pub(super) fn locks(&mut self, locked: &[(u32, String)], mut who: impl FnMut(u32) -> String) {
+        self.locks
+            .keep(|oid| locked.iter().any(|(other, _)| *other == oid));
+        let now = Instant::now();
+        let mut due = locked.iter().filter(|(oid, _)| self.locks.is_due(*oid, "", now));
+        for (oid, table) in due.by_ref().take(NAMED_MAX) {
+            tell_of_lock(table, &who(*oid));
+        }
+        let others = due.count();
+        if others > 0 {
+            tracing::info!("{others} more tables are locked");
+        }
+    }
+}
+
+/// What was told of tables, and when.
+#[derive(Debug, Default)]
+struct Told {
+    tables: BTreeMap<u32, (String, Instant)>,
+}
+
+impl Told {
+    /// Forgets the others.
+    fn keep(&mut self, is_so_still: impl Fn(u32) -> bool) {
+        self.tables.retain(|oid, _| is_so_still(*oid));
+    }
+
+    /// True: it is new, or was not told of for a while, and is told of now.
+    fn is_due(&mut self, oid: u32, what: &str, now: Instant) -> bool {
+        let told = self.tables.get(&oid);
+        let is_told = told
+            .is_some_and(|(before, at)| before == what && now.saturating_duration_since(*at) < TOLD_EVERY);
         if !is_told {
-            self.told.insert(misfit.oid, (misfit.problem.clone(), now));
+            self.tables.insert(oid, (what.to_owned(), now));
         }
         !is_told
     }
+}
+
+fn tell_of_lock(table: &str, who: &str) {
+    tracing::info!(
+        table,
+        "the table is locked, and read when it is not; the other tables go on: {who}"
+    );
 }
 
 #[cfg(test)]
@@ -231,6 +265,31 @@ mod tests {
         // What is told of it, and the pauses without that, stay.
         assert!(!troubles.note_lock(7, now));
         assert!(!troubles.is_paused_at(7, now + LOCKED_PAUSE_MAX));
+    }
+
+    /// The story: of several tables that were locked one a minute was told of.
+    #[test]
+    fn each_finding_is_told_of_once_a_minute() {
+        let mut told = Told::default();
+        let now = Instant::now();
+        assert!(told.is_due(7, "x", now) && told.is_due(8, "x", now));
+        assert!(!told.is_due(7, "x", now) && told.is_due(8, "y", now));
+        assert!(told.is_due(7, "x", now + TOLD_EVERY));
+        told.keep(|oid| oid != 8);
+        assert!(told.is_due(8, "y", now) && !told.is_due(7, "x", now));
+    }
+
+    #[test]
+    fn who_locks_many_tables_is_looked_for_a_few_times() {
+        let locked: Vec<(u32, String)> = (1..100).map(|oid| (oid, format!("t{oid}"))).collect();
+        let (mut findings, mut asked) = (Findings::default(), Vec::new());
+        for _ in 0..2 {
+            findings.locks(&locked, |oid| {
+                asked.push(oid);
+                String::new()
+            });
+        }
+        assert_eq!(asked, (1..=NAMED_MAX as u32).collect::<Vec<_>>());
     }
 
     #[test]
