@@ -6,17 +6,13 @@ use crate::error::Error;
 use crate::gate::Snapshot;
 use crate::pq::{Connection, PqError, QueryResult, Waker, connect_failed, quote_identifier};
 
-/// What every session sets. Rows must not be hidden by policies (better an error), waits for standbys must not
-/// hold markers up, and values read as text must look as the value contract says. Keys are given in arrays of texts, where an
+/// What every such session sets, besides what all of ours do. Rows must not be hidden by policies (better an error), waits for standbys
+/// must not hold markers up, and values read as text must look as the value contract says. Keys are given in arrays of texts, where an
 /// unquoted NULL must be one. Rows must come in the order of their ctids: a chunk that ends early goes on behind its last one, so no
-/// plan may begin in the middle of the table or read it with several processes. For how long it waits for locks is set by who connects.
-const SETTINGS: &str = "SET row_security = off; SET synchronous_commit = local; SET statement_timeout = 0; \
-    SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0; SET idle_session_timeout = 0; SET client_encoding = 'UTF8'; \
-    SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; SET TimeZone = 'UTC'; SET bytea_output = 'hex'; \
-    SET extra_float_digits = 1; SET search_path = pg_catalog; SET enable_tidscan = on; SET walmirror.capture = off; \
-    SET array_nulls = on; SET quote_all_identifiers = off; SET lc_monetary = 'C'; \
-    SET max_parallel_workers_per_gather = 0; SET synchronize_seqscans = off; \
-    SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('transaction_timeout', true) IS NOT NULL";
+/// plan may begin in the middle of the table. For how long it waits for locks is set by who connects.
+const SETTINGS: &str = "SET row_security = off; SET synchronous_commit = local; SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; \
+    SET TimeZone = 'UTC'; SET bytea_output = 'hex'; SET extra_float_digits = 1; SET enable_tidscan = on; \
+    SET walmirror.capture = off; SET array_nulls = on; SET lc_monetary = 'C'; SET synchronize_seqscans = off";
 
 /// The session.
 pub(crate) struct Sql {

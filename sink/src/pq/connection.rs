@@ -37,6 +37,20 @@ pub struct Connection {
     pub(super) lookout: Option<Lookout>,
 }
 
+/// What every session sets, whatever the role or the database has set for theirs. Whoever may create in a schema of the role's search_path
+/// could put an operator there that a statement of ours finds, and that runs as us. How long something may take, and waits, is known here.
+/// Transactions must neither wait for those of others, as a deferrable one does, nor fail because of them, as a serializable one may, nor
+/// be kept from taking an id. An ERROR ends a statement and not the session. Names and messages are UTF-8, and SQL is read and printed as
+/// it is written here. The transaction that sets it is such a one itself. No statement of ours is worth another process, or being compiled.
+const SETTINGS: &str = "BEGIN ISOLATION LEVEL READ COMMITTED NOT DEFERRABLE; \
+    SET search_path = pg_catalog, pg_temp; SET statement_timeout = 0; SET lock_timeout = 0; \
+    SET idle_in_transaction_session_timeout = 0; SET idle_session_timeout = 0; \
+    SET default_transaction_isolation = 'read committed'; SET default_transaction_read_only = off; \
+    SET default_transaction_deferrable = off; SET exit_on_error = off; SET client_encoding = 'UTF8'; \
+    SET standard_conforming_strings = on; SET quote_all_identifiers = off; SET max_parallel_workers_per_gather = 0; SET jit = off; \
+    SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('transaction_timeout', true) IS NOT NULL; \
+    COMMIT";
+
 impl Connection {
     /// Connects. `conninfo` is anything that psql takes: a URI, `key=value` pairs, a database name, or nothing.
     ///
@@ -66,9 +80,7 @@ impl Connection {
             heard: Instant::now(),
             lookout: None,
         };
-        // Whoever may create in a schema of the role's search_path could put an operator there that a statement of ours finds, and that runs
-        // as us.
-        connection.simple("SET search_path = pg_catalog, pg_temp")?;
+        connection.simple(SETTINGS)?;
         connection.patience = None;
         Ok(connection)
     }

@@ -75,10 +75,6 @@ pub fn create_slot(
     if plugin == PLUGIN {
         super::settings::require_preload(connection)?;
     }
-    // A role or a database may have one, and each of those transactions is waited for by its lock.
-    connection
-        .simple("SET lock_timeout = 0")
-        .map_err(|error| Error::postgres("cannot set lock_timeout", error))?;
     let results = connection
         .simple(&command)
         .map_err(|error| explain(Error::postgres(what(), error), slot, &connection.target().user))?;
