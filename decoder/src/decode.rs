@@ -290,10 +290,25 @@ impl Decoder {
         }
     }
 
-    /// A transaction that came in parts has committed.
-    pub fn late_commit(&mut self, output: &mut impl Output, transaction: Transaction, end_lsn: u64) {
-        if !self.opening.forget(transaction.xid) {
+    /// A transaction that came in parts has committed. `subtransactions` belong to it.
+    pub fn late_commit(
+        &mut self,
+        output: &mut impl Output,
+        transaction: Transaction,
+        end_lsn: u64,
+        subtransactions: impl Iterator<Item = u32>,
+    ) {
+        let Some(mut sent) = self.opening.forget(transaction.xid) else {
             return output.progress();
+        };
+        // Postgres does not tell of each that was rolled back: not of one whose changes were spilled before they were sent
+        // (ReorderBufferTruncateTXN notes as sent what has changes in memory).
+        sent.remove(&transaction.xid);
+        for sub_xid in subtransactions {
+            sent.remove(&sub_xid);
+        }
+        for sub_xid in sent {
+            self.frame.record(&rollback(transaction.xid, sub_xid).into());
         }
         let commit = pb::LateCommit {
             begin: Some(transaction.into()),
@@ -305,16 +320,12 @@ impl Decoder {
     /// A transaction of which parts may have been sent was rolled back, or a subtransaction of it.
     pub fn rollback(&mut self, output: &mut impl Output, xid: u32, sub_xid: u32) {
         let was_sent = if xid == sub_xid {
-            self.opening.forget(xid)
+            self.opening.forget(xid).is_some()
         } else {
-            self.opening.was_sent(xid)
+            self.opening.forget_part(xid, sub_xid)
         };
         if was_sent {
-            let rollback = pb::Rollback {
-                xid: full_xid(xid),
-                sub_xid: full_xid(sub_xid),
-            };
-            self.last(output, rollback);
+            self.last(output, rollback(xid, sub_xid));
         }
     }
 
@@ -405,6 +416,13 @@ impl Decoder {
         }
         self.frame.clear();
         self.skipped = 0;
+    }
+}
+
+fn rollback(xid: u32, sub_xid: u32) -> pb::Rollback {
+    pb::Rollback {
+        xid: full_xid(xid),
+        sub_xid: full_xid(sub_xid),
     }
 }
 

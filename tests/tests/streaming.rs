@@ -107,6 +107,35 @@ fn it_counts_when_it_commits_without_what_was_rolled_back() {
     is_streamed(&m);
 }
 
+/// The story: of a subtransaction that it has spilled and then sent, Postgres does not say that it was rolled back, where more than 4096
+/// changes of it were spilled (that is what it reads back at once). What it had changed was mirrored.
+#[test]
+fn what_was_spilled_and_sent_and_rolled_back_leaves_nothing() {
+    let m = alone();
+    m.sql("INSERT INTO t VALUES (1, 1, 'kept'), (2, 1, 'kept')");
+    let mut a = m.db.connect();
+    // Five thousand pieces of one value: in the middle of them nothing can be sent, and at the last one everything is.
+    let value = |table: &str, id: u32| format!("INSERT INTO {table} VALUES ({id}, 0, repeat('x', 10000000))");
+    a.batch_execute(&format!(
+        "BEGIN; INSERT INTO u VALUES (1, 1, 'kept'); SAVEPOINT s; UPDATE t SET v = 'never'; DELETE FROM t WHERE id = 2; \
+         SAVEPOINT nested; {}; RELEASE nested; {}",
+        value("big", 1),
+        value("big", 2),
+    ))
+    .unwrap();
+    not_there(&m, &["big:1", "big:2"]);
+    let (sent, spilled) = counted(&m.db);
+    assert!(sent > 0 && spilled > 0, "{sent} {spilled}");
+    a.batch_execute(&format!(
+        "ROLLBACK TO s; SAVEPOINT good; {}; RELEASE good; INSERT INTO t VALUES (3, 1, 'kept')",
+        value("big", 3)
+    ))
+    .unwrap();
+    not_there(&m, &["big:3", "t:3"]);
+    a.batch_execute("COMMIT").unwrap();
+    m.check();
+}
+
 #[test]
 fn what_is_rolled_back_whole_leaves_nothing() {
     let m = alone();

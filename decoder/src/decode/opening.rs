@@ -1,6 +1,6 @@
 //! What stands before the first record of a transaction, and in every frame of one that is still in progress.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use walmirror_proto::pb;
 use walmirror_proto::writer::FrameWriter;
@@ -27,8 +27,8 @@ pub(super) struct Opening {
     begun: bool,
     /// The transaction in progress of which a part comes.
     part: Option<Part>,
-    /// Transactions in progress of which something was sent.
-    sent: HashSet<u32>,
+    /// Transactions in progress of which something was sent, and which of their subtransactions that was (or they themselves).
+    sent: HashMap<u32, HashSet<u32>>,
 }
 
 struct Part {
@@ -60,14 +60,14 @@ impl Opening {
         self.part.is_some()
     }
 
-    /// Whether anything was sent of a transaction in progress.
-    pub(super) fn was_sent(&self, xid: u32) -> bool {
-        self.sent.contains(&xid)
+    /// A transaction in progress is over; returns what was sent of it.
+    pub(super) fn forget(&mut self, xid: u32) -> Option<HashSet<u32>> {
+        self.sent.remove(&xid)
     }
 
-    /// A transaction in progress is over; whether anything was sent of it.
-    pub(super) fn forget(&mut self, xid: u32) -> bool {
-        self.sent.remove(&xid)
+    /// A subtransaction of it is; whether anything was sent of that.
+    pub(super) fn forget_part(&mut self, xid: u32, sub_xid: u32) -> bool {
+        self.sent.get_mut(&xid).is_some_and(|sent| sent.remove(&sub_xid))
     }
 
     /// Writes what has to stand before a change of the transaction or subtransaction `sub_xid`.
@@ -86,7 +86,7 @@ impl Opening {
         }
         if part.sub_xid != Some(sub_xid) {
             part.sub_xid = Some(sub_xid);
-            self.sent.insert(part.xid);
+            self.sent.entry(part.xid).or_default().insert(sub_xid);
             let in_progress = pb::InProgress {
                 xid: full_xid(part.xid),
                 sub_xid: full_xid(sub_xid),

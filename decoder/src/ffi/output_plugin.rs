@@ -267,8 +267,33 @@ unsafe extern "C-unwind" fn stream_commit(
     // SAFETY: both are valid for the call.
     unsafe {
         let writer = &mut Writer { context, last: true };
-        decoder(context).late_commit(writer, transaction(txn), (*txn).end_lsn);
+        decoder(context).late_commit(writer, transaction(txn), (*txn).end_lsn, subtransactions(txn));
     }
+}
+
+/// The subtransactions that belong to a transaction: one that was rolled back does not any more (`ReorderBufferAbort` takes it out, by
+/// `ReorderBufferCleanupTXN`).
+///
+/// # Safety
+///
+/// `txn` is a top-level transaction of the reorder buffer, which is not changed as long as the iterator lives.
+unsafe fn subtransactions(txn: *const pg_sys::ReorderBufferTXN) -> impl Iterator<Item = u32> {
+    // SAFETY: by the caller's promise; the head is a member of `txn`.
+    let head = unsafe { &raw const (*txn).subtxns.head };
+    let mut at = head;
+    std::iter::from_fn(move || {
+        // SAFETY: a circle of nodes that ends where it begins; of one that was never used, the first pointer is NULL (ilist.h). Each
+        // node but the head is the member `node` of a subtransaction.
+        unsafe {
+            at = (*at).next;
+            if at.is_null() || std::ptr::eq(at, head) {
+                return None;
+            }
+            let sub = at.byte_sub(std::mem::offset_of!(pg_sys::ReorderBufferTXN, node));
+            Some(xid_number((*sub.cast::<pg_sys::ReorderBufferTXN>()).xid))
+        }
+    })
+    .fuse()
 }
 
 #[pg_guard]
