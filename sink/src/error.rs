@@ -232,19 +232,23 @@ impl Error {
         matches!(self, Self::Postgres(_, source) if source.is("42710"))
     }
 
-    /// Whether Postgres says that it has removed the WAL that the slot needs, which the slot itself may not know.
+    /// Whether Postgres says that it has removed the WAL that the slot needs, which the slot itself may not know. In whatever language
+    /// (`lc_messages`), it names the file, and that of a library is no such name.
     pub fn is_wal_removed(&self) -> bool {
-        matches!(self, Self::Postgres(_, source) if source.is("58P01") && source.message.contains("WAL segment"))
+        let is_segment = |word: &str| word.len() == 24 && word.bytes().all(|byte| byte.is_ascii_hexdigit());
+        matches!(self, Self::Postgres(_, source) if source.is("58P01")
+            && source.message.split(|sign: char| !sign.is_ascii_alphanumeric()).any(is_segment))
     }
 
-    /// Whether the slot is not there (any more), or was invalidated: who looks at it again sees that.
+    /// Whether the slot is not there (any more), or was invalidated: who looks at it again sees that. In whatever language: what else may be
+    /// in the wrong state for a stream is a parameter.
     pub fn is_slot_gone(&self) -> bool {
         let Self::Postgres(_, source) = self else {
             return false;
         };
-        let invalidated = ["can no longer", "cannot read from logical replication slot"];
+        let parameters = ["wal_level", "shared_preload_libraries"];
         source.is("42704")
-            || source.is("55000") && invalidated.iter().any(|sign| source.message.contains(sign))
+            || source.is("55000") && !parameters.iter().any(|name| source.message.contains(name))
     }
 
     /// A table, its schema or a column is not there, or not under that name any more; or it has no label, or one that does not fit.
@@ -419,6 +423,9 @@ mod tests {
         let segment = "requested WAL segment 000000010000000000000003 has already been removed";
         let lost = error("58P01", segment);
         assert!(lost.is_wal_removed() && !lost.is_slot_gone());
+        // The story: where messages are translated, a mirror whose WAL was gone ended at each start.
+        let translated = "das angeforderte WAL-Segment »000000010000000A000000FF« wurde schon entfernt";
+        assert!(error("58P01", translated).is_wal_removed());
         assert_eq!(
             lost.next_command(),
             Some("SELECT pg_drop_replication_slot('s''1');   -- the next `run` makes it anew")
@@ -443,6 +450,11 @@ mod tests {
             ),
             ("55000", "can no longer access replication slot \"s\"", true),
             ("55000", "cannot read from logical replication slot \"s\"", true),
+            (
+                "55000",
+                "kann nicht mehr auf Replikations-Slot »s« zugreifen",
+                true,
+            ),
             ("42704", "replication slot \"s\" does not exist", true),
             ("55000", "logical decoding requires wal_level >= logical", false),
         ] {
