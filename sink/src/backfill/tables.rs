@@ -192,7 +192,9 @@ impl<'c> Tables<'c> {
     fn fill(&mut self, sql: &mut Sql, relation: u32, task: &Task) -> Result<(), Error> {
         let is_to_compare = !self.context.backfill.is_reconciled();
         let until = Instant::now() + if is_to_compare { TURN_SHORT } else { TURN };
-        let mut filling = match self.fillings.remove(&relation) {
+        // It may have been announced anew since the last look at what became of the tables.
+        let filling = self.fillings.remove(&relation);
+        let mut filling = match filling.filter(|filling| is_of(filling, task)) {
             Some(filling) => filling,
             None => Filling::start(sql, relation, task, &self.room)?,
         };
