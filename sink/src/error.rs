@@ -262,15 +262,17 @@ impl Error {
         matches!(self, Self::Postgres(_, source) if source.is("55P03"))
     }
 
-    /// Whether an error of a statement about a table is that table's own: neither the connection, nor the server or the machine has
-    /// failed, nor who may log in.
+    /// Whether an error of a statement about a table is taken for that table's own: neither has the connection or the server failed, nor may
+    /// somebody not log in. What the machine refuses counts, as memory, locks or a file: a table of thousands of partitions, or one large
+    /// row, can be what takes more than there is.
     pub fn is_of_one_table(&self) -> bool {
         let Self::Postgres(_, source) = self else {
             return false;
         };
         let class = source.sqlstate.as_deref().and_then(|state| state.get(..2));
         source.kind == ErrorKind::Server
-            && class.is_some_and(|class| !["08", "25", "28", "40", "53", "57", "58"].contains(&class))
+            && class.is_some_and(|class| !["08", "25", "28", "40", "57"].contains(&class))
+            && !source.is("53300")
     }
 
     /// Whether Postgres was given up because it said nothing.
