@@ -7,7 +7,7 @@
 use walmirror_proto::Lsn;
 
 use crate::error::Error;
-use crate::pq::{Connection, PqError};
+use crate::pq::{Connection, message_failed, quote_identifier};
 
 /// One request.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,10 +79,12 @@ impl Request {
         for byte in self.encode(slot) {
             hex.extend_from_slice(format!("{byte:02x}").as_bytes());
         }
-        let failed = |error: PqError| Error::postgres("cannot write a request into the WAL", error);
-        let result = sql.query(statement, &[Some(&hex)]).map_err(failed)?;
+        let what = "cannot write a request into the WAL";
+        let result = sql.query(statement, &[Some(&hex)]);
+        let result =
+            result.map_err(|error| message_failed(what, error, &quote_identifier(&sql.target().user)))?;
         let lsn = result.text(0, 0).and_then(|text| text.parse().ok());
-        lsn.ok_or_else(|| Error::answer("cannot write a request into the WAL"))
+        lsn.ok_or_else(|| Error::answer(what))
     }
 }
 

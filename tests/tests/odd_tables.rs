@@ -8,7 +8,7 @@
     clippy::indexing_slicing
 )]
 
-use walmirror_tests::{DEADLINE, Mirror, wait_for};
+use walmirror_tests::{DEADLINE, Mirror, Signal, skipped, wait_for};
 
 /// Waits until so many tables are filled and swept.
 #[track_caller]
@@ -101,6 +101,34 @@ fn a_key_that_can_be_read_in_very_many_ways_is_found() {
     m.settle();
 }
 
+/// The story: under such a collation nothing can be searched for, and what Postgres said of that was taken for keys without rows: they went.
+#[test]
+fn such_keys_stay_whatever_the_collation_of_their_columns() {
+    let m = Mirror::new();
+    let has_icu =
+        m.db.value("SELECT count(*) > 0 FROM pg_collation WHERE collprovider = 'i'");
+    if has_icu != "t" {
+        return skipped("this server has no ICU");
+    }
+    m.sql(
+        "CREATE COLLATION any_case (provider = icu, locale = 'und-u-ks-level2', deterministic = false); \
+         CREATE TABLE slugs (a text COLLATE any_case, b text COLLATE any_case, c text, doc text, PRIMARY KEY (a, b, c)); \
+         ALTER TABLE slugs ALTER doc SET STORAGE EXTERNAL; \
+         INSERT INTO slugs SELECT repeat('A-', 9) || i, '%:' || repeat('-b', 9), 'c-' || i, repeat('x', 9000) FROM generate_series(1, 20) i; \
+         SELECT walmirror.mirror('slugs', key => 'slugs:{a}-{b}-{c}')",
+    );
+    let junk = "slugs:a-b-c-d-e-f-g-h-i-j-k-l-m-n-o-p-q-r";
+    let _: String = m.redis.command(&format!("SET {junk} foreign"));
+    m.start();
+    complete(&m, 1);
+    m.check();
+    let key = m.redis.keys().swap_remove(0);
+    let _: i64 = m.redis.command(&format!("DEL {key}"));
+    m.sql("UPDATE slugs SET doc = doc");
+    m.settle();
+    assert_equal(&m);
+}
+
 /// Enums have one operator for all of them, and input functions raise whatever they like.
 #[test]
 fn junk_keys_of_any_type_are_removed_and_stop_nothing() {
@@ -160,6 +188,84 @@ fn a_table_that_may_not_be_read_holds_up_no_other() {
     m.sql(&format!("REVOKE ALL ON secret, z FROM {role}"));
 }
 
+/// The story: rows could be read, and their keys could not be looked for; the right that was said to be missing was another one, and `doctor`
+/// found none.
+#[test]
+fn a_key_type_that_may_not_be_used_is_told_with_its_schema() {
+    let m = Mirror::new();
+    let role = format!("{}_sink", m.db.name);
+    m.sql(&format!(
+        "CREATE SCHEMA types; CREATE TYPE types.mood AS ENUM ('sad', 'happy'); CREATE DOMAIN any_mood AS types.mood; \
+         CREATE TABLE t (k any_mood PRIMARY KEY, n int); CREATE TABLE z (id int PRIMARY KEY, mood types.mood); \
+         INSERT INTO t VALUES ('sad', 1); INSERT INTO z VALUES (1, 'sad'); SELECT walmirror.mirror('t'), walmirror.mirror('z'); \
+         CREATE ROLE {role} LOGIN REPLICATION; GRANT SELECT ON t, z TO {role}"
+    ));
+    for key in ["t:happy", "z:2"] {
+        let _: String = m.redis.command(&format!("SET {key} junk"));
+    }
+    let conninfo = format!("{} user={role}", m.db.pg.conninfo(&m.db.name));
+    m.start_at(&conninfo, &m.redis.url(), &[], &[]);
+    complete(&m, 1);
+    let grant = format!("GRANT USAGE ON SCHEMA types TO {role};");
+    let log = || m.sink(|sink| sink.output());
+    wait_for(DEADLINE, "an ERROR line with the grant", || {
+        log().contains(&grant).then_some(())
+    });
+    let doctor = || {
+        let mut args = m.arguments(&["doctor"]);
+        let at = args.iter().position(|arg| arg == "--postgres").unwrap();
+        args[at + 1].clone_from(&conninfo);
+        walmirror_tests::Sink::run(&args, DEADLINE).1
+    };
+    let said = doctor();
+    assert!(
+        said.contains(&grant) && !said.contains("ON SCHEMA public"),
+        "{said}"
+    );
+    m.sql(&grant);
+    complete(&m, 2);
+    m.settle();
+    assert!(!doctor().contains("ON SCHEMA"), "{}", doctor());
+    assert_eq!(log().matches("streaming slot=").count(), 1, "{}", log());
+    m.sql(&format!("DROP OWNED BY {role}"));
+}
+
+/// The story: docs/operations.md advises to take the right from everybody; who forgot to give it to the sink was told to grant SELECT.
+#[test]
+fn a_sink_that_may_write_no_messages_is_told_so() {
+    let m = Mirror::new();
+    let role = format!("{}_sink", m.db.name);
+    m.sql(&format!(
+        "CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1); SELECT walmirror.mirror('t'); \
+         CREATE ROLE {role} LOGIN REPLICATION; GRANT SELECT ON t TO {role}; \
+         DO $$ DECLARE f regprocedure; BEGIN FOR f IN SELECT oid FROM pg_proc WHERE proname = 'pg_logical_emit_message' LOOP \
+            EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', f); END LOOP; END $$"
+    ));
+    let mut args = m.arguments(&["doctor"]);
+    let at = args.iter().position(|arg| arg == "--postgres").unwrap();
+    args[at + 1] = format!("{} user={role}", m.db.pg.conninfo(&m.db.name));
+    let grant = |output: &str| {
+        let next = output
+            .lines()
+            .find_map(|line| Some(line.split_once("next: DO ")?.1.to_owned()));
+        format!(
+            "DO {}",
+            next.unwrap_or_else(|| panic!("no such command in {output}"))
+        )
+    };
+    let (code, output) = walmirror_tests::Sink::run(&args, DEADLINE);
+    assert_eq!(code, Some(3), "{output}");
+    let command = grant(&output);
+    args[0] = "run".to_owned();
+    let (code, output) = walmirror_tests::Sink::run(&args, DEADLINE);
+    assert_eq!(code, Some(3), "{output}");
+    assert_eq!(grant(&output), command);
+    m.sql(&command);
+    m.start_at(&args[at + 1], &m.redis.url(), &[], &[]);
+    m.settle();
+    m.sql(&format!("DROP OWNED BY {role}"));
+}
+
 /// The chunks of this stored value of a table are gone, as after a fault of a disk.
 fn damage(m: &Mirror, table: &str, value: u32) {
     let toast = m.db.value(&format!(
@@ -198,6 +304,73 @@ fn a_damaged_row_is_left_out_and_noted_and_the_rest_is_mirrored() {
         "{log}"
     );
     assert_eq!(m.notes(), 1);
+}
+
+/// The story: what Postgres had no room for ended the session, again and again, and the stream with it.
+#[test]
+fn a_table_that_takes_more_locks_than_there_are_holds_up_no_other() {
+    let m = Mirror::alone(
+        "max_locks_per_transaction = 10\nmax_connections = 40\nmax_prepared_transactions = 0\nmax_wal_senders = 5",
+    );
+    m.sql("CREATE TABLE p (id int PRIMARY KEY, n int) PARTITION BY LIST (id); CREATE INDEX ON p (n); CREATE INDEX ON p (n, id); \
+         CREATE INDEX ON p (id, n); CREATE TABLE z (id int PRIMARY KEY)");
+    for first in (0..500).step_by(50) {
+        m.sql(&format!(
+            "DO $$ BEGIN FOR i IN {first}..{first} + 49 LOOP EXECUTE format('CREATE TABLE p%s PARTITION OF p FOR VALUES IN (%s)', i, i); \
+             END LOOP; END $$"
+        ));
+    }
+    m.sql("INSERT INTO p7 VALUES (7); INSERT INTO z VALUES (1); SELECT walmirror.mirror('p'), walmirror.mirror('z')");
+    let _: String = m.redis.command("SET p:nobody junk");
+    m.start();
+    let log = || m.sink(|sink| sink.output());
+    wait_for(DEADLINE, "the table to be told of", || {
+        m.sink(walmirror_tests::Sink::assert_running);
+        log().contains("53200").then_some(())
+    });
+    m.sql("INSERT INTO z VALUES (2)");
+    wait_for(DEADLINE, "the other table", || {
+        let keys = m.redis.keys();
+        ["z:1", "z:2"]
+            .iter()
+            .all(|key| keys.iter().any(|other| other == key))
+            .then_some(())
+    });
+    assert_eq!(log().matches("streaming slot=").count(), 1, "{}", log());
+}
+
+/// Tools that compact a table swap its file for that of a copy, and no WAL says so. The story: who read rows again took his snapshot, waited
+/// for the swap, and then looked into the new file, where all rows were of a transaction that he did not see: they were taken for deleted.
+#[test]
+fn a_file_that_is_swapped_while_rows_are_read_again() {
+    let m = Mirror::alone("");
+    m.sql(
+        "CREATE TABLE t (id int PRIMARY KEY, n int, doc text); ALTER TABLE t ALTER doc SET STORAGE EXTERNAL; \
+         INSERT INTO t SELECT i, 0, repeat('x', 9000) FROM generate_series(1, 100) i; \
+         CREATE TABLE twin (LIKE t INCLUDING ALL); SELECT walmirror.mirror('t')",
+    );
+    m.start();
+    complete(&m, 1);
+    for id in 1..=100 {
+        let _: i64 = m.redis.command(&format!("DEL t:{id}"));
+    }
+    m.sink(|sink| sink.signal(Signal::STOP));
+    m.sql("UPDATE t SET n = 1");
+    let mut tool = m.db.connect();
+    tool.batch_execute(
+        "BEGIN; LOCK TABLE t; INSERT INTO twin SELECT * FROM t; \
+         UPDATE pg_class a SET relfilenode = b.relfilenode, reltoastrelid = b.reltoastrelid FROM pg_class b \
+         WHERE (a.oid, b.oid) IN (('t'::regclass, 'twin'::regclass), ('twin'::regclass, 't'::regclass), \
+            ('t_pkey'::regclass, 'twin_pkey'::regclass), ('twin_pkey'::regclass, 't_pkey'::regclass))",
+    )
+    .unwrap();
+    m.sink(|sink| sink.signal(Signal::CONT));
+    wait_for(DEADLINE, "somebody to wait for the table", || {
+        let waits = "SELECT count(*) FROM pg_locks WHERE relation = 't'::regclass AND NOT granted";
+        (m.db.value(waits) != "0").then_some(())
+    });
+    tool.batch_execute("COMMIT").unwrap();
+    m.settle();
 }
 
 /// The other one was read instead, and the rest of the first never came.

@@ -287,7 +287,7 @@ fn read_chunk(
     (start, end, is_by_row): ((u32, u16), (u32, u16), bool),
 ) -> Result<Chunk, Error> {
     let (table, name) = (&mapping.table, &leaf.name);
-    let Some(snapshot) = snapshots.begin(sql, table)? else {
+    let Some(snapshot) = snapshots.begin(sql, table, None)? else {
         return Ok(Chunk::Changed(None));
     };
     if is_by_row {

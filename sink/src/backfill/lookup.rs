@@ -17,7 +17,9 @@ use column::{Column, Shape};
 /// How to find the rows of a table by the values of its key template.
 pub(crate) struct Lookup {
     table: String,
-    /// Schema and name, quoted.
+    /// Schema and name, quoted, behind ONLY where it has no partitions.
+    source: String,
+    /// The same without that.
     name: String,
     /// The FROM clause; `$1`, `$2`, … are arrays, one for each placeholder.
     by_values: Way,
@@ -34,6 +36,8 @@ pub(crate) struct Lookup {
 struct Way {
     from: String,
     arrays: usize,
+    /// What is asked for is compared as text, so it is no value that a type refuses.
+    takes_any_text: bool,
 }
 
 /// A key and the values of its placeholders.
@@ -72,6 +76,9 @@ impl Lookup {
             let Some(column) = Column::look(sql, &oid, name)? else {
                 return Ok(None);
             };
+            if let Some(schemas) = &column.closed {
+                return Err(denied(sql, &mapping.table, schemas));
+            }
             let (array, join) = column.join(index);
             arrays.push(array);
             joins.push(join);
@@ -79,30 +86,43 @@ impl Lookup {
             shapes.push(column.shape());
         }
         let aliases: Vec<String> = (0..names.len()).map(|index| format!("v{index}")).collect();
-        let only = if partitioned { "" } else { "ONLY " };
+        let source = if partitioned {
+            name.clone()
+        } else {
+            format!("ONLY {name}")
+        };
         let from = format!(
-            "FROM unnest({}) AS k({}) JOIN {only}{name} t ON {}",
+            "FROM unnest({}) AS k({}) JOIN {source} t ON {}",
             arrays.join(", "),
             aliases.join(", "),
             joins.join(" AND ")
         );
+        // In the column's own collation a part that is to be replaced could not be looked for, or be found where it is not.
         let expression = mapping.template.expression(
-            |index| columns.get(index).cloned().unwrap_or_default(),
+            |index| {
+                format!(
+                    "({}) COLLATE \"C\"",
+                    columns.get(index).map_or("", String::as_str)
+                )
+            },
             quote_literal,
         );
         let by_key = format!(
-            "FROM unnest($1::text[]) AS k(key) JOIN {only}{name} t ON ({expression}) COLLATE \"C\" = k.key"
+            "FROM unnest($1::text[]) AS k(key) JOIN {source} t ON ({expression}) COLLATE \"C\" = k.key"
         );
         Ok(Some(Self {
             table: mapping.table.clone(),
+            source,
             name,
             by_values: Way {
                 from,
                 arrays: names.len(),
+                takes_any_text: false,
             },
             by_key: Way {
                 from: by_key,
                 arrays: 1,
+                takes_any_text: true,
             },
             columns: columns.join(", "),
             shapes,
@@ -294,7 +314,7 @@ impl Lookup {
         if keys.is_empty() {
             return Ok(true);
         }
-        let Some(snapshot) = snapshots.begin(sql, &self.table)? else {
+        let Some(snapshot) = snapshots.begin(sql, &self.table, Some(&self.source))? else {
             return Ok(true);
         };
         let result = query.run(sql, &keys);
@@ -302,7 +322,7 @@ impl Lookup {
         match result {
             Ok(Some(result)) => take(snapshot, keys, Some(&result)),
             Ok(None) => Ok(false),
-            Err(error) if is_of_a_value(&error, query.rows_up_to.is_some()) => {
+            Err(error) if query.is_of_a_value(&error) => {
                 // What has nothing to do with values fails without any as well: the table or a column is gone, a right is lacking.
                 if !std::mem::replace(&mut query.is_sound, true) {
                     query.run(sql, &[]).map_err(|error| self.error(sql, error))?;
@@ -331,6 +351,20 @@ impl Lookup {
         let what = format!("cannot look for rows of the table {}", self.table);
         sql.explain_table(what, &self.name, error)
     }
+}
+
+/// The type of a column of the key is in a schema that the role may not use. Reading the table takes no such right.
+fn denied(sql: &Sql, table: &str, schemas: &str) -> Error {
+    let error = PqError {
+        sqlstate: Some("42501".to_owned()),
+        ..PqError::new(
+            ErrorKind::Server,
+            format!("the type of a key column is in the schema {schemas}, which the role may not use"),
+        )
+    };
+    let role = sql.role();
+    Error::postgres(format!("cannot look for rows of the table {table}"), error)
+        .next(format!("GRANT USAGE ON SCHEMA {schemas} TO {role};"))
 }
 
 /// Reads for as many of the first keys as come to no more than so many bytes, or for one, and takes these out.
@@ -365,6 +399,7 @@ struct Asked {
 struct Query {
     statement: String,
     arrays: usize,
+    takes_any_text: bool,
     /// It gives whole rows in binary, of no more than so many bytes, not the columns of their keys.
     rows_up_to: Option<usize>,
     /// It has been run without any value, and that worked.
@@ -376,9 +411,18 @@ impl Query {
         Self {
             statement: format!("SELECT {columns} {}", way.from),
             arrays: way.arrays,
+            takes_any_text: way.takes_any_text,
             rows_up_to,
             is_sound: false,
         }
+    }
+
+    /// Whether the error is that of a value that was asked for, or of the row that has it, which cannot be read. A file that is damaged
+    /// says nothing about which keys have a row; nor does a damaged row where all are rendered.
+    fn is_of_a_value(&self, error: &PqError) -> bool {
+        let reads_its_row = self.rows_up_to.is_some() && !self.takes_any_text;
+        let is_of_a_row = super::fill::is_too_large(error) || reads_its_row && super::fill::is_damaged(error);
+        error.kind == ErrorKind::Server && (is_of_a_row || refuses_a_value(error, self.takes_any_text))
     }
 
     /// None: its rows have more bytes.
@@ -395,6 +439,21 @@ impl Query {
                 .map(|result| Some(vec![result])),
         }
     }
+}
+
+/// Whether the server refused a value that was asked for. Input functions, and what they call, raise whatever they like, so this is every
+/// error but those of the session or the machine, of rights, of locks, of snapshots, and of a label that does not fit. Where any text will
+/// do, only bytes that are none are refused: all else says nothing about which keys have a row.
+fn refuses_a_value(error: &PqError, takes_any_text: bool) -> bool {
+    let state = error.sqlstate.as_deref().unwrap_or("XX000");
+    if takes_any_text {
+        return ["22021", "22P05"].contains(&state);
+    }
+    let is_elsewhere = matches!(
+        state.get(..2),
+        Some("08" | "25" | "40" | "53" | "55" | "57" | "58" | "72" | "XX")
+    );
+    !is_elsewhere && state != "42501"
 }
 
 /// Puts their answers together. The oldest of their snapshots holds for all of them.
@@ -422,19 +481,6 @@ fn one_answer_a_key<T>(mapping: &Mapping, found: Vec<Found<T>>) -> Vec<Found<T>>
         .map(|snapshot| Found { snapshot, keys })
         .into_iter()
         .collect()
-}
-
-/// Whether the server refused a value that was asked for, or cannot read the row that has it. Input functions, and what they call,
-/// raise whatever they like, so this is every error but those of the session or the machine, of rights, of locks, and of a label that
-/// does not fit. A file that is damaged says nothing about which keys have a row.
-fn is_of_a_value(error: &PqError, reads_rows: bool) -> bool {
-    let state = error.sqlstate.as_deref().unwrap_or("XX000");
-    let is_elsewhere = match state.get(..2) {
-        Some("08" | "25" | "40" | "53" | "55" | "57" | "58") => true,
-        Some("XX") => !(super::fill::is_too_large(error) || reads_rows && super::fill::is_damaged(error)),
-        _ => state == "42501",
-    };
-    error.kind == ErrorKind::Server && !is_elsewhere
 }
 
 /// Packed rows by their keys. None: one is of another version of the table, or it has no label any more.

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use crate::error::Error;
 use crate::gate::Snapshot;
-use crate::pq::{Connection, PqError, QueryResult, Waker, connect_failed, quote_identifier};
+use crate::pq::{
+    Connection, ErrorKind, PqError, QueryResult, Waker, connect_failed, message_failed, quote_identifier,
+};
 
 /// What every such session sets, besides what all of ours do. Rows must not be hidden by policies (better an error), waits for standbys
 /// must not hold markers up, and values read as text must look as the value contract says. Keys are given in arrays of texts, where an
@@ -25,16 +27,16 @@ pub(crate) struct Sql {
 
 /// Whoever reads says which snapshots it can use: who reads tables those that the gate will not refuse as a whole, others any.
 pub(crate) trait Snapshots {
-    /// Begins a transaction and says what it sees. None: there is nothing to be read any more.
-    fn begin(&self, sql: &mut Sql, table: &str) -> Result<Option<Snapshot>, Error>;
+    /// Begins a transaction and says what it sees; `lock` as for [`Sql::begin_with`]. None: there is nothing to be read any more.
+    fn begin(&self, sql: &mut Sql, table: &str, lock: Option<&str>) -> Result<Option<Snapshot>, Error>;
 }
 
 /// Any snapshot will do: nothing that is read is written, or the gate judges it key by key.
 pub(crate) struct AnySnapshot;
 
 impl Snapshots for AnySnapshot {
-    fn begin(&self, sql: &mut Sql, _table: &str) -> Result<Option<Snapshot>, Error> {
-        sql.begin().map(Some)
+    fn begin(&self, sql: &mut Sql, _table: &str, lock: Option<&str>) -> Result<Option<Snapshot>, Error> {
+        sql.begin_with(lock).map(Some)
     }
 }
 
@@ -118,6 +120,11 @@ impl Sql {
         self.query("cannot set lock_timeout", &statement, &[]).map(drop)
     }
 
+    /// The role of the session, quoted.
+    pub(super) fn role(&self) -> &str {
+        &self.role
+    }
+
     /// Like [`explain`] for an error of a statement about a table, whose quoted name the command that helps has to have.
     pub(crate) fn explain_table(&self, what: impl Into<String>, name: &str, error: PqError) -> Error {
         let role = &self.role;
@@ -134,15 +141,33 @@ impl Sql {
 
     /// Begins a transaction whose one snapshot every statement of it reads in, and says which one that is.
     pub(crate) fn begin(&mut self) -> Result<Snapshot, Error> {
-        let sql = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT pg_current_snapshot()";
-        let results = self
-            .connection
-            .simple(sql)
-            .map_err(|error| explain("cannot take a snapshot", &self.role, error))?;
+        self.begin_with(None)
+    }
+
+    /// The same for who reads a table (quoted), that is locked first: who waited for whoever swaps its file for another one, as tools do
+    /// that compact tables, would look into the new file with a snapshot that does not see the rows there.
+    pub(crate) fn begin_with(&mut self, lock: Option<&str>) -> Result<Snapshot, Error> {
+        let what = "cannot take a snapshot";
+        let lock_it = lock.map(|table| format!("LOCK TABLE {table} IN ACCESS SHARE MODE; "));
+        let sql = format!(
+            "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {}SELECT pg_current_snapshot()",
+            lock_it.unwrap_or_default()
+        );
+        let results = match (self.connection.simple(&sql), lock) {
+            (Err(error), Some(table)) if error.kind == ErrorKind::Server => {
+                self.end()?;
+                if error.is("42501") {
+                    // A lock takes more than rights on all columns. What else is missing, the statement will say that reads the table.
+                    return self.begin();
+                }
+                return Err(self.explain_table(what, table, error));
+            }
+            (results, _) => results.map_err(|error| explain(what, &self.role, error))?,
+        };
         results
             .last()
             .and_then(|result| result.text(0, 0)?.parse().ok())
-            .ok_or_else(|| Error::answer("cannot take a snapshot"))
+            .ok_or_else(|| Error::answer(what))
     }
 
     pub(crate) fn end(&mut self) -> Result<(), Error> {
@@ -156,12 +181,10 @@ impl Sql {
     /// is on its way when this returns.
     pub(super) fn marker(&mut self, content: &str) -> Result<(), Error> {
         let sql = "SELECT pg_logical_emit_message(false, 'walmirror.marker', $1), pg_current_xact_id()";
-        self.query(
-            "cannot write a marker into the WAL",
-            sql,
-            &[Some(content.as_bytes())],
-        )
-        .map(drop)
+        self.connection
+            .query(sql, &[Some(content.as_bytes())])
+            .map(drop)
+            .map_err(|error| message_failed("cannot write a marker into the WAL", error, &self.role))
     }
 
     pub(crate) fn query(

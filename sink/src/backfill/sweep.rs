@@ -196,7 +196,7 @@ impl Swept {
         }
         if !absent.is_empty() {
             // No row of today can render to these keys, whatever the snapshot.
-            if let Some(snapshot) = context.begin(sql, &self.task.mapping.table)? {
+            if let Some(snapshot) = context.begin(sql, &self.task.mapping.table, None)? {
                 sql.end()?;
                 self.submit(context, sql, snapshot, absent, None)?;
             }

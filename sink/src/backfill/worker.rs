@@ -244,10 +244,10 @@ impl Context {
 
 impl Snapshots for Context {
     /// Begins a transaction whose snapshot the gate will not refuse as a whole; waits for one. None: the session ends.
-    fn begin(&self, sql: &mut Sql, table: &str) -> Result<Option<Snapshot>, Error> {
+    fn begin(&self, sql: &mut Sql, table: &str, lock: Option<&str>) -> Result<Option<Snapshot>, Error> {
         let (started, mut told) = (Instant::now(), false);
         loop {
-            let snapshot = sql.begin()?;
+            let snapshot = sql.begin_with(lock)?;
             let Some(hidden) = self.backfill.hidden_from(&snapshot) else {
                 return Ok(Some(snapshot));
             };

@@ -89,12 +89,13 @@ pub fn postgres(conninfo: &Conninfo, slot: &SlotName) -> Result<Vec<Check>, Erro
     let mut connection = connect_postgres(conninfo.expose())?;
     let mut checks = vec![server::server(&mut connection)];
     type Step = fn(&mut Connection) -> Result<Outcome, PqError>;
-    let steps: [(&'static str, Step); 6] = [
+    let steps: [(&'static str, Step); 7] = [
         ("wal_level", server::wal_level),
         ("preloaded library", server::preloaded),
         ("extension", server::extension),
         ("output_plugin_libraries", server::plugin_list),
         ("replication right", server::replication_right),
+        ("message right", server::message_right),
         ("row security", tables::row_security),
     ];
     for (name, step) in steps {

@@ -3,7 +3,7 @@
 use super::checks::{Check, Outcome, from_error, value};
 use super::connect_replication;
 use crate::config::Conninfo;
-use crate::pq::{Connection, PqError, quote_identifier};
+use crate::pq::{Connection, PqError, message_grant, quote_identifier};
 use crate::replication::{self, settings, slot::PLUGIN};
 
 pub fn server(connection: &mut Connection) -> Check {
@@ -128,6 +128,22 @@ pub fn replication_right(connection: &mut Connection) -> Result<Outcome, PqError
         Outcome::Fail(
             format!("the role {role} has no REPLICATION right"),
             format!("ALTER ROLE {} REPLICATION;", quote_identifier(role)),
+        )
+    })
+}
+
+/// Everybody has it by default. Backfills and whoever waits write markers.
+pub fn message_right(connection: &mut Connection) -> Result<Outcome, PqError> {
+    let sql = "SELECT current_user, pg_catalog.bool_and(pg_catalog.has_function_privilege(oid, 'EXECUTE')) \
+               FROM pg_catalog.pg_proc WHERE proname = 'pg_logical_emit_message'";
+    let result = connection.query(sql, &[])?;
+    let role = result.text(0, 0).unwrap_or_default();
+    Ok(if result.text(0, 1) == Some("t") {
+        Outcome::Ok(format!("the role {role} may write messages into the WAL"))
+    } else {
+        Outcome::Fail(
+            format!("the role {role} may not call pg_logical_emit_message, which every backfill does"),
+            message_grant(&quote_identifier(role)),
         )
     })
 }

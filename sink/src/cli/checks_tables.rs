@@ -120,18 +120,27 @@ impl Unreadable {
 }
 
 /// Asks for this role, or for that of the connection. A row that is read again is looked for in the mirrored table itself, the others
-/// are read in its partitions.
+/// are read in its partitions. Keys are looked for as values of their columns' types, wherever those are.
 pub fn unreadable(connection: &mut Connection, role: Option<&str>) -> Result<Unreadable, PqError> {
-    let sql = "SELECT m.oid, pg_catalog.format('%I.%I', n.nspname, c.relname), \
+    let sql = "WITH RECURSIVE role (role) AS (SELECT coalesce($1::name, current_user)), \
+               kinds (mirrored, oid) AS (SELECT m.oid, a.atttypid FROM walmirror.mirrors m JOIN pg_catalog.pg_attribute a \
+                   ON a.attrelid = m.oid AND pg_catalog.strpos(m.key, '{' || a.attname || '}') > 0 \
+                   UNION SELECT k.mirrored, t.typbasetype FROM kinds k JOIN pg_catalog.pg_type t ON t.oid = k.oid WHERE t.typtype = 'd') \
+               SELECT m.oid, pg_catalog.format('%I.%I', n.nspname, c.relname), \
                CASE WHEN NOT pg_catalog.has_schema_privilege(r.role, n.oid, 'USAGE') THEN pg_catalog.quote_ident(n.nspname) END, \
                NOT s.is_given, pg_catalog.quote_ident(r.role) \
-               FROM (SELECT coalesce($1::name, current_user)) r(role), walmirror.mirrors m, \
+               FROM role r, walmirror.mirrors m, \
                LATERAL (SELECT m.oid UNION SELECT walmirror.leaves(m.oid)) l(oid) \
                JOIN pg_catalog.pg_class c ON c.oid = l.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace, \
                LATERAL (SELECT pg_catalog.has_table_privilege(r.role, c.oid, 'SELECT') OR NOT EXISTS ( \
                    SELECT FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
                    AND NOT pg_catalog.has_column_privilege(r.role, c.oid, a.attnum, 'SELECT'))) s(is_given) \
-               WHERE NOT s.is_given OR NOT pg_catalog.has_schema_privilege(r.role, n.oid, 'USAGE')";
+               WHERE NOT s.is_given OR NOT pg_catalog.has_schema_privilege(r.role, n.oid, 'USAGE') \
+               UNION ALL SELECT k.mirrored, pg_catalog.format('%I.%I', n.nspname, c.relname), pg_catalog.quote_ident(s.nspname), \
+               false, pg_catalog.quote_ident(r.role) \
+               FROM role r, kinds k JOIN pg_catalog.pg_type t ON t.oid = k.oid JOIN pg_catalog.pg_namespace s ON s.oid = t.typnamespace \
+               JOIN pg_catalog.pg_class c ON c.oid = k.mirrored JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+               WHERE t.typtype <> 'd' AND NOT pg_catalog.has_schema_privilege(r.role, s.oid, 'USAGE')";
     let result = connection.query(sql, &[role.map(str::as_bytes)])?;
     let mut found = Unreadable::default();
     for row in result.rows() {

@@ -11,6 +11,7 @@ use super::connect_postgres;
 use crate::config::Options;
 use crate::error::Error;
 use crate::plan::RedisKeys;
+use crate::pq::{message_failed, quote_identifier};
 use crate::redis::{Connection as Redis, read_stored};
 
 /// The first pause between two looks, and the longest one.
@@ -61,17 +62,18 @@ fn current_lsn(conninfo: &str, deadline: Option<Instant>) -> Result<Lsn, Error> 
             deadline.saturating_duration_since(Instant::now()).max(ANSWER_MIN),
         ));
     }
-    let results = connection
-        .simple(
-            "SET synchronous_commit = local; \
-             SELECT pg_catalog.pg_logical_emit_message(true, 'walmirror.wait', '')",
-        )
-        .map_err(|error| Error::postgres("cannot ask Postgres for its current LSN", error))?;
+    let what = "cannot ask Postgres for its current LSN";
+    let results = connection.simple(
+        "SET synchronous_commit = local; \
+         SELECT pg_catalog.pg_logical_emit_message(true, 'walmirror.wait', '')",
+    );
+    let results =
+        results.map_err(|error| message_failed(what, error, &quote_identifier(&connection.target().user)))?;
     let lsn = results
         .last()
         .and_then(|result| result.text(0, 0))
         .and_then(|text| text.parse().ok());
-    lsn.ok_or_else(|| Error::answer("cannot ask Postgres for its current LSN"))
+    lsn.ok_or_else(|| Error::answer(what))
 }
 
 /// How far Redis is; None: there is no progress key.

@@ -16,6 +16,26 @@ pub fn connect_failed(source: PqError) -> Error {
     Error::postgres(what, source)
 }
 
+/// Makes one out of a failed `pg_logical_emit_message`, for this role, whose name is quoted.
+pub fn message_failed(what: &str, source: PqError, role: &str) -> Error {
+    let is_denied = source.is("42501");
+    let error = Error::postgres(what, source);
+    if is_denied {
+        error.next(message_grant(role))
+    } else {
+        error
+    }
+}
+
+/// Everybody may write messages, unless somebody has taken that away, as docs/operations.md advises.
+pub fn message_grant(role: &str) -> String {
+    // Newer servers have it with other arguments.
+    format!(
+        "DO $$ DECLARE f regprocedure; BEGIN FOR f IN SELECT oid FROM pg_proc WHERE proname = 'pg_logical_emit_message' LOOP \
+         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO {role}', f); END LOOP; END $$;"
+    )
+}
+
 /// The next command after a failed connection attempt; None for every other error.
 pub fn next_after_connect(source: &PqError) -> Option<String> {
     let target = source.target.as_deref()?;

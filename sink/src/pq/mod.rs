@@ -19,7 +19,7 @@ mod wake;
 pub use connection::{CancelHandle, Connection, quote_identifier, quote_literal};
 pub use copy::{BinaryFields, Copied, CopyOut, binary_fields};
 pub use error::{ErrorKind, PqError, Target};
-pub use explain::{connect_failed, next_after_connect};
+pub use explain::{connect_failed, message_failed, message_grant, next_after_connect};
 pub use ffi::CopyBuffer;
 pub use result::{QueryResult, Row, Rows};
 pub use wake::Waker;

@@ -11,7 +11,7 @@ use crate::config::{OnGap, RedisUrl, RunConfig};
 use crate::continuity::{Continuity, Last};
 use crate::error::{Class, Error};
 use crate::plan::{RedisKeys, Scripts};
-use crate::pq::{Connection as Postgres, ErrorKind, PqError, Waker};
+use crate::pq::{Connection as Postgres, ErrorKind, PqError, Waker, message_failed, quote_identifier};
 use crate::progress::Progress;
 use crate::redis::{
     Claim, Connection as Redis, Identity, Stored, Writer, begin_first, eviction, read_stored, require_master,
@@ -356,7 +356,7 @@ fn write_landmark(sql: &mut Postgres) -> Result<(), Error> {
         r#"SELECT pg_logical_emit_message(true, 'walmirror.ddl', '{"oid": 0, "keep_keys": true}')"#;
     sql.query(statement, &[])
         .map(drop)
-        .map_err(|error| Error::postgres("cannot write into the WAL where the mirror begins", error))
+        .map_err(|error| no_message("cannot write into the WAL where the mirror begins", error, sql))
 }
 
 /// The server was put back to just before where Redis is, and its slot is to be made anew. Should Redis lose the claim that follows,
@@ -370,7 +370,11 @@ fn outrun(sql: &mut Postgres, end: Lsn, position: Lsn) -> Result<bool, Error> {
         format!("SELECT pg_logical_emit_message(false, 'walmirror.filler', repeat('x', {bytes} + 1024))");
     sql.query(&statement, &[])
         .map(|_| true)
-        .map_err(|error| Error::postgres("cannot write into the WAL before the slot is made", error))
+        .map_err(|error| no_message("cannot write into the WAL before the slot is made", error, sql))
+}
+
+fn no_message(what: &str, error: PqError, sql: &Postgres) -> Error {
+    message_failed(what, error, &quote_identifier(&sql.target().user))
 }
 
 /// The server looks for what the sink says at least twice in its wal_sender_timeout, also while it decodes what it does not

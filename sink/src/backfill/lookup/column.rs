@@ -16,15 +16,18 @@ const STATEMENT: &str = "WITH RECURSIVE kinds (oid) AS ( \
         SELECT atttypid FROM pg_attribute WHERE attrelid = $1::oid AND attname = $2 AND NOT attisdropped \
         UNION SELECT t.typbasetype FROM kinds k JOIN pg_type t ON t.oid = k.oid WHERE t.typtype = 'd'), \
     written (source, target) AS (SELECT a.castsource, a.casttarget FROM pg_cast a JOIN pg_proc f ON f.oid = a.castfunc \
-        JOIN pg_language l ON l.oid = f.prolang WHERE l.lanname NOT IN ('internal', 'c')) \
-    SELECT format_type(b.oid, -1), (SELECT quote_ident(n.nspname) FROM kinds k \
-            JOIN pg_opclass c ON c.opcintype = k.oid AND c.opcdefault JOIN pg_am m ON m.oid = c.opcmethod AND m.amname = 'btree' \
-            JOIN pg_amop o ON o.amopfamily = c.opcfamily AND o.amopstrategy = 3 AND o.amoplefttype = k.oid AND o.amoprighttype = k.oid \
-            JOIN pg_operator p ON p.oid = o.amopopr AND p.oprname = '=' JOIN pg_namespace n ON n.oid = p.oprnamespace LIMIT 1), \
+        JOIN pg_language l ON l.oid = f.prolang WHERE l.lanname NOT IN ('internal', 'c')), \
+    operator (schema) AS (SELECT p.oprnamespace FROM kinds k \
+        JOIN pg_opclass c ON c.opcintype = k.oid AND c.opcdefault JOIN pg_am m ON m.oid = c.opcmethod AND m.amname = 'btree' \
+        JOIN pg_amop o ON o.amopfamily = c.opcfamily AND o.amopstrategy = 3 AND o.amoplefttype = k.oid AND o.amoprighttype = k.oid \
+        JOIN pg_operator p ON p.oid = o.amopopr AND p.oprname = '=' LIMIT 1) \
+    SELECT format_type(b.oid, -1), (SELECT quote_ident(n.nspname) FROM operator o JOIN pg_namespace n ON n.oid = o.schema), \
         (SELECT count(*) FROM kinds) > 1, \
         EXISTS (SELECT FROM kinds k JOIN written w ON w.source = k.oid AND w.target = 'text'::regtype), \
         EXISTS (SELECT FROM written w WHERE w.source = 'text'::regtype AND w.target = b.oid), \
-        t.typarray <> 0 AND t.typdelim = ',' \
+        t.typarray <> 0 AND t.typdelim = ',', \
+        (SELECT string_agg(quote_ident(n.nspname), ', ') FROM pg_namespace n \
+            WHERE (n.oid = t.typnamespace OR n.oid IN (SELECT schema FROM operator)) AND NOT has_schema_privilege(n.oid, 'USAGE')) \
     FROM kinds b JOIN pg_type t ON t.oid = b.oid WHERE t.typtype <> 'd'";
 
 /// One of them.
@@ -41,6 +44,8 @@ pub(super) struct Column {
     has_cast_from_text: bool,
     /// There are arrays of the type that look like those of text.
     has_array: bool,
+    /// Schemas that this role may not use, though the type or its operator is there: quoted, with commas.
+    pub(super) closed: Option<String>,
 }
 
 impl Column {
@@ -56,6 +61,7 @@ impl Column {
             has_cast_to_text: is(3),
             has_cast_from_text: is(4),
             has_array: is(5),
+            closed: result.text(0, 6).map(str::to_owned),
         }))
     }
 

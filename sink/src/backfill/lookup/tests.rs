@@ -112,15 +112,34 @@ fn bad_values_are_told_from_real_errors() {
         ..PqError::new(ErrorKind::Server, "x")
     };
     for state in ["22P02", "22003", "23514", "42883", "42P01", "54001", "P0001"] {
-        assert!(is_of_a_value(&error(state), false), "{state}");
+        assert!(refuses_a_value(&error(state), false), "{state}");
     }
     for state in [
-        "08006", "40001", "42501", "53200", "55P03", "57P01", "XX000", "XX002",
+        "08006", "40001", "42501", "53200", "55P03", "57P01", "72000", "XX000", "XX002",
     ] {
-        assert!(!is_of_a_value(&error(state), true), "{state}");
+        assert!(!refuses_a_value(&error(state), false), "{state}");
+    }
+    // The story: a collation in which nothing can be searched for was taken for keys without rows, which went.
+    for (state, is_refused) in [
+        ("22021", true),
+        ("22P05", true),
+        ("0A000", false),
+        ("22P02", false),
+    ] {
+        assert_eq!(refuses_a_value(&error(state), true), is_refused, "{state}");
     }
     // A damaged row can be left out; that there is none cannot be said.
-    assert!(is_of_a_value(&error("XX001"), true) && !is_of_a_value(&error("XX001"), false));
+    let query = |takes_any_text, rows_up_to| Query {
+        statement: String::new(),
+        arrays: 1,
+        takes_any_text,
+        rows_up_to,
+        is_sound: false,
+    };
+    let damaged = error("XX001");
+    assert!(query(false, Some(1)).is_of_a_value(&damaged));
+    assert!(!query(false, None).is_of_a_value(&damaged) && !query(true, Some(1)).is_of_a_value(&damaged));
+    assert!(query(true, Some(1)).is_of_a_value(&error("54000")));
     assert!(is_text(&[b"x".to_vec()], false) && !is_text(&[vec![0]], true) && !is_text(&[vec![0xff]], false));
 }
 
