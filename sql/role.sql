@@ -11,6 +11,9 @@ GRANT USAGE ON SCHEMA public TO walmirror;
 GRANT SELECT ON ALL TABLES IN SCHEMA public TO walmirror;
 ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO walmirror;
 
+-- If a column of a key has a type of another schema (citext, or an enum, say), rows are looked for with it:
+-- GRANT USAGE ON SCHEMA … TO walmirror;
+
 -- Sees all rows of mirrored tables with row-level security. Leave it out if there are none.
 ALTER ROLE walmirror BYPASSRLS;
 
