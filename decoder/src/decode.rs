@@ -159,6 +159,7 @@ impl Decoder {
                     reason: error.reason,
                     lsn,
                     oid: 0,
+                    refresh: false,
                 }),
                 ..Default::default()
             };
@@ -184,12 +185,12 @@ impl Decoder {
             reason: "the WAL of an UPDATE or DELETE does not tell the key, as it is not in the replica identity: the table is compared anew"
                 .to_owned(),
             lsn,
+            refresh: false,
         };
         self.record(output, xid, error);
     }
 
-    /// A table that its label does not fit, if it is one. Each row of it comes here, and what the catalogs say takes memory that only the
-    /// end of the transaction frees: so it is asked for once, in memory of its own.
+    /// A table that its label does not fit, if it is one. Each row of it comes here, and is told of once.
     #[cold]
     fn broken(&mut self, output: &mut impl Output, table: &Rel, xid: u32, lsn: u64) {
         if !matches!(self.tables.get(table), Table::Broken(_)) {
@@ -198,6 +199,16 @@ impl Decoder {
         if self.is_told(u32::from(table.oid()), xid) {
             return self.skip(output);
         }
+        match self.misfit(table, lsn) {
+            Some(error) => self.record(output, xid, error),
+            None => self.skip(output),
+        }
+    }
+
+    /// Why the label of a table does not fit it, if the client wants to know. What the catalogs say takes memory that only the end of the
+    /// transaction frees, so that they are asked in memory of its own.
+    #[cold]
+    fn misfit(&mut self, table: &Rel, lsn: u64) -> Option<pb::Error> {
         let entered = self.look_ups.enter();
         let wanted = self.wants(table);
         let error = match self.tables.get(table) {
@@ -206,10 +217,7 @@ impl Decoder {
         };
         drop(entered);
         self.look_ups.reset();
-        match error {
-            Some(error) => self.record(output, xid, error),
-            None => self.skip(output),
-        }
+        error
     }
 
     /// Whether the client wants the table that the rows of this one appear under.
@@ -349,7 +357,7 @@ impl Decoder {
     }
 
     /// DDL changed a table that has, or had, a label. Told by the event triggers of the extension.
-    pub fn ddl(&mut self, output: &mut impl Output, message: &DdlMessage, xid: u32) {
+    pub fn ddl(&mut self, output: &mut impl Output, message: &DdlMessage, xid: u32, lsn: u64) {
         let table = if message.dropped || message.keep_keys {
             None
         } else {
@@ -358,7 +366,18 @@ impl Decoder {
         let known = table.as_ref().map(|table| self.tables.get(table));
         let relation = match known {
             Some(Table::Configured(plan)) => Some(plan.relation.clone()),
-            Some(Table::Broken(_)) => return,
+            Some(Table::Broken(_)) => {
+                // The label of before may come back, and nothing else would tell of this then.
+                let misfit = table.filter(|_| message.refresh);
+                if let Some(error) = misfit.and_then(|table| self.misfit(&table, lsn)) {
+                    let error = pb::Error {
+                        refresh: true,
+                        ..error
+                    };
+                    self.record(output, xid, error);
+                }
+                return;
+            }
             Some(Table::Unconfigured) | None => None,
         };
         let Some(relation) = relation else {
@@ -446,5 +465,6 @@ fn broken(table: &Rel, refusal: &Refusal, lsn: u64) -> pb::Error {
         reason: refusal.message.clone(),
         lsn,
         oid: relation::labelled(table.oid()).map_or(0, u32::from),
+        refresh: false,
     }
 }

@@ -224,6 +224,7 @@ fn everything_else() -> FrameWriter {
             reason,
             lsn: 0x16_B374_D848,
             oid: 0,
+            refresh: false,
         }
         .into()
     });

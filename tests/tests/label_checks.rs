@@ -284,6 +284,44 @@ fn a_table_is_mirrored_when_its_key_becomes_unique() {
     assert_eq!(m.redis.keys(), ["t:1", "t:2"]);
 }
 
+/// What is done to all rows at once while a label does not fit is seen when the label of before is back. The story: a rewrite, or a
+/// partition that went, was told of in vain, and the keys stayed as they were for good, because nothing about the label had changed.
+#[test]
+fn a_rewrite_while_a_label_does_not_fit_counts_when_it_fits_again() {
+    let m = Mirror::new();
+    m.sql(
+        "CREATE TABLE t (id int NOT NULL, v text); CREATE UNIQUE INDEX ON t (id); ALTER TABLE t REPLICA IDENTITY FULL; \
+         CREATE TABLE c (LIKE t); CREATE UNIQUE INDEX ON c (id); ALTER TABLE c REPLICA IDENTITY FULL; \
+         CREATE TABLE p (id int NOT NULL, v text) PARTITION BY LIST (id); CREATE TABLE p1 PARTITION OF p FOR VALUES IN (1); \
+         CREATE TABLE p2 PARTITION OF p FOR VALUES IN (2); CREATE UNIQUE INDEX ON p (id); ALTER TABLE p1 REPLICA IDENTITY FULL; \
+         ALTER TABLE p2 REPLICA IDENTITY FULL; INSERT INTO t VALUES (1, 'a'); INSERT INTO c VALUES (1, 'a'); INSERT INTO p VALUES (1, 'a'), (2, 'b')",
+    );
+    let label = |key: &str| {
+        for (table, mode) in [("t", "mirror"), ("c", "cache"), ("p", "mirror")] {
+            m.sql(&format!(
+                "SECURITY LABEL FOR walmirror ON TABLE {table} IS '{{\"mode\":\"{mode}\",\"key\":\"{table}:{{{key}}}\"}}'"
+            ));
+        }
+    };
+    label("id");
+    m.start();
+    m.settle();
+    m.outlast_announced();
+    m.sql("SET walmirror.capture_interval = 0; SELECT * FROM c WHERE id = 1");
+    m.sql("INSERT INTO t VALUES (2, 'b')");
+    m.settle();
+    assert_eq!(m.redis.keys(), ["c:1", "p:1", "p:2", "t:1", "t:2"]);
+    label("v");
+    m.sql("ALTER TABLE t ALTER v TYPE text USING upper(v)");
+    m.sql("ALTER TABLE c ALTER v TYPE text USING upper(v)");
+    m.sql("ALTER TABLE p DETACH PARTITION p2");
+    label("id");
+    m.settle();
+    assert_eq!(m.redis.keys(), ["p:1", "t:1", "t:2"]);
+    // No row was left out.
+    assert_eq!(m.notes(), 0, "{}", m.sink(|sink| sink.output()));
+}
+
 /// Partitions whose rows are not in the WAL passed while a table had no primary key, and then for good.
 #[test]
 fn a_table_that_is_restored_has_no_partition_outside_of_the_wal() {

@@ -404,7 +404,7 @@ unsafe extern "C-unwind" fn message(
         if transactional && prefix.to_bytes() == ddl_message::PREFIX.as_bytes() {
             // Anybody may write logical messages: one that is not ours is none of our business.
             if let Ok(message) = serde_json::from_slice::<DdlMessage>(content) {
-                decoder(context).ddl(writer, &message, message_writer(txn));
+                decoder(context).ddl(writer, &message, message_writer(txn), lsn);
             }
         } else if !transactional && prefix == MARKER_PREFIX {
             decoder(context).marker(writer, content, lsn);

@@ -250,8 +250,12 @@ impl Planning {
             .note("ERROR")
             .map_err(|error| self.broken("ERROR", error))?;
         if open.is_some() {
-            add(&self.shared.metrics.errors, 1);
             self.outdate_misfit(error.oid)?;
+            // DDL leaves out no row.
+            if error.refresh {
+                return Ok(());
+            }
+            add(&self.shared.metrics.errors, 1);
             // The decoder has sent deletes of the row's keys along with it.
             self.reject(Rejected {
                 key: error.key.clone().into_bytes(),
