@@ -62,7 +62,7 @@ COMMENT ON FUNCTION walmirror.relation(oid) IS
 CREATE FUNCTION walmirror.check_label(tbl oid, added boolean) RETURNS void
     LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'check_label_wrapper';
 COMMENT ON FUNCTION walmirror.check_label(oid, boolean) IS
-    'raises an error if the label of a table no longer fits it; a table without any index passes, as it may be being restored; added: so does one that lacks the right one';
+    'raises an error if the label of a table no longer fits it; a table whose key is not unique passes, as it may be being restored; added: so does one that lacks the replica identity';
 
 CREATE FUNCTION walmirror.check_at_commit(tbl oid) RETURNS void
     LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'check_at_commit_wrapper';
@@ -284,7 +284,8 @@ BEGIN
                     IF command.defers_index THEN
                         PERFORM walmirror.check_at_commit(root);
                     END IF;
-                    -- pg_restore alters tables before it has created their indexes; on_sql_drop sees to those that are dropped.
+                    -- pg_restore alters tables before it has created their indexes, and has a replica identity come behind its index;
+                    -- on_sql_drop sees to those that are dropped.
                     PERFORM walmirror.check_label(root, added => command.only_adds);
                     -- An ALTER of a partitioned table may attach or detach a partition with its rows.
                     PERFORM walmirror.announce_ddl(root, refresh => command.command_tag = 'ALTER TABLE' AND

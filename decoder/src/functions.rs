@@ -164,7 +164,7 @@ fn require_preload() -> Result<(), Refusal> {
 /// after DDL; this one and the next three are for the extension's owner, as whom they run.
 #[pg_extern]
 fn check_label(table: pg_sys::Oid, added: bool) {
-    let check = if added { Check::Adding } else { Check::Restoring };
+    let check = if added { Check::Adding } else { Check::Altered };
     if let Err(refusal) = ddl::changed(table, check) {
         refusal.raise();
     }

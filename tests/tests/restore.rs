@@ -134,3 +134,45 @@ fn a_partitioned_table_gets_its_primary_key_bit_by_bit() {
         (m.redis.keys() == ["p:1", "p:2"]).then_some(())
     });
 }
+
+/// Several sessions restore a partitioned table: its primary key may be valid before the unique constraint that is its key and replica
+/// identity is. The story: what a dump has between the two was refused, and with the replica identity a partition's constraint went, which
+/// is restored by the same command.
+#[test]
+fn a_partitioned_table_gets_its_primary_key_before_its_unique_key() {
+    let m = Mirror::with("CREATE TABLE other (id int PRIMARY KEY); SELECT walmirror.mirror('other')");
+    for statement in [
+        "CREATE TABLE p (region int NOT NULL, id int NOT NULL, code int NOT NULL) PARTITION BY LIST (region)",
+        "CREATE TABLE p1 PARTITION OF p FOR VALUES IN (1); CREATE TABLE p2 PARTITION OF p FOR VALUES IN (2)",
+        "SECURITY LABEL FOR walmirror ON TABLE p IS '{\"mode\":\"mirror\",\"key\":\"p:{region}:{code}\"}'",
+        "INSERT INTO p VALUES (1, 1, 10), (2, 2, 20)",
+        "ALTER TABLE ONLY p ADD CONSTRAINT p_pkey PRIMARY KEY (region, id)",
+        "ALTER TABLE ONLY p ADD CONSTRAINT p_code UNIQUE (region, code)",
+        "ALTER TABLE ONLY p REPLICA IDENTITY USING INDEX p_code",
+        "ALTER TABLE ONLY p1 ADD CONSTRAINT p1_pkey PRIMARY KEY (region, id)",
+        "ALTER TABLE ONLY p2 ADD CONSTRAINT p2_pkey PRIMARY KEY (region, id)",
+        "ALTER INDEX p_pkey ATTACH PARTITION p1_pkey",
+        "ALTER INDEX p_pkey ATTACH PARTITION p2_pkey",
+        "ALTER TABLE ONLY p1 ADD CONSTRAINT p1_code UNIQUE (region, code); ALTER TABLE ONLY p1 REPLICA IDENTITY USING INDEX p1_code",
+        "ALTER TABLE p ENABLE ROW LEVEL SECURITY; ALTER TABLE ONLY p1 DISABLE TRIGGER USER",
+        "ALTER TABLE ONLY p2 ADD CONSTRAINT p2_code UNIQUE (region, code); ALTER TABLE ONLY p2 REPLICA IDENTITY USING INDEX p2_code",
+        "ALTER INDEX p_code ATTACH PARTITION p1_code",
+        "ALTER INDEX p_code ATTACH PARTITION p2_code",
+    ] {
+        m.sql(statement);
+        m.sync();
+    }
+    m.settle();
+    m.sql("INSERT INTO p VALUES (1, 3, 30); UPDATE p SET code = 11 WHERE id = 1; DELETE FROM p WHERE id = 2");
+    m.check();
+    assert_eq!(m.redis.keys(), ["p:1:11", "p:1:30"]);
+    // Now that the label fits, nothing takes from it what it rests on.
+    for identity in ["DEFAULT", "NOTHING", "USING INDEX p1_pkey"] {
+        let error = m.db.error(&format!("ALTER TABLE p1 REPLICA IDENTITY {identity}"));
+        assert!(
+            error.message().contains("is not in the replica identity"),
+            "{identity}: {error:?}"
+        );
+    }
+    m.check();
+}

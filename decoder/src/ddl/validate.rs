@@ -24,8 +24,11 @@ pub enum Check {
     /// A table that has no primary key and no unique index for its key yet passes for now: pg_restore sets labels first, then
     /// creates unique constraints and the primary key, by name.
     Restoring,
-    /// What comes with indexes may still be missing: something was added to the table, as pg_restore does one by one. A table that
-    /// never gets it is not mirrored (`Plan::build`).
+    /// What makes the key unique may still be missing: the table was altered, as pg_restore does between its primary key and that, too.
+    /// What an ALTER drops or defers is for [`super::part_dropped`], and no other takes it away. A table that never gets it is not
+    /// mirrored (`Plan::build`).
+    Altered,
+    /// So may the replica identity: something was added to the table that may become it.
     Adding,
     /// Everything, when this index is gone.
     Without(pg_sys::Oid),
@@ -36,7 +39,7 @@ impl Check {
     fn gone(self) -> pg_sys::Oid {
         match self {
             Check::Without(index) => index,
-            Check::Strict | Check::Restoring | Check::Adding => pg_sys::InvalidOid,
+            Check::Strict | Check::Restoring | Check::Altered | Check::Adding => pg_sys::InvalidOid,
         }
     }
 }
@@ -80,7 +83,7 @@ pub fn check_table(
         )
     })?;
     let name = relation.name();
-    let may_lack_key = matches!(check, Check::Restoring | Check::Adding);
+    let may_lack_key = matches!(check, Check::Restoring | Check::Altered | Check::Adding);
     if may_lack_key && label.key.is_none() && relation.primary_key().is_empty() {
         check_partitions(table, &relation)?;
         return Ok(None);
@@ -94,20 +97,17 @@ pub fn check_table(
     check_options(label, &key, &template)?;
     check_partitions(table, &relation)?;
     let unique = check_unique(table, &name, template.placeholders(), check.gone());
-    match check {
-        Check::Restoring if unique.is_err() && relation.primary_key().is_empty() => {}
-        Check::Adding => {
-            if let Err(refusal) = unique
-                && !relation.primary_key().is_empty()
-            {
-                // It may be so for a moment only, or for good.
-                warning!(
-                    "table \"{name}\" is not mirrored until its label fits: {}",
-                    refusal.message
-                );
-            }
+    match (check, unique) {
+        (Check::Restoring | Check::Altered | Check::Adding, Err(_)) if relation.primary_key().is_empty() => {}
+        (Check::Altered | Check::Adding, Err(refusal)) => {
+            // It may be so for a moment only, or for good.
+            warning!(
+                "table \"{name}\" is not mirrored until its label fits: {}",
+                refusal.message
+            );
         }
-        Check::Restoring | Check::Strict | Check::Without(_) => {
+        (Check::Adding, Ok(())) => {}
+        (_, unique) => {
             unique?;
             check_replica_identity(table, &relation, template.placeholders(), check.gone())?;
         }
