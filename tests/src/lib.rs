@@ -44,7 +44,7 @@ pub use proxy::{Mode, Proxy, Trap, Way};
 pub use redis_server::{Redis, free_port};
 pub use scenario::{SOON_AFTER_SILENCE, Scenario, Setup};
 pub use seed::rng;
-pub use sink::Sink;
+pub use sink::{Sink, full_disk, unread};
 pub use skip::skipped;
 pub use tmpfs::Tmpfs;
 pub use wait::{DEADLINE, Lsn, Raise, wait_for};

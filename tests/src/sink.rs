@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::path::PathBuf;
-use std::process::{Command, ExitStatus};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use crate::{DEADLINE, Dir, Process, Signal};
@@ -59,6 +59,15 @@ impl Sink {
         let mut sink = Sink::start(args);
         let status = sink.process.wait(deadline);
         (status.code(), sink.output())
+    }
+
+    /// Runs it to its end with this for its standard output: its exit code and what it said on the other one.
+    pub fn run_into(args: &[impl AsRef<OsStr>], stdout: impl Into<Stdio>) -> (Option<i32>, String) {
+        let mut command = Sink::command(args);
+        let output = command.stdin(Stdio::null()).stdout(stdout).output();
+        let output = output.expect("run walmirror");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code(), said)
     }
 
     /// SIGKILL.
@@ -149,6 +158,19 @@ impl Sink {
         self.peak = self.peak.max(self.process.memory().1);
         self.peak
     }
+}
+
+/// A standard output that nobody reads any more, as that of a command before `| head -1`.
+pub fn unread() -> Stdio {
+    let (reader, writer) = std::io::pipe().expect("make a pipe");
+    drop(reader);
+    writer.into()
+}
+
+/// A standard output on a full disk.
+pub fn full_disk() -> Stdio {
+    let disk = std::fs::File::options().write(true).open("/dev/full");
+    disk.expect("open /dev/full").into()
 }
 
 fn binary() -> PathBuf {

@@ -7,7 +7,7 @@
     clippy::indexing_slicing
 )]
 
-use walmirror_tests::{DEADLINE, Db, Dir, Mirror, Pg, Redis, Sink, wait_for};
+use walmirror_tests::{DEADLINE, Db, Dir, Mirror, Pg, Redis, Sink, full_disk, unread, wait_for};
 
 const TABLE: &str = "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t VALUES (1, 'v'); SELECT walmirror.mirror('t')";
 
@@ -115,6 +115,35 @@ fn doctor_fails_with_a_damaged_progress_key() {
         told.contains("FAIL  ") && told.contains("UNLINK") && !told.contains("all is well"),
         "{told}"
     );
+}
+
+/// The story: `walmirror init | head -1` made no slot, and `walmirror doctor | head -1` found nothing to fail, with exit code 0.
+#[test]
+fn a_command_does_its_work_though_nobody_reads_what_it_says() {
+    let mirror = Mirror::new();
+    mirror.sql(TABLE);
+    let ends = |command: &str, stdout, wanted: i32| {
+        let (code, said) = Sink::run_into(&mirror.arguments(&[command]), stdout);
+        assert_eq!(code, Some(wanted), "{command}: {said}");
+    };
+    let slots = || {
+        mirror
+            .db
+            .value("SELECT count(*) FROM pg_replication_slots WHERE slot_name = current_database()")
+    };
+    // Who cannot be told the next command has not begun.
+    ends("init", full_disk(), 1);
+    assert_eq!(slots(), "0");
+    ends("init", unread(), 0);
+    assert_eq!(slots(), "1");
+    ends("doctor", unread(), 0);
+    ends("status", unread(), 0);
+    let key = format!("walmirror:{{{}}}:progress", mirror.db.name);
+    let _: i64 = mirror.redis.command(&format!("HSET {key} lsn garbage"));
+    for stdout in [unread(), full_disk()] {
+        ends("doctor", stdout, 4);
+    }
+    ends("status", unread(), 4);
 }
 
 /// The story: doctor asked for SELECT on the labelled table alone, and said that all was well while a partition or a schema could not

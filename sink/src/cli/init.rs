@@ -24,11 +24,12 @@ pub fn run(options: &Options, shutdown: &Shutdown) -> Result<(), Error> {
         exit::POSTGRES,
         Some(checks::postgres(&conninfo, &slot)),
         url,
-    )?;
+    );
     let templates = checks_tables::templates(&conninfo);
     let redis_checks = url.map(|url| checks_redis::redis(url, &slot, &templates, Some(&conninfo), true));
-    let redis_checks = print("Redis", exit::REDIS, redis_checks, url)?;
-    if let Some(error) = postgres.failure.or(redis_checks.failure) {
+    let redis_checks = print("Redis", exit::REDIS, redis_checks, url);
+    let unsaid = postgres.unsaid.or(redis_checks.unsaid);
+    if let Some(error) = postgres.failure.or(redis_checks.failure).or(unsaid) {
         return Err(error);
     }
     let mut connection = connect_replication(conninfo.expose())?;

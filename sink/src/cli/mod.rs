@@ -60,8 +60,6 @@ fn run_command() -> u8 {
     let mut options = cli.options.clone();
     match start(cli.command, &matches, &mut options) {
         Ok(()) => exit::OK,
-        // Whoever read the output has left: `walmirror tail | head`.
-        Err(Error::Io(_, source)) if source.kind() == ErrorKind::BrokenPipe => exit::OK,
         Err(error) => {
             report(&error, &options);
             error.exit_code()
@@ -84,12 +82,12 @@ fn start(command: Command, matches: &ArgMatches, options: &mut Options) -> Resul
         None => run_mirror(RunConfig::new(options, run)?),
         Some(Command::Tail(mut tail)) => {
             tail.slot = options.slot.clone().filter(|_| is_flag(matches, "slot"));
-            tail::run(&options.postgres()?, &tail, &Shutdown::install()?)
+            unless_nobody_reads(tail::run(&options.postgres()?, &tail, &Shutdown::install()?))
         }
         Some(Command::Completions { shell }) => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "walmirror", &mut script);
-            std::io::stdout().write_all(&script).map_err(output_failed)
+            unless_nobody_reads(std::io::stdout().write_all(&script).map_err(output_failed))
         }
         Some(command) => ask(command, options),
     }
@@ -209,9 +207,17 @@ fn connect_replication(conninfo: &str) -> Result<Connection, Error> {
     Ok(connection)
 }
 
-/// Writes a line to standard output.
+/// Writes a line to standard output. A command that says what it does goes on where whoever read that has left: `walmirror verify | head -1`.
 fn say(line: impl std::fmt::Display) -> Result<(), Error> {
-    writeln!(std::io::stdout(), "{line}").map_err(output_failed)
+    unless_nobody_reads(writeln!(std::io::stdout(), "{line}").map_err(output_failed))
+}
+
+/// Where whoever read the output has left, that is the end of what only prints: `walmirror tail | head`.
+fn unless_nobody_reads(printed: Result<(), Error>) -> Result<(), Error> {
+    match printed {
+        Err(Error::Io(_, source)) if source.kind() == ErrorKind::BrokenPipe => Ok(()),
+        printed => printed,
+    }
 }
 
 fn output_failed(error: std::io::Error) -> Error {

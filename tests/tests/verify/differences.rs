@@ -4,7 +4,7 @@ use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use walmirror_tests::{DEADLINE, Db, Mirror, Sink, wait_for};
+use walmirror_tests::{DEADLINE, Db, Mirror, Sink, full_disk, unread, wait_for};
 
 use crate::{CANARY, assert_equal, many_kinds, redis, walmirror, while_writing};
 
@@ -15,6 +15,28 @@ impl Drop for Running {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// The story: `walmirror verify | head -1` ended with 0 where a key differed, and with a full disk for its output it was told as a difference.
+#[test]
+fn what_verify_comes_to_does_not_depend_on_who_reads_it() {
+    let m = Mirror::with(
+        "CREATE TABLE t (id int PRIMARY KEY); SELECT walmirror.mirror('t'); INSERT INTO t SELECT generate_series(1, 10)",
+    );
+    let ends = |command: &str, stdout: Stdio, wanted: i32| {
+        let (code, said) = Sink::run_into(&m.arguments(&[command]), stdout);
+        assert_eq!(code, Some(wanted), "{command}: {said}");
+        said
+    };
+    ends("verify", unread(), 0);
+    redis(&m, &["DEL", "t:1"]);
+    for stdout in [unread(), full_disk()] {
+        let said = ends("verify", stdout, 1);
+        assert!(said.contains("1 keys differ"), "{said}");
+    }
+    ends("backfill", unread(), 0);
+    let said = ends("verify", full_disk(), 2);
+    assert!(said.contains("cannot write to standard output"), "{said}");
 }
 
 #[test]
