@@ -49,7 +49,9 @@ fn change(m: &Mirror) {
     m.sql("UPDATE t SET v = 'unseen' WHERE id < 100; DELETE FROM t WHERE id > 400");
 }
 
-/// Refused twice, with nothing touched, and then healed by the command that it said to type.
+/// Refused twice, with nothing touched, and then healed by the command that it said to type. Who waits for what is in Postgres waits until then.
+///
+/// The story: `walmirror wait` returned at once where Redis was ahead of a server of whose history it had nothing.
 fn refused(m: &Mirror, why: &str) {
     let before = held(m);
     for _ in 0..2 {
@@ -62,10 +64,14 @@ fn refused(m: &Mirror, why: &str) {
         for wanted in ["do not fit together", why, &command] {
             assert!(log[seen..].contains(wanted), "no {wanted:?} in {}", &log[seen..]);
         }
+        let (code, output) = m.run(&["wait", "--timeout", "300ms"]);
+        assert_eq!(code, Some(7), "{output}");
         assert_eq!(held(m), before, "something was touched");
     }
+    let mut waits = Sink::start(&m.arguments(&["wait", "--timeout", "0"]));
     m.start_with(&["--on-gap", "resync"]);
     m.settle();
+    assert!(waits.wait(DEADLINE).success(), "{}", waits.output());
 }
 
 #[test]

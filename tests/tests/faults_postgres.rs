@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 use walmirror_tests::{
-    DEADLINE, Dir, Mirror, POSTGRES_AWAY, Pg, Proxy, Raise, SOON_AFTER_SILENCE, Scenario, Setup, Signal,
+    DEADLINE, Dir, Lsn, Mirror, POSTGRES_AWAY, Pg, Proxy, Raise, SOON_AFTER_SILENCE, Scenario, Setup, Signal,
     Sink, Tmpfs, skipped, wait_for,
 };
 
@@ -244,6 +244,22 @@ fn another_cluster_takes_its_place_and_no_resync_is_allowed() {
         log.contains(ANOTHER_CLUSTER) && log.contains("--on-gap resync"),
         "{log}"
     );
+    // Who waits for what is in this one waits, also where the other one has got further.
+    let stands_at = |lsn: Lsn| {
+        let _: i64 = m
+            .redis
+            .command(&format!("HSET walmirror:{{{}}}:progress lsn {lsn}", m.db.name));
+    };
+    let had = m.progress().unwrap();
+    stands_at(Lsn(0xFF << 32));
+    let (code, output) = m.run(&["wait", "--timeout", "300ms"]);
+    assert_eq!(code, Some(7), "{output}");
+    assert_eq!(
+        output.matches("the cluster with system identifier").count(),
+        2,
+        "{output}"
+    );
+    stands_at(had);
     assert!(m.redis.dump() == before, "Redis was touched");
     assert_eq!(
         m.db.value("SELECT count(*) FROM pg_replication_slots"),

@@ -184,8 +184,8 @@ fn wait_without_a_position_waits_for_all_that_is_committed() {
     let m = Mirror::with(SETUP);
     let url = m.redis.url();
     let conninfo = m.db.pg.conninfo(&m.db.name);
-    let wait = |timeout: &'static str| {
-        let servers = ["--postgres", &conninfo, "--redis", &url, "--slot", &m.db.name];
+    let wait = |conninfo: &str, timeout: &str| {
+        let servers = ["--postgres", conninfo, "--redis", &url, "--slot", &m.db.name];
         let arguments = [&["wait"][..], &servers, &["--timeout", timeout]].concat();
         Sink::run(&arguments, DEADLINE)
     };
@@ -193,15 +193,22 @@ fn wait_without_a_position_waits_for_all_that_is_committed() {
         m.sink(|sink| sink.signal(Signal::STOP));
         m.sql(&format!("UPDATE t SET n = {round} WHERE id = 1"));
         m.sql("BEGIN; UPDATE t SET n = -1 WHERE id = 2; ROLLBACK");
-        let (code, output) = wait("200ms");
+        let (code, output) = wait(&conninfo, "200ms");
         assert_eq!(code, Some(7), "{output}");
         let output = std::thread::scope(|scope| {
-            let waiter = scope.spawn(|| wait("30s"));
+            let waiter = scope.spawn(|| wait(&conninfo, "30s"));
             m.sink(|sink| sink.signal(Signal::CONT));
             waiter.join().unwrap()
         });
         assert_eq!(output.0, Some(0), "{}", output.1);
         let read: i32 = m.redis.command("HGET t:1 n");
         assert_eq!(read, round);
-    }
+    } // A role that may not ask which cluster it is learns what it may.
+    let role = format!("plain_{}", m.db.name);
+    m.sql(&format!(
+        "CREATE ROLE {role} LOGIN; REVOKE EXECUTE ON FUNCTION pg_control_system FROM PUBLIC"
+    ));
+    let (code, output) = wait(&format!("{conninfo} user={role}"), "30s");
+    assert_eq!((code, output.as_str()), (Some(0), ""));
+    m.sql(&format!("DROP ROLE {role}"));
 }
