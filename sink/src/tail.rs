@@ -17,6 +17,9 @@ use crate::replication::{self, Event, Feedback, Stream, slot::PLUGIN};
 use crate::shutdown::Shutdown;
 pub use print::{Seen, TextPrinter, json_position};
 
+/// Also where the connection string has another one, which is the sink's then: what is printed and confirmed counts as applied for whoever
+/// has that name in synchronous_standby_names.
+const NAME: &str = "walmirror tail";
 /// How often the server hears from us when nothing happens.
 const STATUS_INTERVAL: Duration = Duration::from_secs(5);
 /// How long the server may take to answer until the stream begins, where that takes it a moment.
@@ -74,10 +77,9 @@ pub fn run(conninfo: &Conninfo, args: &TailArgs, shutdown: &Shutdown) -> Result<
 
 /// Connects, makes or checks the slot, and starts to stream.
 fn open(conninfo: &Conninfo, args: &TailArgs, shutdown: &Shutdown) -> Result<Stream, Error> {
-    let replication = [("replication", "database")];
-    let mut connection =
-        Connection::connect_interrupted_with(conninfo.expose(), &replication, shutdown.waker()?)
-            .map_err(connect_failed)?;
+    let extra = [("replication", "database"), ("application_name", NAME)];
+    let mut connection = Connection::connect_interrupted_with(conninfo.expose(), &extra, shutdown.waker()?)
+        .map_err(connect_failed)?;
     connection.answer_within(Some(ANSWER));
     let slot = match &args.slot {
         Some(slot) => check_slot(&mut connection, slot, args.start)?.to_owned(),

@@ -146,6 +146,71 @@ fn a_command_does_its_work_though_nobody_reads_what_it_says() {
     ends("status", unread(), 4);
 }
 
+/// The story: `walmirror tail --consume` had the name of the sink, so that a COMMIT which waited for that returned when the row was printed. Two
+/// sinks with one name are no better.
+#[test]
+fn two_of_one_name_among_the_synchronous_standbys_are_told_of() {
+    let mirror = Mirror::alone("");
+    mirror.sql(TABLE);
+    mirror.start();
+    mirror.settle();
+    mirror.sql(
+        "SET synchronous_commit = local; SELECT pg_create_logical_replication_slot('tailed', 'walmirror')",
+    );
+    mirror.db.pg.configure("synchronous_standby_names = 'walmirror'");
+    mirror.db.pg.reload();
+    // As where the connection string of the sink is in the environment.
+    let conninfo = format!(
+        "{} application_name=walmirror",
+        mirror.db.pg.conninfo(&mirror.db.name)
+    );
+    let mut tail = Sink::start(&["tail", "--postgres", &conninfo, "--slot", "tailed", "--consume"]);
+    let streams = |wanted: &[&str]| {
+        wait_for(DEADLINE, format!("streams of {wanted:?}"), || {
+            let query = "SELECT coalesce(string_agg(application_name || ' ' || sync_priority, ', ' ORDER BY application_name), '') \
+                         FROM pg_stat_replication WHERE state = 'streaming'";
+            (mirror.db.value(query) == wanted.join(", ")).then_some(())
+        });
+    };
+    streams(&["walmirror 1", "walmirror tail 0"]);
+    let doctor = || {
+        let (code, told) = mirror.run(&["doctor"]);
+        assert_eq!(code, Some(0), "{told}");
+        told
+    };
+    let told = doctor();
+    assert!(told.contains("ok    synchronous standbys"), "{told}");
+    assert!(tail.terminate().success(), "{}", tail.output());
+    let url = mirror.redis.url().replace("/0", "/1");
+    let second = [
+        "run",
+        "--postgres",
+        &conninfo,
+        "--redis",
+        &url,
+        "--slot",
+        "second",
+    ];
+    let mut second = Sink::start(&second);
+    streams(&["walmirror 1", "walmirror 1"]);
+    let told = doctor();
+    let both = format!(
+        "2 have the application name walmirror: the slots {}, second",
+        mirror.db.name
+    );
+    assert!(
+        told.contains("WARN  synchronous standbys") && told.contains(&both),
+        "{told}"
+    );
+    assert!(
+        told.contains("next: walmirror run --postgres '… application_name="),
+        "{told}"
+    );
+    assert!(second.terminate().success(), "{}", second.output());
+    streams(&["walmirror 1"]);
+    assert!(doctor().contains("ok    synchronous standbys"));
+}
+
 /// The story: doctor asked for SELECT on the labelled table alone, and said that all was well while a partition or a schema could not
 /// be read; and `backfill` waited for such a table for ever.
 #[test]

@@ -120,6 +120,11 @@ pub fn postgres(conninfo: &Conninfo, slot: &SlotName) -> Result<Vec<Check>, Erro
     checks.push(run("free slots and senders", &mut connection, |connection| {
         free(connection, info.as_ref())
     }));
+    checks.push(run(
+        "synchronous standbys",
+        &mut connection,
+        server::synchronous_standbys,
+    ));
     checks.push(run("mirrored tables", &mut connection, tables::tables));
     checks.push(Check {
         name: "labels",

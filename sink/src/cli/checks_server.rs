@@ -167,6 +167,30 @@ pub fn replication_connection(conninfo: &Conninfo) -> Check {
     }
 }
 
+/// Where streams share the name that COMMIT waits for, it returns when any of them has what it wrote.
+pub fn synchronous_standbys(connection: &mut Connection) -> Result<Outcome, PqError> {
+    let sql = "SELECT min(s.application_name), count(*), string_agg(coalesce(r.slot_name, 'of process ' || s.pid), ', ' ORDER BY r.slot_name) \
+               FROM pg_catalog.pg_stat_replication s LEFT JOIN pg_catalog.pg_replication_slots r ON r.active_pid = s.pid \
+               WHERE s.sync_priority > 0 GROUP BY lower(s.application_name) HAVING count(*) > 1 AND bool_or(r.plugin = $1) ORDER BY 1";
+    let result = connection.query(sql, &[Some(PLUGIN.as_bytes())])?;
+    let Some(row) = result.rows().next() else {
+        return Ok(Outcome::Ok(
+            "no stream of walmirror shares its name with another".into(),
+        ));
+    };
+    let text = |column| row.text(column).unwrap_or_default();
+    Ok(Outcome::Warn(
+        format!(
+            "{} have the application name {}: the slots {}. A COMMIT that waits for it (synchronous_standby_names) returns when one of them \
+             has the row",
+            text(1),
+            text(0),
+            text(2)
+        ),
+        "walmirror run --postgres '… application_name=<another>' …   # and that one in synchronous_standby_names".into(),
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

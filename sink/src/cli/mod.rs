@@ -199,10 +199,13 @@ fn connect_postgres(conninfo: &str) -> Result<Connection, Error> {
     Ok(connection)
 }
 
-/// The same for a replication connection.
+/// The same for a replication connection. Its name is not that of a stream, which COMMIT may wait for.
 fn connect_replication(conninfo: &str) -> Result<Connection, Error> {
-    let mut connection =
-        Connection::connect(conninfo, &[("replication", "database")]).map_err(connect_failed)?;
+    let extra = [
+        ("replication", "database"),
+        ("application_name", "walmirror command"),
+    ];
+    let mut connection = Connection::connect(conninfo, &extra).map_err(connect_failed)?;
     connection.answer_within(Some(ANSWER));
     Ok(connection)
 }
