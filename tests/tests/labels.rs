@@ -389,6 +389,16 @@ fn a_label_that_does_not_fit_concerns_its_table_alone() {
     assert!(output.contains("walmirror.unmirror('public.t')"), "{output}");
     let (code, output) = m.run(&["verify", "--table", "u"]);
     assert_eq!(code, Some(0), "{output}");
+    // The story: `backfill` asked for such a table, and waited for ever.
+    let (code, output) = m.run(&["backfill", "--table", "t"]);
+    assert_eq!(code, Some(2), "{output}");
+    assert!(output.contains("walmirror.unmirror('public.t')"), "{output}");
+    let (code, output) = m.run(&["backfill"]);
+    assert_eq!(code, Some(2), "{output}");
+    assert!(
+        output.contains("public.u: filled again") && output.contains("walmirror.unmirror('public.t')"),
+        "{output}"
+    );
     m.sql("SELECT walmirror.unmirror('t'); SELECT walmirror.mirror('t')");
     m.settle();
 }

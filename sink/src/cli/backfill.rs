@@ -11,7 +11,7 @@ use super::checks_redis::connect;
 use super::checks_tables::unreadable;
 use super::connect_postgres;
 use super::say;
-use crate::backfill::{Cursor, Stage};
+use crate::backfill::{Catalog, Cursor, Misfit, Stage};
 use crate::config::{Conninfo, Options, SlotName};
 use crate::error::Error;
 use crate::plan::RedisKeys;
@@ -60,7 +60,20 @@ pub fn run(options: &Options, args: &BackfillArgs) -> Result<(), Error> {
             "walmirror run --slot {slot} …   # fills by itself what is missing"
         )));
     };
-    let tables = choose(&mut sql, &args.table)?;
+    let mut tables = choose(&mut sql, &args.table)?;
+    let unfit = leave_out_unfit(&mut sql, &mut tables)?;
+    match unfit.first() {
+        Some(misfit) if !args.table.is_empty() => return Err(misfit.error()),
+        _ => {}
+    }
+    for misfit in &unfit {
+        say(format!(
+            "{}: left out, as its label does not fit it",
+            misfit.table
+        ))?;
+    }
+    // The others are not held up by it.
+    let done = || unfit.first().map_or(Ok(()), |misfit| Err(misfit.error()));
     // What would have to be waited for without end is told before anything is asked for.
     progress(&mut redis, &keys, &slot)?;
     check_rights(&mut sql, &info, &tables)?;
@@ -69,7 +82,8 @@ pub fn run(options: &Options, args: &BackfillArgs) -> Result<(), Error> {
     }
     let target = Request::sync(&mut sql, slot.as_str())?;
     if args.timeout.0.is_zero() {
-        return say("the sink is asked; `walmirror status` shows how far it is");
+        say("the sink is asked; `walmirror status` shows how far it is")?;
+        return done();
     }
     let mut watch = Watch {
         sql,
@@ -82,7 +96,7 @@ pub fn run(options: &Options, args: &BackfillArgs) -> Result<(), Error> {
     for table in &tables {
         follow(&mut redis, &keys, table, &mut watch)?;
     }
-    Ok(())
+    done()
 }
 
 /// Whether there is still a sink to wait for.
@@ -168,6 +182,14 @@ fn choose(sql: &mut Connection, names: &[String]) -> Result<Vec<Table>, Error> {
     }
     tables.retain(|table| !table.is_cache);
     Ok(tables)
+}
+
+/// Takes those out, and returns them, whose labels do not fit them: the sink fills none of them.
+fn leave_out_unfit(sql: &mut Connection, tables: &mut Vec<Table>) -> Result<Vec<Misfit>, Error> {
+    let mut unfit = Catalog::read_from(sql)?.misfits;
+    unfit.retain(|misfit| tables.iter().any(|table| table.oid == misfit.oid));
+    tables.retain(|table| unfit.iter().all(|misfit| misfit.oid != table.oid));
+    Ok(unfit)
 }
 
 /// Whether the role of the sink may read the tables: it may be another one than that of this connection.
