@@ -66,8 +66,12 @@ impl Table {
             .into_iter()
             .map(|relation| (relation.oid, relation))
             .collect();
+        // The keys of a label that does not fit stay as Redis has them.
+        let unfit = catalog.misfits.iter();
+        let unfit = unfit.filter_map(|misfit| stored.relations.get_key_value(&misfit.oid));
         let templates: BTreeMap<u32, KeyTemplate> = relations
             .iter()
+            .chain(unfit)
             .filter_map(|(oid, relation)| Some((*oid, KeyTemplate::parse(&relation.key).ok()?)))
             .collect();
         let mut tables = Vec::new();
