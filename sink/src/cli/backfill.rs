@@ -169,7 +169,7 @@ fn choose(sql: &mut Connection, names: &[String]) -> Result<Vec<Table>, Error> {
         let known: Vec<String> = tables.iter().map(|table| table.name.clone()).collect();
         let wanted: Vec<&String> = names
             .iter()
-            .map(|name| resolve(&known, name))
+            .map(|name| resolve(&known, name, "backfill"))
             .collect::<Result<_, _>>()?;
         tables.retain(|table| wanted.contains(&&table.name));
         if let Some(table) = tables.iter().find(|table| table.is_cache) {

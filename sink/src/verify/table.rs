@@ -185,7 +185,7 @@ impl Table {
 pub(super) fn choose(tables: Vec<Table>, names: &[String]) -> Result<Vec<Table>, Error> {
     let known: Vec<String> = tables.iter().map(|table| table.name.clone()).collect();
     for name in names {
-        resolve(&known, name)?;
+        resolve(&known, name, "verify")?;
     }
     let is_chosen = |table: &Table| names.is_empty() || names.iter().any(|name| is_named(&table.name, name));
     Ok(tables.into_iter().filter(is_chosen).collect())
@@ -194,8 +194,8 @@ pub(super) fn choose(tables: Vec<Table>, names: &[String]) -> Result<Vec<Table>,
 /// So many names are told to who gave one that is none of them.
 const TOLD: usize = 5;
 
-/// The one table that a name means.
-pub(crate) fn resolve<'k>(known: &'k [String], name: &str) -> Result<&'k String, Error> {
+/// The one table that a name means to this command.
+pub(crate) fn resolve<'k>(known: &'k [String], name: &str, command: &str) -> Result<&'k String, Error> {
     let mut matching = known.iter().filter(|table| is_named(table, name));
     match (matching.next(), matching.next()) {
         (Some(table), None) => Ok(table),
@@ -217,7 +217,7 @@ pub(crate) fn resolve<'k>(known: &'k [String], name: &str) -> Result<&'k String,
         (Some(one), Some(other)) => Err(Error::config(format!(
             "there is more than one table {name:?}: {one}, {other}"
         ))
-        .next(format!("walmirror verify --table {}", word(one)))),
+        .next(format!("walmirror {command} --table {}", word(one)))),
     }
 }
 
@@ -250,18 +250,21 @@ mod tests {
     #[test]
     fn a_name_may_leave_the_schema_out() {
         let known = ["public.users", "shop.users", "shop.orders"].map(str::to_owned);
-        assert_eq!(resolve(&known, "orders").unwrap(), "shop.orders");
-        assert_eq!(resolve(&known, "shop.users").unwrap(), "shop.users");
-        assert_eq!(resolve(&known, "\"shop\".\"users\"").unwrap(), "shop.users");
+        assert_eq!(resolve(&known, "orders", "verify").unwrap(), "shop.orders");
+        assert_eq!(resolve(&known, "shop.users", "verify").unwrap(), "shop.users");
+        assert_eq!(
+            resolve(&known, "\"shop\".\"users\"", "verify").unwrap(),
+            "shop.users"
+        );
         assert_eq!(unquoted("a.\"b \"\"c\"\"\""), "a.b \"c\"");
         assert!(
-            resolve(&known, "users")
+            resolve(&known, "users", "verify")
                 .unwrap_err()
                 .to_string()
                 .contains("more than one")
         );
         assert!(
-            resolve(&known, "nobody")
+            resolve(&known, "nobody", "verify")
                 .unwrap_err()
                 .to_string()
                 .contains("not mirrored")

@@ -29,6 +29,16 @@ fn a_table_is_named_as_in_sql_and_a_cache_has_nothing_to_fill() {
         "{output}"
     );
     assert_equal(&m, &["backfill"]);
+    m.sql("CREATE TABLE \"My Shop\".c (id int PRIMARY KEY); SELECT walmirror.mirror('\"My Shop\".c', key => 'mine:{id}')");
+    for command in ["backfill", "verify"] {
+        let (code, output) = walmirror(&m, &[command, "--table", "c"]);
+        assert_eq!(code, 2, "{output}");
+        let next = format!("next: walmirror {command} --table ");
+        assert!(
+            output.contains("there is more than one table") && output.contains(&next),
+            "{output}"
+        );
+    }
 }
 
 /// Requests are in the WAL: a sink that is killed before it has taken one up finds it when it starts again.
