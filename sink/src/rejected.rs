@@ -10,8 +10,8 @@ use crate::redis::{Connection, unreadable};
 use crate::resp::Commands;
 use crate::shown;
 
-/// About so many notes are kept, the latest.
-const KEPT: &[u8] = b"1000";
+/// About so many notes are kept, the latest: no fewer.
+pub const KEPT: u64 = 1000;
 /// So many of the rows that one step leaves out are named in the log.
 const LOGGED: usize = 10;
 
@@ -37,7 +37,7 @@ impl Rejected {
             &keys.rejected,
             b"MAXLEN",
             b"~",
-            KEPT,
+            KEPT.to_string().as_bytes(),
             b"*",
             b"key",
             &shown::noted_key(&self.key),

@@ -419,6 +419,28 @@ fn doctor_tells_of_a_slot_that_a_promotion_would_lose() {
     assert!(told.contains(", failover slot\n"), "{told}");
 }
 
+/// The story: status told of 1000 rows where there had been many more.
+#[test]
+fn status_counts_no_notes_that_are_gone() {
+    let mirror = Mirror::with(TABLE);
+    let note = "for _ = 1, ARGV[1] do redis.call('XADD', KEYS[1], '*', 'key', 'k', 'table', 't', 'lsn', '0/1', 'reason', 'r') end";
+    for (notes, told) in [
+        (999, "rejected     999 rows"),
+        (1, "rejected     at least 1000 rows"),
+    ] {
+        redis::cmd("EVAL")
+            .arg(note)
+            .arg(1)
+            .arg(format!("walmirror:{{{}}}:rejected", mirror.db.name))
+            .arg(notes)
+            .exec(&mut mirror.redis.connect())
+            .unwrap();
+        let (code, output) = mirror.run(&["status"]);
+        assert_eq!(code, Some(0), "{output}");
+        assert!(output.contains(told), "{output}");
+    }
+}
+
 /// The story: who wanted to know what holds up a mirror waited for the same lock, for as long as it was held.
 #[test]
 fn a_locked_table_holds_up_neither_doctor_nor_status() {

@@ -196,10 +196,12 @@ fn print(slot: &SlotName, postgres: Option<&Postgres>, redis: Option<&Redis>) ->
         }
         line("pending", format!("{} rows to be read again", redis.pending))?;
         let (count, latest) = &redis.rejected;
+        // Notes of more may be gone.
+        let least = if *count < rejected::KEPT { "" } else { "at least " };
         if *count > 0 {
             line(
                 "rejected",
-                format!("{count} rows could not be mirrored; the latest:"),
+                format!("{least}{count} rows could not be mirrored; the latest:"),
             )?;
         }
         for one in latest {
