@@ -40,7 +40,7 @@ pub mod exit {
     pub const UNREACHABLE: u8 = 5;
     /// Redis and the slot do not fit together (a gap), and `--on-gap fail` forbids the resync.
     pub const GAP: u8 = 6;
-    /// `wait` gave up.
+    /// `wait` gave up, or `backfill` before the sink began.
     pub const TIMEOUT: u8 = 7;
 }
 
