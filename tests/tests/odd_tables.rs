@@ -304,6 +304,21 @@ fn a_damaged_row_is_left_out_and_noted_and_the_rest_is_mirrored() {
         "{log}"
     );
     assert_eq!(m.notes(), 1);
+    // The story: what nobody can compare was equal to `verify`.
+    let _: String = m.redis.command("SET t:5 old");
+    for args in [
+        ["verify", "--table", "t"].as_slice(),
+        &["verify", "--sample", "5"],
+    ] {
+        let (code, output) = m.run(args);
+        assert_eq!(code, Some(2), "{output}");
+        assert!(output.contains("  unknown    t:5\n"), "{output}");
+    }
+    // As the sink leaves it.
+    let _: i64 = m.redis.command("DEL t:5");
+    let (code, output) = m.run(&["verify"]);
+    assert_eq!(code, Some(0), "{output}");
+    assert!(output.contains("public.t: 9 rows, 8 keys: equal"), "{output}");
 }
 
 /// The story: what Postgres had no room for ended the session, again and again, and the stream with it.

@@ -63,7 +63,7 @@ fn judge(tables: &[Tally], args: &VerifyArgs) -> Result<(), Error> {
     }
     if unknown > 0 {
         let what = format!(
-            "{unknown} keys could not be compared within {}: they change all the time, or a transaction stays open",
+            "{unknown} keys could not be compared within {}: they change all the time, a transaction stays open, or their rows cannot be read",
             args.timeout
         );
         return Err(Error::checks(what, UNKNOWN).next("walmirror verify --timeout 5min"));

@@ -60,7 +60,7 @@ pub(super) fn rows(
         let Next::Read(read) = read else {
             return Err(table.changed());
         };
-        compare_chunk(sides, table, &read.rows, job)?;
+        compare_chunk(sides, table, &read, job)?;
     }
     Ok(())
 }
