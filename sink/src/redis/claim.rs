@@ -57,6 +57,8 @@ pub struct Claim {
     pub connection: Connection,
     /// The epoch that the progress hash holds as long as nobody else claims.
     pub epoch: u64,
+    /// The position that it holds since.
+    pub lsn: Lsn,
     /// The loaded scripts.
     pub scripts: Scripts,
     /// What Redis held at that moment.
@@ -148,6 +150,8 @@ impl Claim {
             _ => start.map_or(0, |lsn| lsn.0),
         };
         let epoch = before.saturating_add(1);
+        let held = stored.progress.as_ref().map(|progress| progress.lsn);
+        let lsn = start.or(held).unwrap_or_default();
         let mut fields: Vec<(&str, String)> = vec![
             ("epoch", epoch.to_string()),
             ("system_id", identity.system_id.clone()),
@@ -190,6 +194,7 @@ impl Claim {
         Ok(Self {
             connection,
             epoch,
+            lsn,
             scripts,
             stored,
         })

@@ -131,6 +131,32 @@ fn who_lost_the_claim_writes_nothing() {
     assert!(new.apply(set(2, "b"), None, &|| false).unwrap().is_some());
 }
 
+/// The story: Redis lost its tail and the connection stayed. A look at the epoch alone let an idle session confirm what was lost.
+#[test]
+fn an_idle_session_notices_that_redis_went_back() {
+    let Some(server) = Server::start() else { return };
+    let mut reader = server.connect();
+    let mut writer = claim(&server, Some(Lsn(1)));
+    writer.check().unwrap();
+    writer.apply(set(2, "a"), None, &|| false).unwrap();
+    writer.check().unwrap();
+    assert_eq!(writer.wait_replicas(0, 1).unwrap(), 0);
+    get(&mut reader, &["HSET", PROGRESS, "lsn", "0/1"]);
+    for error in [
+        writer.check().unwrap_err(),
+        writer.wait_replicas(0, 1).unwrap_err(),
+        failed(&mut writer, set(3, "b")),
+    ] {
+        assert_eq!(error.class(), Class::Retry, "{error}");
+        assert!(error.to_string().contains("went back"), "{error}");
+    }
+    // The next one goes on from what it finds.
+    let mut writer = claim(&server, None);
+    writer.check().unwrap();
+    get(&mut reader, &["HSET", PROGRESS, "lsn", "0/0"]);
+    assert!(writer.check().is_err());
+}
+
 #[test]
 fn a_takeover_ends_the_older_connection() {
     let Some(server) = Server::start() else { return };

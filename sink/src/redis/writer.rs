@@ -1,15 +1,17 @@
-//! Applies batches: MULTI, commands, progress, EXEC, and behind it WATCH and HGET for the next one, all in one write. The
+//! Applies batches: MULTI, commands, progress, EXEC, and behind it WATCH and HMGET for the next one, all in one write. The
 //! fence therefore costs no round trip. The commands of the next batch follow at once (`writer/ahead.rs`); only its EXEC waits for
 //! the answer. Owned by the applying thread.
 //!
 //! INVARIANT I2: data and progress go in one EXEC. INVARIANT I4: an EXEC succeeds only if the progress key was not
-//! touched since this session's epoch was seen in it, so a session that lost its claim writes nothing.
+//! touched since this session's epoch was seen in it, so a session that lost its claim writes nothing. Nor does one whose Redis lost what
+//! it had written: a Redis may go back while the connection stays, so its position is looked at as well.
 
 mod ahead;
 mod purge;
 mod refused;
 
 use redis::{ServerError, Value};
+use walmirror_proto::Lsn;
 
 use super::connection::{Answers, setting};
 use super::error::{class_of, reply_error, unreadable};
@@ -88,6 +90,8 @@ pub struct Writer {
     keys: RedisKeys,
     scripts: Scripts,
     epoch: u64,
+    /// The position that was written last.
+    lsn: Lsn,
     /// The segments of the MULTI that is open, kept until its EXEC has answered, so that a refused command can be named.
     open: Vec<Segment>,
     /// Commands that this writer put before those of the first segment.
@@ -106,7 +110,7 @@ pub struct Writer {
     on_bad_row: OnBadRow,
     /// The next EXEC is followed by HELLO.
     asks_role: bool,
-    /// The answer to that is still to be read, behind those to WATCH and HGET.
+    /// The answer to that is still to be read, behind those to WATCH and HMGET.
     awaits_role: bool,
 }
 
@@ -116,6 +120,7 @@ impl Writer {
         let Claim {
             connection,
             epoch,
+            lsn,
             scripts,
             stored,
         } = claim;
@@ -125,6 +130,7 @@ impl Writer {
             keys,
             scripts,
             epoch,
+            lsn,
             open: Vec::new(),
             prefix: 0,
             queued: 0,
@@ -308,9 +314,8 @@ impl Writer {
 
     /// How many replicas have acknowledged everything so far. `count` of them are waited for, at most so long.
     pub fn wait_replicas(&mut self, count: u32, timeout_ms: u64) -> Result<i64, Error> {
-        self.retract()?;
         let (count_text, timeout) = (count.to_string(), timeout_ms.to_string());
-        let reply = self.connection.call(
+        let reply = self.wait(
             "wait for replicas",
             &[b"WAIT", count_text.as_bytes(), timeout.as_bytes()],
         )?;
@@ -322,11 +327,9 @@ impl Writer {
 
     /// Whether the append-only file holds everything so far, waited for at most so long.
     pub fn wait_aof(&mut self, timeout_ms: u64) -> Result<bool, Error> {
-        self.retract()?;
         let timeout = timeout_ms.to_string();
         let reply = self
-            .connection
-            .call(
+            .wait(
                 "wait for the append-only file",
                 &[b"WAITAOF", b"1", b"0", timeout.as_bytes()],
             )
@@ -334,6 +337,19 @@ impl Writer {
                 error.next("walmirror run --durability memory   # or Redis 7.2 or later with appendonly yes")
             })?;
         Ok(matches!(reply, Value::Array(counts) if matches!(counts.first(), Some(Value::Int(1..)))))
+    }
+
+    /// What is waited for is all that Redis has: behind it stands the question whether that is what was written.
+    fn wait(&mut self, what: &str, command: &[&[u8]]) -> Result<Value, Error> {
+        self.retract()?;
+        let mut commands = Commands::new();
+        commands.command(command);
+        watch(&mut commands, &self.keys);
+        self.connection.send(commands.as_bytes())?;
+        match self.connection.receive()? {
+            Value::ServerError(reply) => Err(reply_error(format!("Redis refuses: cannot {what}"), &reply)),
+            reply => self.check_watch().map(|()| reply),
+        }
     }
 
     /// Whether Redis never tells the disk to keep what it appends. Where it does not say, it is taken to do so.
@@ -365,7 +381,7 @@ impl Writer {
     fn check_exec(&mut self, reply: Value, step: Step) -> Result<(bool, Vec<Refused>), Error> {
         let elements = match reply {
             Value::Array(elements) => elements,
-            // The WATCH was broken; the epoch tells by whom.
+            // The WATCH was broken; the epoch tells by whom, or the position.
             Value::Nil => return Err(self.check_watch().err().unwrap_or_else(|| touched(&self.keys))),
             Value::ServerError(reply) => {
                 return Err(match self.not_queued.take() {
@@ -376,6 +392,7 @@ impl Writer {
             }
             _ => return Err(unreadable("EXEC").at(step.lsn)),
         };
+        self.lsn = step.lsn;
         let mut pending = false;
         let mut refused: Option<Refusals> = None;
         for (command, element) in elements.into_iter().enumerate() {
@@ -394,19 +411,32 @@ impl Writer {
         }
     }
 
-    /// Reads the replies to WATCH and HGET: this session must still be the one that may write.
+    /// Reads the replies to WATCH and HMGET: this session must still be the one that may write, and Redis hold what it wrote.
     fn check_watch(&mut self) -> Result<(), Error> {
         self.expect_ok("WATCH")?;
-        match self.connection.receive()? {
-            Value::BulkString(epoch) if epoch == self.epoch.to_string().as_bytes() => Ok(()),
-            Value::BulkString(epoch) => Err(self.fenced(Some(&epoch))),
-            Value::Nil => Err(Error::redis(
+        let fields = match self.connection.receive()? {
+            Value::Array(fields) => fields,
+            Value::ServerError(reply) => return Err(reply_error("cannot read the epoch", &reply)),
+            _ => return Err(unreadable("HMGET")),
+        };
+        match fields.as_slice() {
+            [Value::BulkString(epoch), lsn] if epoch == self.epoch.to_string().as_bytes() => {
+                let lsn = match lsn {
+                    Value::BulkString(lsn) => String::from_utf8_lossy(lsn),
+                    _ => "nothing".into(),
+                };
+                match lsn.parse() {
+                    Ok(held) if self.lsn == held => Ok(()),
+                    _ => Err(self.went_back(&lsn)),
+                }
+            }
+            [Value::BulkString(epoch), _] => Err(self.fenced(Some(epoch))),
+            [Value::Nil, _] => Err(Error::redis(
                 "Redis lost the progress key",
                 Class::Retry,
                 "it was emptied, or the key was evicted or removed",
             )),
-            Value::ServerError(reply) => Err(reply_error("cannot read the epoch", &reply)),
-            _ => Err(unreadable("HGET")),
+            _ => Err(unreadable("HMGET")),
         }
     }
 
@@ -417,6 +447,12 @@ impl Writer {
             judge_role(self.connection.receive()?)?;
         }
         Ok(())
+    }
+
+    /// Nobody else writes the position while the epoch is this session's. The next one finds out what Redis holds.
+    fn went_back(&self, lsn: &str) -> Error {
+        let text = format!("the position was {}, and now it is {lsn}", self.lsn);
+        Error::redis("Redis went back", Class::Retry, text)
     }
 
     fn fenced(&self, other: Option<&[u8]>) -> Error {
@@ -444,5 +480,5 @@ fn touched(keys: &RedisKeys) -> Error {
 
 fn watch(commands: &mut Commands, keys: &RedisKeys) {
     commands.command(&[b"WATCH", &keys.progress]);
-    commands.command(&[b"HGET", &keys.progress, b"epoch"]);
+    commands.command(&[b"HMGET", &keys.progress, b"epoch", b"lsn"]);
 }

@@ -52,6 +52,9 @@ pub(super) fn apply(
     let mut role_asked = waited;
     let mut durable = Lsn::INVALID;
     let mut stalled = Stalled::new(waited);
+    let asks = !matches!(durability, Durability::Memory { .. });
+    // Whether a part of the next segment was sent.
+    let mut is_ahead = false;
     if durability == Durability::Aof {
         // A Redis that knows no WAITAOF, or has no append-only file, is told of at once and not at the first change.
         writer.wait_aof(1)?;
@@ -85,7 +88,10 @@ pub(super) fn apply(
                     ending.set(Some(since));
                     shared.has_failed() || since.elapsed() > PURGE_AT_END
                 };
-                let applied = writer.apply(segment, next.as_ref(), &stopped)?;
+                // A DISCARD of what was sent ahead of a question would take the WATCH along, which tells of any loss.
+                let sent = next.as_ref().filter(|_| !asks || waited.elapsed() < WAIT_EVERY);
+                is_ahead = sent.is_some();
+                let applied = writer.apply(segment, sent, &stopped)?;
                 said = Instant::now();
                 shared.health.note_redis();
                 add(&shared.metrics.commands, commands);
@@ -132,7 +138,7 @@ pub(super) fn apply(
         let applied = shared.applied();
         if applied <= durable {
             stalled.moves(Instant::now());
-        } else if waited.elapsed() >= WAIT_EVERY && !writer.is_open() {
+        } else if waited.elapsed() >= WAIT_EVERY && !writer.is_open() && !is_ahead {
             waited = Instant::now();
             match ask(&mut writer, durability)? {
                 Answer::Durable => {

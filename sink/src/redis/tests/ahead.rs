@@ -54,6 +54,27 @@ fn a_redis_that_was_emptied_takes_nothing_that_was_sent_ahead() {
     assert_eq!(get(&mut server.connect(), &["DBSIZE"]), "int(0)");
 }
 
+/// The story: Redis lost its tail while the connection stayed, as that of a master that is made a replica and promoted again, so the epoch was
+/// the same. The broken WATCH would have told, but the DISCARD before a WAIT takes that away: the next batch went on top of what was there, the
+/// position passed what was lost, and nobody read that again.
+#[test]
+fn a_redis_that_went_back_takes_nothing_though_what_was_sent_ahead_is_taken_back() {
+    let Some(server) = Server::start() else { return };
+    let mut writer = claim(&server, Some(Lsn(1)));
+    let mut reader = server.connect();
+    let next = set(3, "b");
+    apply_before(&mut writer, set(2, "a"), &next).unwrap();
+    get(&mut reader, &["HSET", PROGRESS, "lsn", "0/1"]);
+    let waited = writer.wait_replicas(0, 1);
+    let error = waited
+        .and_then(|_| writer.apply(next, None, &|| false))
+        .unwrap_err();
+    assert_eq!(error.class(), Class::Retry, "{error}");
+    assert!(error.to_string().contains("went back"), "{error}");
+    assert!(!exists(&mut reader, "b"));
+    assert_eq!(get(&mut reader, &["HGET", PROGRESS, "lsn"]), "0/1");
+}
+
 #[test]
 fn notes_and_questions_go_before_what_was_sent_ahead() {
     let Some(server) = Server::start() else { return };

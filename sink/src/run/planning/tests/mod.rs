@@ -188,7 +188,9 @@ pub(super) fn flushed(planning: &mut Planning) -> Vec<String> {
         all.extend(lines(&segment));
     }
     all.retain(|line| {
-        !["MULTI", "EXEC"].contains(&line.as_str()) && !line.starts_with("WATCH") && !line.starts_with("HGET")
+        !["MULTI", "EXEC"].contains(&line.as_str())
+            && !line.starts_with("WATCH")
+            && !line.starts_with("HMGET")
     });
     all
 }

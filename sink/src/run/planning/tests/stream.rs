@@ -39,7 +39,7 @@ fn transactions_that_are_complete_share_one_multi_with_their_progress() {
             "HSET walmirror:{s}:progress lsn 0/28 commit_ts 2000-01-01 00:00:00+00 last_commit 0/1E 102 0",
             "EXEC",
             "WATCH walmirror:{s}:progress",
-            "HGET walmirror:{s}:progress epoch",
+            "HMGET walmirror:{s}:progress epoch lsn",
         ]
     );
     assert_eq!(segment.step.map(|step| step.lsn), Some(Lsn(40)));

@@ -63,6 +63,13 @@ impl Redis {
                 let value = self.hash(key).and_then(|fields| fields.get(*field));
                 value.map_or(Value::Nil, |value| Value::BulkString(value.clone()))
             }
+            [b"HMGET", key, names @ ..] => {
+                let fields = self.hash(key);
+                let value = |name: &&[u8]| fields.and_then(|fields| fields.get(*name));
+                let bulk = |value: &Vec<u8>| Value::BulkString(value.clone());
+                let values = names.iter().map(|name| value(name).map_or(Value::Nil, bulk));
+                Value::Array(values.collect())
+            }
             [b"HGETALL", key] => {
                 let fields = self.hash(key).into_iter().flatten();
                 let bulk = |bytes: &Vec<u8>| Value::BulkString(bytes.clone());

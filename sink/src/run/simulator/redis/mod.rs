@@ -228,8 +228,11 @@ impl Redis {
             .unwrap_or(0)
     }
 
-    /// Redis comes back without everything after so many steps.
-    pub(super) fn roll_back_to(&mut self, steps: usize) {
+    /// Redis comes back without everything after so many steps. `keeps` its clients, as one that is made a replica and promoted again; but none
+    /// that has claimed meanwhile.
+    pub(super) fn roll_back_to(&mut self, steps: usize, keeps: bool) {
+        let epoch = |redis: &Self| redis.progress().map(|progress| progress.epoch);
+        let before = epoch(self);
         while self.steps.len() > steps {
             for (key, before) in self.steps.pop().into_iter().flat_map(|step| step.before) {
                 match before {
@@ -239,8 +242,10 @@ impl Redis {
             }
         }
         self.saved = self.saved.min(self.steps.len());
-        self.clients.clear();
         self.stamp += 1;
+        if !keeps || epoch(self) != before {
+            self.clients.clear();
+        }
     }
 
     pub(super) fn flush_all(&mut self) {

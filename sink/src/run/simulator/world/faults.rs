@@ -145,12 +145,16 @@ impl World {
         let mut server = lock(&self.server);
         let redis = &mut server.redis;
         let (all, durable) = (redis.steps.len(), self.durable_steps(redis));
+        let keeps = all % 2 == 0;
         if redis.trace {
             println!("Redis has {all} steps, {durable} of them durable, and will lose some");
         }
         match self.dice.roll(if self.disasters { 8 } else { 4 }) {
             0 => redis.saved = all,
-            1 | 2 => redis.roll_back_to(durable.max(all.saturating_sub(self.dice.roll(6) as usize))),
+            1 | 2 => {
+                let left = durable.max(all.saturating_sub(self.dice.roll(6) as usize));
+                redis.roll_back_to(left, keeps);
+            }
             3 => {
                 let keys: Vec<_> = redis
                     .data
@@ -166,7 +170,7 @@ impl World {
             4 => {
                 // The session that has seen it so may not know of the loss before this one yet.
                 self.was_durable = self.was_durable.max(redis.position_after(durable));
-                redis.roll_back_to(all.saturating_sub(self.dice.roll(30) as usize));
+                redis.roll_back_to(all.saturating_sub(self.dice.roll(30) as usize), keeps);
                 self.gap_is_due = true;
             }
             5 => {
