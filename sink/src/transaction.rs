@@ -28,6 +28,10 @@ impl Part {
             && self.commit_time.is_none_or(|time| time == begin.commit_time)
     }
 
+    fn replaced(self, xid: u64, commit_lsn: Lsn) -> OrderError {
+        self.lost(format!("transaction {xid}, which commits at {commit_lsn}"))
+    }
+
     fn lost(self, next: String) -> OrderError {
         OrderError::PartLost {
             xid: self.xid,
@@ -64,6 +68,8 @@ pub struct Open {
     noted: bool,
     /// Of these, the first so many are applied already.
     skip: u64,
+    /// It stands before the one that is applied in part, which only one of which nothing is left may.
+    is_early: bool,
 }
 
 impl Open {
@@ -156,17 +162,12 @@ impl Transactions {
         }
         let commit_lsn = Lsn(begin.commit_lsn);
         // The progress LSN is the end of a record, so a commit record that starts before it ends at it or before.
-        let skip = if commit_lsn < self.from {
-            u64::MAX
-        } else {
-            match self.part {
-                None => 0,
-                Some(part) if part.is(begin) => part.records,
-                Some(part) => {
-                    let next = format!("transaction {}, which commits at {commit_lsn}", begin.xid);
-                    return Err(part.lost(next));
-                }
-            }
+        let (skip, is_early) = match self.part {
+            _ if commit_lsn < self.from => (u64::MAX, false),
+            None => (0, false),
+            Some(part) if part.is(begin) => (part.records, false),
+            Some(part) if commit_lsn < part.commit_lsn => (0, true),
+            Some(part) => return Err(part.replaced(begin.xid, commit_lsn)),
         };
         self.open = Some(Open {
             xid: begin.xid,
@@ -175,6 +176,7 @@ impl Transactions {
             records: 0,
             noted: false,
             skip,
+            is_early,
         });
         Ok(())
     }
@@ -192,7 +194,7 @@ impl Transactions {
     /// A change record of the open transaction. Some: it is to be applied.
     #[inline]
     pub fn change(&mut self, what: &'static str) -> Result<Option<Open>, OrderError> {
-        let open = self.open.as_mut().ok_or(OrderError::Outside(what))?;
+        let open = self.counts(what)?;
         open.records += 1;
         Ok((open.records > open.skip).then_some(*open))
     }
@@ -200,9 +202,19 @@ impl Transactions {
     /// A record of the open transaction that is no change, an error. Some: it is to be noted, as what comes next is to be applied. Where a
     /// transaction was cut just before it, that may be once more.
     pub fn note(&mut self, what: &'static str) -> Result<Option<Open>, OrderError> {
-        let open = self.open.as_mut().ok_or(OrderError::Outside(what))?;
+        let open = self.counts(what)?;
         open.noted = true;
         Ok((open.records >= open.skip).then_some(*open))
+    }
+
+    /// The open transaction, of which something is left at its commit: so it would have come to the earlier session too.
+    #[inline]
+    fn counts(&mut self, what: &'static str) -> Result<&mut Open, OrderError> {
+        let open = self.open.as_mut().ok_or(OrderError::Outside(what))?;
+        match self.part {
+            Some(part) if open.is_early => Err(part.replaced(open.xid, open.commit_lsn)),
+            _ => Ok(open),
+        }
     }
 
     /// A COMMIT record. None: the whole transaction was applied before.
@@ -219,7 +231,9 @@ impl Transactions {
         if open.skip == u64::MAX {
             return Ok(None);
         }
-        self.part = None;
+        if !open.is_early {
+            self.part = None;
+        }
         Ok(Some(Ended {
             end_lsn,
             commit: open.commit(),
@@ -231,7 +245,7 @@ impl Transactions {
     pub fn part(&self) -> Option<Part> {
         match self.open {
             // Records that are skipped are applied already: the part never gets smaller.
-            Some(open) if open.skip != u64::MAX => Some(Part {
+            Some(open) if open.skip != u64::MAX && !open.is_early => Some(Part {
                 xid: open.xid,
                 commit_lsn: open.commit_lsn,
                 commit_time: Some(open.commit_time),
@@ -253,7 +267,8 @@ impl Transactions {
 
     /// Whether a transaction of which an earlier session applied a part has not begun yet: so it may never have been here.
     pub fn awaits_part(&self) -> bool {
-        self.part.is_some() && self.open.is_none_or(|open| open.skip == u64::MAX)
+        let is_other = |open: Open| open.skip == u64::MAX || open.is_early;
+        self.part.is_some() && self.open.is_none_or(is_other)
     }
 
     /// The open transaction.
@@ -409,6 +424,37 @@ mod tests {
         transactions.commit(&pb::Commit { end_lsn: 110 }).unwrap();
         transactions.begin(&begin(6, 120)).unwrap();
         assert!(transactions.change("row").unwrap().is_some());
+    }
+
+    /// One that came while it was in progress, and of which everything was rolled back but its commit, may not have come before.
+    #[test]
+    fn one_of_which_nothing_is_left_may_stand_before_a_part() {
+        let part = Part {
+            xid: 5,
+            commit_lsn: Lsn(100),
+            commit_time: Some(7),
+            records: 2,
+        };
+        let mut transactions = Transactions::resume(Lsn(50), Some(part));
+        transactions.begin(&begin(4, 60)).unwrap();
+        assert_eq!(transactions.part(), Some(part));
+        assert!(transactions.awaits_part());
+        let ended = transactions.commit(&pb::Commit { end_lsn: 70 }).unwrap();
+        assert_eq!(ended.map(|ended| ended.commit), Some(None));
+        assert_eq!(transactions.part(), Some(part));
+        for counts in [
+            |transactions: &mut Transactions| transactions.change("row"),
+            |transactions: &mut Transactions| transactions.note("ERROR"),
+        ] {
+            let mut transactions = Transactions::resume(Lsn(50), Some(part));
+            transactions.begin(&begin(4, 60)).unwrap();
+            assert!(matches!(
+                counts(&mut transactions),
+                Err(OrderError::PartLost { xid: 5, .. })
+            ));
+        }
+        transactions.begin(&begin(5, 100)).unwrap();
+        assert_eq!(transactions.change("row"), Ok(None));
     }
 
     /// A keepalive or a backfill may write the progress before the transaction that was cut has come again.

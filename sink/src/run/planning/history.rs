@@ -81,7 +81,7 @@ impl Planning {
     }
 
     /// A transaction that is applied in part and does not come is of another history too.
-    fn misplaced(&self, what: &str, error: OrderError) -> Error {
+    pub(super) fn misplaced(&self, what: &str, error: OrderError) -> Error {
         match error {
             OrderError::PartLost { .. } => Error::gap(error.to_string()),
             _ => self.broken(what, error),

@@ -27,7 +27,7 @@ impl Planning {
             let open = self
                 .transactions
                 .change("RELATION")
-                .map_err(|error| self.broken("RELATION", error))?;
+                .map_err(|error| self.misplaced("RELATION", error))?;
             if let Some(open) = open {
                 self.announced(relation.clone(), open.xid)?;
             }

@@ -75,7 +75,7 @@ impl Planning {
         let open = self
             .transactions
             .change("a row")
-            .map_err(|error| self.broken("a row", error))?;
+            .map_err(|error| self.misplaced("a row", error))?;
         let Some(open) = open else {
             add(&self.shared.metrics.rows_skipped.already_applied, 1);
             return Ok(());
@@ -197,7 +197,7 @@ impl Planning {
         let open = self
             .transactions
             .change("TRUNCATE")
-            .map_err(|error| self.broken("TRUNCATE", error))?;
+            .map_err(|error| self.misplaced("TRUNCATE", error))?;
         let Some(open) = open else { return Ok(()) };
         for &index in &truncate.relations {
             let Some(Some(definition)) = self.definitions.get(index as usize) else {
@@ -237,7 +237,7 @@ impl Planning {
         let open = self
             .transactions
             .change(what)
-            .map_err(|error| self.broken(what, error))?;
+            .map_err(|error| self.misplaced(what, error))?;
         Ok(open.is_some())
     }
 
@@ -248,7 +248,7 @@ impl Planning {
         let open = self
             .transactions
             .note("ERROR")
-            .map_err(|error| self.broken("ERROR", error))?;
+            .map_err(|error| self.misplaced("ERROR", error))?;
         if open.is_some() {
             self.outdate_misfit(error.oid)?;
             // DDL leaves out no row.

@@ -145,6 +145,59 @@ fn one_of_which_nothing_is_left_is_not_the_last_that_was_applied() {
     );
 }
 
+/// The story: a session with `--streaming off` had applied a part of the transaction 200. Before it the transaction 105 had committed, all of which
+/// was rolled back, so it had not come. It did in the next session, with `--streaming on`, and was taken for one that stands in the other one's place:
+/// a gap, and everything was made anew.
+#[test]
+fn one_of_which_nothing_is_left_comes_before_the_one_that_is_applied_in_part() {
+    let cut = crate::transaction::Part {
+        xid: 200,
+        commit_lsn: Lsn(50),
+        commit_time: Some(0),
+        records: 2,
+    };
+    let resumed = || {
+        let mut stored = settled();
+        stored.progress.as_mut().unwrap().part = Some(cut);
+        planning(stored, 1 << 20, 1 << 24)
+    };
+    let row = |planning: &mut Planning, sub_xid| {
+        part(105)
+            .record(pb::InProgress { xid: 105, sub_xid })
+            .relation(relation(1, "t:{id}"))
+            .row(Kind::Insert, "1", Some("a"))
+            .feed(planning);
+        Frame::default().record(rollback(106)).feed(planning);
+    };
+    let mut planning = resumed();
+    row(&mut planning, 106);
+    late_commit(30, 40).feed(&mut planning);
+    replay(&mut planning);
+    planning.flush();
+    assert!(planning.next_segment().is_none(), "nothing may go out yet");
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(200, 50)
+        .row(Kind::Insert, "1", Some("b"))
+        .row(Kind::Insert, "2", Some("b"))
+        .row(Kind::Insert, "3", Some("b"))
+        .commit(60)
+        .feed(&mut planning);
+    let all = flushed(&mut planning);
+    let rows: Vec<_> = all.iter().filter(|line| line.starts_with("HSET t:")).collect();
+    assert_eq!(rows, ["HSET t:3 id 3 v b"]);
+
+    // One of which something is left would have come before.
+    let mut planning = resumed();
+    row(&mut planning, 107);
+    late_commit(30, 40).feed(&mut planning);
+    let mut planned = Ok(());
+    while planned.is_ok() && planning.is_replaying() {
+        planned = planning.replay();
+    }
+    assert!(planned.unwrap_err().gap_reason().is_some());
+}
+
 /// What its frames define, perhaps an older version, serves them alone.
 #[test]
 fn its_definitions_are_its_own() {
