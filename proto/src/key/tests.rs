@@ -2,9 +2,14 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
+use std::time::Duration;
+
 use super::*;
 use proptest::collection::vec;
 use proptest::prelude::*;
+
+/// What takes a second here, also where others have the processors, took minutes or for ever when it was wrong.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn render(template: &KeyTemplate, values: &[Vec<u8>]) -> Vec<u8> {
     let mut out = b"kept".to_vec();
@@ -280,7 +285,7 @@ fn templates_that_can_make_one_key() {
     assert!(!overlap(&long("a"), &long("b")).0, "they end in another way");
     // No value has a percent sign by itself, so no key is of both.
     assert!(overlap(&long("%a{z}"), &long("%b{z}")).0, "nobody knows");
-    assert!(started.elapsed().as_secs() < 5);
+    assert!(started.elapsed() < PATIENCE);
 }
 
 /// The sink asks it of each pair of tables when a session begins, and thousands of them may begin with the tenant.
@@ -296,8 +301,7 @@ fn of_usual_templates_it_is_told_at_a_glance() {
             assert!(all.iter().all(|other| !one.takes_from(other)));
         }
     }
-    let millis = started.elapsed().as_millis();
-    assert!(millis < 5_000, "{millis} ms");
+    assert!(started.elapsed() < PATIENCE);
 }
 
 proptest! {
@@ -370,5 +374,5 @@ fn no_key_makes_the_search_exponential() {
     let key = "dretdretd".repeat(100);
     let started = std::time::Instant::now();
     assert_eq!(template.match_key(key.as_bytes()), None);
-    assert!(started.elapsed().as_secs() < 5);
+    assert!(started.elapsed() < PATIENCE);
 }
