@@ -48,19 +48,16 @@ pub(super) fn rows(
         let (Some(leaf), Ok(block)) = (leaf, u32::try_from(at)) else {
             continue;
         };
-        let at = (block, 0);
-        let read = read_next(
-            &AnySnapshot,
-            &mut sides.sql,
-            &table.mapping,
-            leaf,
-            at,
-            &mut Pace::new(1),
-        )?;
-        let Next::Read(read) = read else {
-            return Err(table.changed());
-        };
-        compare_chunk(sides, table, &read, job)?;
+        let (mut at, mut pace) = ((block, 0), Pace::new(1));
+        // One of its rows may be large, or cannot be read: then they come one by one.
+        while at.0 == block {
+            let read = read_next(&AnySnapshot, &mut sides.sql, &table.mapping, leaf, at, &mut pace)?;
+            let Next::Read(read) = read else {
+                return Err(table.changed());
+            };
+            at = read.end;
+            compare_chunk(sides, table, &read, job)?;
+        }
     }
     Ok(())
 }
