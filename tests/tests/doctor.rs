@@ -206,6 +206,17 @@ fn two_of_one_name_among_the_synchronous_standbys_are_told_of() {
         told.contains("next: walmirror run --postgres '… application_name="),
         "{told}"
     );
+    // Who does not see them is not told that there are none.
+    mirror.sql("CREATE ROLE blind LOGIN REPLICATION");
+    let conninfo = format!("{} user=blind", mirror.db.pg.conninfo(&mirror.db.name));
+    let (_, told) = Sink::run(
+        &["doctor", "--postgres", &conninfo, "--slot", &mirror.db.name],
+        DEADLINE,
+    );
+    assert!(
+        told.contains("next: GRANT pg_read_all_stats TO \"blind\";"),
+        "{told}"
+    );
     assert!(second.terminate().success(), "{}", second.output());
     streams(&["walmirror 1"]);
     assert!(doctor().contains("ok    synchronous standbys"));

@@ -174,9 +174,16 @@ pub fn synchronous_standbys(connection: &mut Connection) -> Result<Outcome, PqEr
                WHERE s.sync_priority > 0 GROUP BY lower(s.application_name) HAVING count(*) > 1 AND bool_or(r.plugin = $1) ORDER BY 1";
     let result = connection.query(sql, &[Some(PLUGIN.as_bytes())])?;
     let Some(row) = result.rows().next() else {
-        return Ok(Outcome::Ok(
-            "no stream of walmirror shares its name with another".into(),
-        ));
+        let hidden = "SELECT count(*) FROM pg_catalog.pg_stat_replication WHERE sync_priority IS NULL";
+        return Ok(if value(connection, hidden)? == "0" {
+            Outcome::Ok("no stream of walmirror shares its name with another".into())
+        } else {
+            let role = quote_identifier(&connection.target().user);
+            Outcome::Note(
+                "cannot be looked at: the role does not see the streams of others".into(),
+                Some(format!("GRANT pg_read_all_stats TO {role};")),
+            )
+        });
     };
     let text = |column| row.text(column).unwrap_or_default();
     Ok(Outcome::Warn(
