@@ -317,3 +317,37 @@ fn a_right_is_taken_away() {
     let restore = |s: &Scenario| set(s, "ACL SETUSER mirror +hset");
     forbidden("a_right_is_taken_away", setup, "NOPERM", change, restore);
 }
+
+/// The story: somebody took MULTI away from a login that was logged in. What was sent behind it was done by itself, as far as it was allowed: the
+/// position passed changes that had been refused, and they never came.
+#[test]
+fn multi_is_taken_away() {
+    let m = Mirror::new();
+    let acl = |rules: &str| {
+        let _: String = m.redis.command(&format!("ACL SETUSER mirror {rules}"));
+    };
+    acl("on >first ~* &* +@all");
+    m.sql(
+        "CREATE TABLE t (id int PRIMARY KEY, n int, doc text); ALTER TABLE t ALTER doc SET STORAGE EXTERNAL; \
+         INSERT INTO t SELECT i, 0, repeat('x', 9000) FROM generate_series(1, 20) i; SELECT walmirror.mirror('t', value => 'json')",
+    );
+    let url = m.redis.url().replace("redis://", "redis://mirror:first@");
+    m.start_at(&m.db.pg.conninfo(&m.db.name), &url, &[], &[]);
+    m.settle();
+    for round in 1..4 {
+        let seen = m.sink(|sink| sink.output()).len();
+        // What is left writes hashes, and runs no script: so no patch.
+        acl("-@transaction -@scripting");
+        m.sql(&format!(
+            "UPDATE t SET n = {round}; DELETE FROM t WHERE id = {round}"
+        ));
+        wait_for(DEADLINE, "the refusal to be told of", || {
+            m.sink(|sink| sink.output())
+                .split_off(seen)
+                .contains("NOPERM")
+                .then_some(())
+        });
+        acl("+@transaction +@scripting");
+        m.settle();
+    }
+}

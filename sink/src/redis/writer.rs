@@ -20,6 +20,7 @@ use super::{Claim, Connection};
 use crate::config::OnBadRow;
 use crate::error::{Class, Error};
 use crate::plan::{Batch, PENDING_REPLY, Purge, RedisKeys, Scripts};
+use crate::progress::RESYNC;
 use crate::progress::{Purging, Step};
 use crate::resp::Commands;
 use crate::transaction::Commit;
@@ -206,14 +207,14 @@ impl Writer {
         if let Some(next) = next.filter(|next| next.opens || !segment.opens) {
             self.send_ahead(next)?;
         }
-        if answers_multi {
-            self.expect_ok("MULTI")?;
-        }
         let expected = segment
             .batch
             .commands()
             .count()
             .saturating_sub(usize::from(segment.opens));
+        if answers_multi {
+            self.expect_multi(expected + usize::from(self.awaits_role))?;
+        }
         let (step, asked) = (segment.step, segment.asked);
         self.open.push(segment);
         let Some(step) = step else {
@@ -363,6 +364,24 @@ impl Writer {
             Value::ServerError(reply) => Err(reply_error(format!("Redis refuses {command}"), &reply)),
             _ => Err(unreadable(command)),
         }
+    }
+
+    /// Reads the reply to a MULTI behind which so many commands were sent. Where it is refused, as somebody takes rights away, each of them is
+    /// done by itself or refused, so that the position, a cursor or a note may say what is not so: everything is to be made anew.
+    fn expect_multi(&mut self, behind: usize) -> Result<(), Error> {
+        let reply = match self.connection.receive()? {
+            Value::Okay => return Ok(()),
+            Value::ServerError(reply) => reply,
+            _ => return Err(unreadable("MULTI")),
+        };
+        let ahead = self.ahead.take().map_or(0, |ahead| ahead.sent);
+        let mut commands = Commands::new();
+        commands.command(&[b"HSET", &self.keys.progress, RESYNC.as_bytes(), b"1"]);
+        self.connection.send(commands.as_bytes())?;
+        for _ in 0..=behind + ahead {
+            self.connection.receive()?;
+        }
+        Err(reply_error("Redis refuses MULTI", &reply))
     }
 
     fn expect_queued(&mut self, count: usize) -> Result<(), Error> {

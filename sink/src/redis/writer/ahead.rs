@@ -10,7 +10,8 @@ use crate::resp::Commands;
 pub(super) struct Ahead {
     /// Length, from the beginning of the segment.
     pub(super) bytes: usize,
-    /// Commands that Redis answers with QUEUED.
+    /// Commands, and how many of them Redis answers with QUEUED.
+    pub(super) sent: usize,
     queued: usize,
 }
 
@@ -24,12 +25,14 @@ impl Writer {
         let commands = segment.batch.commands();
         let mut ahead = Ahead {
             bytes: commands.len(),
+            sent: commands.count(),
             queued: commands.count() - usize::from(segment.opens),
         };
         if segment.step.is_some() {
             let mut end = Commands::new();
             Self::close(&mut end, &self.keys);
             ahead.bytes = ahead.bytes.saturating_sub(end.len());
+            ahead.sent = ahead.sent.saturating_sub(end.count());
             ahead.queued = ahead.queued.saturating_sub(end.count());
         }
         self.connection
@@ -48,7 +51,8 @@ impl Writer {
         commands.command(&[b"DISCARD"]);
         watch(&mut commands, &self.keys);
         self.connection.send(commands.as_bytes())?;
-        self.expect_ok("MULTI")?;
+        // DISCARD, WATCH and HMGET are behind it, too.
+        self.expect_multi(ahead.queued + commands.count())?;
         self.expect_queued(ahead.queued)?;
         // What was refused will be so again when it is sent anew.
         self.not_queued = None;
