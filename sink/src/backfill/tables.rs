@@ -49,6 +49,8 @@ pub(super) struct Tables<'c> {
     writers: Writers,
     /// Whom the next look at the catalog waits for.
     committing: Option<Committing>,
+    /// What was read of the catalog is on its way to the planner.
+    comparing: Option<Arc<Window>>,
     /// The catalog was compared in this session, but for tables that were locked.
     is_compared: bool,
     /// The table that had the last turn.
@@ -77,6 +79,7 @@ impl<'c> Tables<'c> {
             findings: Findings::default(),
             writers: Writers::default(),
             committing: None,
+            comparing: None,
             is_compared: false,
             last: 0,
             waiting: None,
@@ -98,7 +101,8 @@ impl<'c> Tables<'c> {
     fn turn(&mut self, connection: Option<Sql>) -> Result<Option<Sql>, Error> {
         let backfill = &self.context.backfill;
         self.settle();
-        let is_to_compare = !backfill.is_reconciled() && !self.troubles.is_paused(LIST);
+        let is_to_compare =
+            !backfill.is_reconciled() && self.comparing.is_none() && !self.troubles.is_paused(LIST);
         let is_held_up = self.writers.hold_up_any(backfill);
         let idle = !is_to_compare && !is_held_up && self.next().is_none();
         if idle && self.fillings.is_empty() {
@@ -169,8 +173,11 @@ impl<'c> Tables<'c> {
             || self.fillings.get(&relation).is_some_and(is_on_its_way)
     }
 
-    /// What became of the tables whose chunks were on their way.
+    /// What became of the catalog, and of the tables whose chunks were on their way.
     fn settle(&mut self) {
+        if let Some(window) = self.comparing.take_if(|window| window.outstanding() == 0) {
+            self.is_compared |= !window.is_stale();
+        }
         for (relation, filling) in std::mem::take(&mut self.fillings) {
             let task = self.context.backfill.task(relation);
             let Some(task) = task.filter(|task| is_of(&filling, task)) else {
@@ -296,7 +303,8 @@ impl<'c> Tables<'c> {
         }
         let (window, nothing) = (Arc::new(Window::default()), Snapshot::default());
         context.submit_for(sql, &window, 0, 0, nothing, Content::Catalog(catalog), None)?;
-        self.is_compared |= window.wait(0, || context.stopped());
+        // The stream may be minutes behind, and whoever is filled meanwhile waits for it where he has to.
+        self.comparing = Some(window);
         Ok(true)
     }
 }
