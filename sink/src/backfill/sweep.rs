@@ -23,6 +23,9 @@ const AHEAD: usize = 2;
 /// Those of all tables take at most about so much memory.
 const ROOM_BYTES: usize = 16 * 1024 * 1024;
 
+/// Where the tables took so long, Redis has heard nothing for too long.
+const SAID_NOTHING: Duration = Duration::from_millis(500);
+
 /// How often the place of the walk is noted; with many tables, less often: a tenth of the time goes there at most.
 const NOTE_EVERY: Duration = Duration::from_secs(5);
 
@@ -51,8 +54,8 @@ pub(super) fn sweep(
     troubles: &mut Troubles,
     is_enough: impl Fn(&Troubles) -> bool,
 ) -> Result<(), Error> {
-    let run_id = run_id(redis)?;
-    let (place, tasks) = together(tasks, run_id.as_deref());
+    let server = run_id(redis)?;
+    let (place, tasks) = together(tasks, server.as_deref());
     let room = Room::of(ROOM_BYTES);
     let mut tables = Vec::new();
     for (relation, task) in tasks {
@@ -93,7 +96,7 @@ pub(super) fn sweep(
                 }
             }
         }
-        let walk = run_id.clone().zip(scan.place()).map(|(run_id, at)| Walk {
+        let walk = server.clone().zip(scan.place()).map(|(run_id, at)| Walk {
             run_id,
             at: String::from_utf8_lossy(at).into_owned(),
         });
@@ -108,6 +111,13 @@ pub(super) fn sweep(
             if let Some(walk) = &walk {
                 let done = table.note(context, sql, walk.clone());
                 table.go_on_after(done, context, sql, troubles)?;
+            }
+        }
+        if started.elapsed() >= SAID_NOTHING && server.is_some() {
+            // Redis closes a connection that says nothing for its `timeout`, and so do balancers. The walk goes on in the same process alone.
+            *redis = Connection::connect(&context.redis)?;
+            if run_id(redis)? != server {
+                return Ok(());
             }
         }
         if walk.is_some() {
