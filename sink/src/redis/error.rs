@@ -25,6 +25,22 @@ pub fn class_of(code: &str, detail: Option<&str>) -> Class {
         _ if detail.is_some_and(|text| text.contains("cannot be used with replica instances")) => {
             Class::Retry
         }
+        // Somebody has followed the advice that stands with BUSY; or, before Redis 7, there was no room any more inside of a script. What it
+        // was to do is noted, and done by the next session.
+        _ if detail.is_some_and(|text| {
+            [
+                "Script killed by user",
+                "-OOM ",
+                "-READONLY ",
+                "-MISCONF ",
+                "-NOREPLICAS ",
+            ]
+            .iter()
+            .any(|sign| text.contains(sign))
+        }) =>
+        {
+            Class::Retry
+        }
         _ if detail.is_some_and(is_of_a_proxy) => Class::Retry,
         _ if detail.is_some_and(|text| ["AUTH", "password"].iter().any(|word| text.contains(word))) => {
             Class::Access
@@ -297,6 +313,17 @@ mod tests {
         for code in ["NOAUTH", "WRONGPASS", "NOPERM"] {
             assert_eq!(class_of(code, Some("x")), Class::Access, "{code}");
         }
+        assert_eq!(
+            class_of("ERR", Some("Script killed by user with SCRIPT KILL.")),
+            Class::Retry
+        );
+        assert_eq!(
+            class_of(
+                "ERR",
+                Some("Error running script (call to f_1): @user_script:9: -OOM command not allowed")
+            ),
+            Class::Retry
+        );
         assert_eq!(
             class_of("ERR", Some("max number of clients reached")),
             Class::Retry
