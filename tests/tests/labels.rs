@@ -112,6 +112,38 @@ fn unmirror_and_drop_remove_the_keys() {
     assert_eq!(kept, 3000);
 }
 
+/// The story: a transaction that had written to the table before `unmirror` committed when the sink had been started again. The table was taken for a
+/// new one, and as the catalog did not know it, all of its keys were removed, which were to be kept.
+#[test]
+fn keys_that_are_kept_outlast_a_restart_and_an_older_transaction() {
+    let m = Mirror::with(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT i, 'a' FROM generate_series(1, 100) i; \
+         CREATE TABLE u (id int PRIMARY KEY); INSERT INTO u VALUES (1); SELECT walmirror.mirror('t')",
+    );
+    let mut older = m.db.connect();
+    older
+        .batch_execute("BEGIN; UPDATE t SET v = 'b' WHERE id = 1; DELETE FROM t WHERE id = 2; INSERT INTO t VALUES (101, 'b')")
+        .unwrap();
+    m.sql("SELECT walmirror.unmirror('t', keep_keys => true)");
+    m.sync();
+    m.sink(|sink| {
+        sink.kill();
+    });
+    m.sink(Sink::restart);
+    older.batch_execute("COMMIT").unwrap();
+    m.sync();
+    // Whoever reads a table has compared the labels before.
+    m.sql("SELECT walmirror.mirror('u')");
+    m.sync();
+    m.filled();
+    let mut kept: Vec<_> = (1..=100).map(|id| format!("t:{id}")).collect();
+    kept.push("u:1".to_owned());
+    kept.sort();
+    assert_eq!(m.redis.keys(), kept);
+    let value: String = m.redis.command("HGET t:1 v");
+    assert_eq!(value, "a");
+}
+
 #[test]
 fn a_drop_while_the_sink_is_down() {
     let m = Mirror::new();

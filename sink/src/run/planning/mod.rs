@@ -76,7 +76,8 @@ enum Standing {
     Outdated,
     /// Another version than the one that Redis is kept by, and nobody announced it.
     Stray,
-    /// Nobody announced it yet: it is registered with its first row.
+    /// Nobody announced it yet. Where the progress begins anew it is registered with its first row: its label is older than the stream. Else
+    /// an earlier session may have forgotten it, and the catalog has to say.
     Unregistered,
     /// Its keys may be another table's by now: it is an older transaction that knows the table by them.
     Taken,
@@ -105,6 +106,8 @@ pub(super) struct Planning {
     /// Transactions in progress, and the one of them that has just committed.
     spool: Spool,
     replay: Option<Replay>,
+    /// The progress begins anew with this session, so that none before it has forgotten a table.
+    begins_anew: bool,
     assembly: Assembly,
     chunks: Chunks,
     rereads: Rereads,
@@ -184,6 +187,7 @@ impl Planning {
             definitions: Vec::new(),
             spool,
             replay: None,
+            begins_anew: fresh.is_some(),
             assembly: Assembly::new(keys),
             chunks: Chunks::default(),
             rereads: Rereads::default(),

@@ -68,7 +68,9 @@ impl Planning {
 
     fn row(&mut self, index: u32, change: &Change<'_>) -> Result<(), Error> {
         let definition = self.definitions.get(index as usize).and_then(Option::as_ref);
-        if definition.is_some_and(|definition| matches!(definition.standing, Standing::Unregistered)) {
+        if self.begins_anew
+            && definition.is_some_and(|definition| matches!(definition.standing, Standing::Unregistered))
+        {
             // A cache is emptied of what was there before it.
             self.cut_before_purge();
         }
@@ -91,11 +93,17 @@ impl Planning {
                 add(&self.shared.metrics.rows_skipped.forgotten_table, 1);
                 return Ok(());
             }
-            Standing::Taken => {
+            Standing::Unregistered if self.begins_anew => {
+                let relation = definition.relation.clone();
+                self.register(relation)?;
+                self.backfill.want_reconcile();
+                return self.planned_row(open.xid, index, Trust::Refreshing, change);
+            }
+            Standing::Taken | Standing::Unregistered => {
                 add(&self.shared.metrics.rows_skipped.forgotten_table, 1);
                 let oid = definition.mapping.oid;
                 if self.registry.get(oid).is_none() {
-                    // Or it is the other table that is of the past.
+                    // Or it is the other table that is of the past; or the table was not forgotten, and whoever fills it waits for this one.
                     self.doubt_at_last(oid);
                 }
                 return Ok(());
@@ -109,13 +117,6 @@ impl Planning {
             Standing::Stray => {
                 let relation = definition.relation.clone();
                 self.stray(&relation)?;
-                return self.planned_row(open.xid, index, Trust::Refreshing, change);
-            }
-            Standing::Unregistered => {
-                // Perhaps the row of an old transaction, and the table was forgotten in an earlier session.
-                let relation = definition.relation.clone();
-                self.register(relation)?;
-                self.backfill.want_reconcile();
                 return self.planned_row(open.xid, index, Trust::Refreshing, change);
             }
         };
@@ -206,9 +207,13 @@ impl Planning {
             if definition.standing == Standing::Forgotten {
                 continue;
             }
-            let mapping = Arc::clone(&definition.mapping);
+            let (mapping, standing) = (Arc::clone(&definition.mapping), definition.standing);
             self.gate.record_truncate(mapping.oid, open.xid);
-            if definition.standing == Standing::Taken {
+            if standing == Standing::Unregistered && !self.begins_anew {
+                self.doubt_at_last(mapping.oid);
+                continue;
+            }
+            if standing == Standing::Taken {
                 continue;
             }
             add(&self.shared.metrics.truncates, 1);

@@ -129,8 +129,9 @@ fn what_is_broken_on_purpose_is_found() {
             Broken::NoHorizon => 2_800,
             Broken::IgnoreGap => 4_400,
             Broken::SweepAhead => 63_400,
-            Broken::PurgeUnfenced => 130_700,
+            Broken::PurgeUnfenced => 267_300,
             Broken::AnyTimeline => 9_600,
+            Broken::EarlyCatalog => 17_700,
             _ => 0,
         };
         let mut others = Vec::new();

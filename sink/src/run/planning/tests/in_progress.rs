@@ -346,6 +346,7 @@ fn what_an_earlier_template_left_behind_is_swept_by_whose_it_is() {
         ..Stored::default()
     };
     let mut planning = planning(stored, 1 << 20, 1 << 24);
+    planning.begins_anew = true;
     let narrow = |index, fingerprint, key| pb::Relation {
         oid: 600,
         index,

@@ -345,3 +345,73 @@ fn rows_of_an_unknown_table_with_the_template_of_a_known_one_wait_for_the_catalo
     assert_eq!(planning.registry.oids(), [OID]);
     assert!(!planning.backfill.is_reconciled());
 }
+
+/// The story: a transaction that had written to a table before `unmirror` with `keep_keys` came after a restart. The table was registered with its row, a
+/// cache emptied at once, and all keys removed when the catalog did not know the table.
+#[test]
+fn rows_of_a_table_that_an_earlier_session_may_have_forgotten_wait_for_the_catalog() {
+    for relation in [relation(1, "t:{id}"), cache(1, "t:{id}")] {
+        for is_labelled in [false, true] {
+            let stored = Stored {
+                progress: Some(Progress {
+                    lsn: Lsn(10),
+                    ..Progress::default()
+                }),
+                ..Stored::default()
+            };
+            let mut planning = planning(stored, 1 << 20, 1 << 24);
+            planning.backfill.note_reconciled(0);
+            Frame::default()
+                .relation(relation.clone())
+                .begin(99, 10)
+                .row(Kind::Insert, "1", Some("a"))
+                .row(Kind::Delete, "2", None)
+                .record(pb::Truncate { relations: vec![1] })
+                .commit(20)
+                .feed(&mut planning);
+            planning.flush();
+            let segment = planning.next_segment().unwrap();
+            assert!(segment.purges.is_empty());
+            assert!(
+                lines(&segment).iter().all(|line| !line.contains("t:")),
+                "{:?}",
+                lines(&segment)
+            );
+            assert!(!planning.backfill.is_reconciled());
+            let relations = is_labelled.then(|| relation.clone());
+            let content = Content::Catalog(Catalog {
+                relations: relations.into_iter().collect(),
+                wishes: planning.backfill.wishes(),
+                ..Catalog::default()
+            });
+            let window = Arc::new(Window::default());
+            planning.chunk(chunk(&planning, 1, content, None, &window));
+            let marker = pb::Marker {
+                content: b"m:1".to_vec(),
+                lsn: 30,
+            };
+            Frame::default().record(marker).feed(&mut planning);
+            planning.piece().unwrap();
+            assert_eq!(planning.registry.get(OID).is_some(), is_labelled);
+            planning.flush();
+            let segment = planning.next_segment().unwrap();
+            let is_emptied = is_labelled && relation.mode() == pb::Mode::Cache;
+            assert_eq!(segment.purges.len(), usize::from(is_emptied));
+        }
+    }
+}
+
+/// Where the progress begins anew no session has forgotten it, and the row need not wait for the fill, which waits for whoever writes.
+#[test]
+fn rows_of_an_unknown_table_count_where_the_progress_begins_anew() {
+    let mut planning = planning(Stored::default(), 1 << 20, 1 << 24);
+    planning.begins_anew = true;
+    Frame::default()
+        .relation(relation(1, "t:{id}"))
+        .begin(99, 10)
+        .row(Kind::Insert, "1", Some("a"))
+        .commit(20)
+        .feed(&mut planning);
+    assert!(flushed(&mut planning).contains(&"HSET t:1 id 1 v a".to_owned()));
+    assert_eq!(planning.registry.oids(), [OID]);
+}
