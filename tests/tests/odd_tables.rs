@@ -321,6 +321,51 @@ fn a_damaged_row_is_left_out_and_noted_and_the_rest_is_mirrored() {
     assert!(output.contains("public.t: 9 rows, 8 keys: equal"), "{output}");
 }
 
+/// Overwrites bytes of a row on the disk, from so many bytes behind a word of it on, which a compressed value follows.
+fn overwrite(file: &std::path::Path, word: &str, behind: usize, bytes: &[u8]) {
+    let mut data = std::fs::read(file).unwrap();
+    let at = data
+        .windows(word.len())
+        .position(|window| window == word.as_bytes())
+        .unwrap();
+    let value = (at + word.len()).next_multiple_of(4) + behind;
+    data[value..value + bytes.len()].copy_from_slice(bytes);
+    std::fs::write(file, data).unwrap();
+}
+
+/// The story: an UPDATE takes along what it leaves alone as it is stored, and what could not be decompressed ended the stream, at each start.
+#[test]
+fn a_damaged_compressed_value_is_left_out_and_the_rest_is_mirrored() {
+    // Where pages have checksums, these would say so first.
+    let m = Mirror::alone("ignore_checksum_failure = on");
+    m.sql(
+        "CREATE TABLE t (id int PRIMARY KEY, n int, word text, v text); CREATE TABLE j (id int PRIMARY KEY, n int, word text, v jsonb); \
+         INSERT INTO t SELECT i, 0, 'word-' || i, repeat('x', 3000) FROM generate_series(1, 3) i; \
+         INSERT INTO j SELECT i, 0, 'word-' || i, to_jsonb(repeat('x', 3000)) FROM generate_series(1, 2) i; \
+         SELECT walmirror.mirror('t'), walmirror.mirror('j')",
+    );
+    m.start();
+    m.settle();
+    let file = |table: &str| {
+        m.db.pg
+            .data()
+            .join(m.db.value(&format!("SELECT pg_relation_filepath('{table}')")))
+    };
+    let (t, j) = (file("t"), file("j"));
+    m.db.pg.stop(Signal::INT);
+    // What is compressed stands behind two words of four bytes; the second says how long it is.
+    overwrite(&t, "word-1", 8, &[0xff; 8]);
+    overwrite(&t, "word-2", 4, &[0xff, 0xff, 0xff, 0x3f]);
+    overwrite(&j, "word-1", 8, &[0xff; 8]);
+    m.db.pg.resume();
+    m.db.reconnect();
+    m.sql("UPDATE t SET n = 1; UPDATE j SET n = 1");
+    m.sync();
+    assert_eq!(m.redis.keys(), ["j:2", "t:3"], "{}", m.sink(|sink| sink.output()));
+    assert_eq!(m.notes(), 3);
+    assert!(m.redis.hash("t:3").contains(&("n".to_owned(), "1".to_owned())));
+}
+
 /// The story: what Postgres had no room for ended the session, again and again, and the stream with it.
 #[test]
 fn a_table_that_takes_more_locks_than_there_are_holds_up_no_other() {

@@ -144,14 +144,23 @@ impl Raw {
     /// As for [`Raw::varlena`], and the value must not be [`Varlena::Unchanged`]: its chunks may be gone. `'a` must not
     /// outlive the current memory context's contents.
     pub unsafe fn detoast<'a>(self) -> &'a [u8] {
-        // SAFETY: the datum is a varlena that is not on disk; detoasting returns a plain varlena.
+        // SAFETY: by the caller's promise; detoasting returns a plain varlena.
         unsafe {
-            let plain = pg_sys::pg_detoast_datum_packed(self.0.cast_mut_ptr());
-            match Self(pg_sys::Datum::from(plain)).varlena() {
+            match self.detoasted().varlena() {
                 Varlena::Inline(bytes) => bytes,
                 Varlena::Unchanged | Varlena::Packed => &[],
             }
         }
+    }
+
+    /// The same as a value.
+    ///
+    /// # Safety
+    /// As for [`Raw::detoast`].
+    pub unsafe fn detoasted(self) -> Self {
+        // SAFETY: the datum is a varlena that is not on disk.
+        let plain = unsafe { pg_sys::pg_detoast_datum_packed(self.0.cast_mut_ptr()) };
+        Self(pg_sys::Datum::from(plain))
     }
 }
 

@@ -17,6 +17,21 @@ pub struct Failure(pub String);
 /// Runs what only reads one value. An ERROR in it is caught, unless it is the session's own (a cancel, a shutdown, memory):
 /// that goes on its way.
 pub fn caught<T>(what: &str, read: impl FnOnce() -> T) -> Result<T, Failure> {
+    caught_if(concerns_value, what, read)
+}
+
+/// The same for what decompresses a value that was read already. No table and no catalog is read by that, so that it is this value which is
+/// corrupt (XX001), or was compressed in a way that this server cannot undo (0A000).
+pub fn caught_unpacking<T>(read: impl FnOnce() -> T) -> Result<T, Failure> {
+    let concerns = |code| code == PgSqlErrorCode::ERRCODE_DATA_CORRUPTED || concerns_value(code);
+    caught_if(concerns, "its stored form cannot be read", read)
+}
+
+fn caught_if<T>(
+    concerns: impl Fn(PgSqlErrorCode) -> bool + std::panic::RefUnwindSafe,
+    what: &str,
+    read: impl FnOnce() -> T,
+) -> Result<T, Failure> {
     let user = User::current();
     let owned = AssertUnwindSafe(Owned::begin());
     let owned = &owned;
@@ -29,7 +44,7 @@ pub fn caught<T>(what: &str, read: impl FnOnce() -> T) -> Result<T, Failure> {
         owned.release();
         match error {
             CaughtError::PostgresError(report) | CaughtError::ErrorReport(report)
-                if concerns_value(report.sql_error_code()) =>
+                if concerns(report.sql_error_code()) =>
             {
                 user.restore();
                 session::end_inner_settings();

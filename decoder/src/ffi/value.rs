@@ -47,7 +47,7 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
             append_text(out, padded.get(..end).unwrap_or_default())?;
         }
         Read::Numeric(output) => {
-            let Some(bytes) = plain(raw) else {
+            let Some(bytes) = plain(raw)? else {
                 return Ok(Outcome::Unchanged);
             };
             match decimal(bytes) {
@@ -57,7 +57,7 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
             }
         }
         Read::Bytea => {
-            let Some(bytes) = plain(raw) else {
+            let Some(bytes) = plain(raw)? else {
                 return Ok(Outcome::Unchanged);
             };
             // Redis holds it as hex, of twice the length.
@@ -68,13 +68,13 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
             out.text(bytes);
         }
         Read::Text => {
-            let Some(bytes) = plain(raw) else {
+            let Some(bytes) = plain(raw)? else {
                 return Ok(Outcome::Unchanged);
             };
             append_text(out, bytes)?;
         }
         Read::Blanked => {
-            let Some(bytes) = plain(raw) else {
+            let Some(bytes) = plain(raw)? else {
                 return Ok(Outcome::Unchanged);
             };
             let end = bytes
@@ -84,17 +84,17 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
             append_text(out, bytes.get(..end).unwrap_or_default())?;
         }
         Read::Output { function, varlena } => {
-            if *varlena && is_unchanged(raw) {
+            let Some(raw) = argument(raw, *varlena)? else {
                 return Ok(Outcome::Unchanged);
-            }
+            };
             // SAFETY: the plan made it from the type's output function.
             let bytes = unsafe { function.call_cstring(raw) }?;
             append_text(out, bytes)?;
         }
         Read::Cast { function, varlena } => {
-            if *varlena && is_unchanged(raw) {
+            let Some(raw) = argument(raw, *varlena)? else {
                 return Ok(Outcome::Unchanged);
-            }
+            };
             // SAFETY: the plan made it from a cast function to text.
             let bytes = unsafe { function.call_text(raw) }?;
             append_text(out, bytes)?;
@@ -104,9 +104,9 @@ pub fn append(read: &mut Read, raw: Raw, out: &mut TupleBuilder) -> Result<Outco
             out: output,
             varlena,
         } => {
-            if *varlena && is_unchanged(raw) {
+            let Some(raw) = argument(raw, *varlena)? else {
                 return Ok(Outcome::Unchanged);
-            }
+            };
             let json = to_jsonb.call(raw)?;
             // SAFETY: jsonb_out is an output function, and to_jsonb returned a jsonb.
             let bytes = unsafe { output.call_cstring(json) }?;
@@ -153,15 +153,29 @@ fn is_unchanged(raw: Raw) -> bool {
 }
 
 /// The plain bytes of a varlena; `None` if it is unchanged.
-fn plain<'a>(raw: Raw) -> Option<&'a [u8]> {
+fn plain<'a>(raw: Raw) -> Result<Option<&'a [u8]>, Failure> {
     // SAFETY: the caller asks for varlenas only, and uses the bytes while the tuple and the memory context live.
-    unsafe {
-        match raw.varlena() {
-            Varlena::Inline(bytes) => Some(bytes),
-            Varlena::Packed => Some(raw.detoast()),
-            Varlena::Unchanged => None,
-        }
+    Ok(match unsafe { raw.varlena() } {
+        Varlena::Inline(bytes) => Some(bytes),
+        // SAFETY: the same; it is packed.
+        Varlena::Packed => Some(failure::caught_unpacking(|| unsafe { raw.detoast() })?),
+        Varlena::Unchanged => None,
+    })
+}
+
+/// A value of a varlena type as a function may have it; `None` if it is unchanged. What is packed is made plain here and not in the function,
+/// whose errors may be about other things than this value.
+fn argument(raw: Raw, varlena: bool) -> Result<Option<Raw>, Failure> {
+    if !varlena {
+        return Ok(Some(raw));
     }
+    // SAFETY: it is a varlena, and the tuple and the memory context outlive the call.
+    Ok(match unsafe { raw.varlena() } {
+        Varlena::Inline(_) => Some(raw),
+        // SAFETY: the same; it is packed.
+        Varlena::Packed => Some(failure::caught_unpacking(|| unsafe { raw.detoasted() })?),
+        Varlena::Unchanged => None,
+    })
 }
 
 /// Appends text of the database, in UTF-8.
