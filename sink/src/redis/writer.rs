@@ -374,6 +374,10 @@ impl Writer {
             Value::ServerError(reply) => reply,
             _ => return Err(unreadable("MULTI")),
         };
+        if reply.code() != "NOPERM" {
+            // Whatever else refuses this has refused what is behind it.
+            return Err(reply_error("Redis refuses MULTI", &reply));
+        }
         let ahead = self.ahead.take().map_or(0, |ahead| ahead.sent);
         let mut commands = Commands::new();
         commands.command(&[b"HSET", &self.keys.progress, RESYNC.as_bytes(), b"1"]);
