@@ -105,14 +105,13 @@ fn a_key_that_can_be_read_in_very_many_ways_is_found() {
 #[test]
 fn such_keys_stay_whatever_the_collation_of_their_columns() {
     let m = Mirror::new();
-    let has_icu =
-        m.db.value("SELECT count(*) > 0 FROM pg_collation WHERE collprovider = 'i'");
-    if has_icu != "t" {
+    let collation =
+        "CREATE COLLATION any_case (provider = icu, locale = 'und-u-ks-level2', deterministic = false)";
+    if m.db.connect().batch_execute(collation).is_err() {
         return skipped("this server has no ICU");
     }
     m.sql(
-        "CREATE COLLATION any_case (provider = icu, locale = 'und-u-ks-level2', deterministic = false); \
-         CREATE TABLE slugs (a text COLLATE any_case, b text COLLATE any_case, c text, doc text, PRIMARY KEY (a, b, c)); \
+        "CREATE TABLE slugs (a text COLLATE any_case, b text COLLATE any_case, c text, doc text, PRIMARY KEY (a, b, c)); \
          ALTER TABLE slugs ALTER doc SET STORAGE EXTERNAL; \
          INSERT INTO slugs SELECT repeat('A-', 9) || i, '%:' || repeat('-b', 9), 'c-' || i, repeat('x', 9000) FROM generate_series(1, 20) i; \
          SELECT walmirror.mirror('slugs', key => 'slugs:{a}-{b}-{c}')",
