@@ -104,7 +104,7 @@ impl<'c> Tables<'c> {
         let is_to_compare =
             !backfill.is_reconciled() && self.comparing.is_none() && !self.troubles.is_paused(LIST);
         let is_held_up = self.writers.hold_up_any(backfill);
-        let idle = !is_to_compare && !is_held_up && self.next().is_none();
+        let idle = !is_to_compare && self.comparing.is_none() && !is_held_up && self.next().is_none();
         if idle && self.fillings.is_empty() {
             // An idle session is one that somebody else could use.
             drop(connection);
