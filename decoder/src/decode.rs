@@ -317,6 +317,9 @@ impl Decoder {
         }
         for sub_xid in sent {
             self.frame.record(&rollback(transaction.xid, sub_xid).into());
+            if self.frame.len() >= self.options.batch_bytes {
+                self.flush(output);
+            }
         }
         let commit = pb::LateCommit {
             begin: Some(transaction.into()),

@@ -84,6 +84,17 @@ impl Mirror {
         Sink::run(&self.arguments(args), DEADLINE)
     }
 
+    /// How another role connects to the database.
+    pub fn conninfo_as(&self, role: &str) -> String {
+        format!("{} user={role}", self.db.pg.conninfo(&self.db.name))
+    }
+
+    /// [`Mirror::run`] as another role of Postgres.
+    pub fn run_as(&self, role: &str, args: &[&str]) -> (Option<i32>, String) {
+        let args = arguments(args, &self.conninfo_as(role), &self.redis.url(), &self.db.name);
+        Sink::run(&args, DEADLINE)
+    }
+
     /// A second sink for the same slot.
     pub fn second_sink(&self) -> Sink {
         Sink::start(&self.arguments(&["run"]))
@@ -143,6 +154,23 @@ impl Mirror {
             let (_, status) = self.run(&["status"]);
             (status.matches("   complete").count() == tables).then_some(())
         });
+    }
+
+    /// Waits until the sink has said of so many tables that their keys are complete.
+    #[track_caller]
+    pub fn complete(&self, tables: usize) {
+        wait_for(DEADLINE, "the keys of the tables to be complete", || {
+            self.sink(Sink::assert_running);
+            let log = self.sink(|sink| sink.output());
+            (log.matches("the keys of the table are complete").count() >= tables).then_some(())
+        });
+    }
+
+    /// `walmirror verify` finds nothing.
+    #[track_caller]
+    pub fn verified(&self) {
+        let (code, output) = self.run(&["verify"]);
+        assert_eq!(code, Some(0), "{output}");
     }
 
     /// How many rows that cannot be mirrored are noted in Redis.

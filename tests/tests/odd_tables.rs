@@ -8,23 +8,7 @@
     clippy::indexing_slicing
 )]
 
-use walmirror_tests::{DEADLINE, Mirror, Signal, skipped, wait_for};
-
-/// Waits until so many tables are filled and swept.
-#[track_caller]
-fn complete(m: &Mirror, tables: usize) {
-    wait_for(DEADLINE, "the keys of the tables to be complete", || {
-        m.sink(walmirror_tests::Sink::assert_running);
-        let log = m.sink(|sink| sink.output());
-        (log.matches("the keys of the table are complete").count() >= tables).then_some(())
-    });
-}
-
-#[track_caller]
-fn assert_equal(m: &Mirror) {
-    let (code, output) = m.run(&["verify"]);
-    assert_eq!(code, Some(0), "{output}");
-}
+use walmirror_tests::{DEADLINE, Mirror, Signal, Sink, skipped, wait_for};
 
 /// What a database sets for its sessions must not change how the sink asks for rows, nor in which order it gets them.
 #[test]
@@ -51,8 +35,8 @@ fn settings_of_the_database_lose_no_rows_and_remove_no_keys() {
     // A key without a row, so that there is something to sweep.
     let _: i64 = m.redis.command("HSET large:junk id junk");
     m.start();
-    complete(&m, 4);
-    assert_equal(&m);
+    m.complete(4);
+    m.verified();
     // Whoever compares here takes the settings of the database as they come.
     m.sql(&format!("ALTER DATABASE {} RESET ALL", m.db.name));
     m.check();
@@ -75,9 +59,9 @@ fn a_key_that_can_be_read_in_very_many_ways_is_found() {
         .command("SET slugs:a-b-c-d-e-f-g-h-i-j-k-l-m-n-o-p-q-r foreign");
     let _: String = m.redis.command("SET u4:1-2-3-4 foreign");
     m.start();
-    complete(&m, 2);
+    m.complete(2);
     m.check();
-    assert_equal(&m);
+    m.verified();
     // A row whose key is gone is read again when its large value is left alone, and one that differs is found.
     let key = m
         .redis
@@ -119,13 +103,13 @@ fn such_keys_stay_whatever_the_collation_of_their_columns() {
     let junk = "slugs:a-b-c-d-e-f-g-h-i-j-k-l-m-n-o-p-q-r";
     let _: String = m.redis.command(&format!("SET {junk} foreign"));
     m.start();
-    complete(&m, 1);
+    m.complete(1);
     m.check();
     let key = m.redis.keys().swap_remove(0);
     let _: i64 = m.redis.command(&format!("DEL {key}"));
     m.sql("UPDATE slugs SET doc = doc");
     m.settle();
-    assert_equal(&m);
+    m.verified();
 }
 
 /// Enums have one operator for all of them, and input functions raise whatever they like.
@@ -145,7 +129,7 @@ fn junk_keys_of_any_type_are_removed_and_stop_nothing() {
         let _: String = m.redis.command(&format!("SET {key} junk"));
     }
     m.start();
-    complete(&m, 4);
+    m.complete(4);
     m.check();
     for key in ["de:nobody", &deep, "fk:nosuch", "z41:nosuch"] {
         let _: String = m.redis.command(&format!("SET {key} junk"));
@@ -155,214 +139,6 @@ fn junk_keys_of_any_type_are_removed_and_stop_nothing() {
     let (code, output) = m.run(&["verify", "--repair"]);
     assert_eq!(code, Some(0), "{output}");
     m.check();
-}
-
-/// The others are filled and followed meanwhile, and it follows when it can be read.
-#[test]
-fn a_table_that_may_not_be_read_holds_up_no_other() {
-    let m = Mirror::new();
-    let role = format!("{}_sink", m.db.name);
-    m.sql(&format!(
-        "CREATE TABLE secret (id int PRIMARY KEY, v text); CREATE TABLE z (id int PRIMARY KEY, v text); \
-         INSERT INTO secret VALUES (1, 'x'); INSERT INTO z VALUES (1, 'x'); \
-         SELECT walmirror.mirror('secret'), walmirror.mirror('z'); \
-         CREATE ROLE {role} LOGIN REPLICATION; GRANT SELECT ON z TO {role}"
-    ));
-    let conninfo = format!("{} user={role}", m.db.pg.conninfo(&m.db.name));
-    m.start_at(&conninfo, &m.redis.url(), &[], &[]);
-    let log = || m.sink(|sink| sink.output());
-    let next = format!("GRANT SELECT ON public.secret TO {role};");
-    wait_for(DEADLINE, "an ERROR line with the grant", || {
-        m.sink(walmirror_tests::Sink::assert_running);
-        log().contains(&next).then_some(())
-    });
-    m.sql("INSERT INTO z VALUES (2, 'y'); INSERT INTO secret VALUES (2, 'y')");
-    wait_for(DEADLINE, "the other table", || {
-        (m.redis.keys() == ["secret:2", "z:1", "z:2"]).then_some(())
-    });
-    assert_eq!(log().matches("streaming slot=").count(), 1, "{}", log());
-    m.sql(&format!("GRANT SELECT ON secret TO {role}"));
-    m.settle();
-    assert_eq!(log().matches("streaming slot=").count(), 1, "{}", log());
-    m.sql(&format!("REVOKE ALL ON secret, z FROM {role}"));
-}
-
-/// The story: rows could be read, and their keys could not be looked for; the right that was said to be missing was another one, and `doctor`
-/// found none.
-#[test]
-fn a_key_type_that_may_not_be_used_is_told_with_its_schema() {
-    let m = Mirror::new();
-    let role = format!("{}_sink", m.db.name);
-    m.sql(&format!(
-        "CREATE SCHEMA types; CREATE TYPE types.mood AS ENUM ('sad', 'happy'); CREATE DOMAIN any_mood AS types.mood; \
-         CREATE TABLE t (k any_mood PRIMARY KEY, n int); CREATE TABLE z (id int PRIMARY KEY, mood types.mood); \
-         INSERT INTO t VALUES ('sad', 1); INSERT INTO z VALUES (1, 'sad'); SELECT walmirror.mirror('t'), walmirror.mirror('z'); \
-         CREATE ROLE {role} LOGIN REPLICATION; GRANT SELECT ON t, z TO {role}"
-    ));
-    for key in ["t:happy", "z:2"] {
-        let _: String = m.redis.command(&format!("SET {key} junk"));
-    }
-    let conninfo = format!("{} user={role}", m.db.pg.conninfo(&m.db.name));
-    m.start_at(&conninfo, &m.redis.url(), &[], &[]);
-    complete(&m, 1);
-    let grant = format!("GRANT USAGE ON SCHEMA types TO {role};");
-    let log = || m.sink(|sink| sink.output());
-    wait_for(DEADLINE, "an ERROR line with the grant", || {
-        log().contains(&grant).then_some(())
-    });
-    let doctor = || {
-        let mut args = m.arguments(&["doctor"]);
-        let at = args.iter().position(|arg| arg == "--postgres").unwrap();
-        args[at + 1].clone_from(&conninfo);
-        walmirror_tests::Sink::run(&args, DEADLINE).1
-    };
-    let said = doctor();
-    assert!(
-        said.contains(&grant) && !said.contains("ON SCHEMA public"),
-        "{said}"
-    );
-    m.sql(&grant);
-    complete(&m, 2);
-    m.settle();
-    assert!(!doctor().contains("ON SCHEMA"), "{}", doctor());
-    assert_eq!(log().matches("streaming slot=").count(), 1, "{}", log());
-    m.sql(&format!("DROP OWNED BY {role}"));
-}
-
-/// The story: docs/operations.md advises to take the right from everybody; who forgot to give it to the sink was told to grant SELECT.
-#[test]
-fn a_sink_that_may_write_no_messages_is_told_so() {
-    let m = Mirror::new();
-    let role = format!("{}_sink", m.db.name);
-    m.sql(&format!(
-        "CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1); SELECT walmirror.mirror('t'); \
-         CREATE ROLE {role} LOGIN REPLICATION; GRANT SELECT ON t TO {role}; \
-         DO $$ DECLARE f regprocedure; BEGIN FOR f IN SELECT oid FROM pg_proc WHERE proname = 'pg_logical_emit_message' LOOP \
-            EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', f); END LOOP; END $$"
-    ));
-    let mut args = m.arguments(&["doctor"]);
-    let at = args.iter().position(|arg| arg == "--postgres").unwrap();
-    args[at + 1] = format!("{} user={role}", m.db.pg.conninfo(&m.db.name));
-    let grant = |output: &str| {
-        let next = output
-            .lines()
-            .find_map(|line| Some(line.split_once("next: DO ")?.1.to_owned()));
-        format!(
-            "DO {}",
-            next.unwrap_or_else(|| panic!("no such command in {output}"))
-        )
-    };
-    let (code, output) = walmirror_tests::Sink::run(&args, DEADLINE);
-    assert_eq!(code, Some(3), "{output}");
-    let command = grant(&output);
-    args[0] = "run".to_owned();
-    let (code, output) = walmirror_tests::Sink::run(&args, DEADLINE);
-    assert_eq!(code, Some(3), "{output}");
-    assert_eq!(grant(&output), command);
-    m.sql(&command);
-    m.start_at(&args[at + 1], &m.redis.url(), &[], &[]);
-    m.settle();
-    m.sql(&format!("DROP OWNED BY {role}"));
-}
-
-/// The chunks of this stored value of a table are gone, as after a fault of a disk.
-fn damage(m: &Mirror, table: &str, value: u32) {
-    let toast = m.db.value(&format!(
-        "SELECT reltoastrelid::regclass FROM pg_class WHERE relname = '{table}'"
-    ));
-    let chunk = format!("(SELECT chunk_id FROM {toast} GROUP BY 1 ORDER BY 1 OFFSET {value} LIMIT 1)");
-    let kind = |kind: &str| format!("UPDATE pg_class SET relkind = '{kind}' WHERE oid = '{toast}'::regclass");
-    m.sql(&format!(
-        "{}; DELETE FROM {toast} WHERE chunk_id = {chunk}; {}",
-        kind("r"),
-        kind("t")
-    ));
-    // A chunk that is deleted is read until it is gone.
-    m.sql(&format!("VACUUM {table}"));
-}
-
-#[test]
-fn a_damaged_row_is_left_out_and_noted_and_the_rest_is_mirrored() {
-    let m = Mirror::new();
-    m.sql(
-        "CREATE TABLE t (id int PRIMARY KEY, v text); ALTER TABLE t ALTER v SET STORAGE EXTERNAL; \
-         INSERT INTO t SELECT i, repeat('x', 5000) FROM generate_series(1, 9) i; \
-         CREATE TABLE z (id int PRIMARY KEY); INSERT INTO z VALUES (1); SELECT walmirror.mirror('t'), walmirror.mirror('z')",
-    );
-    damage(&m, "t", 4);
-    let _: String = m.redis.command("SET t:5 old");
-    m.start();
-    wait_for(DEADLINE, "the rest", || {
-        m.sink(walmirror_tests::Sink::assert_running);
-        (m.redis.keys().len() == 9 && m.redis.keys().contains(&"z:1".to_owned())).then_some(())
-    });
-    assert!(!m.redis.keys().contains(&"t:5".to_owned()));
-    let log = m.sink(|sink| sink.output());
-    assert!(
-        log.contains("WHERE ctid = '(0,5)'") && log.contains("damaged"),
-        "{log}"
-    );
-    assert_eq!(m.notes(), 1);
-    // The story: what nobody can compare was equal to `verify`.
-    let _: String = m.redis.command("SET t:5 old");
-    for args in [
-        ["verify", "--table", "t"].as_slice(),
-        &["verify", "--sample", "5"],
-    ] {
-        let (code, output) = m.run(args);
-        assert_eq!(code, Some(2), "{output}");
-        assert!(output.contains("  unknown    t:5\n"), "{output}");
-    }
-    // As the sink leaves it.
-    let _: i64 = m.redis.command("DEL t:5");
-    let (code, output) = m.run(&["verify"]);
-    assert_eq!(code, Some(0), "{output}");
-    assert!(output.contains("public.t: 9 rows, 8 keys: equal"), "{output}");
-}
-
-/// Overwrites bytes of a row on the disk, from so many bytes behind a word of it on, which a compressed value follows.
-fn overwrite(file: &std::path::Path, word: &str, behind: usize, bytes: &[u8]) {
-    let mut data = std::fs::read(file).unwrap();
-    let at = data
-        .windows(word.len())
-        .position(|window| window == word.as_bytes())
-        .unwrap();
-    let value = (at + word.len()).next_multiple_of(4) + behind;
-    data[value..value + bytes.len()].copy_from_slice(bytes);
-    std::fs::write(file, data).unwrap();
-}
-
-/// The story: an UPDATE takes along what it leaves alone as it is stored, and what could not be decompressed ended the stream, at each start.
-#[test]
-fn a_damaged_compressed_value_is_left_out_and_the_rest_is_mirrored() {
-    // Where pages have checksums, these would say so first.
-    let m = Mirror::alone("ignore_checksum_failure = on");
-    m.sql(
-        "CREATE TABLE t (id int PRIMARY KEY, n int, word text, v text); CREATE TABLE j (id int PRIMARY KEY, n int, word text, v jsonb); \
-         INSERT INTO t SELECT i, 0, 'word-' || i, repeat('x', 3000) FROM generate_series(1, 3) i; \
-         INSERT INTO j SELECT i, 0, 'word-' || i, to_jsonb(repeat('x', 3000)) FROM generate_series(1, 2) i; \
-         SELECT walmirror.mirror('t'), walmirror.mirror('j')",
-    );
-    m.start();
-    m.settle();
-    let file = |table: &str| {
-        m.db.pg
-            .data()
-            .join(m.db.value(&format!("SELECT pg_relation_filepath('{table}')")))
-    };
-    let (t, j) = (file("t"), file("j"));
-    m.db.pg.stop(Signal::INT);
-    // What is compressed stands behind two words of four bytes; the second says how long it is.
-    overwrite(&t, "word-1", 8, &[0xff; 8]);
-    overwrite(&t, "word-2", 4, &[0xff, 0xff, 0xff, 0x3f]);
-    overwrite(&j, "word-1", 8, &[0xff; 8]);
-    m.db.pg.resume();
-    m.db.reconnect();
-    m.sql("UPDATE t SET n = 1; UPDATE j SET n = 1");
-    m.sync();
-    assert_eq!(m.redis.keys(), ["j:2", "t:3"], "{}", m.sink(|sink| sink.output()));
-    assert_eq!(m.notes(), 3);
-    assert!(m.redis.hash("t:3").contains(&("n".to_owned(), "1".to_owned())));
 }
 
 /// The story: what Postgres had no room for ended the session, again and again, and the stream with it.
@@ -384,7 +160,7 @@ fn a_table_that_takes_more_locks_than_there_are_holds_up_no_other() {
     m.start();
     let log = || m.sink(|sink| sink.output());
     wait_for(DEADLINE, "the table to be told of", || {
-        m.sink(walmirror_tests::Sink::assert_running);
+        m.sink(Sink::assert_running);
         log().contains("53200").then_some(())
     });
     m.sql("INSERT INTO z VALUES (2)");
@@ -409,7 +185,7 @@ fn a_file_that_is_swapped_while_rows_are_read_again() {
          CREATE TABLE twin (LIKE t INCLUDING ALL); SELECT walmirror.mirror('t')",
     );
     m.start();
-    complete(&m, 1);
+    m.complete(1);
     for id in 1..=100 {
         let _: i64 = m.redis.command(&format!("DEL t:{id}"));
     }
@@ -459,8 +235,8 @@ fn partitions_whose_schemas_are_swapped_while_they_are_filled() {
         "BEGIN; ALTER SCHEMA a RENAME TO c; ALTER SCHEMA b RENAME TO a; ALTER SCHEMA c RENAME TO b; COMMIT",
     );
     let _: String = m.redis.command("CLIENT UNPAUSE");
-    complete(&m, 1);
-    assert_equal(&m);
+    m.complete(1);
+    m.verified();
 }
 
 /// The key of a row holds what its type prints, whatever somebody casts it to: the sweep removed the keys of all rows.
@@ -477,8 +253,8 @@ fn a_cast_to_text_that_somebody_wrote_is_no_part_of_a_key() {
     // A key without a row, so that there is something to sweep.
     let _: i64 = m.redis.command("HSET paint:x c x");
     m.start();
-    complete(&m, 1);
-    assert_equal(&m);
+    m.complete(1);
+    m.verified();
     let mut keys = m.redis.keys();
     keys.retain(|key| key.starts_with("paint:"));
     keys.sort_unstable();
@@ -507,35 +283,12 @@ fn a_cast_from_text_that_somebody_wrote_is_not_what_rows_are_looked_for_by() {
     let _: i64 = m.redis.command("HSET paint:r:r:{} n 7");
     let logged = m.db.pg.log().len();
     m.start();
-    complete(&m, 1);
-    assert_equal(&m);
+    m.complete(1);
+    m.verified();
     let mut keys = m.redis.keys();
     keys.retain(|key| key.starts_with("paint:"));
     keys.sort_unstable();
     assert_eq!(keys, ["paint:g:r:{g}", "paint:r:g:{r,g}"]);
-    let log = m.db.pg.log().split_off(logged);
-    assert!(!log.contains("the cast runs"), "{log}");
-}
-
-/// The story: it was when the row could not be read, and ran as the sink.
-#[test]
-fn a_cast_to_text_that_somebody_wrote_is_no_part_of_the_key_of_a_damaged_row() {
-    let m = Mirror::new();
-    m.sql(
-        "CREATE TYPE color AS ENUM ('r', 'g'); \
-         CREATE FUNCTION color_text(color) RETURNS text LANGUAGE plpgsql AS $$ BEGIN RAISE LOG 'the cast runs'; RETURN 'no key'; END $$; \
-         CREATE CAST (color AS text) WITH FUNCTION color_text(color); \
-         CREATE TABLE paint (c color PRIMARY KEY, v text); ALTER TABLE paint ALTER v SET STORAGE EXTERNAL; \
-         INSERT INTO paint VALUES ('r', repeat('x', 5000)), ('g', repeat('x', 5000)); SELECT walmirror.mirror('paint')",
-    );
-    damage(&m, "paint", 1);
-    let _: i64 = m.redis.command("HSET paint:g v old");
-    let logged = m.db.pg.log().len();
-    m.start();
-    complete(&m, 1);
-    let mut keys = m.redis.keys();
-    keys.retain(|key| key.starts_with("paint:"));
-    assert_eq!(keys, ["paint:r"]);
     let log = m.db.pg.log().split_off(logged);
     assert!(!log.contains("the cast runs"), "{log}");
 }
@@ -548,7 +301,7 @@ fn reread_both(m: &Mirror, oid: &str) {
     let _: i64 = m.redis.command("DEL z:1");
     m.sql("UPDATE z SET n = 1");
     wait_for(DEADLINE, "the row of the other table", || {
-        m.sink(walmirror_tests::Sink::assert_running);
+        m.sink(Sink::assert_running);
         m.redis.keys().contains(&"z:1".to_owned()).then_some(())
     });
 }

@@ -9,7 +9,7 @@
 
 use std::sync::Arc;
 
-use walmirror_tests::{DEADLINE, Pg, Scenario, Setup, Sink};
+use walmirror_tests::{Pg, Scenario, Setup};
 
 /// Each of them a sensible default for somebody, or wrong for this; not every server knows all of them.
 const SETTINGS: &[&str] = &[
@@ -63,10 +63,7 @@ const SETTINGS: &[&str] = &[
 /// Runs a command as that role, to a good end. Returns what it printed.
 #[track_caller]
 fn run(s: &Scenario, args: &[&str]) -> String {
-    let mut args = s.m.arguments(args);
-    let at = args.iter().position(|arg| arg == "--postgres").unwrap();
-    args[at + 1].push_str(" user=mirror");
-    let (code, output) = Sink::run(&args, DEADLINE);
+    let (code, output) = s.m.run_as("mirror", args);
     assert_eq!(code, Some(0), "{output}");
     output
 }

@@ -2,6 +2,7 @@
 //! from Redis, where anybody can write, so a value may not even be one of its column's type.
 
 mod column;
+mod query;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -13,6 +14,7 @@ use crate::gate::Snapshot;
 use crate::plan::{Keyed, Mapping, is_text};
 use crate::pq::{ErrorKind, PqError, QueryResult, quote_literal};
 use column::{Column, Shape};
+use query::{Query, Way};
 
 /// How to find the rows of a table by the values of its key template.
 pub(crate) struct Lookup {
@@ -30,14 +32,6 @@ pub(crate) struct Lookup {
     columns: String,
     /// What values they can have.
     shapes: Vec<Shape>,
-}
-
-/// A way to look for rows.
-struct Way {
-    from: String,
-    arrays: usize,
-    /// What is asked for is compared as text, so it is no value that a type refuses.
-    takes_any_text: bool,
 }
 
 /// A key and the values of its placeholders.
@@ -394,68 +388,6 @@ struct Asked {
     by_key: Vec<ParsedKey>,
 }
 
-/// A statement that takes arrays.
-#[derive(Clone)]
-struct Query {
-    statement: String,
-    arrays: usize,
-    takes_any_text: bool,
-    /// It gives whole rows in binary, of no more than so many bytes, not the columns of their keys.
-    rows_up_to: Option<usize>,
-    /// It has been run without any value, and that worked.
-    is_sound: bool,
-}
-
-impl Query {
-    fn new(way: &Way, columns: &str, rows_up_to: Option<usize>) -> Self {
-        Self {
-            statement: format!("SELECT {columns} {}", way.from),
-            arrays: way.arrays,
-            takes_any_text: way.takes_any_text,
-            rows_up_to,
-            is_sound: false,
-        }
-    }
-
-    /// Whether the error is that of a value that was asked for, or of the row that has it, which cannot be read. A file that is damaged
-    /// says nothing about which keys have a row; nor does a damaged row where all are rendered.
-    fn is_of_a_value(&self, error: &PqError) -> bool {
-        let reads_its_row = self.rows_up_to.is_some() && !self.takes_any_text;
-        let is_of_a_row = super::fill::is_too_large(error) || reads_its_row && super::fill::is_damaged(error);
-        error.kind == ErrorKind::Server && (is_of_a_row || refuses_a_value(error, self.takes_any_text))
-    }
-
-    /// None: its rows have more bytes.
-    fn run(&self, sql: &mut Sql, keys: &[ParsedKey]) -> Result<Option<Vec<QueryResult>>, PqError> {
-        let arrays: Vec<Vec<u8>> = (0..self.arrays)
-            .map(|index| array(keys.iter().map(|(_, values)| values.get(index))))
-            .collect();
-        let params: Vec<Option<&[u8]>> = arrays.iter().map(|array| Some(array.as_slice())).collect();
-        match self.rows_up_to {
-            Some(most) => sql.connection.query_binary_up_to(&self.statement, &params, most),
-            None => sql
-                .connection
-                .query(&self.statement, &params)
-                .map(|result| Some(vec![result])),
-        }
-    }
-}
-
-/// Whether the server refused a value that was asked for. Input functions, and what they call, raise whatever they like, so this is every
-/// error but those of the session or the machine, of rights, of locks, of snapshots, and of a label that does not fit. Where any text will
-/// do, only bytes that are none are refused: all else says nothing about which keys have a row.
-fn refuses_a_value(error: &PqError, takes_any_text: bool) -> bool {
-    let state = error.sqlstate.as_deref().unwrap_or("XX000");
-    if takes_any_text {
-        return ["22021", "22P05"].contains(&state);
-    }
-    let is_elsewhere = matches!(
-        state.get(..2),
-        Some("08" | "25" | "40" | "53" | "55" | "57" | "58" | "72" | "XX")
-    );
-    !is_elsewhere && state != "42501"
-}
-
 /// Puts their answers together. The oldest of their snapshots holds for all of them.
 fn one_answer_a_key<T>(mapping: &Mapping, found: Vec<Found<T>>) -> Vec<Found<T>> {
     if !mapping.template.is_ambiguous() {
@@ -503,26 +435,6 @@ fn by_key<'r>(
         }
     }
     Some(all)
-}
-
-/// An array literal.
-fn array<'v>(values: impl Iterator<Item = Option<&'v Vec<u8>>>) -> Vec<u8> {
-    let mut out = vec![b'{'];
-    for (index, value) in values.enumerate() {
-        if index > 0 {
-            out.push(b',');
-        }
-        out.push(b'"');
-        for &byte in value.map_or(&[][..], Vec::as_slice) {
-            if matches!(byte, b'"' | b'\\') {
-                out.push(b'\\');
-            }
-            out.push(byte);
-        }
-        out.push(b'"');
-    }
-    out.push(b'}');
-    out
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
+use super::query::{array, refuses_a_value};
 use super::*;
 use walmirror_proto::pb;
 use walmirror_proto::writer::TupleBuilder;
